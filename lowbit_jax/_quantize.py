@@ -1,0 +1,336 @@
+"""Quantization core: arrays in, QArray leaves out, no derivative rules.
+
+One way through: pad, split into blocks, find block maxima, pick scales, encode,
+merge blocks, pack. The public functions and their derivatives are in
+`lowbit_jax.ops`.
+"""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from lowbit_pallas.arith import bits as fb
+from lowbit_pallas.arith import codec
+
+from lowbit_jax import qarray
+from lowbit_jax.formats import BlockFormat, ElementFormat
+from lowbit_jax.numerics import _packing, _rounding, _scaling
+from lowbit_jax.numerics._codec import as_float_array, dither_step, spec
+from lowbit_jax.qarray import QArray
+
+
+class Rounding(NamedTuple):
+  """How elements are rounded: the rounding arguments of `quantize`."""
+
+  rounding: str = 'nearest_even'
+  key: jax.Array | None = None
+  random_bits: int = 23
+  origin: tuple | None = None
+
+
+def check_format(fmt) -> BlockFormat:
+  """Refuses what is not a block format, with the remedy."""
+  if isinstance(fmt, BlockFormat):
+    return fmt
+  if isinstance(fmt, ElementFormat):
+    raise TypeError(
+      f'fmt={fmt.name} is an element format without a scale; use'
+      f' round_to(x, {fmt.name}), or a block format such as'
+      f' formats.per_tensor({fmt.name})'
+    )
+  raise TypeError(
+    f'fmt={fmt!r} must be a block format, a value such as'
+    " lowbit_jax.formats.mxfp4 or lowbit_jax.formats.get('mxfp4')"
+  )
+
+
+def check_array(x, fmt: BlockFormat) -> jax.Array:
+  """`x` as a float array of rank at least that of a block."""
+  x = as_float_array(x)
+  if x.ndim < len(fmt.block):
+    raise ValueError(
+      f'x.shape={x.shape} has fewer axes than the blocks of {fmt} span;'
+      ' round_to and fake_quant take scalars'
+    )
+  return x
+
+
+class Blocks(NamedTuple):
+  """An array split into blocks, and the way back."""
+
+  view: jax.Array
+  inner: tuple[int, ...]
+  axes: tuple[int, ...]
+  pad: tuple[int, ...]
+  shape: tuple[int, ...]
+
+  @property
+  def size(self) -> int:
+    """Elements without padding."""
+    shape = list(self.shape)
+    for axis, pad in zip(self.axes, self.pad, strict=True):
+      shape[axis] -= pad
+    return math.prod(shape)
+
+  def scale_shape(self) -> tuple[int, ...]:
+    view = self.view.shape
+    return tuple(n for i, n in enumerate(view) if i not in self.inner)
+
+  def expand(self, leaf):
+    """Gives a per-block array the axes of the view."""
+    return jnp.expand_dims(leaf, self.inner)
+
+  def squeeze(self, x):
+    """Drops the block-inner axes, all of size 1."""
+    return x.reshape(self.scale_shape())
+
+
+def split(x: jax.Array, fmt: BlockFormat, axes) -> Blocks:
+  """Pads `x` with zeros to whole blocks and splits it."""
+  pad = qarray.padding(x.shape, fmt, axes)
+  if any(pad):
+    widths = [(0, 0)] * x.ndim
+    for axis, p in zip(axes, pad, strict=True):
+      widths[axis] = (0, p)
+    x = jnp.pad(x, widths)
+  view, inner = qarray.split_blocks(x.shape, fmt, axes)
+  return Blocks(x.reshape(view), inner, axes, pad, x.shape)
+
+
+def merge(view: jax.Array, blocks: Blocks) -> jax.Array:
+  """The inverse of `split`, padding kept."""
+  return view.reshape(blocks.shape)
+
+
+class Scales(NamedTuple):
+  """Scales as stored; `scale` and `zero_point` have the axes of the view."""
+
+  scale: jax.Array | None
+  tensor_scale: jax.Array | None
+  zero_point: jax.Array | None
+
+
+class Job(NamedTuple):
+  """One quantization: what is quantized, and with what."""
+
+  blocks: Blocks
+  fmt: BlockFormat
+  scales: Scales
+  draw: '_Draw'
+
+  def codes(self) -> jax.Array:
+    return _encode(self.blocks, self.fmt, self.scales, self.draw)
+
+  def values(self) -> jax.Array:
+    """Dequantized float32 values in the shape of the view."""
+    offset = self.draw.offset
+    return _decode(self.codes(), self.fmt, self.scales, offset, self.blocks)
+
+
+def from_data(
+  x, fmt, axes, rule: str, rounding: Rounding, tensor_scale=None
+) -> Job:
+  """A quantization whose scales come from the data."""
+  blocks = split(x.astype(jnp.float32), fmt, axes)
+  draw = _Draw(x.shape, blocks, fmt, rounding)
+  amax = _scaling.block_max(_scaling.magnitude_bits(blocks.view), blocks.inner)
+  if fmt.tensor_scale:
+    tensor_scale = _tensor_scale(blocks, amax, fmt, rule, tensor_scale)
+  elif tensor_scale is not None:
+    raise ValueError(f'{fmt} has no tensor scale; drop tensor_scale=')
+  scale, zero_point = None, None
+  if fmt.zero_point:
+    scale, zero_point = _minmax(blocks, amax, fmt)
+  elif fmt.scale is not None and rule == 'absmean':
+    scale = _absmean(blocks, amax, fmt)
+  elif fmt.scale is not None:
+    options = _scaling.candidates(amax, fmt, rule, tensor_scale)
+    scale = _best(blocks, fmt, options, tensor_scale)
+  return Job(blocks, fmt, Scales(scale, tensor_scale, zero_point), draw)
+
+
+def from_scales(x, fmt, axes, scales: Scales, rounding: Rounding) -> Job:
+  """A quantization with given scales, `scale` and `zero_point` per block."""
+  blocks = split(x.astype(jnp.float32), fmt, axes)
+  draw = _Draw(x.shape, blocks, fmt, rounding)
+  scale, tensor_scale, zero_point = scales
+  scale = None if scale is None else blocks.expand(scale)
+  zero_point = None if zero_point is None else blocks.expand(zero_point)
+  return Job(blocks, fmt, Scales(scale, tensor_scale, zero_point), draw)
+
+
+def pack(job: Job, dtype) -> QArray:
+  """Runs a quantization into packed storage."""
+  blocks, fmt, scales, _ = job
+  codes = merge(job.codes(), blocks)
+  squeeze = lambda leaf: None if leaf is None else blocks.squeeze(leaf)
+  return QArray(
+    codes=_packing.pack_unchecked(codes, fmt.element.bits, blocks.axes[0]),
+    scale=squeeze(scales.scale),
+    tensor_scale=scales.tensor_scale,
+    zero_point=squeeze(scales.zero_point),
+    fmt=fmt,
+    axis=blocks.axes if fmt.is_tile else blocks.axes[0],
+    pad=blocks.pad,
+    dtype=np.dtype(dtype),
+  )
+
+
+def restore(view: jax.Array, blocks: Blocks, dtype) -> jax.Array:
+  """A view back in the shape of the array, without padding."""
+  x = qarray.unpadded(merge(view, blocks), blocks.axes, blocks.pad)
+  return x.astype(dtype)
+
+
+class _Draw:
+  """Random bits of one quantization, laid out like its blocks."""
+
+  def __init__(self, shape, blocks: Blocks, fmt, rounding: Rounding):
+    self.rounding = rounding
+    self.random = None
+    self.offset = None
+    name, key, _, origin = rounding
+    if name == 'stochastic':
+      random = _rounding.random_words(key, shape, origin)
+      self.random = split(random, fmt, blocks.axes).view
+    if name == 'dithered':
+      step = dither_step(fmt.element)
+      offset = _rounding.dither(key, shape, origin) * step
+      self.offset = split(offset, fmt, blocks.axes).view
+
+  def rule(self):
+    return _rounding.rule(
+      self.rounding.rounding, self.random, self.rounding.random_bits
+    )
+
+
+def _scaled(blocks: Blocks, fmt: BlockFormat, scale, tensor_scale):
+  """x / scale as x * (1 / scale), 0 in poisoned blocks."""
+  y = blocks.view
+  if scale is None and tensor_scale is None:
+    return y
+  outer = None if tensor_scale is None else blocks.expand(tensor_scale)
+  inverse = _scaling.inverse_factors(scale, fmt, outer)
+  for factor in inverse:
+    y = y * factor
+  bad = jnp.isnan(inverse[0])
+  return jnp.where(bad, jnp.float32(0), y)
+
+
+def _encode(blocks, fmt, scales: 'Scales', draw: _Draw):
+  """Element codes in the shape of the view."""
+  y = _scaled(blocks, fmt, scales.scale, scales.tensor_scale)
+  if draw.offset is not None:
+    y = y + draw.offset
+  if scales.zero_point is None:
+    return codec.encode(y, spec(fmt.element), draw.rule())
+  # round(x / s) + z, not round(x / s + z): they differ at ties.
+  k = draw.rule()(y) + scales.zero_point.astype(jnp.float32)
+  k = jnp.clip(k, 0, fmt.element.code_max)
+  return jnp.where(k != k, 0, k).astype(jnp.int32).astype(jnp.uint8)
+
+
+def _decode(codes, fmt, scales: 'Scales', offset, blocks: Blocks):
+  """Values of codes in the shape of the view."""
+  y = codec.decode(codes, spec(fmt.element))
+  if offset is not None:
+    y = y - offset
+  if scales.zero_point is not None:
+    y = y - scales.zero_point.astype(jnp.float32)
+  if scales.scale is not None:
+    for factor in _scaling.factors(scales.scale, fmt.scale):
+      y = y * factor
+  if scales.tensor_scale is not None:
+    y = y * blocks.expand(scales.tensor_scale)
+  return y
+
+
+def _tensor_scale(blocks, amax, fmt, rule, given):
+  """The tensor scale with size-1 axes; poisoned only where it is the only
+  scale, because block scales confine NaN and Inf to their block."""
+  ones = (1,) * len(blocks.shape)
+  if given is not None:
+    return jnp.asarray(given, jnp.float32).reshape(ones)
+  if rule == 'absmean':
+    mean = jnp.sum(jnp.abs(blocks.view)) / max(blocks.size, 1)
+    bad = jnp.any(amax >= fb.INF)
+    return jnp.where(bad, math.nan, mean).reshape(ones)
+  if fmt.scale is None:
+    top = jnp.max(amax, initial=0)
+    scale = _scaling.tensor_scale_from(top, fmt)
+    return jnp.where(top >= fb.INF, math.nan, scale).reshape(ones)
+  b = _scaling.magnitude_bits(blocks.view)
+  finite = _scaling.block_max(jnp.where(b < fb.INF, b, 0), blocks.inner)
+  top = jnp.max(finite, initial=0)
+  return _scaling.tensor_scale_from(top, fmt).reshape(ones)
+
+
+def _minmax(blocks: Blocks, amax, fmt: BlockFormat):
+  """Asymmetric scale and zero point; 0 is always representable exactly."""
+  x = blocks.view
+  top = fmt.element.code_max
+  high = jnp.max(x, axis=blocks.inner, keepdims=True, initial=0)
+  low = jnp.min(x, axis=blocks.inner, keepdims=True, initial=0)
+  bad = amax >= fb.INF
+  span = jnp.minimum(high - low, jnp.finfo(jnp.float32).max)
+  span = jnp.where(bad | (amax < fb.MIN_NORMAL), 0, span)
+  dtype = jnp.dtype(fmt.scale.name)
+  scale = (span * jnp.float32(1 / top)).astype(dtype)
+  inverse = _scaling.reciprocal(scale.astype(jnp.float32))
+  zero = jnp.clip(fb.round_half_even(-low * inverse), 0, top)
+  zero = jnp.where(bad, 0, zero).astype(jnp.int32).astype(jnp.uint8)
+  return jnp.where(bad, jnp.asarray(math.nan, dtype), scale), zero
+
+
+def _absmean(blocks: Blocks, amax, fmt: BlockFormat):
+  """Mean magnitude of each block (BitNet b1.58)."""
+  total = jnp.sum(jnp.abs(blocks.view), axis=blocks.inner, keepdims=True)
+  mean = total * blocks.expand(1 / jnp.maximum(_block_counts(blocks), 1))
+  scale = jnp.where(amax >= fb.INF, math.nan, mean)
+  return _scaling.from_values(scale, fmt.scale)
+
+
+def _block_counts(blocks: Blocks) -> np.ndarray:
+  """Elements of each block that are not padding, in `scale_shape`."""
+  ones = np.ones([1] * len(blocks.shape), np.float32)
+  view = blocks.view.shape
+  for axis, pad, inner in zip(
+    blocks.axes, blocks.pad, blocks.inner, strict=True
+  ):
+    count, size = view[inner - 1], view[inner]
+    n = blocks.shape[axis] - pad
+    sizes = np.clip(n - size * np.arange(count), 0, size).astype(np.float32)
+    shape = [1] * len(blocks.shape)
+    shape[axis] = count
+    ones = ones * sizes.reshape(shape)
+  return ones
+
+
+def _best(blocks: Blocks, fmt: BlockFormat, options, tensor_scale):
+  """The candidate scale with the least squared error, for each block.
+
+  Earlier candidates win ties. Errors are those of rounding to nearest.
+  """
+  if len(options) == 1:
+    return options[0]
+  best, least = options[0], None
+  for scale in options:
+    error = _squared_error(blocks, fmt, scale, tensor_scale)
+    if least is None:
+      least = error
+      continue
+    better = error < least
+    best = jnp.where(better, scale, best)
+    least = jnp.where(better, error, least)
+  return best
+
+
+def _squared_error(blocks: Blocks, fmt: BlockFormat, scale, tensor_scale):
+  y = _scaled(blocks, fmt, scale, tensor_scale)
+  element = spec(fmt.element)
+  codes = codec.encode(y, element)
+  y = _decode(codes, fmt, Scales(scale, tensor_scale, None), None, blocks)
+  error = jnp.square(y - blocks.view)
+  return jnp.sum(error, axis=blocks.inner, keepdims=True)

@@ -1,0 +1,63 @@
+"""Sub-byte storage: the checked face of the shared packing arithmetic."""
+
+import jax
+import jax.numpy as jnp
+from lowbit_pallas.arith import packing
+
+codes_per_group = packing.codes_per_group
+packed_size = packing.packed_size
+unpacked_size = packing.unpacked_size
+lanes = packing.lanes
+pack_unchecked = packing.pack
+unpack_unchecked = packing.unpack
+
+
+def pack(codes, bits: int, axis: int = -1) -> jax.Array:
+  """Packs codes of `bits` bits into bytes along `axis`, little end first.
+
+  Element i occupies bits [i * bits, (i + 1) * bits) of the byte stream, so the
+  even element of a 4-bit pair is the low nibble.
+
+  Args:
+    codes: uint8 codes below 2**bits; the size of `axis` must be a multiple of
+      8 / gcd(8, bits).
+    bits: 1 to 8.
+    axis: axis that shrinks to bits / 8 of its size.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> from lowbit_jax import numerics
+    >>> numerics.pack(jnp.arange(4, dtype=jnp.uint8), 4).tolist()
+    [16, 50]
+  """
+  codes = _check(codes, bits, axis)
+  group = codes_per_group(bits)
+  if codes.shape[axis] % group:
+    raise ValueError(
+      f'codes.shape[{axis}]={codes.shape[axis]} is no multiple of {group},'
+      f' the {bits}-bit codes that fill whole bytes; pad it'
+    )
+  return packing.pack(codes, bits, axis)
+
+
+def unpack(packed, bits: int, axis: int = -1) -> jax.Array:
+  """The inverse of `pack`: uint8 codes."""
+  packed = _check(packed, bits, axis)
+  group = codes_per_group(bits) * bits // 8
+  if packed.shape[axis] % group:
+    raise ValueError(
+      f'packed.shape[{axis}]={packed.shape[axis]} is no multiple of {group},'
+      f' the bytes of one group of {bits}-bit codes'
+    )
+  return packing.unpack(packed, bits, axis)
+
+
+def _check(x, bits: int, axis: int) -> jax.Array:
+  x = jnp.asarray(x)
+  if x.dtype != jnp.uint8:
+    raise TypeError(f'codes are uint8, got {x.dtype}')
+  if not 1 <= bits <= 8:
+    raise ValueError(f'{bits=} must be in 1..8')
+  if not -x.ndim <= axis < x.ndim:
+    raise ValueError(f'{axis=} is out of range for shape {x.shape}')
+  return x

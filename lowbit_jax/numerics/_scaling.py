@@ -1,0 +1,199 @@
+"""Block scales: rules by name, their codes, and the factors they stand for.
+
+A rule turns the maxima of blocks into one or more candidate scales. Rules with
+one candidate are closed forms; 'mse', 'four_over_six' and 'sweep' name several,
+from which the quantizer keeps the one with the least squared error per block.
+
+Scales are leaves of a QArray: uint8 codes for formats of at most 8 bits (E8M0,
+E4M3, ...), float32 or bfloat16 numbers otherwise.
+"""
+
+import math
+
+import jax.numpy as jnp
+from lowbit_pallas.arith import bits as fb
+from lowbit_pallas.arith import codec
+from lowbit_pallas.arith import scale as exact
+
+from lowbit_jax.formats import BlockFormat, FloatFormat, IntFormat
+from lowbit_jax.numerics._codec import spec
+
+block_max = exact.block_max
+magnitude_bits = exact.magnitude_bits
+
+EXPONENT_RULES = (*exact.EXPONENT_RULES, 'mse')
+FLOAT_RULES = ('absmax', 'absmean', 'sweep')
+CODED_RULES = ('absmax', 'four_over_six', 'sweep')
+ZERO_POINT_RULES = ('minmax',)
+TENSOR_RULES = ('absmax', 'absmean')
+
+# Fractions of the absmax scale that 'sweep' tries on float scales, and steps of
+# the scale code that it tries on coded scales, where +4 is half an octave of
+# E4M3: the block maximum then lands on 4 instead of 6.
+SWEEP_FRACTIONS = tuple(1 - i / 36 for i in range(19))
+SWEEP_STEPS = tuple(range(-2, 7))
+
+
+def scale_rules(fmt: BlockFormat) -> tuple[str, ...]:
+  """The names of the rules that make sense for a block format."""
+  if fmt.zero_point:
+    return ZERO_POINT_RULES
+  if fmt.scale is None:
+    return TENSOR_RULES
+  if fmt.has_exponent_scale:
+    return EXPONENT_RULES
+  if not is_coded(fmt.scale):
+    return FLOAT_RULES
+  # Four over six is about the gap between the E2M1 values 4 and 6.
+  six = fmt.element.max == 6.0
+  return tuple(r for r in CODED_RULES if six or r != 'four_over_six')
+
+
+def check_scale_rule(fmt: BlockFormat, rule: str | None) -> str:
+  """The rule to use: `rule`, or the format's own default for None."""
+  if rule is None:
+    return fmt.scale_rule
+  if rule not in scale_rules(fmt):
+    raise ValueError(
+      f'scale_rule={rule!r} does not fit {fmt.name}; its rules are'
+      f' {", ".join(scale_rules(fmt))}'
+    )
+  return rule
+
+
+def is_coded(scale: FloatFormat) -> bool:
+  """Whether scales of this format are stored as uint8 codes."""
+  return scale.bits <= 8
+
+
+def tensor_scale_from(amax_bits, fmt: BlockFormat):
+  """The float32 scale of a whole tensor from the bits of its finite maximum.
+
+  It maps the maximum to the largest product of element and block scale; with
+  block scales in the order of operations of TransformerEngine, 1 / (top / amax)
+  with two roundings, so that codes agree bit for bit.
+  """
+  amax = fb.from_bits(amax_bits)
+  live = amax_bits >= fb.MIN_NORMAL
+  if fmt.scale is None:
+    return jnp.where(live, amax * jnp.float32(1 / fmt.element.max), 1.0)
+  top = jnp.float32(fmt.element.max * fmt.scale.max)
+  return jnp.where(live, reciprocal(top / jnp.where(live, amax, 1.0)), 1.0)
+
+
+def candidates(amax_bits, fmt: BlockFormat, rule: str, tensor_scale=None):
+  """Candidate block scales as stored, most ordinary first.
+
+  Args:
+    amax_bits: int32 bits of the block maxima.
+    fmt: a format with a block scale and no zero point.
+    rule: a name from `scale_rules(fmt)`, not 'absmean'.
+    tensor_scale: float32, for two-level formats.
+
+  Returns:
+    A list of arrays of the shape of `amax_bits`: the NaN code or NaN where a
+    block holds Inf or NaN.
+  """
+  bad = amax_bits >= fb.INF
+  element = fmt.element
+  if fmt.has_exponent_scale:
+    base = 'floor' if rule == 'mse' else rule
+    code = exact.exponent_code(
+      amax_bits, base, element.emax, element.max, _mantissa_bits(element)
+    )
+    codes = [code]
+    if rule == 'mse':
+      live = (code < exact.NAN_CODE) & (amax_bits >= fb.MIN_NORMAL)
+      for step in (1, -1):
+        neighbour = jnp.clip(code + step, 0, 254)
+        codes.append(jnp.where(live, neighbour, code))
+    return [c.astype(jnp.uint8) for c in codes]
+
+  amax = jnp.where(bad, 0, fb.from_bits(amax_bits))
+  amax = jnp.where(amax_bits < fb.MIN_NORMAL, 0, amax)
+  outer = jnp.float32(1)
+  if fmt.tensor_scale:
+    outer = reciprocal(tensor_scale)
+  scale = amax * (outer * jnp.float32(1 / element.max))
+  if is_coded(fmt.scale):
+    code = _encode_scale(scale, fmt.scale)
+    codes = [code]
+    if rule == 'four_over_six':
+      codes.append(_encode_scale(amax * (outer * jnp.float32(0.25)), fmt.scale))
+    if rule == 'sweep':
+      top = fmt.scale.code_max
+      steps = [jnp.clip(code + k, 1, top) for k in SWEEP_STEPS if k]
+      codes += [jnp.where(code > 0, c, code) for c in steps]
+    nan = fmt.scale.nan_code
+    return [jnp.where(bad, nan, c).astype(jnp.uint8) for c in codes]
+  dtype = jnp.dtype(fmt.scale.name)
+  fractions = SWEEP_FRACTIONS if rule == 'sweep' else (1.0,)
+  return [
+    jnp.where(bad, math.nan, scale * jnp.float32(f)).astype(dtype)
+    for f in fractions
+  ]
+
+
+def from_values(scale, fmt: FloatFormat):
+  """Float scales in their stored form: the nearest code or number."""
+  scale = scale.astype(jnp.float32)
+  if is_coded(fmt):
+    return codec.encode(scale, spec(fmt), saturate=True)
+  return scale.astype(jnp.dtype(fmt.name))
+
+
+def factors(scale, fmt: FloatFormat) -> tuple:
+  """Float32 factors whose product is the stored scale.
+
+  E8M0 gives two, so that 2^-127 survives hardware that flushes subnormals.
+  """
+  if not fmt.zero:
+    return exact.exponent_factors(scale)
+  return (value(scale, fmt),)
+
+
+def value(scale, fmt: FloatFormat):
+  """The stored scale as one float32 number."""
+  if is_coded(fmt):
+    return codec.decode(scale, spec(fmt))
+  return scale.astype(jnp.float32)
+
+
+def inverse_factors(scale, fmt: BlockFormat, tensor_scale=None) -> tuple:
+  """Float32 factors that quantize: their product is 1 / scale.
+
+  1 / 0 counts as 0, so blocks without a scale become zero. The contract of
+  every implementation is r = 1 / s in float32, then x * r.
+  """
+  if fmt.scale is None:
+    s = tensor_scale
+  elif fmt.has_exponent_scale:
+    return exact.inverse_exponent_factors(scale)
+  else:
+    s = value(scale, fmt.scale)
+    if tensor_scale is not None:
+      s = s * tensor_scale
+  if fmt.element.max >= 4:
+    return (reciprocal(s),)
+  # s can exceed 2^126 here, and 1 / s would be flushed: split the factor.
+  large = s > jnp.float32(2.0**125)
+  shrink = jnp.where(large, jnp.float32(1 / 16), jnp.float32(1))
+  return reciprocal(s * shrink), shrink
+
+
+def reciprocal(s):
+  """1 / s in float32, 0 for s = 0 and for subnormal s."""
+  tiny = jnp.abs(s) < jnp.float32(2.0**-126)
+  return jnp.where(tiny, 0.0, 1 / jnp.where(tiny, 1.0, s))
+
+
+def _encode_scale(scale, fmt: FloatFormat):
+  return codec.encode_float(scale, spec(fmt)).astype(jnp.int32)
+
+
+def _mantissa_bits(element) -> int:
+  if isinstance(element, FloatFormat):
+    return element.mantissa_bits
+  if isinstance(element, IntFormat):
+    return element.width - 2
+  return 0

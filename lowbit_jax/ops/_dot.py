@@ -1,0 +1,320 @@
+"""dot, dot_general and einsum on Array | QArray, and their derivative.
+
+The derivative stands above the choice of implementation. The product P is
+bilinear in the dequantized operands, so with A, B their dense values
+
+    dP = P(dA, B) + P(A, dB).
+
+dA is the tangent of an array, or, for a QArray, that of its float leaves (scale
+and tensor_scale: codes have no tangent). Dense values of the other operand are
+recomputed in the backward pass, so residuals hold packed codes only.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from lowbit_jax import qarray
+from lowbit_jax.ops import _dispatch, _dot_xla
+from lowbit_jax.qarray import QArray
+
+TABLE = {'xla': _dot_xla.plan_dot_general}
+
+
+class _Call(NamedTuple):
+  """Static part of a product."""
+
+  dims: tuple
+  precision: object
+  implementation: object
+
+
+def dot(
+  lhs, rhs, *, preferred_element_type=None, implementation=None
+) -> jax.Array:
+  """`jnp.dot` on arrays and QArrays: the last axis of `lhs` with the last but
+  one of `rhs`.
+
+  Args:
+    lhs: `(..., k)` array or QArray.
+    rhs: `(k,)` or `(..., k, n)` array or QArray. Blocks along k are what is
+      fast; other layouts are dequantized first.
+    preferred_element_type: dtype of the result; None for the promoted dtype.
+    implementation: None for the best that accepts, a name or a list of names
+      from 'xla', 'tpu', 'mosaic_gpu'; a named one that cannot refuses loudly.
+
+  Returns:
+    The product, accumulated in float32 (or int32 and then float32).
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> import lowbit_jax as lowbit
+    >>> w = lowbit.quantize(jnp.ones((64, 8)), lowbit.formats.mxfp4, axis=-2)
+    >>> lowbit.dot(jnp.ones((2, 64)), w).shape
+    (2, 8)
+  """
+  lhs, rhs, dims, _ = dot_operands(lhs, rhs)
+  return dot_general(
+    lhs,
+    rhs,
+    dims,
+    preferred_element_type=preferred_element_type,
+    implementation=implementation,
+  )
+
+
+def dot_general(
+  lhs,
+  rhs,
+  dimension_numbers,
+  *,
+  precision=None,
+  preferred_element_type=None,
+  implementation=None,
+) -> jax.Array:
+  """`lax.dot_general` on arrays and QArrays.
+
+  Args:
+    lhs: array or QArray.
+    rhs: array or QArray.
+    dimension_numbers: `((lhs_contracting, rhs_contracting), (lhs_batch,
+      rhs_batch))`.
+    precision: as in `lax.dot_general`.
+    preferred_element_type: dtype of the result; None for the promoted dtype.
+    implementation: as in `dot`.
+
+  Derivative: that of the product of the dequantized operands, with respect to
+  arrays and to the float scales of QArrays; forward and reverse mode.
+  """
+  lhs, rhs, dims, _ = dot_general_operands(lhs, rhs, dimension_numbers)
+  if isinstance(implementation, list):
+    implementation = tuple(implementation)
+  call = _Call(dims, precision, implementation)
+  dtype = preferred_element_type
+  if dtype is None:
+    dtype = jnp.promote_types(lhs.dtype, rhs.dtype)
+  if not (isinstance(lhs, QArray) or isinstance(rhs, QArray)):
+    _dispatch.select('dot_general', TABLE, implementation, lhs, rhs, dims, None)
+    return lax.dot_general(
+      lhs, rhs, dims, precision=precision, preferred_element_type=dtype
+    )
+  return _contract(lhs, rhs, call).astype(dtype)
+
+
+def einsum(
+  subscripts: str,
+  lhs,
+  rhs,
+  *,
+  preferred_element_type=None,
+  implementation=None,
+) -> jax.Array:
+  """`jnp.einsum` of two operands, arrays or QArrays.
+
+  Args:
+    subscripts: such as 'btd,df->btf' or '...k,kn->...n'. Each letter occurs at
+      most once in an operand, and every letter that is in just one operand is
+      in the output.
+    lhs: array or QArray.
+    rhs: array or QArray.
+    preferred_element_type: as in `dot`.
+    implementation: as in `dot`.
+  """
+  lhs, rhs = _operand(lhs, 'lhs'), _operand(rhs, 'rhs')
+  dims, order = _einsum_dims(subscripts, lhs.ndim, rhs.ndim)
+  out = dot_general(
+    lhs,
+    rhs,
+    dims,
+    preferred_element_type=preferred_element_type,
+    implementation=implementation,
+  )
+  return out if order == tuple(range(out.ndim)) else out.transpose(order)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+def _contract(lhs, rhs, call: _Call):
+  """The product in float32."""
+  _, plan = _dispatch.select(
+    'dot_general',
+    TABLE,
+    call.implementation,
+    lhs,
+    rhs,
+    call.dims,
+    call.precision,
+  )
+  return plan.run(lhs, rhs)
+
+
+def _contract_jvp(call, primals, tangents):
+  lhs, rhs = primals
+  out = _contract(lhs, rhs, call)
+
+  def product(a, b):
+    return lax.dot_general(
+      _dense(a),
+      _dense(b),
+      call.dims,
+      precision=call.precision,
+      preferred_element_type=jnp.float32,
+    )
+
+  total = jnp.zeros_like(out)
+  d_lhs, d_rhs = (
+    _dense_tangent(p, t) for p, t in zip(primals, tangents, strict=True)
+  )
+  if d_lhs is not None:
+    total = total + jax.checkpoint(product)(d_lhs, rhs)
+  if d_rhs is not None:
+    total = total + jax.checkpoint(product)(lhs, d_rhs)
+  return out, total
+
+
+_contract.defjvp(_contract_jvp, symbolic_zeros=True)
+
+
+def _is_zero(t) -> bool:
+  zero = isinstance(t, jax.custom_derivatives.SymbolicZero)
+  return zero or t is None or t.dtype == jax.dtypes.float0
+
+
+def _dense_tangent(x, t):
+  """Tangent of the dense value of an operand, None where it is zero."""
+  if not isinstance(x, QArray):
+    return None if _is_zero(t) else t
+  leaves = {
+    name: getattr(t, name)
+    for name in ('scale', 'tensor_scale')
+    if getattr(x, name) is not None and not _is_zero(getattr(t, name))
+  }
+  if not leaves:
+    return None
+
+  def values(leaves):
+    return _dense(qarray.replace(x, **leaves))
+
+  primals = {name: getattr(x, name) for name in leaves}
+  return jax.jvp(values, (primals,), (leaves,))[1]
+
+
+def _dense(x):
+  return qarray.dequantize(x, jnp.float32) if isinstance(x, QArray) else x
+
+
+def _operand(x, name: str):
+  if isinstance(x, QArray | jax.ShapeDtypeStruct):
+    return x
+  x = jnp.asarray(x)
+  if not jnp.issubdtype(x.dtype, jnp.floating):
+    raise TypeError(
+      f'{name} has dtype {x.dtype}; operands are float arrays or QArrays'
+    )
+  return x
+
+
+def dot_operands(lhs, rhs, **_):
+  """Arguments of the plan of a `dot`."""
+  lhs, rhs = _operand(lhs, 'lhs'), _operand(rhs, 'rhs')
+  if lhs.ndim < 1 or rhs.ndim < 1:
+    raise ValueError(
+      f'dot needs operands of rank 1 or more, got lhs.shape={lhs.shape} and'
+      f' rhs.shape={rhs.shape}'
+    )
+  dims = ((lhs.ndim - 1,), (max(rhs.ndim - 2, 0),)), ((), ())
+  return dot_general_operands(lhs, rhs, dims)
+
+
+def dot_general_operands(lhs, rhs, dimension_numbers, *, precision=None, **_):
+  """Arguments of the plan of a `dot_general`."""
+  lhs, rhs = _operand(lhs, 'lhs'), _operand(rhs, 'rhs')
+  return lhs, rhs, _check_dims(lhs, rhs, dimension_numbers), precision
+
+
+def einsum_operands(subscripts, lhs, rhs, **_):
+  """Arguments of the plan of an `einsum`."""
+  lhs, rhs = _operand(lhs, 'lhs'), _operand(rhs, 'rhs')
+  dims, _ = _einsum_dims(subscripts, lhs.ndim, rhs.ndim)
+  return dot_general_operands(lhs, rhs, dims)
+
+
+def _check_dims(lhs, rhs, dimension_numbers):
+  try:
+    dims = tuple(
+      tuple(tuple(int(d) for d in side) for side in part)
+      for part in dimension_numbers
+    )
+    (lhs_k, rhs_k), (lhs_b, rhs_b) = dims
+  except (TypeError, ValueError) as error:
+    raise ValueError(
+      f'{dimension_numbers=} must be ((lhs_contracting, rhs_contracting),'
+      ' (lhs_batch, rhs_batch))'
+    ) from error
+  for name, a, b in (('contracting', lhs_k, rhs_k), ('batch', lhs_b, rhs_b)):
+    bad_rank = any(not 0 <= d < lhs.ndim for d in a) or any(
+      not 0 <= d < rhs.ndim for d in b
+    )
+    sizes = None
+    if not bad_rank and len(a) == len(b):
+      sizes = [lhs.shape[d] for d in a], [rhs.shape[d] for d in b]
+    if sizes is None or sizes[0] != sizes[1]:
+      raise ValueError(
+        f'{name} axes {a} of lhs.shape={lhs.shape} and {b} of'
+        f' rhs.shape={rhs.shape} do not match'
+      )
+  return dims
+
+
+def _einsum_dims(subscripts: str, lhs_ndim: int, rhs_ndim: int):
+  """Dimension numbers, and the transposition into the order of the output."""
+  text = subscripts.replace(' ', '')
+  inputs, arrow, output = text.partition('->')
+  terms = inputs.split(',')
+  if not arrow or len(terms) != 2:
+    raise ValueError(f"{subscripts=} must have the form 'ab,bc->ac'")
+  # Ellipses stand for digits, counted from the end as in broadcasting.
+  dots = 0
+  for i, ndim in enumerate((lhs_ndim, rhs_ndim)):
+    if '...' in terms[i]:
+      n = ndim - (len(terms[i]) - 3)
+      dots = max(dots, n)
+      names = ''.join(str(d) for d in range(n))[::-1]
+      terms[i] = terms[i].replace('...', names)
+    if len(terms[i]) != ndim or len(set(terms[i])) != ndim:
+      raise ValueError(
+        f'{subscripts=} does not name each of the {ndim} axes of'
+        f' {("lhs", "rhs")[i]} once'
+      )
+  output = output.replace('...', ''.join(str(d) for d in range(dots))[::-1])
+  lhs, rhs = terms
+  batch = [c for c in lhs if c in rhs and c in output]
+  contracted = [c for c in lhs if c in rhs and c not in output]
+  free = [c for c in lhs + rhs if c not in batch + contracted]
+  if sorted(batch + free) != sorted(output):
+    raise ValueError(
+      f'{subscripts=} must keep every letter that is in one operand only, and'
+      ' repeat none in the output'
+    )
+  dims = (
+    (
+      tuple(lhs.index(c) for c in contracted),
+      tuple(rhs.index(c) for c in contracted),
+    ),
+    (tuple(lhs.index(c) for c in batch), tuple(rhs.index(c) for c in batch)),
+  )
+  produced = batch + free
+  return dims, tuple(produced.index(c) for c in output)
+
+
+def _matmul(lhs, rhs):
+  """`@` with a QArray on the left."""
+  lhs, rhs = _operand(lhs, 'lhs'), _operand(rhs, 'rhs')
+  if rhs.ndim <= 2:
+    return dot(lhs, rhs)
+  return jnp.matmul(_dense(lhs), _dense(rhs))
+
+
+QArray.__matmul__ = _matmul

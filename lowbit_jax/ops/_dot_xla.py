@@ -1,0 +1,279 @@
+"""Contractions of Array | QArray in plain XLA.
+
+Three ways to contract with quantized operands:
+
+  integer   Both operands are integers whose scales are constant along the
+            contraction: one int32 product, scales on the result.
+  tiles     A (k, n) weight in blocks along k: a scan over tiles of k that
+            decodes a tile, uses it and forgets it. For few rows the block sum
+            of products is scaled; for many, the decoded tile is scaled and
+            multiplied. The whole weight never exists in float32.
+  dense     Everything else: dequantize, then one product.
+
+Tensor scales multiply the float32 accumulator in all of them. Packed codes are
+read lane by lane (see `packing.lanes`): codes j, j + L, j + 2L, ... of a tile
+meet the same rows of x, so nothing is interleaved.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from lowbit_pallas.arith import codec
+
+from lowbit_jax import qarray
+from lowbit_jax.formats import IntFormat
+from lowbit_jax.numerics import _packing, _scaling
+from lowbit_jax.numerics._codec import spec
+from lowbit_jax.ops._dispatch import Plan
+from lowbit_jax.qarray import QArray
+
+# Rows of x up to which products are summed per block instead of using the
+# matrix unit, and rows of the weight in a tile; measured on CPU, see
+# docs/benchmarks.md.
+FEW_ROWS = 4
+TILE_FEW_ROWS = 256
+TILE_MANY_ROWS = 1024
+
+
+def plan_dot_general(lhs, rhs, dimension_numbers, precision) -> Plan:
+  """Plans a product with float32 accumulation and a float32 result."""
+  dims = dimension_numbers
+  if not isinstance(lhs, QArray) and not isinstance(rhs, QArray):
+    return Plan('no operand is quantized: lax.dot_general', _Dense(dims, precision))
+  refusal = _why_not_integer(lhs, rhs, dims)
+  if refusal is None:
+    return Plan('int32 product of the codes, scales on the result', _Integer(dims))
+  why_dense = _why_not_tiles(lhs, rhs, dims)
+  if why_dense is None:
+    rows = math.prod(lhs.shape[:-1])
+    how = 'block sums' if rows <= FEW_ROWS else 'tile products'
+    return Plan(f'scan over tiles of the weight, {how}', _Tiles(precision))
+  return Plan(f'dequantizes to float32 first: {why_dense}', _Dense(dims, precision))
+
+
+class _Dense:
+  def __init__(self, dims, precision):
+    self.dims, self.precision = dims, precision
+
+  def __call__(self, lhs, rhs):
+    lhs, lhs_scale = _without_tensor_scale(lhs)
+    rhs, rhs_scale = _without_tensor_scale(rhs)
+    out = lax.dot_general(
+      _dense(lhs),
+      _dense(rhs),
+      self.dims,
+      precision=self.precision,
+      preferred_element_type=jnp.float32,
+    )
+    return _times(out, lhs_scale, rhs_scale)
+
+
+class _Integer:
+  def __init__(self, dims):
+    self.dims = dims
+
+  def __call__(self, lhs, rhs):
+    out = lax.dot_general(
+      _int8(lhs), _int8(rhs), self.dims, preferred_element_type=jnp.int32
+    ).astype(jnp.float32)
+    (lhs_k, rhs_k), (lhs_b, rhs_b) = self.dims
+    step = lhs.fmt.element.step * rhs.fmt.element.step
+    out = out * jnp.float32(step) if step != 1 else out
+    free_l = lhs.ndim - len(lhs_k) - len(lhs_b)
+    free_r = rhs.ndim - len(rhs_k) - len(rhs_b)
+    for q, k, b, before, after in (
+      (lhs, lhs_k, lhs_b, 0, free_r),
+      (rhs, rhs_k, rhs_b, free_l, 0),
+    ):
+      out = out * _result_scale(q, k, b, before, after)
+    return out
+
+
+class _Tiles:
+  def __init__(self, precision):
+    self.precision = precision
+
+  def __call__(self, lhs, rhs):
+    rhs, tensor_scale = _without_tensor_scale(rhs)
+    x = _dense(lhs).astype(jnp.float32)
+    lead = x.shape[:-1]
+    x = x.reshape(math.prod(lead), x.shape[-1])
+    few = x.shape[0] <= FEW_ROWS
+    out = _scan_tiles(x, rhs, few, self.precision)
+    return _times(out.reshape(*lead, rhs.shape[-1]), tensor_scale)
+
+
+def _scan_tiles(x, q: QArray, few: bool, precision):
+  """x @ dequantize(q) for q of shape (k, n) in blocks along k."""
+  bits = q.fmt.element.bits
+  group = _packing.codes_per_group(bits)
+  k, n = q.shape
+  padded = k + q.pad[0]
+  target = TILE_FEW_ROWS if few else TILE_MANY_ROWS
+  scale, zero = q.scale, q.zero_point
+  along_k = scale is not None and scale.shape[0] > 1
+  if along_k:
+    block = q.fmt.block[0]
+    tile = _tile_rows(padded, block, target)
+  else:
+    block = tile = _tile_rows(padded, group, target)
+  steps, blocks, per_lane = padded // tile, tile // block, block // group
+  m = x.shape[0]
+  if padded > k:
+    x = jnp.pad(x, ((0, 0), (0, padded - k)))
+  # (step, lane, m, block, row in lane): the rows of x that meet each lane.
+  x = x.reshape(m, steps, blocks, per_lane, group).transpose(1, 4, 0, 2, 3)
+  codes = q.codes.reshape(steps, tile * bits // 8, n)
+  if along_k:
+    scales = (scale, zero)
+  else:  # one scale for the column: it multiplies the sum
+    repeat = None if zero is None else jnp.tile(zero, (steps, 1))
+    scales = (None, repeat)
+  scales = jax.tree.map(lambda s: s.reshape(steps, blocks, n), scales)
+
+  def lane_values(packed):
+    return [
+      codec.decode(c, spec(q.fmt.element)).reshape(blocks, per_lane, n)
+      for c in _packing.lanes(packed, bits, 0)
+    ]
+
+  def factors(scale):
+    return () if scale is None else _scaling.factors(scale, q.fmt.scale)
+
+  def block_sums(acc, operands):
+    x_tile, packed, (scale, zero) = operands
+    partial = sum(
+      jnp.sum(rows[..., None] * w, axis=2)
+      for rows, w in zip(x_tile, lane_values(packed), strict=True)
+    )  # (m, block, n)
+    if zero is not None:
+      total = jnp.sum(x_tile, axis=(0, 3))[..., None]
+      partial = partial - total * zero.astype(jnp.float32)
+    for f in factors(scale):
+      partial = partial * f
+    return acc + jnp.sum(partial, axis=1), None
+
+  def tile_products(acc, operands):
+    x_tile, packed, (scale, zero) = operands
+    for rows, w in zip(x_tile, lane_values(packed), strict=True):
+      if zero is not None:
+        w = w - zero.astype(jnp.float32)[:, None]
+      for f in factors(scale):
+        w = w * f[:, None]
+      acc = acc + lax.dot_general(
+        rows.reshape(m, blocks * per_lane),
+        w.reshape(blocks * per_lane, n),
+        (((1,), (0,)), ((), ())),
+        precision=precision,
+        preferred_element_type=jnp.float32,
+      )
+    return acc, None
+
+  body = block_sums if few else tile_products
+  start = jnp.zeros((m, n), jnp.float32)
+  if steps == 1:
+    first = jax.tree.map(lambda leaf: leaf[0], (x, codes, scales))
+    out = body(start, first)[0]
+  else:
+    out = lax.scan(body, start, (x, codes, scales))[0]
+  if not along_k:
+    for f in factors(scale):
+      out = out * f
+  return out
+
+
+def _tile_rows(k: int, block: int, target: int) -> int:
+  """The largest divisor of k that is whole blocks and at most `target` rows."""
+  blocks = k // block
+  best = 1
+  for d in range(1, blocks + 1):
+    if blocks % d == 0 and d * block <= max(target, block):
+      best = d
+  return best * block
+
+
+def _why_not_tiles(lhs, rhs, dims) -> str | None:
+  (lhs_k, rhs_k), (lhs_b, _) = dims
+  if not isinstance(rhs, QArray):
+    return 'only the left operand is quantized'
+  if lhs_b:
+    return 'it has batch dimensions'
+  if rhs.ndim != 2 or len(rhs_k) != 1:
+    return 'the right operand is not a matrix contracted along one axis'
+  if lhs_k[0] != len(lhs.shape) - 1 or rhs_k[0] != 0:
+    return 'it is not (..., k) times (k, n)'
+  if rhs.fmt.is_tile or rhs.axes != (-2,):
+    return f'blocks lie on axis {rhs.axis}, not on the contracted axis -2'
+  group = _packing.codes_per_group(rhs.fmt.element.bits)
+  if rhs.fmt.scale is not None and rhs.fmt.block[0] % group:
+    return 'packing groups straddle blocks'
+  if rhs.size == 0 or 0 in lhs.shape:
+    return 'an operand is empty'
+  return None
+
+
+def _why_not_integer(lhs, rhs, dims) -> str | None:
+  (lhs_k, rhs_k), _ = dims
+  for q, contracted in ((lhs, lhs_k), (rhs, rhs_k)):
+    if not isinstance(q, QArray):
+      return 'an operand is not quantized'
+    element = q.fmt.element
+    if not isinstance(element, IntFormat) or not element.signed:
+      return f'{element} is not a signed integer'
+    if q.fmt.scale is not None and q.fmt.block != (0,):
+      return 'scales vary along the contraction'
+    inside = [a + q.ndim in contracted for a in q.axes]
+    if q.fmt.scale is not None and not all(inside):
+      return 'scales vary along the contraction'
+    if q.fmt.scale is None and q.tensor_scale.size != 1:
+      return 'it is a stack of tensors'
+    size = math.prod(q.shape[d] for d in contracted)
+    if size * 127**2 >= 1 << 31:
+      return f'{size} products can overflow int32'
+  return None
+
+
+def _result_scale(q: QArray, contracted, batch, before: int, after: int):
+  """Scales of an operand in the axes (batch, lhs free, rhs free)."""
+  scale = q.scale
+  if scale is None:
+    return q.tensor_scale.reshape(())
+  free = [d for d in range(q.ndim) if d not in (*contracted, *batch)]
+  scale = _scaling.value(scale, q.fmt.scale)
+  scale = scale.transpose(*batch, *free, *contracted)
+  shape = [scale.shape[i] for i in range(len(batch))]
+  shape += [1] * before
+  shape += scale.shape[len(batch) : len(batch) + len(free)]
+  return scale.reshape(*shape, *[1] * after)
+
+
+def _int8(q: QArray):
+  codes = _packing.unpack_unchecked(q.codes, q.fmt.element.bits, q.axes[0])
+  codes = qarray.unpadded(codes, q.axes, q.pad)
+  shift = 8 - q.fmt.element.bits
+  k = lax.bitcast_convert_type(codes << shift if shift else codes, jnp.int8)
+  return k >> shift if shift else k
+
+
+def _without_tensor_scale(q):
+  """(q without its tensor scale, the scale as a scalar) where it is one."""
+  if not isinstance(q, QArray) or q.tensor_scale is None:
+    return q, None
+  if math.prod(q.tensor_scale.shape) != 1:
+    return q, None
+  ones = jnp.ones_like(q.tensor_scale)
+  scalar = q.tensor_scale.reshape(())
+  return qarray.replace(q, tensor_scale=ones), scalar
+
+
+def _times(out, *scales):
+  for s in scales:
+    if s is not None:
+      out = out * s
+  return out
+
+
+def _dense(x):
+  return qarray.dequantize(x, jnp.float32) if isinstance(x, QArray) else x

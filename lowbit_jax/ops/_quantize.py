@@ -1,0 +1,165 @@
+"""quantize, quantize_with and dequantize: arrays to QArrays and back."""
+
+import jax
+import jax.numpy as jnp
+
+from lowbit_jax import _quantize as core
+from lowbit_jax import qarray
+from lowbit_jax.formats import BlockFormat
+from lowbit_jax.numerics import _rounding, _scaling
+from lowbit_jax.qarray import QArray
+
+
+def quantize(
+  x,
+  fmt: BlockFormat,
+  *,
+  axis: int | tuple[int, ...] | None = None,
+  scale_rule: str | None = None,
+  rounding: str = 'nearest_even',
+  key=None,
+  random_bits: int = 23,
+  tensor_scale=None,
+  origin=None,
+) -> QArray:
+  """Quantizes an array into packed codes and stored scales.
+
+  x ~ element * scale * tensor_scale, with one scale per block of `fmt` and the
+  elements rounded by `rounding`.
+
+  Args:
+    x: float16, bfloat16 or float32, of any shape but 0-d.
+    fmt: a block format; its name alone fixes the block geometry.
+    axis: the block axis; two axes for tiles, the first of which is packed. None
+      stands for the last axis (the last two for tiles). A size that blocks do
+      not divide is padded with zeros inside.
+    scale_rule: how scales follow from the data; None for the format's own.
+      Powers of two: 'floor', 'ceil', 'even', 'rceil', 'round', 'mse'. Float
+      scales: 'absmax', 'absmean', 'sweep'. NVFP4: 'absmax', 'four_over_six',
+      'sweep'. Zero points: 'minmax'.
+    rounding: 'nearest_even', 'toward_zero', 'stochastic', or 'dithered' for
+      integer elements (subtractive: give the key to `dequantize` as well).
+    key: PRNG key for 'stochastic' and 'dithered'.
+    random_bits: random bits per element for 'stochastic', 1 to 23.
+    tensor_scale: a held tensor scale in place of the current one, for formats
+      that have one.
+    origin: `(start, full_shape)` where x is a slice of a larger array, so that
+      random bits agree with those of the whole; for `shard_map`.
+
+  Returns:
+    A QArray of the shape and dtype of `x`. A block that holds NaN or Inf is
+    NaN, others are not affected; a block below 2^-126 is zero. Elements beyond
+    the range saturate.
+
+  Raises:
+    TypeError, ValueError: for formats, dtypes, axes, rules and keys that do
+      not fit, with the remedy.
+
+  The result carries no gradient with respect to `x`; `fake_quant` does.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> import lowbit_jax as lowbit
+    >>> lowbit.quantize(jnp.ones((2, 64)), lowbit.formats.mxfp4)
+    QArray(mxfp4, shape=(2, 64), dtype=float32, axis=-1, 4.25 bits/element, 68 bytes)
+  """
+  core.check_format(fmt)
+  x = jax.lax.stop_gradient(core.check_array(x, fmt))
+  axes = qarray.block_axes(fmt, axis, x.ndim)
+  rule = _scaling.check_scale_rule(fmt, scale_rule)
+  _rounding.check_rounding(rounding, key, random_bits)
+  how = core.Rounding(rounding, key, random_bits, origin)
+  job = core.from_data(x, fmt, axes, rule, how, tensor_scale)
+  return core.pack(job, x.dtype)
+
+
+def quantize_with(
+  x,
+  scale,
+  fmt: BlockFormat,
+  *,
+  axis: int | tuple[int, ...] | None = None,
+  tensor_scale=None,
+  zero_point=None,
+  rounding: str = 'nearest_even',
+  key=None,
+  random_bits: int = 23,
+  origin=None,
+) -> QArray:
+  """Quantizes with given scales: calibrated, learned or held.
+
+  Args:
+    x: float16, bfloat16 or float32.
+    scale: block scales of the shape that `quantize` makes, either float numbers
+      (rounded to the scale format) or, for formats of at most 8 bits, uint8
+      codes. None for formats without block scale.
+    fmt: a block format.
+    axis: as in `quantize`.
+    tensor_scale: the tensor scale, for formats that have one.
+    zero_point: integer zero points of the shape of `scale`, for formats that
+      have them.
+    rounding: as in `quantize`; also `key`, `random_bits`, `origin`.
+
+  Returns:
+    A QArray. Inf saturates, and NaN becomes zero, or NaN in elements that have
+    it: poison is a matter of scales, and these are given.
+  """
+  core.check_format(fmt)
+  x = jax.lax.stop_gradient(core.check_array(x, fmt))
+  axes = qarray.block_axes(fmt, axis, x.ndim)
+  _rounding.check_rounding(rounding, key, random_bits)
+  scales = check_scales(x.shape, fmt, axes, scale, tensor_scale, zero_point)
+  how = core.Rounding(rounding, key, random_bits, origin)
+  return core.pack(core.from_scales(x, fmt, axes, scales, how), x.dtype)
+
+
+def dequantize(q: QArray, dtype=None, *, dither_key=None) -> jax.Array:
+  return qarray.dequantize(q, dtype, dither_key=dither_key)
+
+
+dequantize.__doc__ = qarray.dequantize.__doc__
+
+
+def check_scales(
+  shape, fmt: BlockFormat, axes, scale, tensor_scale, zero_point
+) -> core.Scales:
+  """Given scales in stored form, or an error that says what they should be."""
+  padded = list(shape)
+  pads = qarray.padding(shape, fmt, axes)
+  for axis, pad in zip(axes, pads, strict=True):
+    padded[axis] += pad
+  expected = qarray.scale_shape(padded, fmt, axes)
+
+  def check(name, leaf, wanted, leaf_shape):
+    if (leaf is not None) != wanted:
+      state = 'needed' if wanted else 'not a part of the format'
+      raise ValueError(f'{name} is {state} for {fmt}')
+    if leaf is None:
+      return None
+    leaf = jnp.asarray(leaf)
+    if leaf.shape != leaf_shape:
+      raise ValueError(
+        f'{name}.shape={leaf.shape} must be {leaf_shape} for x.shape={shape} in'
+        f' {fmt}'
+      )
+    return leaf
+
+  scale = check('scale', scale, fmt.scale is not None, expected)
+  zero_point = check('zero_point', zero_point, fmt.zero_point, expected)
+  if tensor_scale is not None:
+    tensor_scale = jnp.asarray(tensor_scale, jnp.float32)
+    if tensor_scale.size == 1:
+      tensor_scale = tensor_scale.reshape((1,) * len(shape))
+  tensor_scale = check(
+    'tensor_scale', tensor_scale, fmt.tensor_scale, (1,) * len(shape)
+  )
+  if scale is not None:
+    coded = _scaling.is_coded(fmt.scale)
+    if jnp.issubdtype(scale.dtype, jnp.floating):
+      scale = _scaling.from_values(scale, fmt.scale)
+    elif not coded or scale.dtype != jnp.uint8:
+      codes = ' or uint8 codes' if coded else ''
+      raise TypeError(f'scale.dtype={scale.dtype} must be float{codes}')
+  if zero_point is not None:
+    zero_point = zero_point.astype(jnp.uint8)
+  return core.Scales(scale, tensor_scale, zero_point)

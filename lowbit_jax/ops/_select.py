@@ -1,0 +1,47 @@
+"""Asking which implementation an operation would use."""
+
+from lowbit_jax.ops import _dispatch, _dot
+
+_OPS = {
+  'dot': (_dot.TABLE, _dot.dot_operands),
+  'dot_general': (_dot.TABLE, _dot.dot_general_operands),
+  'einsum': (_dot.TABLE, _dot.einsum_operands),
+}
+
+
+def implementations(op: str) -> tuple[str, ...]:
+  """Names of the implementations of an operation, preferred first."""
+  return tuple(_op(op)[0])
+
+
+def select_implementation(
+  op: str, *args, implementation=None, **kwargs
+) -> _dispatch.Choice:
+  """What `op(*args, **kwargs)` would run, without running it.
+
+  Args:
+    op: 'dot', 'dot_general' or 'einsum'.
+    *args: its arguments; `jax.ShapeDtypeStruct` leaves will do.
+    implementation: as in the operation.
+    **kwargs: its keyword arguments.
+
+  Returns:
+    A `Choice`: the name, a sentence on how it computes, and the reasons of the
+    implementations that refused.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> import lowbit_jax as lowbit
+    >>> w = lowbit.quantize(jnp.ones((64, 8)), lowbit.formats.mxfp4, axis=-2)
+    >>> lowbit.select_implementation('dot', jnp.ones((1, 64)), w).note
+    'scan over tiles of the weight, block sums'
+  """
+  table, operands = _op(op)
+  args = operands(*args, **kwargs)
+  return _dispatch.select(op, table, implementation, *args)[0]
+
+
+def _op(op: str):
+  if op not in _OPS:
+    raise ValueError(f'{op=} is not one of {tuple(_OPS)}')
+  return _OPS[op]

@@ -1,0 +1,458 @@
+"""QArray: a quantized array as a pytree.
+
+Invariants, in the order in which `validate` checks them:
+
+1. Leaves have equal rank: codes, and scale, tensor_scale and zero_point where
+   the format has them; absent ones are None.
+2. `codes` is uint8. Codes of b bits are packed along the first block axis,
+   little end first, so this axis has b / 8 of the padded logical size.
+3. Along a block axis `scale` has one entry per block; along others it has the
+   size of the array. `zero_point` has the shape of `scale`; `tensor_scale` has
+   size 1 along every axis.
+4. Scales of at most 8 bits are uint8 codes, others float32 or bfloat16 numbers.
+5. x = (element - zero_point) * scale * tensor_scale, without the absent ones.
+
+`fmt`, `axis`, `pad` and `dtype` are static. Shape is derived from the leaves
+and axes count from the end, so vmap, scan, shard_map and donation see a QArray
+of their own shape. Nothing is checked in unflattening: transformations put
+placeholders into the leaves.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from lowbit_pallas.arith import codec
+
+from lowbit_jax.formats import BlockFormat
+from lowbit_jax.numerics import _packing, _scaling, dither
+from lowbit_jax.numerics._codec import dither_step, spec
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class QArray:
+  """A quantized array. Made by `lowbit_jax.quantize`.
+
+  Attributes:
+    codes: packed element codes, uint8.
+    scale: block scales, or None.
+    tensor_scale: float32 scale of the whole tensor, or None.
+    zero_point: uint8 zero points, or None.
+    fmt: the block format.
+    axis: block axis as a negative int, or a tuple of them for tiles.
+    pad: elements of padding at the end of each block axis, a tuple.
+    dtype: dtype of the array that this one stands for.
+  """
+
+  codes: jax.Array
+  scale: jax.Array | None
+  tensor_scale: jax.Array | None
+  zero_point: jax.Array | None
+  fmt: BlockFormat = dataclasses.field(metadata={'static': True})
+  axis: int | tuple[int, ...] = dataclasses.field(metadata={'static': True})
+  pad: tuple[int, ...] = dataclasses.field(metadata={'static': True})
+  dtype: np.dtype = dataclasses.field(metadata={'static': True})
+
+  @property
+  def axes(self) -> tuple[int, ...]:
+    """The block axes as a tuple, the packed one first."""
+    return self.axis if isinstance(self.axis, tuple) else (self.axis,)
+
+  @property
+  def ndim(self) -> int:
+    return len(self.codes.shape)
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    shape = list(self.codes.shape)
+    packed = self.axes[0]
+    shape[packed] = _packing.unpacked_size(shape[packed], self.fmt.element.bits)
+    for axis, pad in zip(self.axes, self.pad, strict=True):
+      shape[axis] -= pad
+    return tuple(shape)
+
+  @property
+  def size(self) -> int:
+    return math.prod(self.shape)
+
+  @property
+  def nbytes(self) -> int:
+    """Bytes of all leaves on the device."""
+    return sum(
+      math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize
+      for leaf in jax.tree.leaves(self)
+    )
+
+  @property
+  def bits_per_element(self) -> float:
+    """8 * nbytes / size, padding and scales included."""
+    return 8 * self.nbytes / self.size if self.size else 0.0
+
+  @property
+  def sharding(self):
+    """Sharding of the codes."""
+    return self.codes.sharding
+
+  @property
+  def T(self) -> 'QArray':
+    """All axes reversed."""
+    moved = jax.tree.map(lambda leaf: leaf.T, self)
+    return _with_axes(moved, [-1 - (self.ndim + a) for a in self.axes])
+
+  @property
+  def mT(self) -> 'QArray':
+    """The last two axes swapped."""
+    if self.ndim < 2:
+      raise ValueError(f'mT needs at least 2 axes, got shape {self.shape}')
+    moved = jax.tree.map(lambda leaf: jnp.swapaxes(leaf, -1, -2), self)
+    return _with_axes(moved, [{-1: -2, -2: -1}.get(a, a) for a in self.axes])
+
+  def astype(self, dtype) -> 'QArray':
+    """The same numbers standing for an array of another dtype."""
+    return replace(self, dtype=np.dtype(dtype))
+
+  def block_until_ready(self) -> 'QArray':
+    return jax.block_until_ready(self)
+
+  def reshape(self, *shape) -> 'QArray':
+    """A reshape that keeps blocks whole.
+
+    Axes before the (first) block axis regroup freely; the block axis itself may
+    split at block boundaries; later axes stay.
+    """
+    if len(shape) == 1 and not isinstance(shape[0], int):
+      shape = tuple(shape[0])
+    return _reshape(self, shape)
+
+  def __getitem__(self, index) -> 'QArray':
+    """Basic indexing; slices of a block axis must fall on block boundaries."""
+    return _getitem(self, index)
+
+  def __len__(self) -> int:
+    if not self.ndim:
+      raise TypeError('len() of a QArray without axes')
+    return self.shape[0]
+
+  def __iter__(self) -> Iterator['QArray']:
+    return (self[i] for i in range(len(self)))
+
+  def __jax_array__(self) -> jax.Array:
+    return dequantize(self)
+
+  def __array__(self, dtype=None, copy=None) -> np.ndarray:
+    del copy
+    return np.asarray(dequantize(self), dtype=dtype)
+
+  def __repr__(self) -> str:
+    try:
+      shape = self.shape
+      size = f'{self.bits_per_element:.4g} bits/element, {self.nbytes} bytes'
+    except (AttributeError, TypeError):  # placeholders in the leaves
+      return f'QArray({self.fmt}, axis={self.axis}, leaves={self.codes!r})'
+    return (
+      f'QArray({self.fmt}, shape={shape}, dtype={self.dtype.name},'
+      f' axis={self.axis}, {size})'
+    )
+
+
+def is_qarray(x) -> bool:
+  """Whether `x` is a QArray; the `is_leaf` of tree functions."""
+  return isinstance(x, QArray)
+
+
+replace = dataclasses.replace
+
+
+def validate(q: QArray) -> QArray:
+  """Checks the invariants at the top of this module and returns `q`."""
+  fmt, ndim = q.fmt, q.ndim
+  present = {
+    'scale': fmt.scale is not None,
+    'tensor_scale': fmt.tensor_scale,
+    'zero_point': fmt.zero_point,
+  }
+  for name, expected in present.items():
+    leaf = getattr(q, name)
+    if (leaf is not None) != expected:
+      raise ValueError(
+        f'{name} of a {fmt} array must be {"given" if expected else "None"}'
+      )
+    if leaf is not None and len(leaf.shape) != ndim:
+      raise ValueError(
+        f'{name}.shape={leaf.shape} must have the rank of'
+        f' codes.shape={q.codes.shape}'
+      )
+  if q.codes.dtype != jnp.uint8:
+    raise TypeError(f'codes.dtype={q.codes.dtype} must be uint8')
+  padded = [n for n in q.shape]
+  for axis, pad in zip(q.axes, q.pad, strict=True):
+    padded[axis] += pad
+  if q.scale is not None:
+    expected = scale_shape(padded, fmt, q.axes)
+    if q.scale.shape != expected:
+      raise ValueError(
+        f'scale.shape={q.scale.shape} must be {expected} for codes of shape'
+        f' {q.codes.shape} in {fmt}'
+      )
+    dtype = jnp.uint8
+    if not _scaling.is_coded(fmt.scale):
+      dtype = jnp.dtype(fmt.scale.name)
+    if q.scale.dtype != dtype:
+      raise TypeError(f'scale.dtype={q.scale.dtype} must be {dtype} for {fmt}')
+  return q
+
+
+def block_axes(fmt: BlockFormat, axis, ndim: int) -> tuple[int, ...]:
+  """Block axes as negative ints.
+
+  Args:
+    fmt: the format.
+    axis: an int, a tuple as long as the format's block, or None for the last
+      axis (the last two for tiles).
+    ndim: rank of the array.
+  """
+  k = len(fmt.block)
+  if axis is None:
+    axis = -1 if k == 1 else (-2, -1)
+  axes = axis if isinstance(axis, tuple) else (axis,)
+  if not all(isinstance(a, int) for a in axes):
+    raise TypeError(f'{axis=} must be an int or a tuple of ints')
+  if len(axes) != k:
+    raise ValueError(
+      f'{axis=} names {len(axes)} axes, but blocks of {fmt} span {k}'
+    )
+  if any(not -ndim <= a < ndim for a in axes):
+    raise ValueError(f'{axis=} is out of range for an array of rank {ndim}')
+  axes = tuple(a - ndim if a >= 0 else a for a in axes)
+  if len(set(axes)) != k:
+    raise ValueError(f'{axis=} names an axis twice')
+  return axes
+
+
+def padding(shape, fmt: BlockFormat, axes) -> tuple[int, ...]:
+  """Elements that fill each block axis up to whole blocks and whole bytes."""
+  group = _packing.codes_per_group(fmt.element.bits)
+  out = []
+  for i, (axis, block) in enumerate(zip(axes, fmt.block, strict=True)):
+    multiple = max(block, 1)
+    if i == 0:
+      multiple = math.lcm(multiple, group)
+    out.append(-shape[axis] % multiple)
+  return tuple(out)
+
+
+def split_blocks(shape, fmt: BlockFormat, axes):
+  """The shape that separates blocks from their elements.
+
+  Args:
+    shape: padded shape.
+    fmt: the format.
+    axes: negative block axes.
+
+  Returns:
+    (view shape, positions of the axes inside a block). Each block axis n
+    becomes (n / g, g).
+  """
+  blocks = dict(zip(axes, fmt.block, strict=True))
+  view, inner = [], []
+  for i, n in enumerate(shape):
+    block = blocks.get(i - len(shape))
+    if block is None:
+      view.append(n)
+      continue
+    size = block or n
+    view += [n // size if size else 1, size]
+    inner.append(len(view) - 1)
+  return tuple(view), tuple(inner)
+
+
+def scale_shape(shape, fmt: BlockFormat, axes) -> tuple[int, ...]:
+  """Shape of the block scales of a padded shape."""
+  view, inner = split_blocks(shape, fmt, axes)
+  return tuple(n for i, n in enumerate(view) if i not in inner)
+
+
+def unpadded(x: jax.Array, axes, pad) -> jax.Array:
+  """`x` without `pad` elements at the end of each axis."""
+  for axis, p in zip(axes, pad, strict=True):
+    if p:
+      x = jax.lax.slice_in_dim(x, 0, x.shape[axis] - p, axis=axis)
+  return x
+
+
+def element_values(q: QArray) -> jax.Array:
+  """Decoded elements in float32, padded, without any scale."""
+  codes = _packing.unpack_unchecked(q.codes, q.fmt.element.bits, q.axes[0])
+  return codec.decode(codes, spec(q.fmt.element))
+
+
+def dequantize(q: QArray, dtype=None, *, dither_key=None) -> jax.Array:
+  """The array that `q` stands for.
+
+  Multiplies the element by the block scale, then by the tensor scale, in
+  float32, and casts the result.
+
+  Args:
+    q: a quantized array.
+    dtype: dtype of the result; None for `q.dtype`.
+    dither_key: the key of `quantize(..., rounding='dithered')`, whose offsets
+      are subtracted.
+
+  Returns:
+    An array of shape `q.shape`. Poisoned blocks are NaN.
+  """
+  if not isinstance(q, QArray):
+    raise TypeError(f'q must be a QArray, got {type(q).__name__}')
+  dtype = q.dtype if dtype is None else dtype
+  x = element_values(q)
+  if dither_key is not None:
+    offset = dither(dither_key, q.shape) * dither_step(q.fmt.element)
+    widths = [(0, 0)] * q.ndim
+    for axis, pad in zip(q.axes, q.pad, strict=True):
+      widths[axis] = (0, pad)
+    x = x - jnp.pad(offset, widths)
+  view, inner = split_blocks(x.shape, q.fmt, q.axes)
+
+  def per_block(leaf):
+    return jnp.expand_dims(leaf, inner)
+
+  y = x.reshape(view)
+  if q.zero_point is not None:
+    y = y - per_block(q.zero_point).astype(jnp.float32)
+  if q.scale is not None:
+    for factor in _scaling.factors(q.scale, q.fmt.scale):
+      y = y * per_block(factor)
+  if q.tensor_scale is not None:
+    y = y * per_block(q.tensor_scale)
+  return unpadded(y.reshape(x.shape), q.axes, q.pad).astype(dtype)
+
+
+def _with_axes(q: QArray, axes) -> QArray:
+  axes = tuple(axes)
+  return replace(q, axis=axes if len(axes) > 1 else axes[0])
+
+
+def _alignment(q: QArray, i: int) -> int:
+  """Elements of block axis number `i` that can only be kept together."""
+  block = max(q.fmt.block[i], 1)
+  if i:
+    return block
+  return math.lcm(block, _packing.codes_per_group(q.fmt.element.bits))
+
+
+def _reshape(q: QArray, shape) -> QArray:
+  rest = -min(q.axes) - 1  # axes after the first block axis
+  known = math.prod(n for n in shape if n != -1)
+  shape = tuple(
+    (q.size // known if known else 0) if n == -1 else n for n in shape
+  )
+  n, new = q.shape[-1 - rest], shape[-1 - rest] if len(shape) > rest else None
+  first = q.axes.index(min(q.axes))
+  aligned = (
+    new == n
+    or new is not None
+    and not q.pad[first]
+    and q.fmt.block[first] != 0
+    and new % _alignment(q, first) == 0
+  )
+  same_tail = shape[len(shape) - rest :] == q.shape[q.ndim - rest :]
+  if math.prod(shape) != q.size or not same_tail or not aligned:
+    raise ValueError(
+      f'cannot reshape {q.shape} to {shape} without breaking blocks of {q.fmt}'
+      f' on axis {q.axis}; dequantize first'
+    )
+
+  def move(leaf):
+    if leaf.size == 1:
+      return leaf.reshape((1,) * len(shape))
+    tail = leaf.shape[leaf.ndim - rest :]
+    width = leaf.shape[-1 - rest] * new // n if n else leaf.shape[-1 - rest]
+    return leaf.reshape(*shape[: len(shape) - rest - 1], width, *tail)
+
+  return jax.tree.map(move, q)
+
+
+def _getitem(q: QArray, index) -> QArray:
+  index = index if isinstance(index, tuple) else (index,)
+  if any(i is None for i in index):
+    raise IndexError('a QArray cannot be indexed with None; use reshape')
+  if Ellipsis not in [i if i is Ellipsis else 0 for i in index]:
+    index = (*index, Ellipsis)
+  at = [i is Ellipsis for i in index].index(True)
+  if len(index) - 1 > q.ndim:
+    raise IndexError(f'{len(index) - 1} indices for shape {q.shape}')
+  fill = (slice(None),) * (q.ndim - len(index) + 1)
+  index = index[:at] + fill + index[at + 1 :]
+  if all(isinstance(i, slice) and i == slice(None) for i in index):
+    return q
+
+  pad = list(q.pad)
+  per_leaf = {name: [] for name in ('codes', 'scale', 'other')}
+  for d, i in enumerate(index):
+    axis, n = d - q.ndim, q.shape[d]
+    if axis in q.axes:
+      k = q.axes.index(axis)
+      start, stop, pad[k] = _block_slice(q, k, i, n)
+      unit = q.codes.shape[d] / (n + q.pad[k]) if k == 0 else 1
+      block = q.fmt.block[k]
+      per_leaf['codes'].append(slice(round(start * unit), round(stop * unit)))
+      whole = slice(None) if not block else slice(start // block, stop // block)
+      per_leaf['scale'].append(whole)
+      per_leaf['other'].append(slice(None))
+      continue
+    if isinstance(i, slice):
+      per_leaf['codes'].append(i)
+      per_leaf['scale'].append(i)
+      per_leaf['other'].append(slice(None))
+      continue
+    if isinstance(i, int | np.integer):
+      if not -n <= i < n:
+        raise IndexError(f'index {i} is out of bounds for axis {d} of size {n}')
+    per_leaf['codes'].append(i)
+    per_leaf['scale'].append(i)
+    per_leaf['other'].append(jnp.zeros_like(jnp.asarray(i)))
+  if sum(1 for i in index if not isinstance(i, slice) and jnp.ndim(i)) > 1:
+    raise IndexError('a QArray takes at most one array index')
+  extra = [jnp.ndim(i) - 1 for i in index if not isinstance(i, slice)]
+  if any(e > 0 for e in extra) and len(extra) > 1:
+    raise IndexError('an array index of a QArray cannot be mixed with ints')
+
+  def take(leaf, which):
+    return None if leaf is None else leaf[tuple(per_leaf[which])]
+
+  out = replace(
+    q,
+    codes=take(q.codes, 'codes'),
+    scale=take(q.scale, 'scale'),
+    zero_point=take(q.zero_point, 'scale'),
+    tensor_scale=take(q.tensor_scale, 'other'),
+    pad=tuple(pad),
+  )
+  grown = {d - q.ndim: jnp.ndim(i) - 1 for d, i in enumerate(index)
+           if not isinstance(i, slice)}
+  axes = [a - sum(g for at_, g in grown.items() if at_ > a) for a in q.axes]
+  return _with_axes(out, axes)
+
+
+def _block_slice(q: QArray, k: int, i, n: int) -> tuple[int, int, int]:
+  """(start, stop, new pad) of an index on block axis number `k`."""
+  unit = _alignment(q, k)
+  if not isinstance(i, slice):
+    raise IndexError(
+      f'index {i!r} picks single elements of block axis {q.axes[k]}; use'
+      ' dequantize(q)[...]'
+    )
+  start, stop, step = i.indices(n)
+  stop = max(start, stop)
+  if step != 1 or start % unit or (stop % unit and stop != n):
+    raise IndexError(
+      f'slice {start}:{stop}:{step} of block axis {q.axes[k]} must start and'
+      f' end at multiples of {unit}; use dequantize(q)[...]'
+    )
+  if stop == n:
+    return start, n + q.pad[k], q.pad[k]
+  return start, stop, 0

@@ -1,0 +1,7 @@
+"""Arithmetic that kernels and the XLA path share, in plain jnp.
+
+Every function takes arrays and static values and returns arrays. There is one
+home for each piece: `codec` (element codes), `scale` (exact scales), `packing`
+(sub-byte storage), `hash` (counter-based random bits), `hadamard`, and
+`softmax` (the (mantissa, exponent) algebra of the two-pass softmax).
+"""

@@ -1,0 +1,252 @@
+"""Element codes: minifloats, integers and codebooks.
+
+The minifloat encoder works on magnitudes. With e = max(exponent of |x|, emin)
+the scaled magnitude t = |x| * 2^(M - e) lies in [0, 2^(M+1)), and rounding t to
+an integer k is rounding x to the format, in the normal and in the subnormal
+range alike. The code is
+
+    code = ((e - emin) << M) + k,
+
+because a normal number has exponent field e - emin + 1 and mantissa k - 2^M;
+a carry k = 2^(M+1) moves into the next binade by itself.
+"""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from lowbit_pallas.arith import bits as fb
+
+
+class Float(NamedTuple):
+  """Static description of a minifloat, all fields as in its decode formula."""
+
+  exponent_bits: int
+  mantissa_bits: int
+  emin: int
+  code_max: int
+  inf_code: int | None
+  nan_code: int | None
+  signed: bool
+  subnormals: bool
+  negative_zero: bool
+
+
+class Int(NamedTuple):
+  """Static description of an integer element; values are code * 2**-f."""
+
+  bits: int
+  signed: bool
+  fraction_bits: int
+
+
+class Codebook(NamedTuple):
+  """Static ascending table of values."""
+
+  table: tuple[float, ...]
+
+
+# Rounding rules: (t, odd) -> integer-valued float32. `t` is a value on the
+# integer lattice; `odd` is None where the parity of an integer is the parity
+# of its code, else the parity offset of the code lattice.
+
+
+def nearest_even(t, odd=None):
+  """Nearest integer; ties to the even code."""
+  if odd is None:
+    return fb.round_half_even(t)
+  low = jnp.floor(t)
+  frac = t - low
+  is_odd = (low.astype(jnp.int32) + odd) & 1
+  up = (frac > 0.5) | ((frac == 0.5) & (is_odd == 1))
+  return low + up.astype(t.dtype)
+
+
+def toward_zero(t, odd=None):
+  """Truncation."""
+  del odd
+  return jnp.trunc(t)
+
+
+def stochastic(random, n: int):
+  """Up with probability frac(t), from the top n <= 23 bits of `random`.
+
+  j is an n-bit integer; t goes up iff j + 1/2 < frac * 2^n. That happens for
+  exactly frac * 2^n values of j where this is an integer, so the rounding is
+  unbiased there, and within 2^-(n+1) of unbiased elsewhere.
+  """
+  j = (random >> (32 - n)).astype(jnp.int32).astype(jnp.float32)
+
+  def round_(t, odd=None):
+    del odd
+    low = jnp.floor(t)
+    return low + (j + 0.5 < (t - low) * float(1 << n)).astype(t.dtype)
+
+  return round_
+
+
+def encode_float(x, f: Float, rounding=nearest_even, *, saturate: bool = True):
+  """Codes of float32 `x`.
+
+  Args:
+    x: float32.
+    f: the format.
+    rounding: a rounding rule.
+    saturate: beyond the largest finite number give that number; otherwise Inf
+      if the format has it, else NaN.
+
+  Returns:
+    uint8; NaN gives `nan_code`, or 0 where there is none.
+  """
+  m = f.mantissa_bits
+  b = fb.to_bits(x)
+  magnitude = fb.from_bits(b & fb.MAGNITUDE)
+  top = _float_value(f.code_max + (not saturate), f)
+  magnitude = jnp.minimum(magnitude, jnp.float32(top))
+  e = jnp.maximum(fb.to_bits(magnitude) >> 23, f.emin + 127)
+  offset = e - (f.emin + 127)
+  if f.subnormals:
+    t = magnitude * fb.from_bits((254 + m - e) << 23)
+    k = rounding(t) if m else rounding(t, offset)
+    code = (offset << m) + k.astype(jnp.int32)
+  else:
+    t = _significand(fb.to_bits(magnitude))
+    code = jnp.maximum(offset + rounding(t, offset - 1).astype(jnp.int32) - 1, 0)
+  over = f.inf_code if f.inf_code is not None else f.nan_code
+  if saturate or over is None:
+    code = jnp.minimum(code, f.code_max)
+  else:
+    code = jnp.where(code > f.code_max, over, code)
+  if f.signed:
+    sign = (b >> 31) & (1 << (f.exponent_bits + m))
+    if not f.negative_zero:
+      sign = jnp.where(code == 0, 0, sign)
+    code = code | sign
+  else:
+    code = jnp.where(b < 0, 0, code)
+  code = jnp.where(x != x, f.nan_code or 0, code)
+  return code.astype(jnp.uint8)
+
+
+def _significand(b):
+  """|x| / 2^exponent in [1, 2), over 2^-127 for subnormals: no flushing."""
+  fraction = b & 0x7FFFFF
+  small = fraction.astype(jnp.float32) * jnp.float32(2.0**-22)
+  return jnp.where(b >> 23 == 0, small, fb.from_bits(fraction | (127 << 23)))
+
+
+def _float_value(code: int, f: Float) -> float:
+  """The number at `code` if every code were finite."""
+  e, m = divmod(code, 1 << f.mantissa_bits)
+  if e == 0 and f.subnormals:
+    return m * 2.0 ** (f.emin - f.mantissa_bits)
+  lead = 1 + m / (1 << f.mantissa_bits)
+  return min(lead * 2.0 ** (e - f.subnormals + f.emin), 2.0**127 * 1.75)
+
+
+def decode_float(code, f: Float):
+  """float32 values of integer codes."""
+  m, width = f.mantissa_bits, f.exponent_bits + f.mantissa_bits
+  code = code.astype(jnp.uint32)
+  magnitude = code & ((1 << width) - 1)
+  shift = 127 + f.emin - f.subnormals
+  bits = (magnitude << (23 - m)) + jnp.uint32(shift << 23)
+  if f.subnormals:
+    low = magnitude.astype(jnp.int32).astype(jnp.float32)
+    low = low * jnp.float32(2.0 ** (f.emin - m))
+    bits = jnp.where(magnitude < (1 << m), fb.to_bits(low), bits.astype(jnp.int32))
+    bits = bits.astype(jnp.uint32)
+  elif shift == 0:
+    bits = jnp.where(magnitude == 0, jnp.uint32(0x00400000), bits)
+  if f.inf_code is not None:
+    bits = jnp.where(magnitude == f.inf_code, jnp.uint32(fb.INF), bits)
+    bits = jnp.where(magnitude > f.inf_code, jnp.uint32(0x7FC00000), bits)
+  elif f.code_max < (1 << width) - 1:
+    bits = jnp.where(magnitude > f.code_max, jnp.uint32(0x7FC00000), bits)
+  if f.signed:
+    sign = code >> width
+    bits = bits | sign << 31
+    if not f.negative_zero:
+      bits = jnp.where(code == f.nan_code, jnp.uint32(0x7FC00000), bits)
+  return fb.from_bits(bits)
+
+
+def encode_int(x, f: Int, rounding=nearest_even):
+  """Codes of float32 `x`, clipped to the symmetric range; NaN gives 0."""
+  top = (1 << (f.bits - f.signed)) - 1
+  k = rounding(x * jnp.float32(1 << f.fraction_bits))
+  k = jnp.clip(k, -top if f.signed else 0, top)
+  k = jnp.where(k != k, 0, k).astype(jnp.int32)
+  return (k & ((1 << f.bits) - 1)).astype(jnp.uint8)
+
+
+def decode_int(code, f: Int):
+  """float32 values of integer codes."""
+  k = code.astype(jnp.int32)
+  if f.signed:
+    k = (k << (32 - f.bits)) >> (32 - f.bits)
+  return k.astype(jnp.float32) * jnp.float32(2.0**-f.fraction_bits)
+
+
+def encode_codebook(x, f: Codebook, rounding=nearest_even):
+  """Index of the entry that `rounding` picks; NaN gives the entry nearest 0."""
+  table = f.table
+  if rounding is nearest_even:
+    index = jnp.zeros(x.shape, jnp.int32)
+    for a, b in zip(table, table[1:], strict=False):
+      index = index + (x > _round_down((a + b) / 2)).astype(jnp.int32)
+  else:
+    index = jnp.zeros(x.shape, jnp.int32)
+    for v in table[1:-1]:
+      index = index + (x >= jnp.float32(v)).astype(jnp.int32)
+    values = jnp.array(table, jnp.float32)
+    low, high = values[index], values[index + 1]
+    t = jnp.clip((x - low) / (high - low), 0, 1)
+    # Rounding acts on the distance from zero, so mirror negative intervals.
+    mirrored = low < 0
+    k = rounding(jnp.where(mirrored, 1 - t, t)).astype(jnp.int32)
+    index = index + jnp.where(mirrored, 1 - k, k)
+  zero = min(range(len(table)), key=lambda i: abs(table[i]))
+  return jnp.where(x != x, zero, index).astype(jnp.uint8)
+
+
+def _round_down(v: float) -> np.float32:
+  """The largest float32 <= v: x is above v exactly if it is above this."""
+  f = np.float32(v)
+  return np.nextafter(f, np.float32(-np.inf)) if float(f) > v else f
+
+
+def decode_codebook(code, f: Codebook):
+  """float32 table entries, by selects for small tables and a gather else."""
+  if len(f.table) > 16:
+    return jnp.array(f.table, jnp.float32)[code.astype(jnp.int32)]
+  code = code.astype(jnp.int32)
+  level = [jnp.float32(v) for v in f.table]
+  bit = 1
+  while len(level) > 1:
+    high = (code & bit) != 0
+    level = [
+      jnp.where(high, b, a)
+      for a, b in zip(level[::2], level[1::2], strict=True)
+    ]
+    bit <<= 1
+  return level[0]
+
+
+def encode(x, f, rounding=nearest_even, *, saturate: bool = True):
+  """Codes of float32 `x` in a `Float`, `Int` or `Codebook`."""
+  if isinstance(f, Float):
+    return encode_float(x, f, rounding, saturate=saturate)
+  if isinstance(f, Int):
+    return encode_int(x, f, rounding)
+  return encode_codebook(x, f, rounding)
+
+
+def decode(code, f):
+  """float32 values of codes of a `Float`, `Int` or `Codebook`."""
+  if isinstance(f, Float):
+    return decode_float(code, f)
+  if isinstance(f, Int):
+    return decode_int(code, f)
+  return decode_codebook(code, f)

@@ -1,0 +1,82 @@
+"""Counter-based random bits: a hash of key, site and element index.
+
+Bits are a pure function of where an element stands, so they are the same under
+jit, vmap and every sharding, and a kernel draws them without any state. The
+mixer is the 32-bit finalizer `lowbias32` (bias found by search, C. Wellons,
+"Prospecting for Hash Functions"), applied once for each key word.
+"""
+
+import jax.numpy as jnp
+from jax import lax
+
+_SITE = 0x9E3779B9
+_HIGH = 0x85EBCA6B
+
+
+def _mix(h):
+  h = (h ^ (h >> 16)) * jnp.uint32(0x7FEB352D)
+  h = (h ^ (h >> 15)) * jnp.uint32(0x846CA68B)
+  return h ^ (h >> 16)
+
+
+def random_bits(key_words, index, index_hi=None, *, site: int = 0):
+  """32 random bits for each element.
+
+  Args:
+    key_words: uint32, last axis of size 2.
+    index: uint32 array, the low word of the 64-bit element index.
+    index_hi: uint32 array, the high word; None stands for zero.
+    site: static number of the place that draws, so that several places can
+      share a key.
+
+  Returns:
+    uint32 array of the shape of `index`.
+  """
+  k0, k1 = key_words[..., 0], key_words[..., 1]
+  h = _mix(index + (k0 + jnp.uint32((site * _SITE) & 0xFFFFFFFF)))
+  if index_hi is not None:
+    h = _mix(h + index_hi * jnp.uint32(_HIGH))
+  return _mix(h ^ k1)
+
+
+def _multiply_wide(a, b: int):
+  """The 64-bit product of uint32 `a` and a Python int as (low, high)."""
+  low, high = b & 0xFFFFFFFF, (b >> 32) & 0xFFFFFFFF
+  a0, a1 = a & 0xFFFF, a >> 16
+  b0, b1 = low & 0xFFFF, low >> 16
+  mid = a1 * jnp.uint32(b0) + ((a0 * jnp.uint32(b0)) >> 16)
+  carry = a0 * jnp.uint32(b1) + (mid & 0xFFFF)
+  upper = a1 * jnp.uint32(b1) + (mid >> 16) + (carry >> 16)
+  return a * jnp.uint32(low), upper + a * jnp.uint32(high)
+
+
+def element_index(shape, origin=None):
+  """Row-major index of each element as (low word, high word or None).
+
+  Args:
+    shape: shape of the array.
+    origin: None, or (start, full_shape) where this array is the slice of a
+      larger one that begins at `start`; starts may be traced.
+
+  Returns:
+    uint32 arrays of that shape; the high word is None below 2**32 elements.
+  """
+  start, full = ((0,) * len(shape), shape) if origin is None else origin
+  size = 1
+  strides = []
+  for n in reversed(full):
+    strides.append(size)
+    size *= n
+  strides.reverse()
+  low = jnp.zeros(shape, jnp.uint32)
+  high = jnp.zeros(shape, jnp.uint32) if size > 1 << 32 else None
+  for d, stride in enumerate(strides):
+    i = lax.broadcasted_iota(jnp.uint32, shape, d)
+    i = i + jnp.asarray(start[d]).astype(jnp.uint32)
+    if high is None:
+      low = low + i * jnp.uint32(stride & 0xFFFFFFFF)
+      continue
+    product, upper = _multiply_wide(i, stride)
+    low = low + product
+    high = high + upper + (low < product).astype(jnp.uint32)
+  return low, high

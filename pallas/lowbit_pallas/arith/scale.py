@@ -1,0 +1,107 @@
+"""Exact scales from exponent bits.
+
+Scales are never built with log2 or exp2, which XLA evaluates inexactly at
+powers of two. Functions take the bit pattern of amax = max |x| as int32: its
+order is the order of the numbers, and Inf and NaN are the patterns from `INF`
+on, so one integer maximum over a block finds amax and poison together.
+
+Power-of-two scales are E8M0 codes: 2**(code - 127), 255 for NaN.
+"""
+
+import math
+from fractions import Fraction
+
+import jax.numpy as jnp
+from jax import lax
+
+from lowbit_pallas.arith import bits as fb
+
+EXPONENT_RULES = ('floor', 'ceil', 'even', 'rceil', 'round')
+NAN_CODE = 255
+
+
+def magnitude_bits(x):
+  """Bits of |x| as int32."""
+  return fb.to_bits(x) & fb.MAGNITUDE
+
+
+def block_max(b, axes):
+  """Maximum of int32 `b` over `axes`, kept with size 1.
+
+  A reduction over the minor axis runs element by element on CPU. Folding the
+  axis in halves first, down to 16 lanes, is the same maximum at vector speed.
+  """
+  axes = tuple(a % b.ndim for a in axes)
+  minor = b.ndim - 1
+  if minor in axes and b.shape[minor] % 32 == 0:
+    lead = b.shape[:minor]
+    b = b.reshape(*lead, b.shape[minor] // 16, 16)
+    while b.shape[-2] % 2 == 0:
+      half = b.shape[-2] // 2
+      low = lax.slice_in_dim(b, 0, half, axis=-2)
+      b = jnp.maximum(low, lax.slice_in_dim(b, half, 2 * half, axis=-2))
+    if b.shape[-2] > 1:
+      b = jnp.max(b, axis=-2, keepdims=True, initial=0)
+    b = b.reshape(*lead, 16)
+  return jnp.max(b, axis=axes, keepdims=True, initial=0)
+
+
+def exponent_code(amax_bits, rule: str, emax: int, max_value: float, m: int):
+  """E8M0 code of the shared scale.
+
+  Args:
+    amax_bits: int32 bits of the block maxima.
+    rule: 'floor': floor(log2 amax) - emax. 'ceil': ceil(log2 amax) - emax.
+      'even': floor after amax is rounded half up to m mantissa bits. 'rceil':
+      ceil(log2(amax / max_value)), the smallest scale that does not saturate.
+      'round': round(log2(amax / max_value)).
+    emax: exponent of the largest element.
+    max_value: largest element.
+    m: mantissa bits of the element, for 'even'.
+
+  Returns:
+    int32 in [0, 255]; 0 for zero blocks (amax < 2^-126), 255 for Inf or NaN.
+  """
+  fraction = amax_bits & 0x7FFFFF
+  e = amax_bits >> 23
+  lead = math.frexp(max_value)[0] * 2  # in [1, 2)
+  if rule == 'floor':
+    code = e - emax
+  elif rule == 'ceil':
+    code = e - emax + (fraction > 0)
+  elif rule == 'even':
+    code = ((amax_bits + (1 << (22 - m))) >> 23) - emax
+  elif rule == 'rceil':
+    top = int((lead - 1) * (1 << 23))
+    code = e - emax + (fraction > top)
+  elif rule == 'round':
+    # amax = (1 + fraction / 2^23) 2^e; compare its square with 2 lead^2 and
+    # lead^2 / 2 in integers. Neither is a square of such a number: no ties.
+    square = Fraction(lead) ** 2 * (1 << 46)
+    up = fraction >= math.isqrt(int(square * 2)) + 1 - (1 << 23)
+    down = fraction < math.isqrt(int(square / 2)) + 1 - (1 << 23)
+    code = e - emax + up.astype(jnp.int32) - down.astype(jnp.int32)
+  else:
+    raise ValueError(f'{rule=} is not one of {EXPONENT_RULES}')
+  code = jnp.clip(code, 0, 254)
+  code = jnp.where(amax_bits < fb.MIN_NORMAL, 0, code)
+  return jnp.where(amax_bits >= fb.INF, NAN_CODE, code)
+
+
+def exponent_factors(code):
+  """Two normal float32 factors whose product is 2**(code - 127).
+
+  2^-127 itself is subnormal and would be flushed to zero. Code 255 gives NaN.
+  """
+  code = code.astype(jnp.int32)
+  main = fb.from_bits(jnp.maximum(code, 1) << 23)
+  main = jnp.where(code == NAN_CODE, jnp.float32(math.nan), main)
+  return main, jnp.where(code == 0, jnp.float32(0.5), jnp.float32(1))
+
+
+def inverse_exponent_factors(code):
+  """Two normal float32 factors whose product is 2**(127 - code)."""
+  code = code.astype(jnp.int32)
+  main = fb.from_bits((254 - jnp.minimum(code, 253)) << 23)
+  main = jnp.where(code == NAN_CODE, jnp.float32(math.nan), main)
+  return main, jnp.where(code == 254, jnp.float32(0.5), jnp.float32(1))
