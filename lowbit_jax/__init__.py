@@ -1,8 +1,19 @@
-"""Low-bit numerics for JAX: exact formats, honest gradients, packed storage."""
+"""Low-bit numerics for JAX: exact formats, honest gradients, packed storage.
+
+Submodules that need Flax, or that most programs do not use, load on first use:
+`nn`, `doctor`, `testing`.
+"""
+
+import importlib
 
 from lowbit_jax import formats as formats
+from lowbit_jax import io as io
 from lowbit_jax import numerics as numerics
 from lowbit_jax import ops as ops
+from lowbit_jax import transforms as transforms
+from lowbit_jax._tree import combine as combine
+from lowbit_jax._tree import partition as partition
+from lowbit_jax._tree import shardings as shardings
 from lowbit_jax.ops import dequantize as dequantize
 from lowbit_jax.ops import dot as dot
 from lowbit_jax.ops import dot_general as dot_general
@@ -15,3 +26,17 @@ from lowbit_jax.ops import quantize_with as quantize_with
 from lowbit_jax.ops import round_to as round_to
 from lowbit_jax.ops import select_implementation as select_implementation
 from lowbit_jax.qarray import QArray as QArray
+
+__version__ = '0.1.0'
+
+_LAZY = ('doctor', 'nn', 'testing')
+
+
+def __getattr__(name: str):
+  if name in _LAZY:
+    return importlib.import_module(f'lowbit_jax.{name}')
+  raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+
+
+def __dir__():
+  return sorted({*globals(), *_LAZY})

@@ -67,6 +67,11 @@ class Blocks(NamedTuple):
   shape: tuple[int, ...]
 
   @property
+  def packed(self) -> int:
+    """The axis of the view along which codes are packed."""
+    return self.inner[sorted(self.axes).index(self.axes[0])]
+
+  @property
   def size(self) -> int:
     """Elements without padding."""
     shape = list(self.shape)
@@ -99,11 +104,6 @@ def split(x: jax.Array, fmt: BlockFormat, axes) -> Blocks:
   return Blocks(x.reshape(view), inner, axes, pad, x.shape)
 
 
-def merge(view: jax.Array, blocks: Blocks) -> jax.Array:
-  """The inverse of `split`, padding kept."""
-  return view.reshape(blocks.shape)
-
-
 class Scales(NamedTuple):
   """Scales as stored; `scale` and `zero_point` have the axes of the view."""
 
@@ -112,21 +112,75 @@ class Scales(NamedTuple):
   zero_point: jax.Array | None
 
 
+class Elements(NamedTuple):
+  """What is rounded, and the random numbers that rounding uses, all in the
+  shape of the view or of a lane of it."""
+
+  x: jax.Array
+  random: jax.Array | None
+  offset: jax.Array | None
+
+  def lane(self, axis: int, group: int, j: int) -> 'Elements':
+    """Elements j, j + group, j + 2 * group, ... along `axis`."""
+
+    def take(leaf):
+      shape = leaf.shape
+      split_ = (shape[axis] // group, group)
+      leaf = leaf.reshape(*shape[:axis], *split_, *shape[axis + 1 :])
+      return jax.lax.index_in_dim(leaf, j, axis + 1, keepdims=False)
+
+    return jax.tree.map(take, self)
+
+
 class Job(NamedTuple):
   """One quantization: what is quantized, and with what."""
 
   blocks: Blocks
   fmt: BlockFormat
   scales: Scales
-  draw: '_Draw'
+  elements: Elements
+  rounding: Rounding
 
-  def codes(self) -> jax.Array:
-    return _encode(self.blocks, self.fmt, self.scales, self.draw)
+  def codes(self, elements: Elements) -> jax.Array:
+    """Element codes, unpacked."""
+    _, fmt, scales, _, how = self
+    rule = _rounding.rule(how.rounding, elements.random, how.random_bits)
+    y = _scaled(elements.x, self.blocks, fmt, scales.scale, scales.tensor_scale)
+    if elements.offset is not None:
+      y = y + elements.offset
+    if scales.zero_point is None:
+      return codec.encode(y, spec(fmt.element), rule)
+    # round(x / s) + z, not round(x / s + z): they differ at ties.
+    k = rule(y) + scales.zero_point.astype(jnp.float32)
+    k = jnp.clip(k, 0, fmt.element.code_max)
+    return jnp.where(k != k, 0, k).astype(jnp.int32).astype(jnp.uint8)
 
   def values(self) -> jax.Array:
     """Dequantized float32 values in the shape of the view."""
-    offset = self.draw.offset
-    return _decode(self.codes(), self.fmt, self.scales, offset, self.blocks)
+    codes = self.codes(self.elements)
+    offset = self.elements.offset
+    return _decode(codes, self.fmt, self.scales, offset, self.blocks)
+
+  def packed(self) -> jax.Array:
+    """Packed codes in the shape of the padded array.
+
+    Along the minor axis, lanes are encoded one by one: encoding whole blocks
+    and then picking every other code would make XLA:CPU encode in the strided
+    packing loop. Along other axes packing is not strided and encodes once.
+    """
+    blocks, bits = self.blocks, self.fmt.element.bits
+    group = _packing.codes_per_group(bits)
+    axis = blocks.packed
+    view = blocks.view.shape
+    if group == 1 or axis != len(view) - 1 or view[axis] % group:
+      codes = self.codes(self.elements).reshape(blocks.shape)
+      return _packing.pack_unchecked(codes, bits, blocks.axes[0])
+    lanes = [
+      self.codes(self.elements.lane(axis, group, j)) for j in range(group)
+    ]
+    shape = list(blocks.shape)
+    shape[blocks.axes[0]] = _packing.packed_size(shape[blocks.axes[0]], bits)
+    return _packing.pack_lanes(lanes, bits, axis).reshape(shape)
 
 
 def from_data(
@@ -134,7 +188,7 @@ def from_data(
 ) -> Job:
   """A quantization whose scales come from the data."""
   blocks = split(x.astype(jnp.float32), fmt, axes)
-  draw = _Draw(x.shape, blocks, fmt, rounding)
+  elements = _elements(x.shape, blocks, fmt, rounding)
   amax = _scaling.block_max(_scaling.magnitude_bits(blocks.view), blocks.inner)
   if fmt.tensor_scale:
     tensor_scale = _tensor_scale(blocks, amax, fmt, rule, tensor_scale)
@@ -148,26 +202,27 @@ def from_data(
   elif fmt.scale is not None:
     options = _scaling.candidates(amax, fmt, rule, tensor_scale)
     scale = _best(blocks, fmt, options, tensor_scale)
-  return Job(blocks, fmt, Scales(scale, tensor_scale, zero_point), draw)
+  scales = Scales(scale, tensor_scale, zero_point)
+  return Job(blocks, fmt, scales, elements, rounding)
 
 
 def from_scales(x, fmt, axes, scales: Scales, rounding: Rounding) -> Job:
   """A quantization with given scales, `scale` and `zero_point` per block."""
   blocks = split(x.astype(jnp.float32), fmt, axes)
-  draw = _Draw(x.shape, blocks, fmt, rounding)
+  elements = _elements(x.shape, blocks, fmt, rounding)
   scale, tensor_scale, zero_point = scales
   scale = None if scale is None else blocks.expand(scale)
   zero_point = None if zero_point is None else blocks.expand(zero_point)
-  return Job(blocks, fmt, Scales(scale, tensor_scale, zero_point), draw)
+  scales = Scales(scale, tensor_scale, zero_point)
+  return Job(blocks, fmt, scales, elements, rounding)
 
 
 def pack(job: Job, dtype) -> QArray:
   """Runs a quantization into packed storage."""
-  blocks, fmt, scales, _ = job
-  codes = merge(job.codes(), blocks)
+  blocks, fmt, scales = job.blocks, job.fmt, job.scales
   squeeze = lambda leaf: None if leaf is None else blocks.squeeze(leaf)
   return QArray(
-    codes=_packing.pack_unchecked(codes, fmt.element.bits, blocks.axes[0]),
+    codes=job.packed(),
     scale=squeeze(scales.scale),
     tensor_scale=scales.tensor_scale,
     zero_point=squeeze(scales.zero_point),
@@ -180,35 +235,27 @@ def pack(job: Job, dtype) -> QArray:
 
 def restore(view: jax.Array, blocks: Blocks, dtype) -> jax.Array:
   """A view back in the shape of the array, without padding."""
-  x = qarray.unpadded(merge(view, blocks), blocks.axes, blocks.pad)
+  x = view.reshape(blocks.shape)
+  x = qarray.unpadded(x, blocks.axes, blocks.pad)
   return x.astype(dtype)
 
 
-class _Draw:
-  """Random bits of one quantization, laid out like its blocks."""
-
-  def __init__(self, shape, blocks: Blocks, fmt, rounding: Rounding):
-    self.rounding = rounding
-    self.random = None
-    self.offset = None
-    name, key, _, origin = rounding
-    if name == 'stochastic':
-      random = _rounding.random_words(key, shape, origin)
-      self.random = split(random, fmt, blocks.axes).view
-    if name == 'dithered':
-      step = dither_step(fmt.element)
-      offset = _rounding.dither(key, shape, origin) * step
-      self.offset = split(offset, fmt, blocks.axes).view
-
-  def rule(self):
-    return _rounding.rule(
-      self.rounding.rounding, self.random, self.rounding.random_bits
-    )
+def _elements(shape, blocks: Blocks, fmt, rounding: Rounding) -> Elements:
+  """The view with the random numbers of its rounding, drawn by logical index."""
+  name, key, _, origin = rounding
+  random = offset = None
+  if name == 'stochastic':
+    random = _rounding.random_words(key, shape, origin)
+    random = split(random, fmt, blocks.axes).view
+  if name == 'dithered':
+    step = dither_step(fmt.element)
+    offset = _rounding.dither(key, shape, origin) * step
+    offset = split(offset, fmt, blocks.axes).view
+  return Elements(blocks.view, random, offset)
 
 
-def _scaled(blocks: Blocks, fmt: BlockFormat, scale, tensor_scale):
-  """x / scale as x * (1 / scale), 0 in poisoned blocks."""
-  y = blocks.view
+def _scaled(y, blocks: Blocks, fmt: BlockFormat, scale, tensor_scale):
+  """y / scale as y * (1 / scale), 0 in poisoned blocks."""
   if scale is None and tensor_scale is None:
     return y
   outer = None if tensor_scale is None else blocks.expand(tensor_scale)
@@ -217,19 +264,6 @@ def _scaled(blocks: Blocks, fmt: BlockFormat, scale, tensor_scale):
     y = y * factor
   bad = jnp.isnan(inverse[0])
   return jnp.where(bad, jnp.float32(0), y)
-
-
-def _encode(blocks, fmt, scales: 'Scales', draw: _Draw):
-  """Element codes in the shape of the view."""
-  y = _scaled(blocks, fmt, scales.scale, scales.tensor_scale)
-  if draw.offset is not None:
-    y = y + draw.offset
-  if scales.zero_point is None:
-    return codec.encode(y, spec(fmt.element), draw.rule())
-  # round(x / s) + z, not round(x / s + z): they differ at ties.
-  k = draw.rule()(y) + scales.zero_point.astype(jnp.float32)
-  k = jnp.clip(k, 0, fmt.element.code_max)
-  return jnp.where(k != k, 0, k).astype(jnp.int32).astype(jnp.uint8)
 
 
 def _decode(codes, fmt, scales: 'Scales', offset, blocks: Blocks):
@@ -261,8 +295,13 @@ def _tensor_scale(blocks, amax, fmt, rule, given):
     top = jnp.max(amax, initial=0)
     scale = _scaling.tensor_scale_from(top, fmt)
     return jnp.where(top >= fb.INF, math.nan, scale).reshape(ones)
-  b = _scaling.magnitude_bits(blocks.view)
-  finite = _scaling.block_max(jnp.where(b < fb.INF, b, 0), blocks.inner)
+
+  def finite_max():
+    b = _scaling.magnitude_bits(blocks.view)
+    return _scaling.block_max(jnp.where(b < fb.INF, b, 0), blocks.inner)
+
+  all_finite = jnp.all(amax < fb.INF)
+  finite = jax.lax.cond(all_finite, lambda: amax, finite_max)
   top = jnp.max(finite, initial=0)
   return _scaling.tensor_scale_from(top, fmt).reshape(ones)
 
@@ -296,9 +335,9 @@ def _block_counts(blocks: Blocks) -> np.ndarray:
   """Elements of each block that are not padding, in `scale_shape`."""
   ones = np.ones([1] * len(blocks.shape), np.float32)
   view = blocks.view.shape
-  for axis, pad, inner in zip(
-    blocks.axes, blocks.pad, blocks.inner, strict=True
-  ):
+  # `inner` is in the order of positions, `axes` in that of the caller.
+  pads = sorted(zip(blocks.axes, blocks.pad, strict=True))
+  for (axis, pad), inner in zip(pads, blocks.inner, strict=True):
     count, size = view[inner - 1], view[inner]
     n = blocks.shape[axis] - pad
     sizes = np.clip(n - size * np.arange(count), 0, size).astype(np.float32)
@@ -328,7 +367,7 @@ def _best(blocks: Blocks, fmt: BlockFormat, options, tensor_scale):
 
 
 def _squared_error(blocks: Blocks, fmt: BlockFormat, scale, tensor_scale):
-  y = _scaled(blocks, fmt, scale, tensor_scale)
+  y = _scaled(blocks.view, blocks, fmt, scale, tensor_scale)
   element = spec(fmt.element)
   codes = codec.encode(y, element)
   y = _decode(codes, fmt, Scales(scale, tensor_scale, None), None, blocks)

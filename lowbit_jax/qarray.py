@@ -255,9 +255,10 @@ def split_blocks(shape, fmt: BlockFormat, axes):
 
   Returns:
     (view shape, positions of the axes inside a block). Each block axis n
-    becomes (n / g, g).
+    becomes (n / g, g); without block scales it becomes (1, n).
   """
-  blocks = dict(zip(axes, fmt.block, strict=True))
+  sizes = fmt.block if fmt.scale is not None else (0,) * len(axes)
+  blocks = dict(zip(axes, sizes, strict=True))
   view, inner = [], []
   for i, n in enumerate(shape):
     block = blocks.get(i - len(shape))

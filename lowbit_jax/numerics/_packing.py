@@ -10,6 +10,7 @@ unpacked_size = packing.unpacked_size
 lanes = packing.lanes
 pack_unchecked = packing.pack
 unpack_unchecked = packing.unpack
+pack_lanes = packing.pack_lanes
 
 
 def pack(codes, bits: int, axis: int = -1) -> jax.Array:

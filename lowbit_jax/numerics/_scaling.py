@@ -15,7 +15,7 @@ from lowbit_pallas.arith import bits as fb
 from lowbit_pallas.arith import codec
 from lowbit_pallas.arith import scale as exact
 
-from lowbit_jax.formats import BlockFormat, FloatFormat, IntFormat
+from lowbit_jax.formats import BlockFormat, FloatFormat
 from lowbit_jax.numerics._codec import spec
 
 block_max = exact.block_max
@@ -41,7 +41,9 @@ def scale_rules(fmt: BlockFormat) -> tuple[str, ...]:
   if fmt.scale is None:
     return TENSOR_RULES
   if fmt.has_exponent_scale:
-    return EXPONENT_RULES
+    # 'even' rounds amax to the mantissa of the element, which integers lack.
+    has_mantissa = isinstance(fmt.element, FloatFormat)
+    return tuple(r for r in EXPONENT_RULES if has_mantissa or r != 'even')
   if not is_coded(fmt.scale):
     return FLOAT_RULES
   # Four over six is about the gap between the E2M1 values 4 and 6.
@@ -192,8 +194,4 @@ def _encode_scale(scale, fmt: FloatFormat):
 
 
 def _mantissa_bits(element) -> int:
-  if isinstance(element, FloatFormat):
-    return element.mantissa_bits
-  if isinstance(element, IntFormat):
-    return element.width - 2
-  return 0
+  return element.mantissa_bits if isinstance(element, FloatFormat) else 0

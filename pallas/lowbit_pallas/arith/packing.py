@@ -42,9 +42,21 @@ def pack(codes, bits: int, axis: int = -1):
   axis %= codes.ndim
   if axis == codes.ndim - 1:
     return _pack_minor(codes, bits)
-  group = codes_per_group(bits)
-  lanes = _split(lax.optimization_barrier(codes), axis, group)
-  return _join(_lanes_to_bytes(lanes, bits), axis)
+  return pack_lanes(_split(codes, axis, codes_per_group(bits)), bits, axis)
+
+
+def pack_lanes(lanes_, bits: int, axis: int):
+  """Packs codes that are already split into the lanes of `lanes`.
+
+  Args:
+    lanes_: `codes_per_group(bits)` uint8 arrays.
+    bits: 1 to 8.
+    axis: non-negative axis of the lanes.
+
+  Returns:
+    uint8, `axis` grown by bits * len(lanes_) / 8.
+  """
+  return _join(_lanes_to_bytes(lanes_, bits), axis)
 
 
 def unpack(packed, bits: int, axis: int = -1):

@@ -26,24 +26,37 @@ def magnitude_bits(x):
 
 
 def block_max(b, axes):
-  """Maximum of int32 `b` over `axes`, kept with size 1.
+  """Maximum of non-negative int32 `b` over `axes`, kept with size 1.
 
-  A reduction over the minor axis runs element by element on CPU. Folding the
-  axis in halves first, down to 16 lanes, is the same maximum at vector speed.
+  XLA:CPU reduces many axes element by element. Folding an axis in halves first
+  is the same maximum at vector speed: the minor axis as rows of 16 lanes, other
+  axes from 128 on, down to 64 where they are longer (measured: the loops that
+  are left vectorise at these sizes).
   """
-  axes = tuple(a % b.ndim for a in axes)
-  minor = b.ndim - 1
-  if minor in axes and b.shape[minor] % 32 == 0:
-    lead = b.shape[:minor]
-    b = b.reshape(*lead, b.shape[minor] // 16, 16)
-    while b.shape[-2] % 2 == 0:
-      half = b.shape[-2] // 2
-      low = lax.slice_in_dim(b, 0, half, axis=-2)
-      b = jnp.maximum(low, lax.slice_in_dim(b, half, 2 * half, axis=-2))
-    if b.shape[-2] > 1:
-      b = jnp.max(b, axis=-2, keepdims=True, initial=0)
-    b = b.reshape(*lead, 16)
-  return jnp.max(b, axis=axes, keepdims=True, initial=0)
+  axes = sorted(a % b.ndim for a in axes)
+  for axis in axes:
+    n = b.shape[axis]
+    if axis < b.ndim - 1:
+      b = _fold_max(b, axis) if n >= 128 else _reduce_max(b, axis)
+    elif n % 32 == 0:
+      rows = _fold_max(b.reshape(*b.shape[:-1], n // 16, 16), axis)
+      b = jnp.max(rows, axis=-1)
+    else:
+      b = _reduce_max(b, axis)
+  return b
+
+
+def _fold_max(b, axis: int):
+  least = 1 if b.shape[axis] <= 128 else 64
+  while b.shape[axis] % 2 == 0 and b.shape[axis] > least:
+    half = b.shape[axis] // 2
+    low = lax.slice_in_dim(b, 0, half, axis=axis)
+    b = jnp.maximum(low, lax.slice_in_dim(b, half, 2 * half, axis=axis))
+  return b if b.shape[axis] == 1 else _reduce_max(b, axis)
+
+
+def _reduce_max(b, axis: int):
+  return jnp.max(b, axis=axis, keepdims=True, initial=0)
 
 
 def exponent_code(amax_bits, rule: str, emax: int, max_value: float, m: int):
@@ -68,12 +81,12 @@ def exponent_code(amax_bits, rule: str, emax: int, max_value: float, m: int):
   if rule == 'floor':
     code = e - emax
   elif rule == 'ceil':
-    code = e - emax + (fraction > 0)
+    code = e - emax + (fraction > 0).astype(jnp.int32)
   elif rule == 'even':
     code = ((amax_bits + (1 << (22 - m))) >> 23) - emax
   elif rule == 'rceil':
     top = int((lead - 1) * (1 << 23))
-    code = e - emax + (fraction > top)
+    code = e - emax + (fraction > top).astype(jnp.int32)
   elif rule == 'round':
     # amax = (1 + fraction / 2^23) 2^e; compare its square with 2 lead^2 and
     # lead^2 / 2 in integers. Neither is a square of such a number: no ties.

@@ -1,0 +1,134 @@
+"""Trees that hold QArrays: what is trained, what is frozen, and where it lives.
+
+`jax.grad` refuses uint8 leaves and an optimizer would make moments for them, so
+a mixed tree is split before differentiation and joined inside the loss:
+
+    trainable, frozen = partition(params)
+    grads = jax.grad(lambda t: loss(combine(t, frozen)))(trainable)
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+
+from lowbit_jax import qarray
+from lowbit_jax.numerics import _packing
+from lowbit_jax.qarray import QArray, is_qarray
+
+_LEAVES = ('codes', 'scale', 'tensor_scale', 'zero_point')
+
+
+def partition(tree, *, scales: bool = False):
+  """Splits a tree into (trainable, frozen), each with None in the holes.
+
+  Args:
+    tree: a pytree of arrays and QArrays.
+    scales: whether the float scales of QArrays are trainable. Their QArray then
+      stands in both trees, with None for the leaves of the other.
+
+  Returns:
+    Two trees; `combine` joins them again. Float arrays are trainable, QArrays
+    and everything else is frozen.
+  """
+
+  def split(x):
+    if isinstance(x, QArray):
+      if not scales:
+        return None, x
+      float_leaves = {n: _is_float(getattr(x, n)) for n in _LEAVES}
+      parts = (
+        {n: getattr(x, n) if f == keep else None for n, f in float_leaves.items()}
+        for keep in (True, False)
+      )
+      return tuple(qarray.replace(x, **p) for p in parts)
+    return (x, None) if _is_float(x) else (None, x)
+
+  leaves, treedef = jax.tree.flatten(tree, is_leaf=is_qarray)
+  pairs = [split(x) for x in leaves]
+  return tuple(treedef.unflatten([p[i] for p in pairs]) for i in (0, 1))
+
+
+def combine(*trees):
+  """Joins trees of one structure, taking the first entry that is not None."""
+
+  def pick(*xs):
+    xs = [x for x in xs if x is not None]
+    if not xs or not isinstance(xs[0], QArray):
+      return xs[0] if xs else None
+    merged = {n: pick(*(getattr(x, n) for x in xs)) for n in _LEAVES}
+    return qarray.replace(xs[0], **merged)
+
+  return jax.tree.map(pick, *trees, is_leaf=lambda x: x is None or is_qarray(x))
+
+
+def shardings(q: QArray, sharding) -> QArray:
+  """The sharding of every leaf that belongs to a sharding of the whole.
+
+  Args:
+    q: a QArray; `jax.eval_shape` output will do.
+    sharding: a `NamedSharding` or a `PartitionSpec` for an array of the shape
+      of `q`.
+
+  Returns:
+    A QArray with a `NamedSharding` (or a `PartitionSpec`, for `in_specs` of
+    shard_map) in place of each leaf. Every shard is a valid QArray.
+
+  Raises:
+    ValueError: where a shard would cut a block or a byte, or an axis with
+      padding is sharded.
+
+  Example:
+    `jax.device_put(q, shardings(q, NamedSharding(mesh, P(None, 'model'))))`
+  """
+  if isinstance(sharding, NamedSharding):
+    mesh, spec = sharding.mesh, sharding.spec
+  elif isinstance(sharding, PartitionSpec):
+    mesh, spec = None, sharding
+  else:
+    raise TypeError(
+      f'sharding={sharding!r} must be a NamedSharding or a PartitionSpec'
+    )
+  if len(spec) > q.ndim:
+    raise ValueError(f'{spec} names more axes than shape {q.shape} has')
+  parts = (*spec, *[None] * (q.ndim - len(spec)))
+  for k, axis in enumerate(q.axes):
+    _check_shards(q, k, axis, parts[axis], mesh)
+
+  def place(leaf):
+    own = [
+      None if leaf.shape[d] == 1 and q.shape[d] != 1 else part
+      for d, part in enumerate(parts)
+    ]
+    own = PartitionSpec(*own)
+    return own if mesh is None else NamedSharding(mesh, own)
+
+  return jax.tree.map(place, q)
+
+
+def _check_shards(q: QArray, k: int, axis: int, part, mesh) -> None:
+  if part is None:
+    return
+  if q.pad[k]:
+    raise ValueError(
+      f'axis {axis} of {q!r} has {q.pad[k]} elements of padding and cannot be'
+      f' sharded over {part!r}; choose another axis or a shape that blocks of'
+      f' {q.fmt} divide'
+    )
+  if mesh is None:
+    return
+  names = part if isinstance(part, tuple) else (part,)
+  shards = math.prod(mesh.shape[n] for n in names)
+  unit = max(q.fmt.block[k], 1)
+  if k == 0:
+    unit = math.lcm(unit, _packing.codes_per_group(q.fmt.element.bits))
+  if q.shape[axis] % (shards * unit):
+    raise ValueError(
+      f'{shards} shards of axis {axis}, of size {q.shape[axis]}, would cut'
+      f' blocks of {unit} elements of {q.fmt}'
+    )
+
+
+def _is_float(x) -> bool:
+  return hasattr(x, 'dtype') and jnp.issubdtype(x.dtype, jnp.floating)
