@@ -61,12 +61,16 @@ def machine() -> str:
   try:
     with open('/proc/cpuinfo') as f:
       model = next(
-        line.split(':')[1].strip() for line in f if line.startswith('model name')
+        line.split(':')[1].strip()
+        for line in f
+        if line.startswith('model name')
       )
   except (OSError, StopIteration):
     pass
   versions = ', '.join(
-    f'{p} {v}' for p in ('jax', 'jaxlib', 'qwix', 'torch', 'torchao') if (v := _version(p))
+    f'{p} {v}'
+    for p in ('jax', 'jaxlib', 'qwix', 'torch', 'torchao')
+    if (v := _version(p))
   )
   load = f'{os.getloadavg()[0]:.1f}' if hasattr(os, 'getloadavg') else 'unknown'
   return (
@@ -86,8 +90,8 @@ def _version(package: str) -> str | None:
 def table(title: str, header: list[str], rows: list[list[str]]) -> str:
   """A Markdown table with aligned columns."""
   widths = [max(len(r[i]) for r in [header, *rows]) for i in range(len(header))]
-  line = lambda r: '| ' + ' | '.join(
-    c.ljust(w) for c, w in zip(r, widths, strict=True)
-  ) + ' |'
+  line = lambda r: (
+    '| ' + ' | '.join(c.ljust(w) for c, w in zip(r, widths, strict=True)) + ' |'
+  )
   rule = '|' + '|'.join('-' * (w + 2) for w in widths) + '|'
   return '\n'.join([f'### {title}', '', line(header), rule, *map(line, rows)])

@@ -65,7 +65,12 @@ def qwix_thunks(x) -> dict:
   from qwix._src.core import qarray
 
   thunks = {}
-  for name, tile in (('mxfp4', 32), ('mxfp8', 32), ('nvfp4', 16), ('int4', 128)):
+  for name, tile in (
+    ('mxfp4', 32),
+    ('mxfp8', 32),
+    ('nvfp4', 16),
+    ('int4', 128),
+  ):
     how = qarray.HowToQuantize(
       qtype=name, channelwise_axes=[0], tiled_axes={1: tile}
     )
@@ -86,7 +91,9 @@ def torchao_thunks(x) -> dict:
   mode = mx_tensor.ScaleCalculationMode.FLOOR
   kinds = {'mxfp8': torch.float8_e4m3fn, 'mxfp4': torch.float4_e2m1fn_x2}
   return {
-    f'torchao {name} quantize': lambda d=dtype: mx_tensor.to_mx(t, d, 32, mode)[0].numel()
+    f'torchao {name} quantize': lambda d=dtype: mx_tensor.to_mx(t, d, 32, mode)[
+      0
+    ].numel()
     for name, dtype in kinds.items()
   }
 
@@ -118,7 +125,13 @@ def main(argv):
         r.name, f'{r.cpu:.2f}', f'{r.wall:.2f}',
         '' if goal is None else f'<= {goal}', f'{gigabytes:.1f}',
       ])  # fmt: skip
-    header = ['call', 'CPU ratio', 'wall ratio', 'goal (CPU)', 'GB/s of float32']
+    header = [
+      'call',
+      'CPU ratio',
+      'wall ratio',
+      'goal (CPU)',
+      'GB/s of float32',
+    ]
     print(_timing.table(f'blocks along axis {axis}', header, rows) + '\n')
 
 

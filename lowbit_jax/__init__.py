@@ -26,6 +26,7 @@ from lowbit_jax.ops import quantize_with as quantize_with
 from lowbit_jax.ops import round_to as round_to
 from lowbit_jax.ops import select_implementation as select_implementation
 from lowbit_jax.qarray import QArray as QArray
+from lowbit_jax.recipe import QuantSpec as QuantSpec
 
 __version__ = '0.1.0'
 

@@ -286,7 +286,14 @@ def _tensor_scale(blocks, amax, fmt, rule, given):
   scale, because block scales confine NaN and Inf to their block."""
   ones = (1,) * len(blocks.shape)
   if given is not None:
-    return jnp.asarray(given, jnp.float32).reshape(ones)
+    scale = jnp.asarray(given, jnp.float32)
+    if scale.size != 1:
+      raise ValueError(
+        f'tensor_scale.shape={scale.shape} must hold one number; use vmap for a'
+        ' stack of tensors'
+      )
+    bad = jnp.any(amax >= fb.INF) & (fmt.scale is None)
+    return jnp.where(bad, math.nan, scale).reshape(ones)
   if rule == 'absmean':
     mean = jnp.sum(jnp.abs(blocks.view)) / max(blocks.size, 1)
     bad = jnp.any(amax >= fb.INF)
@@ -313,10 +320,12 @@ def _minmax(blocks: Blocks, amax, fmt: BlockFormat):
   high = jnp.max(x, axis=blocks.inner, keepdims=True, initial=0)
   low = jnp.min(x, axis=blocks.inner, keepdims=True, initial=0)
   bad = amax >= fb.INF
-  span = jnp.minimum(high - low, jnp.finfo(jnp.float32).max)
-  span = jnp.where(bad | (amax < fb.MIN_NORMAL), 0, span)
+  step = jnp.float32(1 / top)
+  span = high - low
+  scale = jnp.where(jnp.isinf(span), high * step - low * step, span * step)
+  scale = jnp.where(bad | (amax < fb.MIN_NORMAL), 0, scale)
   dtype = jnp.dtype(fmt.scale.name)
-  scale = (span * jnp.float32(1 / top)).astype(dtype)
+  scale = scale.astype(dtype)
   inverse = _scaling.reciprocal(scale.astype(jnp.float32))
   zero = jnp.clip(fb.round_half_even(-low * inverse), 0, top)
   zero = jnp.where(bad, 0, zero).astype(jnp.int32).astype(jnp.uint8)

@@ -39,7 +39,10 @@ def partition(tree, *, scales: bool = False):
         return None, x
       float_leaves = {n: _is_float(getattr(x, n)) for n in _LEAVES}
       parts = (
-        {n: getattr(x, n) if f == keep else None for n, f in float_leaves.items()}
+        {
+          n: getattr(x, n) if f == keep else None
+          for n, f in float_leaves.items()
+        }
         for keep in (True, False)
       )
       return tuple(qarray.replace(x, **p) for p in parts)

@@ -116,7 +116,11 @@ def _describe(x, entries: list, where: str) -> dict:
   if isinstance(x, np.ndarray | np.generic | jax.Array):
     array = np.asarray(x)
     entries.append(_storable(array))
-    return {'kind': 'array', 'entry': len(entries) - 1, 'dtype': array.dtype.name}
+    return {
+      'kind': 'array',
+      'entry': len(entries) - 1,
+      'dtype': array.dtype.name,
+    }
   if isinstance(x, dict):
     if bad := [k for k in x if not isinstance(k, str)]:
       raise TypeError(f'{where} has the key {bad[0]!r}; keys are strings')
@@ -166,7 +170,7 @@ def _array(node: dict, archive: zipfile.ZipFile):
 
 
 def _storable(array: np.ndarray) -> np.ndarray:
-  if array.dtype.kind in 'biufc' and array.dtype.isbuiltin:
+  if array.dtype.kind in 'biufc' and array.dtype.isbuiltin == 1:
     return np.ascontiguousarray(array).reshape(array.shape)
   return array.view(f'u{array.dtype.itemsize}')
 

@@ -7,8 +7,9 @@ Invariants, in the order in which `validate` checks them:
 2. `codes` is uint8. Codes of b bits are packed along the first block axis,
    little end first, so this axis has b / 8 of the padded logical size.
 3. Along a block axis `scale` has one entry per block; along others it has the
-   size of the array. `zero_point` has the shape of `scale`; `tensor_scale` has
-   size 1 along every axis.
+   size of the array. `zero_point` (uint8) has the shape of `scale`.
+   `tensor_scale` (float32) has size 1 along every axis, but along leading axes
+   of a stack, as vmap(quantize) makes, it has their size.
 4. Scales of at most 8 bits are uint8 codes, others float32 or bfloat16 numbers.
 5. x = (element - zero_point) * scale * tensor_scale, without the absent ones.
 
@@ -20,7 +21,7 @@ placeholders into the leaves.
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -188,22 +189,35 @@ def validate(q: QArray) -> QArray:
       )
   if q.codes.dtype != jnp.uint8:
     raise TypeError(f'codes.dtype={q.codes.dtype} must be uint8')
-  padded = [n for n in q.shape]
-  for axis, pad in zip(q.axes, q.pad, strict=True):
+  padded = list(q.shape)
+  for k, (axis, pad) in enumerate(zip(q.axes, q.pad, strict=True)):
     padded[axis] += pad
-  if q.scale is not None:
-    expected = scale_shape(padded, fmt, q.axes)
-    if q.scale.shape != expected:
+    if padded[axis] % _alignment(q, k):
       raise ValueError(
-        f'scale.shape={q.scale.shape} must be {expected} for codes of shape'
-        f' {q.codes.shape} in {fmt}'
+        f'codes.shape={q.codes.shape} holds {padded[axis]} elements along axis'
+        f' {axis}, no multiple of {_alignment(q, k)} as {fmt} needs'
       )
-    dtype = jnp.uint8
-    if not _scaling.is_coded(fmt.scale):
-      dtype = jnp.dtype(fmt.scale.name)
-    if q.scale.dtype != dtype:
-      raise TypeError(f'scale.dtype={q.scale.dtype} must be {dtype} for {fmt}')
+  expected = scale_shape(padded, fmt, q.axes)
+  scale_dtype = np.dtype(np.uint8)
+  if fmt.scale is not None and not _scaling.is_coded(fmt.scale):
+    scale_dtype = jnp.dtype(fmt.scale.name)
+  _check_leaf('scale', q.scale, expected, scale_dtype, fmt)
+  _check_leaf('zero_point', q.zero_point, expected, np.dtype(np.uint8), fmt)
+  if q.tensor_scale is not None:
+    sizes = zip(q.tensor_scale.shape, q.shape, strict=True)
+    expected = tuple(1 if t == 1 else n for t, n in sizes)
+    float32 = np.dtype(np.float32)
+    _check_leaf('tensor_scale', q.tensor_scale, expected, float32, fmt)
   return q
+
+
+def _check_leaf(name: str, leaf, shape, dtype: np.dtype, fmt) -> None:
+  if leaf is None:
+    return
+  if leaf.shape != tuple(shape):
+    raise ValueError(f'{name}.shape={leaf.shape} must be {shape} in {fmt}')
+  if leaf.dtype != dtype:
+    raise TypeError(f'{name}.dtype={leaf.dtype} must be {dtype} in {fmt}')
 
 
 def block_axes(fmt: BlockFormat, axis, ndim: int) -> tuple[int, ...]:
@@ -332,9 +346,8 @@ def dequantize(q: QArray, dtype=None, *, dither_key=None) -> jax.Array:
   return unpadded(y.reshape(x.shape), q.axes, q.pad).astype(dtype)
 
 
-def _with_axes(q: QArray, axes) -> QArray:
-  axes = tuple(axes)
-  return replace(q, axis=axes if len(axes) > 1 else axes[0])
+def _with_axes(q: QArray, axes: Sequence[int]) -> QArray:
+  return replace(q, axis=tuple(axes) if len(axes) > 1 else axes[0])
 
 
 def _alignment(q: QArray, i: int) -> int:
@@ -360,6 +373,11 @@ def _reshape(q: QArray, shape) -> QArray:
     and q.fmt.block[first] != 0
     and new % _alignment(q, first) == 0
   )
+  if q.tensor_scale is not None and q.tensor_scale.size > 1:
+    raise ValueError(
+      f'cannot reshape a stack of tensors with {q.tensor_scale.size} tensor'
+      ' scales; reshape its members'
+    )
   same_tail = shape[len(shape) - rest :] == q.shape[q.ndim - rest :]
   if math.prod(shape) != q.size or not same_tail or not aligned:
     raise ValueError(
@@ -405,17 +423,18 @@ def _getitem(q: QArray, index) -> QArray:
       per_leaf['scale'].append(whole)
       per_leaf['other'].append(slice(None))
       continue
+    stacked = q.tensor_scale is not None and q.tensor_scale.shape[d] != 1
     if isinstance(i, slice):
       per_leaf['codes'].append(i)
       per_leaf['scale'].append(i)
-      per_leaf['other'].append(slice(None))
+      per_leaf['other'].append(i if stacked else slice(None))
       continue
     if isinstance(i, int | np.integer):
       if not -n <= i < n:
         raise IndexError(f'index {i} is out of bounds for axis {d} of size {n}')
     per_leaf['codes'].append(i)
     per_leaf['scale'].append(i)
-    per_leaf['other'].append(jnp.zeros_like(jnp.asarray(i)))
+    per_leaf['other'].append(i if stacked else jnp.zeros_like(jnp.asarray(i)))
   if sum(1 for i in index if not isinstance(i, slice) and jnp.ndim(i)) > 1:
     raise IndexError('a QArray takes at most one array index')
   extra = [jnp.ndim(i) - 1 for i in index if not isinstance(i, slice)]
@@ -433,8 +452,11 @@ def _getitem(q: QArray, index) -> QArray:
     tensor_scale=take(q.tensor_scale, 'other'),
     pad=tuple(pad),
   )
-  grown = {d - q.ndim: jnp.ndim(i) - 1 for d, i in enumerate(index)
-           if not isinstance(i, slice)}
+  grown = {
+    d - q.ndim: jnp.ndim(i) - 1
+    for d, i in enumerate(index)
+    if not isinstance(i, slice)
+  }
   axes = [a - sum(g for at_, g in grown.items() if at_ > a) for a in q.axes]
   return _with_axes(out, axes)
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+from typing import Any, TypeVar
 
 from lowbit_jax.formats._types import (
   BlockFormat,
@@ -12,10 +13,12 @@ from lowbit_jax.formats._types import (
   IntFormat,
 )
 
-_FORMATS: dict[str, Format] = {}
+F = TypeVar('F', bound=Format)
+
+_FORMATS: dict[str, Any] = {}
 
 
-def register(fmt: Format) -> Format:
+def register(fmt: F) -> F:
   """Adds a format under its name and returns it.
 
   Args:
@@ -80,7 +83,7 @@ def to_dict(fmt: Format) -> dict:
   return {'kind': type(fmt).__name__, **fields}
 
 
-def from_dict(description: dict) -> Format:
+def from_dict(description: dict) -> Any:
   """The inverse of `to_dict`; needs no registry."""
   kinds = (FloatFormat, IntFormat, CodebookFormat, BlockFormat)
   classes = {c.__name__: c for c in kinds}

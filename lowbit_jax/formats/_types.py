@@ -44,6 +44,12 @@ class ElementFormat:
     raise NotImplementedError(type(self).__name__)
 
   @property
+  def code_max(self) -> int:
+    """Code of the largest finite number."""
+    values = self.values()
+    return int(np.argmax(np.where(np.isfinite(values), values, -np.inf)))
+
+  @property
   def is_signed(self) -> bool:
     """Whether negative numbers can be represented."""
     return bool(np.any(self.values() < 0))

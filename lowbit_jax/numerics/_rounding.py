@@ -28,7 +28,9 @@ def key_words(key) -> jax.Array:
   Args:
     key: a typed key (`jax.random.key`) or raw uint32 key data.
   """
-  if isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+  if isinstance(key, jax.Array) and jnp.issubdtype(
+    key.dtype, jax.dtypes.prng_key
+  ):
     words = jax.random.key_data(key)
   else:
     words = jnp.asarray(key)

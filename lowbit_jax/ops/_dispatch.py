@@ -55,7 +55,9 @@ def requested(implementation, table: dict[str, Callable]) -> tuple[str, ...]:
   return tuple(names)
 
 
-def select(op: str, table: dict[str, Callable], implementation, *args, **kwargs):
+def select(
+  op: str, table: dict[str, Callable], implementation, *args, **kwargs
+):
   """The first plan that is not refused.
 
   Returns:

@@ -124,7 +124,7 @@ def einsum(
     implementation: as in `dot`.
   """
   lhs, rhs = _operand(lhs, 'lhs'), _operand(rhs, 'rhs')
-  dims, order = _einsum_dims(subscripts, lhs.ndim, rhs.ndim)
+  dims, order = einsum_dims(subscripts, lhs.ndim, rhs.ndim)
   out = dot_general(
     lhs,
     rhs,
@@ -237,7 +237,7 @@ def dot_general_operands(lhs, rhs, dimension_numbers, *, precision=None, **_):
 def einsum_operands(subscripts, lhs, rhs, **_):
   """Arguments of the plan of an `einsum`."""
   lhs, rhs = _operand(lhs, 'lhs'), _operand(rhs, 'rhs')
-  dims, _ = _einsum_dims(subscripts, lhs.ndim, rhs.ndim)
+  dims, _ = einsum_dims(subscripts, lhs.ndim, rhs.ndim)
   return dot_general_operands(lhs, rhs, dims)
 
 
@@ -268,7 +268,7 @@ def _check_dims(lhs, rhs, dimension_numbers):
   return dims
 
 
-def _einsum_dims(subscripts: str, lhs_ndim: int, rhs_ndim: int):
+def einsum_dims(subscripts: str, lhs_ndim: int, rhs_ndim: int):
   """Dimension numbers, and the transposition into the order of the output."""
   text = subscripts.replace(' ', '')
   inputs, arrow, output = text.partition('->')
@@ -317,4 +317,4 @@ def _matmul(lhs, rhs):
   return jnp.matmul(_dense(lhs), _dense(rhs))
 
 
-QArray.__matmul__ = _matmul
+setattr(QArray, '__matmul__', _matmul)  # noqa: B010, ops is above qarray

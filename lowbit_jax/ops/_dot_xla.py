@@ -23,17 +23,18 @@ from jax import lax
 from lowbit_pallas.arith import codec
 
 from lowbit_jax import qarray
-from lowbit_jax.formats import IntFormat
+from lowbit_jax.formats import BlockFormat, IntFormat
 from lowbit_jax.numerics import _packing, _scaling
 from lowbit_jax.numerics._codec import spec
 from lowbit_jax.ops._dispatch import Plan
 from lowbit_jax.qarray import QArray
 
 # Rows of x up to which products are summed per block instead of using the
-# matrix unit, and rows of the weight in a tile; measured on CPU, see
-# docs/benchmarks.md.
+# matrix unit, rows of the weight in a tile, and rows in one sum where no scale
+# ends it earlier; measured on CPU, see docs/benchmarks.md.
 FEW_ROWS = 4
 TILE_FEW_ROWS = 256
+SUM_ROWS = 128
 TILE_MANY_ROWS = 1024
 
 
@@ -41,16 +42,22 @@ def plan_dot_general(lhs, rhs, dimension_numbers, precision) -> Plan:
   """Plans a product with float32 accumulation and a float32 result."""
   dims = dimension_numbers
   if not isinstance(lhs, QArray) and not isinstance(rhs, QArray):
-    return Plan('no operand is quantized: lax.dot_general', _Dense(dims, precision))
+    return Plan(
+      'no operand is quantized: lax.dot_general', _Dense(dims, precision)
+    )
   refusal = _why_not_integer(lhs, rhs, dims)
   if refusal is None:
-    return Plan('int32 product of the codes, scales on the result', _Integer(dims))
+    return Plan(
+      'int32 product of the codes, scales on the result', _Integer(dims)
+    )
   why_dense = _why_not_tiles(lhs, rhs, dims)
   if why_dense is None:
     rows = math.prod(lhs.shape[:-1])
     how = 'block sums' if rows <= FEW_ROWS else 'tile products'
     return Plan(f'scan over tiles of the weight, {how}', _Tiles(precision))
-  return Plan(f'dequantizes to float32 first: {why_dense}', _Dense(dims, precision))
+  return Plan(
+    f'dequantizes to float32 first: {why_dense}', _Dense(dims, precision)
+  )
 
 
 class _Dense:
@@ -75,9 +82,7 @@ class _Integer:
     self.dims = dims
 
   def __call__(self, lhs, rhs):
-    out = lax.dot_general(
-      _int8(lhs), _int8(rhs), self.dims, preferred_element_type=jnp.int32
-    ).astype(jnp.float32)
+    out = self.codes_product(lhs, rhs).astype(jnp.float32)
     (lhs_k, rhs_k), (lhs_b, rhs_b) = self.dims
     step = lhs.fmt.element.step * rhs.fmt.element.step
     out = out * jnp.float32(step) if step != 1 else out
@@ -89,6 +94,22 @@ class _Integer:
     ):
       out = out * _result_scale(q, k, b, before, after)
     return out
+
+  def codes_product(self, lhs, rhs):
+    """The int32 product of the codes."""
+    rows = math.prod(lhs.shape[:-1])
+    if rows > FEW_ROWS or _why_not_tiles(lhs, rhs, self.dims) is not None:
+      return lax.dot_general(
+        _int8(lhs), _int8(rhs), self.dims, preferred_element_type=jnp.int32
+      )
+    # XLA:CPU is slow at few rows. Sums of a tile are exact in float32: at most
+    # 256 products below 2^14.
+    x = _int8(lhs).astype(jnp.float32).reshape(rows, lhs.shape[-1])
+    codes = qarray.replace(
+      rhs, scale=None, tensor_scale=None, fmt=_integer_codes(rhs.fmt.element)
+    )
+    out = _scan_tiles(x, codes, True, None, jnp.int32)
+    return out.reshape(*lhs.shape[:-1], rhs.shape[-1])
 
 
 class _Tiles:
@@ -105,8 +126,9 @@ class _Tiles:
     return _times(out.reshape(*lead, rhs.shape[-1]), tensor_scale)
 
 
-def _scan_tiles(x, q: QArray, few: bool, precision):
-  """x @ dequantize(q) for q of shape (k, n) in blocks along k."""
+def _scan_tiles(x, q: QArray, few: bool, precision, dtype=jnp.float32):
+  """x @ dequantize(q) for q of shape (k, n) in blocks along k, accumulated in
+  `dtype`."""
   bits = q.fmt.element.bits
   group = _packing.codes_per_group(bits)
   k, n = q.shape
@@ -118,7 +140,8 @@ def _scan_tiles(x, q: QArray, few: bool, precision):
     block = q.fmt.block[0]
     tile = _tile_rows(padded, block, target)
   else:
-    block = tile = _tile_rows(padded, group, target)
+    block = _tile_rows(padded, group, SUM_ROWS)
+    tile = _tile_rows(padded, block, target)
   steps, blocks, per_lane = padded // tile, tile // block, block // group
   m = x.shape[0]
   if padded > k:
@@ -144,16 +167,20 @@ def _scan_tiles(x, q: QArray, few: bool, precision):
 
   def block_sums(acc, operands):
     x_tile, packed, (scale, zero) = operands
-    partial = sum(
-      jnp.sum(rows[..., None] * w, axis=2)
-      for rows, w in zip(x_tile, lane_values(packed), strict=True)
-    )  # (m, block, n)
-    if zero is not None:
-      total = jnp.sum(x_tile, axis=(0, 3))[..., None]
-      partial = partial - total * zero.astype(jnp.float32)
-    for f in factors(scale):
-      partial = partial * f
-    return acc + jnp.sum(partial, axis=1), None
+    weights = lane_values(packed)
+    sums = []
+    for i in range(m):  # one reduction for each row of x vectorises along n
+      terms = sum(
+        rows[i, ..., None] * w for rows, w in zip(x_tile, weights, strict=True)
+      )
+      partial = jnp.sum(terms, axis=1)  # (block, n)
+      if zero is not None:
+        total = jnp.sum(x_tile[:, i], axis=(0, 2))[:, None]
+        partial = partial - total * zero.astype(jnp.float32)
+      for f in factors(scale):
+        partial = partial * f
+      sums.append(jnp.sum(partial, axis=0))
+    return acc + jnp.stack(sums).astype(dtype), None
 
   def tile_products(acc, operands):
     x_tile, packed, (scale, zero) = operands
@@ -172,7 +199,7 @@ def _scan_tiles(x, q: QArray, few: bool, precision):
     return acc, None
 
   body = block_sums if few else tile_products
-  start = jnp.zeros((m, n), jnp.float32)
+  start = jnp.zeros((m, n), dtype)
   if steps == 1:
     first = jax.tree.map(lambda leaf: leaf[0], (x, codes, scales))
     out = body(start, first)[0]
@@ -266,6 +293,12 @@ def _without_tensor_scale(q):
   ones = jnp.ones_like(q.tensor_scale)
   scalar = q.tensor_scale.reshape(())
   return qarray.replace(q, tensor_scale=ones), scalar
+
+
+def _integer_codes(element: IntFormat) -> BlockFormat:
+  """The format of bare codes: integers without fraction and scale."""
+  bare = IntFormat(f'{element.name}_codes', element.width, element.signed)
+  return BlockFormat(bare.name, bare, (0,), None)
 
 
 def _times(out, *scales):

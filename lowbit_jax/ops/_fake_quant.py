@@ -94,8 +94,8 @@ def fake_quant(
   rule = _scaling.check_scale_rule(fmt, scale_rule)
   start, full = ((), None) if origin is None else origin
   static = _Static(fmt, axes, rule, rounding, random_bits, full, backward)
-  traced = _Traced(key, tuple(start), tensor_scale)
-  return _fake(x, traced, static).reshape(shape)
+  traced = _Traced(key, _words(start), tensor_scale)
+  return jnp.reshape(_fake(x, traced, static), shape)
 
 
 def fake_quant_with(
@@ -141,8 +141,9 @@ def fake_quant_with(
     raise TypeError("backward='lsq' learns float block scales; scale has none")
   start, full = ((), None) if origin is None else origin
   static = _Static(fmt, axes, '', rounding, random_bits, full, backward)
-  traced = _Traced(key, tuple(start), tensor_scale)
-  return _fake_with(x, scale, traced, zero_point, static).reshape(shape)
+  traced = _Traced(key, _words(start), tensor_scale)
+  y = _fake_with(x, scale, traced, zero_point, static)
+  return jnp.reshape(y, shape)
 
 
 def _prepare(x, fmt, axis, rounding, key, random_bits):
@@ -157,13 +158,16 @@ def _prepare(x, fmt, axis, rounding, key, random_bits):
   return x, shape, axes
 
 
+def _words(start) -> tuple:
+  """Starts that fit a traced argument: ints beyond int32 do not."""
+  return tuple(np.uint32(s) if isinstance(s, int) else s for s in start)
+
+
 def _how(static: _Static, traced: _Traced) -> core.Rounding:
   origin = None
   if static.full_shape is not None:
     origin = (traced.start, static.full_shape)
-  return core.Rounding(
-    static.rounding, traced.key, static.random_bits, origin
-  )
+  return core.Rounding(static.rounding, traced.key, static.random_bits, origin)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))

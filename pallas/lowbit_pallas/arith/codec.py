@@ -112,7 +112,9 @@ def encode_float(x, f: Float, rounding=nearest_even, *, saturate: bool = True):
     code = (offset << m) + k.astype(jnp.int32)
   else:
     t = _significand(fb.to_bits(magnitude))
-    code = jnp.maximum(offset + rounding(t, offset - 1).astype(jnp.int32) - 1, 0)
+    code = jnp.maximum(
+      offset + rounding(t, offset - 1).astype(jnp.int32) - 1, 0
+    )
   over = f.inf_code if f.inf_code is not None else f.nan_code
   if saturate or over is None:
     code = jnp.minimum(code, f.code_max)
@@ -155,7 +157,9 @@ def decode_float(code, f: Float):
   if f.subnormals:
     low = magnitude.astype(jnp.int32).astype(jnp.float32)
     low = low * jnp.float32(2.0 ** (f.emin - m))
-    bits = jnp.where(magnitude < (1 << m), fb.to_bits(low), bits.astype(jnp.int32))
+    bits = jnp.where(
+      magnitude < (1 << m), fb.to_bits(low), bits.astype(jnp.int32)
+    )
     bits = bits.astype(jnp.uint32)
   elif shift == 0:
     bits = jnp.where(magnitude == 0, jnp.uint32(0x00400000), bits)

@@ -3,10 +3,11 @@
 Bits are a pure function of where an element stands, so they are the same under
 jit, vmap and every sharding, and a kernel draws them without any state. The
 mixer is the 32-bit finalizer `lowbias32` (bias found by search, C. Wellons,
-"Prospecting for Hash Functions"), applied once for each key word.
+"Prospecting for Hash Functions"), applied twice to each index.
 """
 
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 _SITE = 0x9E3779B9
@@ -33,10 +34,14 @@ def random_bits(key_words, index, index_hi=None, *, site: int = 0):
     uint32 array of the shape of `index`.
   """
   k0, k1 = key_words[..., 0], key_words[..., 1]
-  h = _mix(index + (k0 + jnp.uint32((site * _SITE) & 0xFFFFFFFF)))
+  # Both words and the site go into both constants, so that neighbouring keys
+  # are not one stream shifted by an element.
+  a = _mix(k0 + _mix(k1 + jnp.uint32((site * _SITE) & 0xFFFFFFFF)))
+  b = _mix(k1 ^ a)
+  h = _mix(index + a)
   if index_hi is not None:
     h = _mix(h + index_hi * jnp.uint32(_HIGH))
-  return _mix(h ^ k1)
+  return _mix(h ^ b)
 
 
 def _multiply_wide(a, b: int):
@@ -72,7 +77,10 @@ def element_index(shape, origin=None):
   high = jnp.zeros(shape, jnp.uint32) if size > 1 << 32 else None
   for d, stride in enumerate(strides):
     i = lax.broadcasted_iota(jnp.uint32, shape, d)
-    i = i + jnp.asarray(start[d]).astype(jnp.uint32)
+    offset = start[d]
+    if isinstance(offset, int):
+      offset = np.uint32(offset)
+    i = i + jnp.asarray(offset).astype(jnp.uint32)
     if high is None:
       low = low + i * jnp.uint32(stride & 0xFFFFFFFF)
       continue

@@ -123,7 +123,8 @@ def _join(parts, axis: int):
     return parts[0]
   x = jnp.stack(parts, axis + 1)
   shape = x.shape
-  return x.reshape(*shape[:axis], -1, *shape[axis + 2 :])
+  size = shape[axis] * shape[axis + 1]
+  return x.reshape(*shape[:axis], size, *shape[axis + 2 :])
 
 
 def _pack_minor(codes, bits: int):

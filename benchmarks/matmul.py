@@ -1,0 +1,115 @@
+"""How fast products with quantized weights are, relative to float32 `jnp.dot`.
+
+x is (m, 4096) float32, w is (4096, 4096), quantized beforehand along k. Results
+are checked against a float64 product of the dequantized operands first. qwix is
+timed too where it is installed.
+
+  python benchmarks/matmul.py
+  python benchmarks/matmul.py --rows 1 --formats int4_g128 --rounds 31
+"""
+
+import functools
+import importlib.util
+
+import _timing
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags
+
+import lowbit_jax as lowbit
+
+_SIZE = flags.DEFINE_integer('size', 4096, 'Rows and columns of the weight.')
+_ROWS = flags.DEFINE_list('rows', ['1', '256'], 'Rows of x.')
+_ROUNDS = flags.DEFINE_integer('rounds', 21, 'Timed calls of each candidate.')
+_FORMATS = flags.DEFINE_list(
+  'formats',
+  ['int8_channel', 'int8_g128', 'int4_g128', 'uint4_g128', 'mxfp4', 'nvfp4',
+   'mxfp6_e2m3', 'mxfp8_e4m3', 'nf4_g64'],
+  'Block formats of the weight.',
+)  # fmt: skip
+_PEERS = flags.DEFINE_bool('peers', True, 'Time installed peers too.')
+
+# What we set out to reach: wall time relative to float32 jnp.dot on idle cores.
+GOALS = {
+  1: {'int8_channel': 1.0, 'int8_g128': 1.0, 'int4_g128': 1.0, 'mxfp4': 1.0},
+  256: dict.fromkeys(
+    ['int8_channel', 'int8_g128', 'int4_g128', 'mxfp4', 'nvfp4', 'mxfp8_e4m3'],
+    1.05,
+  )
+  | {'int8 x int8': 0.65},
+}
+
+
+def check(x, w) -> None:
+  """The product is within the rounding of a float32 sum of k terms."""
+  dense = lambda a: np.asarray(
+    lowbit.dequantize(a) if isinstance(a, lowbit.QArray) else a, np.float64
+  )
+  a, b = dense(x)[:4], dense(w)[:, :64]
+  bound = (np.abs(a) @ np.abs(b)) * (b.shape[0] + 8) * 2.0**-24
+  actual = np.asarray(lowbit.dot(x, w), np.float64)[:4, :64]
+  assert np.all(np.abs(actual - a @ b) <= bound)
+
+
+def candidates(x, w) -> tuple[dict, dict]:
+  thunks, notes = {}, {}
+
+  def add(name, x, q):
+    check(x, q)
+    dot = jax.jit(lowbit.dot)
+    thunks[name] = functools.partial(dot, x, q)
+    notes[name] = lowbit.select_implementation('dot', x, q).note
+
+  for name in _FORMATS.value:
+    add(name, x, lowbit.quantize(w, lowbit.formats.get(name), axis=-2))
+  int8 = lowbit.formats.int8_channel
+  q = lowbit.quantize(w, int8, axis=-2)
+  add('int8 x int8', lowbit.quantize(x, int8), q)
+  dynamic = jax.jit(lambda x, q: lowbit.dot(lowbit.quantize(x, int8), q))
+  thunks['int8 x int8, x quantized too'] = functools.partial(dynamic, x, q)
+  return thunks, notes
+
+
+def qwix_candidates(x, w) -> dict:
+  import qwix
+  from qwix._src.core import qarray
+
+  thunks = {}
+  for name, tiles in (('int8', {}), ('int4', {0: 128}), ('mxfp4', {0: 32})):
+    how = qarray.HowToQuantize(
+      qtype=name, channelwise_axes=[1], tiled_axes=tiles
+    )
+    q = jax.jit(lambda w, how=how: qarray.quantize(w, how))(w)
+    thunks[f'qwix {name}'] = functools.partial(jax.jit(qwix.dot), x, q)
+  return thunks
+
+
+def main(argv):
+  del argv
+  n = _SIZE.value
+  w = jax.random.normal(jax.random.key(1), (n, n), jnp.float32)
+  base = jax.jit(jnp.dot)
+  print(f'{_timing.machine()}; weight {n} x {n}\n')
+  for m in map(int, _ROWS.value):
+    x = jax.random.normal(jax.random.key(0), (m, n), jnp.float32)
+    thunks, notes = candidates(x, w)
+    if _PEERS.value and importlib.util.find_spec('qwix'):
+      thunks |= qwix_candidates(x, w)
+    ratios = _timing.compare(
+      lambda x=x: base(x, w), thunks, rounds=_ROUNDS.value
+    )
+    rows = []
+    for r in ratios:
+      goal = GOALS.get(m, {}).get(r.name)
+      rows.append([
+        r.name, f'{r.wall:.2f}', f'{r.cpu:.2f}',
+        '' if goal is None else f'<= {goal}', f'{r.milliseconds:.2f}',
+        notes.get(r.name, ''),
+      ])  # fmt: skip
+    header = ['weight', 'wall ratio', 'CPU ratio', 'goal (wall)', 'ms', 'how']
+    print(_timing.table(f'm = {m}', header, rows) + '\n')
+
+
+if __name__ == '__main__':
+  app.run(main)

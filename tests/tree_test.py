@@ -1,0 +1,137 @@
+"""Tests of partition, combine and shardings."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl.testing import absltest, parameterized
+from jax.sharding import NamedSharding, PartitionSpec
+
+import lowbit_jax as lowbit
+from lowbit_jax import formats
+from lowbit_jax.qarray import is_qarray
+
+P = PartitionSpec
+
+
+def weights(*shape):
+  return jax.random.normal(jax.random.key(0), shape)
+
+
+def mixed_tree():
+  return {
+    'frozen': lowbit.quantize(weights(64, 8), formats.int4_g32, axis=-2),
+    'bias': jnp.arange(8.0),
+    'steps': jnp.int32(3),
+    'none': None,
+  }
+
+
+class PartitionTest(parameterized.TestCase):
+  @parameterized.parameters(False, True)
+  def test_combine_inverts_partition(self, scales):
+    tree = mixed_tree()
+    joined = lowbit.combine(*lowbit.partition(tree, scales=scales))
+    self.assertEqual(jax.tree.structure(joined), jax.tree.structure(tree))
+    jax.tree.map(np.testing.assert_array_equal, joined, tree)
+
+  def test_floats_are_trainable_and_quantized_arrays_are_not(self):
+    trainable, frozen = lowbit.partition(mixed_tree())
+    self.assertLen(jax.tree.leaves(trainable), 1)
+    self.assertIsNone(frozen['bias'])
+    self.assertTrue(is_qarray(frozen['frozen']))
+    self.assertIsNone(trainable['steps'])
+
+  def test_gradient_of_a_mixed_tree(self):
+    x = jnp.ones((2, 64))
+
+    def loss(trainable, frozen):
+      params = lowbit.combine(trainable, frozen)
+      return jnp.sum(lowbit.dot(x, params['frozen']) + params['bias'])
+
+    grads = jax.jit(jax.grad(loss))(*lowbit.partition(mixed_tree()))
+    np.testing.assert_array_equal(grads['bias'], np.full(8, 2.0))
+
+  def test_gradient_of_scales(self):
+    tree = mixed_tree()
+    q, x = tree['frozen'], weights(2, 64)
+
+    def loss(trainable, frozen):
+      params = lowbit.combine(trainable, frozen)
+      return jnp.sum(lowbit.dot(x, params['frozen']))
+
+    grads = jax.grad(loss)(*lowbit.partition(tree, scales=True))
+    unscaled = np.asarray(lowbit.dequantize(q)) / np.repeat(q.scale, 32, 0)
+    terms = np.sum(x, 0)[:, None] * unscaled
+    expected = terms.reshape(2, 32, 8).sum(1)
+    np.testing.assert_allclose(grads['frozen'].scale, expected, atol=1e-4)
+    self.assertIsNone(grads['frozen'].codes)
+
+
+class ShardingsTest(parameterized.TestCase):
+  def setUp(self):
+    super().setUp()
+    if len(jax.devices()) < 8:
+      self.skipTest('needs 8 devices (see tests/conftest.py)')
+    auto = (jax.sharding.AxisType.Auto,) * 2
+    self.mesh = jax.make_mesh((2, 4), ('data', 'model'), axis_types=auto)
+
+  @parameterized.parameters(
+    ('mxfp4', -2, P('model', 'data')),
+    ('mxfp4', -2, P(None, 'model')),
+    ('nvfp4', -1, P('data', 'model')),
+    ('int8_channel', -2, P('model', None)),
+    (
+      'int3_g32',
+      -2,
+      P(
+        ('data', 'model'),
+      ),
+    ),
+    ('nvfp4_16x16', None, P('data', 'model')),
+    ('e4m3fn_tensor', -1, P('model', 'data')),
+  )
+  def test_every_shard_is_a_quantized_array(self, name, axis, spec):
+    w = weights(256, 128)
+    q = lowbit.quantize(w, formats.get(name), axis=axis)
+    whole = NamedSharding(self.mesh, spec)
+    placed = jax.device_put(q, lowbit.shardings(q, whole))
+    self.assertTrue(placed.sharding.is_equivalent_to(whole, q.ndim))
+    np.testing.assert_array_equal(
+      lowbit.dequantize(placed), lowbit.dequantize(q)
+    )
+    inside = jax.shard_map(
+      lowbit.dequantize,
+      mesh=self.mesh,
+      in_specs=(lowbit.shardings(q, spec),),
+      out_specs=spec,
+    )
+    np.testing.assert_array_equal(inside(placed), lowbit.dequantize(q))
+
+  def test_shapes_alone_will_do(self):
+    q = jax.eval_shape(
+      lambda w: lowbit.quantize(w, formats.mxfp4, axis=-2), weights(64, 8)
+    )
+    placed = lowbit.shardings(q, P('model', None))
+    self.assertEqual(placed.scale, P('model', None))
+
+  def test_padded_axis_is_refused(self):
+    q = lowbit.quantize(weights(50, 8), formats.mxfp4, axis=-2)
+    with self.assertRaisesRegex(ValueError, 'padding and cannot be sharded'):
+      lowbit.shardings(q, NamedSharding(self.mesh, P('model')))
+    lowbit.shardings(q, NamedSharding(self.mesh, P(None, 'model')))
+
+  def test_cut_blocks_are_refused(self):
+    q = lowbit.quantize(weights(64, 8), formats.mxfp4, axis=-2)
+    with self.assertRaisesRegex(ValueError, 'would cut blocks of 32'):
+      lowbit.shardings(q, NamedSharding(self.mesh, P('model')))
+
+  def test_other_arguments_are_refused(self):
+    q = lowbit.quantize(weights(64, 8), formats.mxfp4)
+    with self.assertRaisesRegex(TypeError, 'NamedSharding or a PartitionSpec'):
+      lowbit.shardings(q, 'model')
+    with self.assertRaisesRegex(ValueError, 'more axes'):
+      lowbit.shardings(q, P(None, None, 'model'))
+
+
+if __name__ == '__main__':
+  absltest.main()
