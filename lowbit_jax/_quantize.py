@@ -326,8 +326,10 @@ def _minmax(blocks: Blocks, amax, fmt: BlockFormat):
   scale = jnp.where(bad | (amax < fb.MIN_NORMAL), 0, scale)
   dtype = jnp.dtype(fmt.scale.name)
   scale = scale.astype(dtype)
-  inverse = _scaling.reciprocal(scale.astype(jnp.float32))
-  zero = jnp.clip(fb.round_half_even(-low * inverse), 0, top)
+  zero = -low
+  for factor in _scaling.inverse_factors(scale, fmt):
+    zero = zero * factor
+  zero = jnp.clip(fb.round_half_even(zero), 0, top)
   zero = jnp.where(bad, 0, zero).astype(jnp.int32).astype(jnp.uint8)
   return jnp.where(bad, jnp.asarray(math.nan, dtype), scale), zero
 
@@ -335,12 +337,12 @@ def _minmax(blocks: Blocks, amax, fmt: BlockFormat):
 def _absmean(blocks: Blocks, amax, fmt: BlockFormat):
   """Mean magnitude of each block (BitNet b1.58)."""
   total = jnp.sum(jnp.abs(blocks.view), axis=blocks.inner, keepdims=True)
-  mean = total * blocks.expand(1 / jnp.maximum(_block_counts(blocks), 1))
+  mean = total * blocks.expand(1 / jnp.maximum(block_counts(blocks), 1))
   scale = jnp.where(amax >= fb.INF, math.nan, mean)
   return _scaling.from_values(scale, fmt.scale)
 
 
-def _block_counts(blocks: Blocks) -> np.ndarray:
+def block_counts(blocks: Blocks) -> np.ndarray:
   """Elements of each block that are not padding, in `scale_shape`."""
   ones = np.ones([1] * len(blocks.shape), np.float32)
   view = blocks.view.shape

@@ -92,6 +92,11 @@ def fake_quant(
     raise ValueError(f'backward={backward!r} is not one of {BACKWARDS}{hint}')
   x, shape, axes = _prepare(x, fmt, axis, rounding, key, random_bits)
   rule = _scaling.check_scale_rule(fmt, scale_rule)
+  if backward == 'absmax' and rule in ('minmax', 'absmean'):
+    raise ValueError(
+      f"backward='absmax' differentiates a scale that follows the largest"
+      f' magnitude; that of scale_rule={rule!r} does not: use another backward'
+    )
   start, full = ((), None) if origin is None else origin
   static = _Static(fmt, axes, rule, rounding, random_bits, full, backward)
   traced = _Traced(key, _words(start), tensor_scale)
@@ -318,5 +323,5 @@ def _lsq_residual(job: core.Job, y):
   inverse = _scaling.reciprocal(_scale_value(job))
   inside = _mask(job, y, 'clipped')
   slope = jnp.where(inside, (y - x) * inverse, y * inverse)
-  n = np.prod([blocks.view.shape[i] for i in blocks.inner])
-  return slope * outer / np.sqrt(float(n) * job.fmt.element.max)
+  n = np.maximum(core.block_counts(blocks), 1)
+  return slope * outer / blocks.expand(np.sqrt(n * job.fmt.element.max))

@@ -1,0 +1,16 @@
+"""What quantization does to tensors, and what casts do to gradients.
+
+`report` measures every tensor of a tree and says what to change.
+`audit_gradients` reads the gradient of a function without running it and finds
+cotangents that are rounded to a few bits without a scale.
+"""
+
+from lowbit_jax.doctor._advice import RULES as RULES
+from lowbit_jax.doctor._advice import Rule as Rule
+from lowbit_jax.doctor._audit import Audit as Audit
+from lowbit_jax.doctor._audit import Finding as Finding
+from lowbit_jax.doctor._audit import GradientAuditError as GradientAuditError
+from lowbit_jax.doctor._audit import audit_gradients as audit_gradients
+from lowbit_jax.doctor._report import report as report
+from lowbit_jax.doctor._table import Report as Report
+from lowbit_jax.doctor._table import Row as Row

@@ -1,0 +1,227 @@
+"""Rows of a report, and their table for people."""
+
+import dataclasses
+import math
+import textwrap
+from collections.abc import Iterator
+
+from lowbit_jax.doctor._measure import Measures
+
+WIDTH = 100
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+  """One tensor of a report.
+
+  Attributes:
+    path: its place in the tree, 'array' for a bare array.
+    shape: its shape.
+    dtype: its dtype (the one that it stands for, if it came quantized).
+    fmt: name of the format, '' if skipped.
+    axis: the block axis, or None if skipped.
+    measures: what was measured, see `Measures`.
+    rules: names of the rules that apply, see `lowbit_jax.doctor.RULES`.
+    advice: what to change, '' if nothing.
+    skipped: why it was not measured, '' if it was.
+  """
+
+  path: str
+  shape: tuple[int, ...]
+  dtype: str
+  fmt: str = ''
+  axis: int | tuple[int, ...] | None = None
+  measures: Measures = Measures()
+  rules: tuple[str, ...] = ()
+  advice: str = ''
+  skipped: str = ''
+
+  def to_dict(self) -> dict:
+    """All fields in one flat dict."""
+    out = {
+      f.name: getattr(self, f.name)
+      for f in dataclasses.fields(self)
+      if f.name != 'measures'
+    }
+    return {**out, **self.measures._asdict()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+  """What quantization does to tensors; `print` shows it as a table.
+
+  Attributes:
+    rows: one row per leaf, in the order of the tree.
+  """
+
+  rows: tuple[Row, ...]
+
+  def __iter__(self) -> Iterator[Row]:
+    return iter(self.rows)
+
+  def __len__(self) -> int:
+    return len(self.rows)
+
+  def __getitem__(self, path: str) -> Row:
+    """The row of that path."""
+    for row in self.rows:
+      if row.path == path:
+        return row
+    known = ', '.join(row.path for row in self.rows[:20])
+    raise KeyError(f'no row {path!r}; there are {known}')
+
+  @property
+  def ok(self) -> bool:
+    """Whether there is no advice."""
+    return not any(row.advice for row in self.rows)
+
+  def to_dicts(self) -> list[dict]:
+    """The rows as flat dicts, for a data frame or JSON."""
+    return [row.to_dict() for row in self.rows]
+
+  def __str__(self) -> str:
+    return '\n'.join(_lines(self))
+
+
+# Heading, width, and text of a row. QSNR in dB; clip, flush and top in percent
+# of elements, sub of block scales, zero of blocks; bad counts NaN blocks.
+_COLUMNS = (
+  ('bits', 5, lambda r: _number(r.measures.bits_per_element, 2)),
+  ('dB', 5, lambda r: _number(r.measures.qsnr_db, 1)),
+  ('clip%', 5, lambda r: _percent(r.measures.saturated)),
+  ('flush%', 6, lambda r: _percent(r.measures.flushed)),
+  ('sub%', 5, lambda r: _percent(_limits(r.measures))),
+  ('top%', 5, lambda r: _percent(r.measures.at_max)),
+  ('zero%', 5, lambda r: _percent(r.measures.zero_blocks)),
+  ('bad', 3, lambda r: _count(r.measures.nonfinite_blocks)),
+  ('crest', 5, lambda r: _number(r.measures.crest, 1)),
+  ('rho', 5, lambda r: _power(r.measures.rho[1])),
+)
+_GAP = 1
+_FIXED = sum(width + _GAP for _, width, _ in _COLUMNS)
+_SHAPE = 14
+_FORMAT = 12
+_SAMPLES = 3
+
+
+def _lines(report: Report) -> list[str]:
+  measured = [row for row in report.rows if not row.skipped]
+  lines = _header(measured)
+  for row in measured:
+    lines.append(_line(row, _path_width(measured), len(_formats(measured)) > 1))
+  lines += _advice(measured)
+  if any(math.isnan(row.measures.saturated) for row in measured):
+    lines += _wrap(
+      'dB, clip%, flush% and crest of stored tensors need reference=, the'
+      ' original'
+    )
+  by_reason: dict[str, list[str]] = {}
+  for row in report.rows:
+    if row.skipped:
+      names = by_reason.setdefault(row.skipped, [])
+      names.append(_shorten(row.path, 40))
+  for reason, names in by_reason.items():
+    lines += _wrap(f'skipped ({reason}): {", ".join(names)}')
+  return lines
+
+
+def _formats(rows) -> list[str]:
+  return list(dict.fromkeys(row.fmt for row in rows))
+
+
+def _path_width(rows) -> int:
+  several = len(_formats(rows)) > 1
+  room = WIDTH - _FIXED - _SHAPE - _GAP - several * (_FORMAT + _GAP)
+  return min(room, max([6, *(len(row.path) for row in rows)]))
+
+
+def _header(rows) -> list[str]:
+  if not rows:
+    return []
+  names = _formats(rows)
+  several = len(names) > 1
+  heads = [f'{name:>{w}}' for name, w, _ in _COLUMNS]
+  if several:
+    heads = [f'{"format":>{_FORMAT}}', *heads]
+  line = f'{"tensor":<{_path_width(rows)}} {"shape":>{_SHAPE}}'
+  title = [] if several else [names[0]]
+  return [*title, f'{line} {" ".join(heads)}']
+
+
+def _line(row: Row, width: int, with_format: bool) -> str:
+  cells = [f'{_fit(text(row), w):>{w}}' for _, w, text in _COLUMNS]
+  if with_format:
+    cells = [f'{_fit(row.fmt, _FORMAT):>{_FORMAT}}', *cells]
+  name = f'{_shorten(row.path, width):<{width}}'
+  return f'{name} {_shape(row):>{_SHAPE}} {" ".join(cells)}'
+
+
+def _advice(rows) -> list[str]:
+  """Advice by tensor; of many with the same rules, the first ones."""
+  groups: dict[tuple, list[Row]] = {}
+  for row in rows:
+    if row.rules:
+      groups.setdefault(row.rules, []).append(row)
+  lines = []
+  for rules, group in groups.items():
+    for row in group[:_SAMPLES]:
+      lines += _wrap(f'{_shorten(row.path, 40)}: {row.advice}')
+    if rest := group[_SAMPLES:]:
+      names = ', '.join(_shorten(row.path, 40) for row in rest)
+      lines += _wrap(f'also {", ".join(rules)}: {names}')
+  return lines
+
+
+def _wrap(text: str) -> list[str]:
+  return textwrap.wrap(
+    text, WIDTH, subsequent_indent='  ', break_on_hyphens=False
+  )
+
+
+def _shorten(path: str, width: int) -> str:
+  """The end of a path, which tells tensors apart, behind an ellipsis."""
+  if len(path) <= width:
+    return path
+  tail = path[-(width - 3) :]
+  at = tail.find('/')
+  return '...' + (tail[at:] if 0 <= at < len(tail) // 2 else tail)
+
+
+def _shape(row: Row) -> str:
+  """'64x[128]': the block axis stands in brackets."""
+  axes = row.axis if isinstance(row.axis, tuple) else (row.axis,)
+  marked = {a + len(row.shape) for a in axes if a is not None}
+  sizes = (f'[{n}]' if i in marked else str(n) for i, n in enumerate(row.shape))
+  return _fit('x'.join(sizes), _SHAPE)
+
+
+def _fit(text: str, width: int) -> str:
+  return text if len(text) <= width else text[: width - 1] + '~'
+
+
+def _limits(m: Measures) -> float:
+  return m.end_scales if math.isnan(m.subnormal_scales) else m.subnormal_scales
+
+
+def _number(x: float, digits: int) -> str:
+  if math.isnan(x):
+    return '-'
+  return 'exact' if math.isinf(x) else f'{x:.{digits}f}'
+
+
+def _percent(share: float) -> str:
+  if math.isnan(share):
+    return '-'
+  if 0 < share < 5e-4:
+    return '<.1'
+  return f'{100 * share:.1f}' if share else '0'
+
+
+def _count(n: int) -> str:
+  return str(n) if n < 1000 else '>1k'
+
+
+def _power(x: float) -> str:
+  if math.isnan(x):
+    return '-'
+  return f'{x:.0f}' if x < 1e5 else f'{x:.0e}'.replace('e+0', 'e')

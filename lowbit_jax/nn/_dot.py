@@ -1,0 +1,377 @@
+"""Products for the `dot_general`, `einsum_op` and `promote_dtype` arguments of
+Flax modules."""
+
+import dataclasses
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.linen import dtypes as flax_dtypes
+from jax import lax
+
+from lowbit_jax import ops, qarray
+from lowbit_jax.nn._view import unview
+from lowbit_jax.ops import _dot
+from lowbit_jax.qarray import QArray
+from lowbit_jax.recipe import QuantSpec
+
+
+class Specs(NamedTuple):
+  """What is done to the operands of a product."""
+
+  lhs: QuantSpec | None
+  rhs: QuantSpec | None
+
+  @property
+  def need_key(self) -> bool:
+    return any(s is not None and s.needs_key for s in self)
+
+
+def dot_general(
+  lhs: QuantSpec | None = None, rhs: QuantSpec | None = None
+) -> 'DotGeneral':
+  """A `lax.dot_general` that fake-quantizes arrays and takes QArrays packed.
+
+  For the `dot_general` argument of Linen and NNX modules. Arrays are
+  fake-quantized along their last contracted axis (tiles: along that and the
+  last free axis); QArrays are used as they are stored. Flax turns all operands
+  into arrays first: give the module `promote_dtype=nn.promote_dtype` as well
+  if its parameters are QArrays.
+
+  Args:
+    lhs: what is done to the left operand, the activations; None for nothing.
+    rhs: what is done to the right operand, the weights.
+
+  Returns:
+    A hashable function `(lhs, rhs, dimension_numbers, precision=None,
+    preferred_element_type=None, **kwargs)`. `out_sharding` means what it means
+    in `lax.dot_general`.
+
+  Raises:
+    ValueError: for specs with random rounding. Their keys come from
+      `nn.linen.DotGeneral` and `nn.nnx.DotGeneral`.
+
+  Example:
+    >>> from flax import linen
+    >>> import lowbit_jax as lowbit
+    >>> from lowbit_jax.recipe import QuantSpec
+    >>> spec = QuantSpec(lowbit.formats.mxfp4)
+    >>> layer = linen.Dense(8, dot_general=lowbit.nn.dot_general(rhs=spec))
+  """
+  return DotGeneral(Specs(*check_specs(lhs, rhs)))
+
+
+def einsum(
+  lhs: QuantSpec | None = None, rhs: QuantSpec | None = None
+) -> 'Einsum':
+  """A `jnp.einsum` of two operands that fake-quantizes and takes QArrays.
+
+  For the `einsum_op` argument of `nnx.Einsum`; otherwise as `dot_general`.
+
+  Returns:
+    A hashable function `(subscripts, lhs, rhs, precision=None,
+    preferred_element_type=None, **kwargs)`.
+  """
+  return Einsum(Specs(*check_specs(lhs, rhs)))
+
+
+def promote_dtype(*args, dtype=None, inexact: bool = True):
+  """`promote_dtype` of Flax that lets QArrays through.
+
+  QArrays stay packed and only take on the dtype that they stand for.
+
+  Args:
+    *args: arrays, QArrays and None (Linen), or one tuple of these (NNX).
+    dtype: dtype of the result; None to infer it.
+    inexact: whether the inferred dtype must be a float.
+
+  Returns:
+    The operands in one dtype, a list (Linen) or a tuple (NNX).
+  """
+  is_nnx = len(args) == 1 and isinstance(args[0], tuple)
+  values = [unview(x) for x in (args[0] if is_nnx else args)]
+  like = [np.zeros((), x.dtype) if _is_q(x) else x for x in values]
+  dtype = flax_dtypes.canonicalize_dtype(*like, dtype=dtype, inexact=inexact)
+
+  def cast(x):
+    if x is None or isinstance(x, QArray):
+      return x if x is None else x.astype(dtype)
+    return jnp.asarray(x, dtype)
+
+  promoted = [cast(x) for x in values]
+  return tuple(promoted) if is_nnx else promoted
+
+
+@dataclasses.dataclass(frozen=True)
+class DotGeneral:
+  """What `dot_general` returns."""
+
+  specs: Specs
+
+  def __call__(
+    self,
+    lhs,
+    rhs,
+    dimension_numbers,
+    precision=None,
+    preferred_element_type=None,
+    **kwargs,
+  ) -> jax.Array:
+    return contract(
+      lhs,
+      rhs,
+      dimension_numbers,
+      self.specs,
+      precision=precision,
+      preferred_element_type=preferred_element_type,
+      **kwargs,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Einsum:
+  """What `einsum` returns."""
+
+  specs: Specs
+
+  def __call__(
+    self,
+    subscripts: str,
+    lhs,
+    rhs,
+    precision=None,
+    preferred_element_type=None,
+    **kwargs,
+  ) -> jax.Array:
+    return contract_einsum(
+      subscripts,
+      lhs,
+      rhs,
+      self.specs,
+      precision=precision,
+      preferred_element_type=preferred_element_type,
+      **kwargs,
+    )
+
+
+def contract(
+  lhs,
+  rhs,
+  dimension_numbers,
+  specs: Specs,
+  *,
+  key=None,
+  precision=None,
+  preferred_element_type=None,
+  out_sharding=None,
+  **kwargs,
+) -> jax.Array:
+  """`dot_general` of operands that `specs` are applied to.
+
+  Args:
+    lhs: array, QArray or view of one.
+    rhs: the same.
+    dimension_numbers: as in `lax.dot_general`.
+    specs: what is done to arrays.
+    key: PRNG key, if a spec needs one.
+    precision: as in `lax.dot_general`; also `preferred_element_type`.
+    out_sharding: sharding of the result on explicit mesh axes.
+    **kwargs: further keywords of `lax.dot_general`.
+  """
+  lhs, rhs = _quantized(lhs, rhs, dimension_numbers, specs, key)
+  if not (_is_q(lhs) or _is_q(rhs)):
+    return lax.dot_general(
+      lhs,
+      rhs,
+      dimension_numbers,
+      precision=precision,
+      preferred_element_type=preferred_element_type,
+      out_sharding=out_sharding,
+      **kwargs,
+    )
+  _refuse(kwargs)
+
+  def product(lhs, rhs):
+    return _packed(
+      lhs, rhs, dimension_numbers, precision, preferred_element_type
+    )
+
+  return sharded(product, out_sharding, lhs, rhs)
+
+
+def contract_einsum(
+  subscripts: str,
+  lhs,
+  rhs,
+  specs: Specs,
+  *,
+  key=None,
+  precision=None,
+  preferred_element_type=None,
+  out_sharding=None,
+  **kwargs,
+) -> jax.Array:
+  """As `contract`, by subscripts."""
+  lhs, rhs = unview(lhs), unview(rhs)
+  if specs == Specs(None, None) and not (_is_q(lhs) or _is_q(rhs)):
+    return jnp.einsum(
+      subscripts,
+      lhs,
+      rhs,
+      precision=precision,
+      preferred_element_type=preferred_element_type,
+      out_sharding=out_sharding,
+      **kwargs,
+    )
+  _refuse(kwargs)
+  dims, order = _dot.einsum_dims(subscripts, lhs.ndim, rhs.ndim)
+
+  def product(lhs, rhs):
+    out = contract(
+      lhs,
+      rhs,
+      dims,
+      specs,
+      key=key,
+      precision=precision,
+      preferred_element_type=preferred_element_type,
+    )
+    return out.transpose(order)
+
+  return sharded(product, out_sharding, lhs, rhs)
+
+
+def fake_quant(
+  x, spec: QuantSpec | None, axis: int | tuple[int, ...], key=None
+) -> jax.Array:
+  """`ops.fake_quant` as `spec` says; `x` itself for None.
+
+  Args:
+    x: array.
+    spec: what is done to it.
+    axis: block axis, or block axes for tiles.
+    key: PRNG key; used only if the rounding is random.
+  """
+  if spec is None:
+    return x
+  if spec.needs_key and key is None:
+    raise ValueError(f'rounding={spec.rounding!r} needs key=jax.random.key(..)')
+  return ops.fake_quant(
+    x,
+    spec.fmt,
+    axis=axis,
+    scale_rule=spec.scale_rule,
+    rounding=spec.rounding,
+    key=key if spec.needs_key else None,
+    backward=spec.backward,
+  )
+
+
+def _quantized(lhs, rhs, dims, specs: Specs, key):
+  """The operands after fake quantization of those that are arrays."""
+  keys = (None, None)
+  if specs.need_key:
+    if key is None:
+      raise ValueError('random rounding needs key=jax.random.key(seed)')
+    keys = jax.random.split(key)
+  out = []
+  for i, x in enumerate((unview(lhs), unview(rhs))):
+    spec = specs[i]
+    if spec is not None and not isinstance(x, QArray):
+      contracted, batch = dims[0][i], dims[1][i]
+      axis = _spec_axis(spec, x, contracted, batch)
+      x = fake_quant(x, spec, axis, keys[i])
+    out.append(x)
+  return out
+
+
+def _spec_axis(spec: QuantSpec, x, contracted, batch):
+  """Block axes of an operand: the last contracted one, for tiles also the last
+  free one."""
+  free = [d for d in range(x.ndim) if d not in (*contracted, *batch)]
+  if not contracted or (spec.fmt.is_tile and not free):
+    raise ValueError(
+      f'{spec.fmt} has no place in an operand of shape {x.shape} that is'
+      f' contracted over axes {tuple(contracted)}; use another format or None'
+    )
+  last = contracted[-1]
+  return (last, free[-1]) if spec.fmt.is_tile else last
+
+
+def _packed(lhs, rhs, dims, precision, preferred_element_type):
+  """The product with a QArray; a weight of more axes goes in as a matrix."""
+  (lhs_k, rhs_k), (lhs_b, _) = dims
+  matrix, shape = None, None
+  if _is_q(rhs) and not _is_q(lhs) and not lhs_b:
+    matrix = _as_matrix(rhs, tuple(rhs_k))
+  if matrix is not None:
+    free = [d for d in range(lhs.ndim) if d not in lhs_k]
+    lead = tuple(lhs.shape[d] for d in free)
+    kept = tuple(n for d, n in enumerate(rhs.shape) if d not in rhs_k)
+    shape = (*lead, *kept)
+    lhs = lhs.transpose(*free, *lhs_k).reshape(*lead, matrix.shape[0])
+    rhs, dims = matrix, (((len(lead),), (0,)), ((), ()))
+  out = ops.dot_general(
+    lhs,
+    rhs,
+    dims,
+    precision=precision,
+    preferred_element_type=preferred_element_type,
+  )
+  return out if shape is None else out.reshape(shape)
+
+
+def _as_matrix(q: QArray, contracted: tuple[int, ...]) -> QArray | None:
+  """`q` as (k, n) with blocks along k, where that needs no new blocks."""
+  last = contracted[-1] - q.ndim if contracted else 0
+  if q.axes != (last,):
+    return None
+  merges = len(contracted) > 1
+  if merges and (q.pad[0] or (q.fmt.scale and not q.fmt.block[0])):
+    return None
+  free = [d for d in range(q.ndim) if d not in contracted]
+
+  def move(leaf):
+    leaf = leaf.transpose(*contracted, *free)
+    k, n = leaf.shape[: len(contracted)], leaf.shape[len(contracted) :]
+    return leaf.reshape(math.prod(k), math.prod(n))
+
+  return qarray.replace(jax.tree.map(move, q), axis=-2)
+
+
+def sharded(f, out_sharding, *operands):
+  """`f(*operands)` with the given sharding of the result."""
+  if out_sharding is None:
+    return f(*operands)
+  auto = jax.sharding.auto_axes(f, out_sharding=out_sharding)
+  # auto_axes does nothing where no axis is explicit; reshard says so.
+  return jax.sharding.reshard(auto(*operands), out_sharding)
+
+
+def check_specs(lhs, rhs):
+  for name, spec in (('lhs', lhs), ('rhs', rhs)):
+    if spec is None:
+      continue
+    if not isinstance(spec, QuantSpec):
+      raise TypeError(
+        f'{name}={spec!r} must be a QuantSpec or None; for a format pass'
+        f' QuantSpec(fmt)'
+      )
+    if spec.needs_key:
+      raise ValueError(
+        f'{name} has rounding={spec.rounding!r}, which needs a new key in every'
+        f' call; use nn.linen.DotGeneral or nn.nnx.DotGeneral, which draw them'
+      )
+  return lhs, rhs
+
+
+def _refuse(kwargs) -> None:
+  given = {k: v for k, v in kwargs.items() if v is not None}
+  if given:
+    raise TypeError(f'a quantized product has no keywords {sorted(given)}')
+
+
+def _is_q(x) -> bool:
+  return isinstance(x, QArray)

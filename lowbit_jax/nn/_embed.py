@@ -1,0 +1,52 @@
+"""Table look-up that decodes only what it looks up."""
+
+import jax
+import jax.numpy as jnp
+
+from lowbit_jax import qarray
+from lowbit_jax.nn import _dot
+from lowbit_jax.qarray import QArray
+from lowbit_jax.recipe import QuantSpec
+
+
+def take_rows(table, ids, dtype, spec: QuantSpec | None = None, key=None):
+  """Rows of a table; NaN for ids outside of it, as in `jnp.take`.
+
+  Args:
+    table: `(n, features)` array or QArray. With blocks along the features only
+      the rows are decoded, otherwise the whole table.
+    ids: integers of any shape.
+    dtype: dtype of the result, None for that of the table.
+    spec: fake quantization of an array.
+    key: PRNG key, if `spec` needs one.
+
+  Returns:
+    An array of shape `(*ids.shape, features)`.
+  """
+  if isinstance(table, QArray):
+    if table.axes != (-1,):
+      return jnp.take(qarray.dequantize(table, dtype), ids, axis=0)
+    row = jnp.take(jnp.arange(table.shape[0]), ids, fill_value=-1)
+    rows = qarray.dequantize(table[jnp.maximum(row, 0)], dtype)
+    return jnp.where(row[..., None] < 0, jnp.nan, rows)
+  if spec is None:
+    rows = jnp.take(table, ids, axis=0)
+  elif spec.fmt.tensor_scale or spec.fmt.is_tile:
+    axis = (-2, -1) if spec.fmt.is_tile else -1
+    rows = jnp.take(_dot.fake_quant(table, spec, axis, key), ids, axis=0)
+  else:
+    rows = _dot.fake_quant(jnp.take(table, ids, axis=0), spec, -1, key)
+  return rows if dtype is None else rows.astype(dtype)
+
+
+def attend(query, table, specs: _dot.Specs, key=None) -> jax.Array:
+  """Scores of queries against all rows: query @ table.T.
+
+  Args:
+    query: `(..., features)`.
+    table: `(n, features)` array or QArray.
+    specs: fake quantization of query and table.
+    key: PRNG key, if a spec needs one.
+  """
+  dims = (((query.ndim - 1,), (1,)), ((), ()))
+  return _dot.contract(query, table, dims, specs, key=key)

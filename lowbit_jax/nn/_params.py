@@ -1,0 +1,253 @@
+"""Quantizing the parameters of a model, leaf by leaf."""
+
+import re
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax.core import meta
+
+from lowbit_jax import ops, qarray
+from lowbit_jax.formats import BlockFormat
+from lowbit_jax.qarray import QArray
+
+_ATTENTION = {'query': -3, 'key': -3, 'value': -3, 'out': -2}
+_REMEDY = 'pass axis=, narrow select=, or name stacked layers in stacked='
+
+
+class Layout(NamedTuple):
+  """Where the blocks of a kernel lie.
+
+  Attributes:
+    axis: block axis, negative.
+    rank: rank of the kernel; axes in front of it are stacked layers.
+  """
+
+  axis: int
+  rank: int
+
+
+def quantize_params(
+  params,
+  select: str | Callable[[str, Any], bool] | None,
+  fmt: BlockFormat | Callable[[str, Any], BlockFormat | None],
+  *,
+  axis=None,
+  stacked: str | Callable[[str, Any], bool] | None = None,
+  scale_rule: str | None = None,
+):
+  """A parameter tree with QArrays in place of the selected leaves.
+
+  The result goes to `model.apply` of a Linen model, `nnx.merge` of an NNX state
+  and to `lowbit_jax.io.save`; `partition` and `trainable_mask` keep it away
+  from gradients and optimizers.
+
+  Blocks lie along the last contracted axis, which follows from the names that
+  Flax gives:
+
+    kernel (in, out)                        axis -2
+    kernel of a module named conv...        axis -2, the input channels
+    kernel (in, heads, size) of query, key and value of an attention  axis -3
+    kernel (heads, size, out) of its out                              axis -2
+    embedding (n, features)                 axis -1
+
+  Tiles span that axis and the last one. Other leaves are refused: DenseGeneral
+  and Einsum do not say in their parameters what they contract (the modules of
+  NNX do: see `nn.nnx.quantize`).
+
+  Args:
+    params: tree of arrays: the params of a Linen model, boxed in
+      `nn.Partitioned` or not, an NNX state, or any other.
+    select: regular expression that is searched in the path of a leaf, such as
+      'layers/1/kernel', or a predicate of path and leaf. None selects all
+      leaves named 'kernel' with two or more axes, so no embeddings.
+    fmt: block format, or a function of path and leaf that returns one, or None
+      to leave the leaf as it is.
+    axis: block axis (a tuple for tiles) of all selected leaves, or a function
+      of path and leaf; where it is None, the table above applies.
+    stacked: regular expression or predicate for leaves that hold layers stacked
+      along axis 0 (`nn.scan`, `nn.vmap`); each layer is quantized by itself.
+    scale_rule: scale rule in place of that of the format.
+
+  Returns:
+    The same tree. Leaves that are QArrays already stay as they are.
+
+  Raises:
+    ValueError: if nothing is selected, or for a leaf whose axis is not known.
+
+  Example:
+    >>> import jax, jax.numpy as jnp
+    >>> from flax import linen
+    >>> import lowbit_jax as lowbit
+    >>> model = linen.Dense(8)
+    >>> params = model.init(jax.random.key(0), jnp.ones((1, 64)))['params']
+    >>> q = lowbit.nn.quantize_params(params, None, lowbit.formats.mxfp4)
+    >>> model.apply({'params': q}, jnp.ones((1, 64))).shape
+    (1, 8)
+  """
+  leaves, treedef = jax.tree_util.tree_flatten_with_path(params, is_leaf=_stop)
+  paths = [jax.tree_util.keystr(p, simple=True, separator='/') for p, _ in leaves]
+  values = [leaf for _, leaf in leaves]
+  choose = Choice(select, fmt, axis, stacked, scale_rule)
+  new = choose.quantize(dict(zip(paths, map(_content, values), strict=True)))
+  return treedef.unflatten(
+    [
+      _replaced(old, new[path]) if path in new else old
+      for path, old in zip(paths, values, strict=True)
+    ]
+  )
+
+
+def trainable_mask(params):
+  """A tree of bools for `optax.masked`: False for QArrays and integers.
+
+  Example:
+    `optax.masked(optax.adam(1e-3), trainable_mask)`
+  """
+
+  def trainable(x):
+    is_float = hasattr(x, 'dtype') and jnp.issubdtype(x.dtype, jnp.floating)
+    return not isinstance(x, QArray) and is_float
+
+  return jax.tree.map(trainable, params, is_leaf=qarray.is_qarray)
+
+
+class Choice(NamedTuple):
+  """The arguments of `quantize_params`."""
+
+  select: Any
+  fmt: Any
+  axis: Any
+  stacked: Any
+  scale_rule: str | None
+
+  def quantize(
+    self, leaves: dict[str, Any], known: dict[str, Layout] | None = None
+  ) -> dict[str, QArray]:
+    """Quantized leaves by path.
+
+    Args:
+      leaves: all leaves by path.
+      known: layouts of leaves by path, where they do not follow from names.
+    """
+    chosen = [path for path, leaf in leaves.items() if self._selects(path, leaf)]
+    if not chosen:
+      raise ValueError(
+        f'select={self.select!r} selects none of the leaves {_some(leaves)}'
+      )
+    out = {}
+    for path in chosen:
+      if isinstance(leaves[path], QArray):
+        continue
+      if (q := self._leaf(path, leaves, known or {})) is not None:
+        out[path] = q
+    return out
+
+  def _selects(self, path: str, leaf) -> bool:
+    if self.select is None:
+      return _name(path) == 'kernel' and jnp.ndim(leaf) >= 2
+    return _matches(self.select, path, leaf)
+
+  def _leaf(self, path: str, leaves, known) -> QArray | None:
+    leaf = leaves[path]
+    fmt = self.fmt(path, leaf) if callable(self.fmt) else self.fmt
+    if fmt is None:
+      return None
+    is_stack = self.stacked is not None and _matches(self.stacked, path, leaf)
+    axis = self.axis(path, leaf) if callable(self.axis) else self.axis
+    layers = int(is_stack)
+    if axis is None:
+      layout = known.get(path) or _layout(path, leaves, layers)
+      layers = leaf.ndim - layout.rank
+      axis = _tile_axes(layout.axis) if fmt.is_tile else layout.axis
+    elif not all(a < 0 for a in (axis if isinstance(axis, tuple) else (axis,))):
+      raise ValueError(f'{axis=} of {path!r} must count from the end: < 0')
+
+    def quantize(x):
+      return ops.quantize(x, fmt, axis=axis, scale_rule=self.scale_rule)
+
+    for _ in range(layers):
+      quantize = jax.vmap(quantize)
+    try:
+      return quantize(leaf)
+    except (TypeError, ValueError) as error:
+      error.add_note(f'This is the parameter {path!r}.')
+      raise
+
+
+def _layout(path: str, leaves, layers: int) -> Layout:
+  """The layout that names and shapes tell, for `layers` leading stack axes."""
+  *parents, name = path.split('/')
+  parent = parents[-1] if parents else ''
+  rank = leaves[path].ndim - layers
+  if name == 'embedding' and rank == 2:
+    return Layout(-1, rank)
+  if name == 'kernel' and not re.match(r'Einsum(_\d+)?$', parent):
+    if rank == 2 or (rank > 2 and re.search('conv', parent, re.IGNORECASE)):
+      return Layout(-2, rank)
+    if rank == 3 and parent in _ATTENTION and _is_attention(parents, leaves):
+      return Layout(_ATTENTION[parent], rank)
+  raise ValueError(
+    f'the block axis of {path!r} with shape {leaves[path].shape} is not known:'
+    f' {_REMEDY}'
+  )
+
+
+def _is_attention(parents, leaves) -> bool:
+  """Whether the siblings are the four projections of an attention."""
+
+  def heads(name, start):
+    leaf = leaves.get('/'.join([*parents[:-1], name, 'kernel']))
+    if leaf is None or leaf.ndim < 3:
+      return name
+    return leaf.shape[-3:][start : start + 2]
+
+  own = {heads(n, 1) for n in ('query', 'key', 'value')} | {heads('out', 0)}
+  return len(own) == 1
+
+
+def _tile_axes(axis: int) -> tuple[int, int]:
+  return (-2, -1) if axis == -1 else (axis, -1)
+
+
+def _matches(which, path: str, leaf) -> bool:
+  if isinstance(which, str):
+    return re.search(which, path) is not None
+  return bool(which(path, leaf))
+
+
+def _stop(x) -> bool:
+  """What stays whole in a tree: QArrays, boxes of Linen, variables of NNX."""
+  return isinstance(x, meta.AxisMetadata) or hasattr(type(x), 'get_raw_value')
+
+
+def _content(x):
+  """The array in a box or variable."""
+  if isinstance(x, QArray):
+    return x
+  if isinstance(x, meta.AxisMetadata):
+    return _content(x.value)
+  if hasattr(type(x), 'get_raw_value'):
+    return x.get_raw_value()
+  return x
+
+
+def _replaced(old, q: QArray):
+  """`q` in the box or variable of `old`."""
+  if isinstance(old, meta.AxisMetadata):
+    return old.replace_boxed(_replaced(old.value, q))
+  if hasattr(type(old), 'get_raw_value'):
+    from lowbit_jax.nn import nnx  # importing NNX takes a while
+
+    return nnx.frozen(old, q)
+  return q
+
+
+def _name(path: str) -> str:
+  return path.rsplit('/', 1)[-1]
+
+
+def _some(leaves) -> str:
+  names = list(leaves)
+  return ', '.join(names[:8]) + (', ...' if len(names) > 8 else '')

@@ -1,0 +1,117 @@
+"""How Linen sees a QArray: as boxed metadata around an array.
+
+Linen compares the leaves of a parameter with the shapes that its initializer
+makes, and packed codes have another shape. What it does first is to unbox
+`AxisMetadata`. So a QArray is declared to be such a box, and unboxing gives an
+`ArrayView`: one leaf, of the logical shape, that turns into an array where one
+is needed.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.core import meta
+
+from lowbit_jax import qarray
+from lowbit_jax.qarray import QArray
+
+_OPERATORS = (
+  *('add', 'sub', 'mul', 'truediv', 'matmul', 'pow'),
+  *('radd', 'rsub', 'rmul', 'rtruediv', 'rmatmul', 'neg'),
+)
+
+
+class ArrayView:
+  """A QArray in the clothes of an array: not a pytree, dense when used.
+
+  Attributes:
+    q: the QArray.
+  """
+
+  def __init__(self, q: QArray):
+    self.q = q
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    return self.q.shape
+
+  @property
+  def ndim(self) -> int:
+    return self.q.ndim
+
+  @property
+  def size(self) -> int:
+    return self.q.size
+
+  @property
+  def dtype(self) -> np.dtype:
+    return self.q.dtype
+
+  @property
+  def T(self) -> jax.Array:
+    return jnp.asarray(self).T
+
+  def astype(self, dtype) -> jax.Array:
+    return qarray.dequantize(self.q, dtype)
+
+  def reshape(self, *shape) -> jax.Array:
+    return jnp.asarray(self).reshape(*shape)
+
+  def __getitem__(self, index) -> jax.Array:
+    return jnp.asarray(self)[index]
+
+  def __jax_array__(self) -> jax.Array:
+    return qarray.dequantize(self.q)
+
+  def __array__(self, dtype=None, copy=None) -> np.ndarray:
+    return self.q.__array__(dtype, copy)
+
+  def __repr__(self) -> str:
+    return f'ArrayView({self.q!r})'
+
+
+def _forward(name: str):
+  def method(self, *args):
+    return getattr(jnp.asarray(self), name)(*args)
+
+  method.__name__ = name
+  return method
+
+
+for _name in _OPERATORS:
+  setattr(ArrayView, f'__{_name}__', _forward(f'__{_name}__'))
+
+
+def unview(x):
+  """The QArray behind a view; anything else as it is."""
+  return x.q if isinstance(x, ArrayView) else x
+
+
+def _same_axes(self: QArray, index: int, params) -> QArray:
+  """Adding or removing the axis of stacked layers: only a leading one, because
+  block axes count from the end."""
+  del params
+  if index != 0:
+    raise ValueError(
+      f'a quantized parameter cannot be lifted over axis {index}: stack the'
+      ' layers along axis 0 (variable_axes of nn.scan or nn.vmap)'
+    )
+  return self
+
+
+_BOX = {
+  'unbox': lambda self: ArrayView(self),
+  'replace_boxed': lambda self, value: value,
+  'add_axis': _same_axes,
+  'remove_axis': _same_axes,
+}
+
+
+def register() -> None:
+  """Declares QArray an `AxisMetadata`; more than once does no harm."""
+  for name, function in _BOX.items():
+    setattr(QArray, name, function)
+  meta.AxisMetadata.register(QArray)
+
+
+register()

@@ -1,0 +1,215 @@
+"""Linen: modules for fake quantization, and packed weights in any module.
+
+A parameter tree from `nn.quantize_params` goes to `model.apply` of unmodified
+modules as it is: they decode a weight before they use it. To contract packed
+weights instead, without decoding all of them,
+
+  - give a Dense or DenseGeneral `dot_general=nn.dot_general()` and
+    `promote_dtype=nn.promote_dtype`, or
+  - call the unmodified model under `with packed():`.
+"""
+
+import contextlib
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as flax_linen
+from flax.linen import module as flax_module
+
+from lowbit_jax.nn import _dot, _embed
+from lowbit_jax.nn._view import ArrayView, unview
+from lowbit_jax.recipe import QuantSpec
+
+RNG = 'quant'
+
+
+class DotGeneral(flax_linen.Module):
+  """`nn.dot_general` with random rounding, for `dot_general_cls` arguments.
+
+  Keys come from the rng stream 'quant': `model.apply(variables, x,
+  rngs={'quant': key})`.
+
+  Attributes:
+    lhs: what is done to activations, None for nothing.
+    rhs: what is done to weights.
+
+  Example:
+    `linen.Dense(8, dot_general_cls=functools.partial(DotGeneral, rhs=spec))`
+  """
+
+  lhs: QuantSpec | None = None
+  rhs: QuantSpec | None = None
+
+  def __call__(
+    self,
+    lhs,
+    rhs,
+    dimension_numbers,
+    precision=None,
+    preferred_element_type=None,
+    **kwargs,
+  ) -> jax.Array:
+    specs = _dot.Specs(self.lhs, self.rhs)
+    return _dot.contract(
+      lhs,
+      rhs,
+      dimension_numbers,
+      specs,
+      key=_key(self, specs),
+      precision=precision,
+      preferred_element_type=preferred_element_type,
+      **kwargs,
+    )
+
+
+class Dense(flax_linen.Dense):
+  """`linen.Dense` on arrays with fake quantization, or on packed QArrays.
+
+  Its parameters have the names and shapes of those of `linen.Dense`.
+
+  Attributes:
+    lhs: what is done to the inputs, None for nothing.
+    rhs: what is done to a kernel that is an array.
+  """
+
+  lhs: QuantSpec | None = None
+  rhs: QuantSpec | None = None
+  promote_dtype: Any = _dot.promote_dtype
+
+  def __post_init__(self):
+    if self.dot_general is None and self.dot_general_cls is None:
+      if _dot.Specs(self.lhs, self.rhs).need_key:
+        cls = functools.partial(DotGeneral, self.lhs, self.rhs)
+        self.dot_general_cls = cls
+      else:
+        self.dot_general = _dot.dot_general(self.lhs, self.rhs)
+    super().__post_init__()
+
+
+class Einsum(flax_linen.Einsum):
+  """`linen.Einsum` on arrays with fake quantization, or on packed QArrays.
+
+  Attributes:
+    lhs: what is done to the inputs, None for nothing.
+    rhs: what is done to a kernel that is an array.
+  """
+
+  lhs: QuantSpec | None = None
+  rhs: QuantSpec | None = None
+  promote_dtype: Any = _dot.promote_dtype
+
+  @flax_linen.compact
+  def __call__(self, inputs, einsum_str: str | None = None) -> jax.Array:
+    subscripts = flax_module.merge_param(
+      'einsum_str', self.einsum_str, einsum_str
+    ).replace(' ', '')
+    kernel = self.param(
+      'kernel', self.kernel_init, self.shape, self.param_dtype
+    )
+    bias = None
+    shape = ()
+    if self.use_bias:
+      own, shape = self._get_bias_shape(subscripts, inputs, kernel)
+      bias = self.param('bias', self.bias_init, own, self.param_dtype)
+    inputs, kernel, bias = self.promote_dtype(
+      inputs, kernel, bias, dtype=self.dtype
+    )
+    specs = _dot.Specs(self.lhs, self.rhs)
+    y = _dot.contract_einsum(
+      subscripts,
+      inputs,
+      kernel,
+      specs,
+      key=_key(self, specs),
+      precision=self.precision,
+      preferred_element_type=self.preferred_element_type,
+    )
+    return y if bias is None else y + jnp.reshape(bias, shape)
+
+
+class Embed(flax_linen.Embed):
+  """`linen.Embed` that decodes only the rows that it looks up.
+
+  Attributes:
+    lhs: what is done to the queries of `attend`, None for nothing.
+    rhs: what is done to a table that is an array.
+  """
+
+  lhs: QuantSpec | None = None
+  rhs: QuantSpec | None = None
+  promote_dtype: Any = _dot.promote_dtype
+
+  def __call__(self, inputs) -> jax.Array:
+    if not jnp.issubdtype(inputs.dtype, jnp.integer):
+      raise ValueError(f'{inputs.dtype=} must be an integer type')
+    (table,) = self.promote_dtype(
+      self.embedding, dtype=self.dtype, inexact=False
+    )
+    specs = _dot.Specs(None, self.rhs)
+    key = _key(self, specs)
+    return _embed.take_rows(table, inputs, None, self.rhs, key)
+
+  def attend(self, query) -> jax.Array:
+    query, table = self.promote_dtype(query, self.embedding, dtype=self.dtype)
+    specs = _dot.Specs(self.lhs, self.rhs)
+    return _embed.attend(query, table, specs, _key(self, specs))
+
+
+@contextlib.contextmanager
+def packed():
+  """Unmodified modules use packed weights inside this context.
+
+  Dense and DenseGeneral (so also MultiHeadDotProductAttention) that have no
+  `dot_general` of their own contract QArrays as `nn.dot_general` does, and
+  Embed decodes only the rows that it looks up. Other modules, and arrays, are
+  as they were. Tracing must happen inside: a function that was jitted before
+  keeps what it was traced with.
+
+  Example:
+    `with nn.linen.packed(): y = model.apply({'params': quantized}, x)`
+  """
+  with flax_linen.intercept_methods(_use_packed):
+    yield
+
+
+_PACKED = _dot.dot_general()
+
+
+def _use_packed(call, args, kwargs, context):
+  module = context.module
+  if context.method_name != '__call__':
+    return call(*args, **kwargs)
+  if type(module) is flax_linen.Embed:
+    if isinstance(module.embedding, ArrayView):
+      return _look_up(module, *args, **kwargs)
+  elif (
+    isinstance(module, flax_linen.Dense | flax_linen.DenseGeneral)
+    and module.dot_general is None
+    and module.dot_general_cls is None
+  ):
+    with _fields(module, dot_general=_PACKED, promote_dtype=_dot.promote_dtype):
+      return call(*args, **kwargs)
+  return call(*args, **kwargs)
+
+
+def _look_up(module: flax_linen.Embed, inputs):
+  return _embed.take_rows(unview(module.embedding), inputs, module.dtype)
+
+
+@contextlib.contextmanager
+def _fields(module, **values):
+  """Fields of a bound module for the time of one call."""
+  before = {name: getattr(module, name) for name in values}
+  for name, value in values.items():
+    object.__setattr__(module, name, value)
+  try:
+    yield
+  finally:
+    for name, value in before.items():
+      object.__setattr__(module, name, value)
+
+
+def _key(module: flax_linen.Module, specs: _dot.Specs):
+  return module.make_rng(RNG) if specs.need_key else None

@@ -1,0 +1,237 @@
+"""NNX: frozen quantized variables, and modules for fake quantization.
+
+Unmodified NNX modules take QArrays: they decode a weight before they use it.
+`quantize` replaces the weights of a model and lets Linear, LinearGeneral and
+Einsum contract them packed.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx as flax_nnx
+from flax.nnx.nn import dtypes as flax_dtypes
+from jax import lax
+
+from lowbit_jax.nn import _dot, _embed, _params
+from lowbit_jax.qarray import QArray
+from lowbit_jax.recipe import QuantSpec
+
+flax_nnx.register_data_type(QArray)
+
+
+class QuantizedParam(flax_nnx.Variable):
+  """A quantized weight. Not a Param: gradients and optimizers pass it by."""
+
+
+def frozen(variable: flax_nnx.Variable, q: QArray) -> QuantizedParam:
+  """A `QuantizedParam` with the metadata of another variable.
+
+  Args:
+    variable: the variable that it takes the place of.
+    q: its quantized value.
+  """
+  metadata = variable.get_metadata(exclude_required=True)
+  return QuantizedParam(q, eager_sharding=False, **metadata)
+
+
+def quantize(
+  model: flax_nnx.Module,
+  select,
+  fmt,
+  *,
+  axis=None,
+  scale_rule: str | None = None,
+) -> flax_nnx.Module:
+  """Replaces the selected parameters of a model by `QuantizedParam`s, in place.
+
+  Blocks lie along the last contracted axis, as the modules tell: Linear,
+  LinearGeneral (so also MultiHeadAttention), Einsum, Conv, ConvTranspose and
+  Embed. Layers stacked along leading axes (`nnx.vmap`) are quantized one by
+  one. Linear, LinearGeneral and Einsum get `nn.dot_general()` or `nn.einsum()`
+  and `nn.promote_dtype` where they had the defaults, so that weights stay
+  packed in products.
+
+  Args:
+    model: an NNX module.
+    select: as in `nn.quantize_params`; also `fmt`, `axis` and `scale_rule`.
+
+  Returns:
+    `model`.
+
+  Raises:
+    ValueError: if nothing is selected, or for a parameter whose axis is not
+      known.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> from flax import nnx
+    >>> import lowbit_jax as lowbit
+    >>> model = nnx.Linear(64, 8, rngs=nnx.Rngs(0))
+    >>> _ = lowbit.nn.nnx.quantize(model, None, lowbit.formats.mxfp4)
+    >>> model(jnp.ones((1, 64))).shape
+    (1, 8)
+  """
+  holders = _holders(model)
+  first = {}  # a shared variable counts where it is found first
+  for path, module, name, variable in holders:
+    first.setdefault(id(variable), (path, module, name, variable))
+  values = {path: v.get_raw_value() for path, _, _, v in first.values()}
+  known = {
+    path: layout
+    for path, module, name, _ in first.values()
+    if (layout := _layout(module, name)) is not None
+  }
+  choice = _params.Choice(select, fmt, axis, None, scale_rule)
+  new = choice.quantize(values, known)
+  new = {
+    key: frozen(variable, new[path])
+    for key, (path, _, _, variable) in first.items()
+    if path in new
+  }
+  for _, module, name, variable in holders:
+    if id(variable) in new:
+      setattr(module, name, new[id(variable)])
+      _use_packed(module)
+  return model
+
+
+class DotGeneral(flax_nnx.Module):
+  """`nn.dot_general` with random rounding, for `dot_general` arguments.
+
+  Args:
+    lhs: what is done to activations, None for nothing.
+    rhs: what is done to weights.
+    rngs: source of a stream of keys, forked from its stream 'quant'.
+
+  Example:
+    `nnx.Linear(64, 8, dot_general=DotGeneral(rhs=spec, rngs=rngs), rngs=rngs)`
+  """
+
+  def __init__(
+    self,
+    lhs: QuantSpec | None = None,
+    rhs: QuantSpec | None = None,
+    *,
+    rngs: flax_nnx.Rngs,
+  ):
+    self.specs = _dot.Specs(lhs, rhs)
+    self.rngs = rngs.fork()
+
+  def __call__(
+    self,
+    lhs,
+    rhs,
+    dimension_numbers,
+    precision=None,
+    preferred_element_type=None,
+    **kwargs,
+  ) -> jax.Array:
+    return _dot.contract(
+      lhs,
+      rhs,
+      dimension_numbers,
+      self.specs,
+      key=self.rngs.quant() if self.specs.need_key else None,
+      precision=precision,
+      preferred_element_type=preferred_element_type,
+      **kwargs,
+    )
+
+
+class Embed(flax_nnx.Embed):
+  """`nnx.Embed` that decodes only the rows that it looks up.
+
+  Args:
+    num_embeddings: rows of the table.
+    features: columns of the table.
+    lhs: what is done to the queries of `attend`, None for nothing.
+    rhs: what is done to a table that is an array.
+    **kwargs: further arguments of `nnx.Embed`.
+  """
+
+  def __init__(
+    self,
+    num_embeddings: int,
+    features: int,
+    *,
+    lhs: QuantSpec | None = None,
+    rhs: QuantSpec | None = None,
+    promote_dtype: Any = _dot.promote_dtype,
+    **kwargs,
+  ):
+    super().__init__(
+      num_embeddings, features, promote_dtype=promote_dtype, **kwargs
+    )
+    self.specs = _dot.Specs(*_dot.check_specs(lhs, rhs))
+
+  def __call__(self, inputs, out_sharding=None) -> jax.Array:
+    if not jnp.issubdtype(inputs.dtype, jnp.integer):
+      raise ValueError(f'{inputs.dtype=} must be an integer type')
+    (table,) = self.promote_dtype(
+      (self.embedding[...],), dtype=self.dtype, inexact=False
+    )
+
+    def take(table, inputs):
+      return _embed.take_rows(table, inputs, None, self.specs.rhs)
+
+    return _dot.sharded(take, out_sharding, table, inputs)
+
+  def attend(self, query, out_sharding=None) -> jax.Array:
+    query, table = self.promote_dtype(
+      (query, self.embedding[...]), dtype=self.dtype
+    )
+
+    def score(query, table):
+      return _embed.attend(query, table, self.specs)
+
+    return _dot.sharded(score, out_sharding, query, table)
+
+
+def _holders(model):
+  """(path, module, name, variable) of every Param attribute of every module."""
+  return [
+    ('/'.join(map(str, (*path, name))), module, name, variable)
+    for path, module in flax_nnx.iter_modules(model)
+    for name, variable in vars(module).items()
+    if isinstance(variable, flax_nnx.Param)
+  ]
+
+
+def _layout(module, name: str) -> _params.Layout | None:
+  """Where the module itself tells how its parameter is contracted."""
+  if isinstance(module, flax_nnx.Embed):
+    return _params.Layout(-1, 2) if name == 'embedding' else None
+  if name != 'kernel':
+    return None
+  if isinstance(module, flax_nnx.Linear):
+    return _params.Layout(-2, 2)
+  if isinstance(module, flax_nnx.LinearGeneral):
+    n_in, n_out = len(module.in_features), len(module.out_features)
+    return _params.Layout(-1 - n_out, len(module.batch_axis) + n_in + n_out)
+  if isinstance(module, flax_nnx.Conv | flax_nnx.ConvTranspose):
+    axis = -1 if getattr(module, 'transpose_kernel', False) else -2
+    return _params.Layout(axis, len(module.kernel_size) + 2)
+  if isinstance(module, flax_nnx.Einsum) and '...' not in module.einsum_str:
+    operands, output = module.einsum_str.replace(' ', '').split('->')
+    inputs, kernel = operands.split(',')
+    axes = [i for i, c in enumerate(kernel) if c in inputs and c not in output]
+    if axes:
+      return _params.Layout(axes[-1] - len(kernel), len(kernel))
+  return None
+
+
+def _use_packed(module) -> None:
+  """Puts packed products in place of default ones."""
+  if isinstance(module, flax_nnx.Linear | flax_nnx.LinearGeneral):
+    own_class = getattr(module, 'dot_general_cls', None)
+    if module.dot_general not in (None, lax.dot_general) or own_class:
+      return
+    if module.promote_dtype is flax_dtypes.promote_dtype:
+      module.dot_general = _dot.dot_general()
+      module.promote_dtype = _dot.promote_dtype
+  elif isinstance(module, flax_nnx.Einsum):
+    defaults = (jnp.einsum, flax_dtypes.promote_dtype)
+    if (module.einsum_op, module.promote_dtype) == defaults:
+      module.einsum_op = _dot.einsum()
+      module.promote_dtype = _dot.promote_dtype
