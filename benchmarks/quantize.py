@@ -11,12 +11,12 @@ scalar oracle first. qwix and torchao are timed too where they are installed.
 import functools
 import importlib.util
 
-import _timing
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
+import _timing
 import lowbit_jax as lowbit
 
 _SIZE = flags.DEFINE_integer('size', 4096, 'Rows and columns of the array.')

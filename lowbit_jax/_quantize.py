@@ -11,14 +11,14 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from lowbit_pallas.arith import bits as fb
-from lowbit_pallas.arith import codec
 
 from lowbit_jax import qarray
 from lowbit_jax.formats import BlockFormat, ElementFormat
 from lowbit_jax.numerics import _packing, _rounding, _scaling
 from lowbit_jax.numerics._codec import as_float_array, dither_step, spec
 from lowbit_jax.qarray import QArray
+from lowbit_pallas.arith import bits as fb
+from lowbit_pallas.arith import codec
 
 
 class Rounding(NamedTuple):
@@ -292,8 +292,10 @@ def _tensor_scale(blocks, amax, fmt, rule, given):
         f'tensor_scale.shape={scale.shape} must hold one number; use vmap for a'
         ' stack of tensors'
       )
-    bad = jnp.any(amax >= fb.INF) & (fmt.scale is None)
-    return jnp.where(bad, math.nan, scale).reshape(ones)
+    scale = scale.reshape(ones)
+    if fmt.scale is not None:
+      return scale
+    return jnp.where(jnp.any(amax >= fb.INF), math.nan, scale)
   if rule == 'absmean':
     mean = jnp.sum(jnp.abs(blocks.view)) / max(blocks.size, 1)
     bad = jnp.any(amax >= fb.INF)

@@ -26,11 +26,11 @@ from collections.abc import Iterator, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from lowbit_pallas.arith import codec
 
 from lowbit_jax.formats import BlockFormat
 from lowbit_jax.numerics import _packing, _scaling, dither
 from lowbit_jax.numerics._codec import dither_step, spec
+from lowbit_pallas.arith import codec
 
 
 @jax.tree_util.register_dataclass

@@ -97,18 +97,19 @@ _COLUMNS = (
   ('crest', 5, lambda r: _number(r.measures.crest, 1)),
   ('rho', 5, lambda r: _power(r.measures.rho[1])),
 )
-_GAP = 1
-_FIXED = sum(width + _GAP for _, width, _ in _COLUMNS)
-_SHAPE = 14
-_FORMAT = 12
+_SHAPE = 16
+_PATH = WIDTH - 1 - _SHAPE - sum(1 + width for _, width, _ in _COLUMNS)
 _SAMPLES = 3
 
 
 def _lines(report: Report) -> list[str]:
   measured = [row for row in report.rows if not row.skipped]
-  lines = _header(measured)
-  for row in measured:
-    lines.append(_line(row, _path_width(measured), len(_formats(measured)) > 1))
+  width = min(_PATH, max([6, *(len(row.path) for row in measured)]))
+  heads = ' '.join(f'{name:>{w}}' for name, w, _ in _COLUMNS)
+  lines = []
+  for fmt in dict.fromkeys(row.fmt for row in measured):
+    lines += [fmt, f'{"tensor":<{width}} {"shape":>{_SHAPE}} {heads}']
+    lines += [_line(row, width) for row in measured if row.fmt == fmt]
   lines += _advice(measured)
   if any(math.isnan(row.measures.saturated) for row in measured):
     lines += _wrap(
@@ -125,33 +126,8 @@ def _lines(report: Report) -> list[str]:
   return lines
 
 
-def _formats(rows) -> list[str]:
-  return list(dict.fromkeys(row.fmt for row in rows))
-
-
-def _path_width(rows) -> int:
-  several = len(_formats(rows)) > 1
-  room = WIDTH - _FIXED - _SHAPE - _GAP - several * (_FORMAT + _GAP)
-  return min(room, max([6, *(len(row.path) for row in rows)]))
-
-
-def _header(rows) -> list[str]:
-  if not rows:
-    return []
-  names = _formats(rows)
-  several = len(names) > 1
-  heads = [f'{name:>{w}}' for name, w, _ in _COLUMNS]
-  if several:
-    heads = [f'{"format":>{_FORMAT}}', *heads]
-  line = f'{"tensor":<{_path_width(rows)}} {"shape":>{_SHAPE}}'
-  title = [] if several else [names[0]]
-  return [*title, f'{line} {" ".join(heads)}']
-
-
-def _line(row: Row, width: int, with_format: bool) -> str:
+def _line(row: Row, width: int) -> str:
   cells = [f'{_fit(text(row), w):>{w}}' for _, w, text in _COLUMNS]
-  if with_format:
-    cells = [f'{_fit(row.fmt, _FORMAT):>{_FORMAT}}', *cells]
   name = f'{_shorten(row.path, width):<{width}}'
   return f'{name} {_shape(row):>{_SHAPE}} {" ".join(cells)}'
 
@@ -179,12 +155,22 @@ def _wrap(text: str) -> list[str]:
 
 
 def _shorten(path: str, width: int) -> str:
-  """The end of a path, which tells tensors apart, behind an ellipsis."""
-  if len(path) <= width:
-    return path
-  tail = path[-(width - 3) :]
-  at = tail.find('/')
-  return '...' + (tail[at:] if 0 <= at < len(tail) // 2 else tail)
+  """A path with its parts abbreviated, from the left, until it fits.
+
+  Parts with a number tell layers apart and go last; the name itself stays.
+  """
+  *parts, last = path.split('/')
+  plain = [i for i, part in enumerate(parts) if not _digits(part)]
+  numbered = [i for i, part in enumerate(parts) if _digits(part)]
+  for i in (*plain, *numbered):
+    if len('/'.join([*parts, last])) > width:
+      parts[i] = parts[i][:1] + _digits(parts[i])
+  short = '/'.join([*parts, last])
+  return short if len(short) <= width else '...' + short[3 - width :]
+
+
+def _digits(part: str) -> str:
+  return ''.join(c for c in part if c.isdigit())
 
 
 def _shape(row: Row) -> str:

@@ -102,10 +102,12 @@ def per_channel(
   element: ElementFormat,
   scale: FloatFormat = float32,
   *,
-  scale_rule: str = 'absmax',
+  scale_rule: str | None = None,
 ) -> BlockFormat:
   """`element` with one scale for each slice along the quantized axis."""
   name = f'{element.name}_channel' + _scale_suffix(scale)
+  if scale_rule is None:
+    scale_rule = _default_rule(scale)
   return BlockFormat(name, element, (0,), scale, scale_rule=scale_rule)
 
 
@@ -123,7 +125,7 @@ def grouped(
     (block,),
     scale,
     zero_point=zero_point,
-    scale_rule='minmax' if zero_point else 'absmax',
+    scale_rule='minmax' if zero_point else _default_rule(scale),
   )
 
 
@@ -143,6 +145,10 @@ def bfp(precision: int, block: int) -> BlockFormat:
   return BlockFormat(
     f'bfp{precision}_g{block}', element, (block,), e8m0, scale_rule='floor'
   )
+
+
+def _default_rule(scale: FloatFormat) -> str:
+  return 'absmax' if scale.zero else 'floor'
 
 
 def _scale_suffix(scale: FloatFormat) -> str:

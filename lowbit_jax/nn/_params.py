@@ -87,7 +87,9 @@ def quantize_params(
     (1, 8)
   """
   leaves, treedef = jax.tree_util.tree_flatten_with_path(params, is_leaf=_stop)
-  paths = [jax.tree_util.keystr(p, simple=True, separator='/') for p, _ in leaves]
+  paths = [
+    jax.tree_util.keystr(p, simple=True, separator='/') for p, _ in leaves
+  ]
   values = [leaf for _, leaf in leaves]
   choose = Choice(select, fmt, axis, stacked, scale_rule)
   new = choose.quantize(dict(zip(paths, map(_content, values), strict=True)))
@@ -131,7 +133,9 @@ class Choice(NamedTuple):
       leaves: all leaves by path.
       known: layouts of leaves by path, where they do not follow from names.
     """
-    chosen = [path for path, leaf in leaves.items() if self._selects(path, leaf)]
+    chosen = [
+      path for path, leaf in leaves.items() if self._selects(path, leaf)
+    ]
     if not chosen:
       raise ValueError(
         f'select={self.select!r} selects none of the leaves {_some(leaves)}'

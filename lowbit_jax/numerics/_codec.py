@@ -4,7 +4,6 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from lowbit_pallas.arith import codec
 
 from lowbit_jax.formats import (
   CodebookFormat,
@@ -13,6 +12,7 @@ from lowbit_jax.formats import (
   IntFormat,
 )
 from lowbit_jax.numerics import _rounding
+from lowbit_pallas.arith import codec
 
 FLOAT_DTYPES = ('float16', 'bfloat16', 'float32')
 OVERFLOWS = ('saturate', 'special')

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+
 from lowbit_pallas.arith import packing
 
 codes_per_group = packing.codes_per_group

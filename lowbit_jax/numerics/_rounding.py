@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+
 from lowbit_pallas.arith import codec, hash
 
 ROUNDINGS = ('nearest_even', 'toward_zero', 'stochastic', 'dithered')

@@ -11,12 +11,12 @@ E4M3, ...), float32 or bfloat16 numbers otherwise.
 import math
 
 import jax.numpy as jnp
-from lowbit_pallas.arith import bits as fb
-from lowbit_pallas.arith import codec
-from lowbit_pallas.arith import scale as exact
 
 from lowbit_jax.formats import BlockFormat, FloatFormat
 from lowbit_jax.numerics._codec import spec
+from lowbit_pallas.arith import bits as fb
+from lowbit_pallas.arith import codec
+from lowbit_pallas.arith import scale as exact
 
 block_max = exact.block_max
 magnitude_bits = exact.magnitude_bits
@@ -54,7 +54,7 @@ def scale_rules(fmt: BlockFormat) -> tuple[str, ...]:
 def check_scale_rule(fmt: BlockFormat, rule: str | None) -> str:
   """The rule to use: `rule`, or the format's own default for None."""
   if rule is None:
-    return fmt.scale_rule
+    rule = fmt.scale_rule
   if rule not in scale_rules(fmt):
     raise ValueError(
       f'scale_rule={rule!r} does not fit {fmt.name}; its rules are'

@@ -123,6 +123,10 @@ def einsum(
     preferred_element_type: as in `dot`.
     implementation: as in `dot`.
   """
+  if not isinstance(subscripts, str):
+    raise TypeError(
+      f'subscripts={subscripts!r} must be a string, followed by two operands'
+    )
   lhs, rhs = _operand(lhs, 'lhs'), _operand(rhs, 'rhs')
   dims, order = einsum_dims(subscripts, lhs.ndim, rhs.ndim)
   out = dot_general(
@@ -163,14 +167,18 @@ def _contract_jvp(call, primals, tangents):
       preferred_element_type=jnp.float32,
     )
 
+  @jax.checkpoint
+  def from_lhs(tangent, lhs, rhs):
+    return product(_dense_tangent(lhs, tangent), rhs)
+
+  @jax.checkpoint
+  def from_rhs(tangent, lhs, rhs):
+    return product(lhs, _dense_tangent(rhs, tangent))
+
   total = jnp.zeros_like(out)
-  d_lhs, d_rhs = (
-    _dense_tangent(p, t) for p, t in zip(primals, tangents, strict=True)
-  )
-  if d_lhs is not None:
-    total = total + jax.checkpoint(product)(d_lhs, rhs)
-  if d_rhs is not None:
-    total = total + jax.checkpoint(product)(lhs, d_rhs)
+  for x, t, part in zip(primals, tangents, (from_lhs, from_rhs), strict=True):
+    if (tangent := _float_tangent(x, t)) is not None:
+      total = total + part(tangent, lhs, rhs)
   return out, total
 
 
@@ -182,8 +190,9 @@ def _is_zero(t) -> bool:
   return zero or t is None or t.dtype == jax.dtypes.float0
 
 
-def _dense_tangent(x, t):
-  """Tangent of the dense value of an operand, None where it is zero."""
+def _float_tangent(x, t):
+  """What can move of an operand: the tangent of an array, or a dict with those
+  of the float leaves of a QArray; None where nothing does."""
   if not isinstance(x, QArray):
     return None if _is_zero(t) else t
   leaves = {
@@ -191,14 +200,19 @@ def _dense_tangent(x, t):
     for name in ('scale', 'tensor_scale')
     if getattr(x, name) is not None and not _is_zero(getattr(t, name))
   }
-  if not leaves:
-    return None
+  return leaves or None
+
+
+def _dense_tangent(x, tangent):
+  """Tangent of the dense value of an operand."""
+  if not isinstance(x, QArray):
+    return tangent
 
   def values(leaves):
     return _dense(qarray.replace(x, **leaves))
 
-  primals = {name: getattr(x, name) for name in leaves}
-  return jax.jvp(values, (primals,), (leaves,))[1]
+  primals = {name: getattr(x, name) for name in tangent}
+  return jax.jvp(values, (primals,), (tangent,))[1]
 
 
 def _dense(x):

@@ -20,7 +20,6 @@ import math
 import jax
 import jax.numpy as jnp
 from jax import lax
-from lowbit_pallas.arith import codec
 
 from lowbit_jax import qarray
 from lowbit_jax.formats import BlockFormat, IntFormat
@@ -28,6 +27,7 @@ from lowbit_jax.numerics import _packing, _scaling
 from lowbit_jax.numerics._codec import spec
 from lowbit_jax.ops._dispatch import Plan
 from lowbit_jax.qarray import QArray
+from lowbit_pallas.arith import codec
 
 # Rows of x up to which products are summed per block instead of using the
 # matrix unit, rows of the weight in a tile, and rows in one sum where no scale
@@ -249,15 +249,16 @@ def _why_not_integer(lhs, rhs, dims) -> str | None:
     element = q.fmt.element
     if not isinstance(element, IntFormat) or not element.signed:
       return f'{element} is not a signed integer'
-    if q.fmt.scale is not None and q.fmt.block != (0,):
+    if q.scale is not None and any(q.scale.shape[d] != 1 for d in contracted):
       return 'scales vary along the contraction'
-    inside = [a + q.ndim in contracted for a in q.axes]
-    if q.fmt.scale is not None and not all(inside):
-      return 'scales vary along the contraction'
-    if q.fmt.scale is None and q.tensor_scale.size != 1:
-      return 'it is a stack of tensors'
+    if q.tensor_scale is None and q.scale is None:
+      return 'it has no scale'
+    if q.tensor_scale is not None and (
+      q.scale is not None or math.prod(q.tensor_scale.shape) != 1
+    ):
+      return 'it has two levels of scales or is a stack of tensors'
     size = math.prod(q.shape[d] for d in contracted)
-    if size * 127**2 >= 1 << 31:
+    if size * 128**2 >= 1 << 31:
       return f'{size} products can overflow int32'
   return None
 

@@ -41,7 +41,6 @@ def cases():
 
 
 class PackTest(parameterized.TestCase):
-
   @parameterized.parameters(*cases())
   def test_every_width_and_axis(self, bits, shape, axis):
     codes = np.random.RandomState(bits).randint(0, 2**bits, shape)
@@ -90,20 +89,25 @@ class PackTest(parameterized.TestCase):
     codes = np.random.RandomState(0).randint(0, 2**bits, (3, 16, 8))
     codes = codes.astype(np.uint8)
     for axis in (0, 1):
+
       def pack(c, axis=axis):
         return numerics.pack(c, bits, axis)
 
       got = jax.jit(jax.vmap(pack))(codes)
       want = packed_by_hand(codes, bits, axis + 1)
       np.testing.assert_array_equal(got, want)
-      back = jax.jit(jax.vmap(
-        lambda p, axis=axis: numerics.unpack(p, bits, axis)))(got)
+      back = jax.jit(
+        jax.vmap(lambda p, axis=axis: numerics.unpack(p, bits, axis))
+      )(got)
       np.testing.assert_array_equal(back, codes)
 
   @parameterized.parameters(*range(1, 9))
   def test_every_byte_unpacks_and_packs(self, bits):
-    bytes_ = np.random.RandomState(0).permutation(
-      np.arange(256 * bits) % 256).astype(np.uint8)
+    bytes_ = (
+      np.random.RandomState(0)
+      .permutation(np.arange(256 * bits) % 256)
+      .astype(np.uint8)
+    )
 
     @jax.jit
     def there_and_back(packed):

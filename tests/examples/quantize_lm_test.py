@@ -1,0 +1,426 @@
+"""Tests of examples/quantize_lm.py and the modules beside it."""
+
+import contextlib
+import csv
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from unittest import mock
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from absl.testing import absltest, parameterized
+
+_ROOT = pathlib.Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(_ROOT / 'examples'))
+
+# pylint: disable=wrong-import-position
+import _checkpoints  # noqa: E402
+import _report  # noqa: E402
+import _timing  # noqa: E402
+import byte_lm  # noqa: E402
+
+_TOY = byte_lm.Config(width=16, heads=2, blocks=1, context=8, batch=2, steps=6)
+_RUN = {'seed': 0}
+
+
+def _toy_corpus() -> byte_lm.Corpus:
+  data = np.random.default_rng(0).integers(0, 256, 4096).astype(np.uint8)
+  return byte_lm.Corpus(data[:3000], data[3000:], 2, 'toy')
+
+
+def _new_directory(test: absltest.TestCase) -> pathlib.Path:
+  return pathlib.Path(test.enterContext(tempfile.TemporaryDirectory()))
+
+
+def _contents(directory: pathlib.Path) -> dict[str, bytes]:
+  return {
+    str(path.relative_to(directory)): path.read_bytes()
+    for path in sorted(directory.rglob('*'))
+    if path.is_file()
+  }
+
+
+def _assert_same_bits(expected, actual):
+  jax.tree.map(
+    lambda a, b: np.testing.assert_array_equal(
+      np.asarray(a).view(np.uint32), np.asarray(b).view(np.uint32)
+    ),
+    expected,
+    actual,
+  )
+
+
+class ModelTest(parameterized.TestCase):
+  def test_batches_are_functions_of_seed_and_step(self):
+    corpus = _toy_corpus()
+    first = byte_lm.train_batch(corpus, _TOY, 3)
+    byte_lm.train_batch(corpus, _TOY, 4)
+    np.testing.assert_array_equal(first, byte_lm.train_batch(corpus, _TOY, 3))
+    self.assertTrue(np.any(first != byte_lm.train_batch(corpus, _TOY, 4)))
+    other = byte_lm.Config(context=8, batch=2, seed=1)
+    self.assertTrue(np.any(first != byte_lm.train_batch(corpus, other, 3)))
+    self.assertEqual(first.shape, (2, 9))
+
+  def test_held_out_windows_reach_both_ends(self):
+    corpus = _toy_corpus()
+    windows = byte_lm.held_out_windows(corpus, 8, 5)
+    np.testing.assert_array_equal(windows[0], corpus.held_out[:9])
+    np.testing.assert_array_equal(windows[-1], corpus.held_out[-9:])
+
+  def test_default_model_has_the_stated_size(self):
+    state = jax.eval_shape(lambda: byte_lm.init(byte_lm.Config()))
+    self.assertEqual(
+      sum(leaf.size for leaf in jax.tree.leaves(state.params)), 1246848
+    )
+    kernels = byte_lm.quantized_kernels(state.params)
+    self.assertLen(kernels, 24)
+    self.assertEqual(sum(kernel.size for kernel in kernels), 1179648)
+
+  def test_model_is_causal(self):
+    apply = jax.jit(byte_lm.ByteLM(_TOY).apply)
+    params = byte_lm.init(_TOY).params
+    tokens = np.arange(8, dtype=np.int32)[None]
+    changed = tokens.copy()
+    changed[0, 5] = 200
+    before = apply({'params': params}, tokens)
+    after = apply({'params': params}, changed)
+    np.testing.assert_array_equal(before[0, :5], after[0, :5])
+    self.assertTrue(np.all(np.any(before[0, 5:] != after[0, 5:], axis=-1)))
+
+  def test_odd_head_size_is_refused(self):
+    with self.assertRaisesRegex(byte_lm.ConfigError, 'width=33'):
+      byte_lm.Config(width=33)
+
+
+class ResumeTest(absltest.TestCase):
+  def test_interrupted_training_ends_in_the_same_bits(self):
+    corpus = _toy_corpus()
+    whole = _checkpoints.Checkpoints(_new_directory(self), _RUN)
+    expected = byte_lm.train(_TOY, corpus, whole, 2)
+    directory = _new_directory(self)
+    batch = byte_lm.train_batch
+
+    def interrupted(corpus, config, step):
+      if step == 5:
+        raise KeyboardInterrupt
+      return batch(corpus, config, step)
+
+    with mock.patch.object(byte_lm, 'train_batch', interrupted):
+      with self.assertRaises(KeyboardInterrupt):
+        checkpoints = _checkpoints.Checkpoints(directory, _RUN)
+        byte_lm.train(_TOY, corpus, checkpoints, 2)
+    checkpoints = _checkpoints.Checkpoints(directory, _RUN)
+    self.assertEqual(checkpoints.steps(), [2, 4])
+    steps = []
+
+    def recorded(corpus, config, step):
+      steps.append(step)
+      return batch(corpus, config, step)
+
+    with mock.patch.object(byte_lm, 'train_batch', recorded):
+      actual = byte_lm.train(_TOY, corpus, checkpoints, 2)
+    self.assertEqual(steps, [4, 5])
+    _assert_same_bits(expected, actual)
+
+    with mock.patch.object(byte_lm, 'train_batch', recorded):
+      reused = byte_lm.train(_TOY, corpus, checkpoints, 2)
+    self.assertEqual(steps, [4, 5])
+    _assert_same_bits(expected, reused)
+
+
+class CheckpointsTest(parameterized.TestCase):
+  def setUp(self):
+    super().setUp()
+    self.directory = _new_directory(self) / 'kept'
+    self.state = {'w': np.arange(64, dtype=np.float32), 'n': np.int32(7)}
+    self.template = jax.eval_shape(lambda: self.state)
+
+  def _save(self, *steps):
+    checkpoints = _checkpoints.Checkpoints(self.directory, _RUN)
+    for step in steps:
+      checkpoints.save(step, self.state)
+    checkpoints.close()
+
+  def _restore(self, run=None):
+    checkpoints = _checkpoints.Checkpoints(self.directory, run or _RUN)
+    with contextlib.closing(checkpoints):
+      return checkpoints.restore(self.template)
+
+  def _assert_refused_untouched(self, pattern, run=None):
+    before = _contents(self.directory)
+    with self.assertRaisesRegex(_checkpoints.CheckpointError, pattern):
+      self._restore(run)
+    self.assertEqual(_contents(self.directory), before)
+
+  def test_round_trip_keeps_the_newest_two(self):
+    self._save(1, 2, 3)
+    step, state = self._restore()
+    self.assertEqual(step, 3)
+    np.testing.assert_array_equal(state['w'], self.state['w'])
+    kept = _checkpoints.Checkpoints(self.directory, _RUN).steps()
+    self.assertEqual(kept, [2, 3])
+
+  def test_interrupt_waits_for_the_save(self):
+    checkpoints = _checkpoints.Checkpoints(self.directory, _RUN)
+    save = checkpoints._manager.save
+
+    def interrupted(*args, **kwargs):
+      os.kill(os.getpid(), signal.SIGINT)
+      time.sleep(0.01)
+      save(*args, **kwargs)
+
+    with mock.patch.object(checkpoints._manager, 'save', interrupted):
+      with self.assertRaises(KeyboardInterrupt):
+        checkpoints.save(1, self.state)
+    self.assertEqual(self._restore()[0], 1)
+
+  def test_new_directory_holds_nothing(self):
+    self.assertEqual(self._restore(), (0, None))
+
+  def test_any_damaged_file_is_noticed(self):
+    self._save(1, 2)
+    pristine = _contents(self.directory)
+    damaged = [name for name in pristine if name.startswith('2/')]
+    self.assertGreater(len(damaged), 5)
+    for name in damaged:
+      content = pristine[name]
+      half = len(content) // 2
+      flipped = content[:half] + b'?' + content[half + 1 :]
+      for damage in {content[:half], flipped} - {content}:
+        (self.directory / name).write_bytes(damage)
+        self._assert_refused_untouched('2 is damaged.*go on from step 1')
+      (self.directory / name).write_bytes(content)
+    self.assertEqual(self._restore()[0], 2)
+
+  def test_missing_file_is_noticed(self):
+    self._save(1)
+    (self.directory / '1' / 'state' / '_METADATA').unlink()
+    self._assert_refused_untouched('1 is damaged.*go on from the start')
+
+  def test_checkpoint_without_seal_is_still_checked(self):
+    self._save(1, 2)
+    (self.directory / '2' / 'files.json').unlink()
+    self.assertEqual(self._restore()[0], 2)
+    (self.directory / '2' / 'info' / 'metadata').write_text('{')
+    self._assert_refused_untouched('2 is damaged')
+
+  def test_changed_values_are_noticed(self):
+    self._save(1)
+    manager = ocp.CheckpointManager(self.directory)
+    info = manager.restore(
+      1, args=ocp.args.Composite(info=ocp.args.JsonRestore())
+    )['info']
+    self.state['w'] = self.state['w'] + 1
+    manager.save(
+      2,
+      args=ocp.args.Composite(
+        state=ocp.args.StandardSave(self.state), info=ocp.args.JsonSave(info)
+      ),
+    )
+    manager.close()
+    self._assert_refused_untouched('2 is damaged.*go on from step 1')
+
+  def test_other_run_is_refused(self):
+    self._save(1)
+    self._assert_refused_untouched('seed: 0 there, 3 now', {'seed': 3})
+
+  @parameterized.parameters('{', '[]', '{"kind": "other", "run": {}}', '\xff')
+  def test_damaged_manifest_is_refused(self, text):
+    self._save(1)
+    (self.directory / 'run.json').write_bytes(text.encode('latin-1'))
+    self._assert_refused_untouched('run.json is damaged')
+
+  def test_other_files_are_refused(self):
+    self.directory.mkdir()
+    (self.directory / 'thesis.tex').write_text('hello')
+    self._assert_refused_untouched('thesis.tex.*another --workdir')
+
+  def test_other_orbax_directory_is_refused(self):
+    with ocp.CheckpointManager(self.directory) as manager:
+      manager.save(5, args=ocp.args.StandardSave(self.state))
+    self._assert_refused_untouched('something else')
+
+  def test_other_step_in_own_directory_is_refused(self):
+    self._save(1)
+    with ocp.CheckpointManager(self.directory) as manager:
+      manager.save(5, args=ocp.args.StandardSave(self.state))
+    self._assert_refused_untouched('5 is damaged or was written by something')
+
+  def test_file_in_place_of_directory_is_refused(self):
+    self.directory.write_text('')
+    with self.assertRaisesRegex(_checkpoints.CheckpointError, 'is a file'):
+      self._restore()
+
+
+class ReportTest(parameterized.TestCase):
+  def _row(self, name='a', bits=4.0, difference=0.1):
+    return _report.Row(name, 1000, bits, 2.1, difference, 0.01, 3.0, 1.2)
+
+  def test_failed_write_keeps_the_old_file(self):
+    directory = _new_directory(self)
+    path = directory / 'table.csv'
+    path.write_text('old')
+    with mock.patch.object(os, 'replace', side_effect=OSError):
+      with self.assertRaises(OSError):
+        _report.write_csv(path, [self._row()])
+    self.assertEqual(_contents(directory), {'table.csv': b'old'})
+
+  def test_csv_has_one_line_per_row(self):
+    path = _new_directory(self) / 'table.csv'
+    _report.write_csv(path, [self._row('a'), self._row('b', difference=-0.5)])
+    with open(path, newline='') as file:
+      rows = list(csv.DictReader(file))
+    self.assertEqual([row['format'] for row in rows], ['a', 'b'])
+    self.assertEqual(float(rows[1]['difference']), -0.5)
+    self.assertEqual(int(rows[1]['bytes']), 1000)
+
+  def test_rows_line_up_with_the_header(self):
+    self.assertLen(_report.format_row(self._row()), len(_report.HEADER))
+
+  def test_plot_labels_are_apart(self):
+    matplotlib = self._import_matplotlib()
+    figure = matplotlib.figure.Figure(figsize=(9, 6))
+    matplotlib.backends.backend_agg.FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.set_xlim(2, 9)
+    axes.set_ylim(0, 1)
+    points = [(4.25, 0.5 + 0.001 * index) for index in range(12)]
+    _report._place_labels(axes, points, ['mxfp4_label'] * 12, 8.5)
+    renderer = figure.canvas.get_renderer()
+    boxes = [
+      text.get_window_extent(renderer) for text in axes.texts if text.get_text()
+    ]
+    self.assertLen(boxes, 12)
+    for index, box in enumerate(boxes):
+      self.assertFalse(box.count_overlaps(boxes[:index]))
+
+  @parameterized.parameters(
+    [[]], [[(4.0, 0.1)]], [[(4.0, float('nan')), (8.0, -0.2), (32.0, 0.0)]]
+  )
+  def test_plot_is_written(self, points):
+    self._import_matplotlib()
+    path = _new_directory(self) / 'plot.png'
+    rows = [self._row(bits=bits, difference=gap) for bits, gap in points]
+    _report.write_plot(path, rows, 'title')
+    self.assertEqual(path.read_bytes()[:8], b'\x89PNG\r\n\x1a\n')
+
+  def _import_matplotlib(self):
+    try:
+      import matplotlib.backends.backend_agg
+      import matplotlib.figure
+    except ImportError:
+      self.skipTest('matplotlib is not installed')
+    return matplotlib
+
+
+class TimingTest(absltest.TestCase):
+  def test_losses_are_those_of_the_candidate_in_order(self):
+    calls = []
+
+    def loss(params, batch):
+      calls.append(params)
+      return params + batch
+
+    batches = [np.full(2, 10.0), np.full(2, 20.0), np.full(2, 30.0)]
+    losses, seconds, ratio = _timing.measure(
+      (loss, 1.0), (loss, 2.0), batches, 2
+    )
+    np.testing.assert_array_equal(losses, [12, 12, 22, 22, 32, 32])
+    self.assertGreater(seconds, 0)
+    self.assertGreater(ratio, 0)
+    self.assertEqual(calls, [1.0, 2.0, 2.0, 1.0, 1.0, 2.0, 2.0])
+
+
+class ScriptTest(absltest.TestCase):
+  """Runs the script as its users do, at toy size."""
+
+  _FLAGS = (
+    '--workdir=out',
+    '--width=32',
+    '--blocks=1',
+    '--context=32',
+    '--batch=4',
+    '--eval_windows=6',
+    '--timing_rounds=1',
+    '--formats=mxfp4,int8_channel',
+    '--sample_bytes=8',
+    '--sample_format=mxfp4',
+  )
+
+  def setUp(self):
+    super().setUp()
+    self.cwd = _new_directory(self)
+
+  def _start(self, *extra):
+    paths = [*filter(None, sys.path), str(_ROOT), str(_ROOT / 'pallas')]
+    return subprocess.Popen(
+      [
+        sys.executable,
+        str(_ROOT / 'examples' / 'quantize_lm.py'),
+        *self._FLAGS,
+        *extra,
+      ],
+      cwd=self.cwd,
+      env=os.environ | {'PYTHONPATH': os.pathsep.join(paths)},
+      stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE,
+      text=True,
+    )
+
+  def _finish(self, process):
+    out, err = process.communicate(timeout=300)
+    for path in (str(self.cwd), str(_ROOT), sys.prefix, sys.base_prefix):
+      self.assertNotIn(path, out + err)
+    return process.returncode, out, err
+
+  def test_table_plot_sample_and_reuse(self):
+    status, out, err = self._finish(self._start('--steps=12'))
+    self.assertEqual(status, 0, err)
+    self.assertIn('loss=', err)
+    self.assertIn('sample of the mxfp4 model', out)
+    with open(self.cwd / 'out' / 'table.csv', newline='') as file:
+      rows = {row['format']: row for row in csv.DictReader(file)}
+    self.assertEqual(list(rows), ['float32', 'mxfp4', 'int8_channel'])
+    weights = 32 * 96 + 32 * 32 + 2 * 32 * 128
+    self.assertEqual(int(rows['float32']['bytes']), 4 * weights)
+    self.assertEqual(int(rows['mxfp4']['bytes']), weights // 2 + weights // 32)
+    self.assertLess(float(rows['float32']['loss']), 5.4)
+    self.assertNotEqual(float(rows['mxfp4']['difference']), 0)
+    self.assertLess(
+      abs(float(rows['int8_channel']['difference'])),
+      0.5 * abs(float(rows['mxfp4']['difference'])) + 1e-3,
+    )
+    flags = ('--steps=12', '--sample_bytes=0', '--formats=mxfp4')
+    status, out, err = self._finish(self._start(*flags))
+    self.assertEqual(status, 0, err)
+    self.assertIn('step 12 of 12 reused', out)
+
+  def test_interrupt_says_what_was_kept_and_no_other_run_takes_it(self):
+    flags = ('--save_every=5', '--learning_rate=1e-4')
+    process = self._start('--steps=100000', *flags)
+    kept = self.cwd / 'out' / 'checkpoints'
+    while process.poll() is None and not (kept / '5').exists():
+      time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    status, _, err = self._finish(process)
+    self.assertEqual(status, 130, err)
+    steps = sorted(int(path.name) for path in kept.iterdir() if path.is_dir())
+    self.assertIn(f'step {steps[-1]} of 100000 is kept in out', err)
+    self.assertNotIn('Traceback', err)
+
+    before = _contents(kept)
+    status, _, err = self._finish(self._start('--steps=12', *flags))
+    self.assertEqual(status, 1)
+    self.assertIn('steps: 100000 there, 12 now', err)
+    self.assertNotIn('Traceback', err)
+    self.assertEqual(_contents(kept), before)
+
+
+if __name__ == '__main__':
+  absltest.main()

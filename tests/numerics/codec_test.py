@@ -1,0 +1,144 @@
+"""encode, decode and round_to where the conformance test does not look.
+
+That test proves rounding to nearest at every code point and boundary; here are
+dtypes, shapes and the relations between the functions.
+"""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl.testing import absltest, parameterized
+
+from lowbit_jax import formats, numerics
+
+ELEMENTS = (
+  'e4m3fn', 'e5m2', 'e4m3', 'e3m4', 'e4m3fnuz', 'e5m2fnuz', 'e4m3b11fnuz',
+  'e2m3', 'e3m2', 'e2m1', 'e1m2', 'e3m0', 'e4m0', 'ue4m3', 'ue5m3', 'e8m0',
+  'int8', 'int4', 'int3', 'int2', 'uint4', 'uint8', 'ternary', 'nf4',
+)  # fmt: skip
+
+
+@functools.partial(jax.jit, static_argnames=('element', 'rounding', 'overflow'))
+def encode(x, element, **kwargs):
+  return numerics.encode(x, element, **kwargs)
+
+
+@functools.partial(jax.jit, static_argnames=('element', 'dtype'))
+def decode(codes, element, dtype=jnp.float32):
+  return numerics.decode(codes, element, dtype)
+
+
+def finite(element) -> np.ndarray:
+  """Finite values that encoding produces, ascending, as float32."""
+  values = element.values()
+  values = np.unique(values[np.isfinite(values)])
+  values = values[np.abs(values) <= element.max]
+  return values.astype(np.float32)
+
+
+class CodecTest(parameterized.TestCase):
+  @parameterized.parameters(*ELEMENTS)
+  def test_beyond_the_range(self, name):
+    element = formats.get(name)
+    grid = finite(element)
+    x = np.array([np.inf, -np.inf, 3e38, -3e38], np.float32)
+    for rounding in ('nearest_even', 'toward_zero'):
+      got = decode(encode(x, element, rounding=rounding), element)
+      want = [grid[-1], grid[0], grid[-1], grid[0]]
+      if name == 'e8m0':
+        got, want = got[:1], want[:1]
+      np.testing.assert_array_equal(got, want, rounding)
+
+  @parameterized.parameters(*ELEMENTS)
+  def test_codes_of_values_under_every_rounding(self, name):
+    element = formats.get(name)
+    x = finite(element)
+    x = x[(np.abs(x) >= np.finfo(np.float32).tiny) | (x == 0)]
+    key = jax.random.key(0)
+    for rounding in ('nearest_even', 'toward_zero', 'stochastic'):
+      kwargs = dict(key=key) if rounding == 'stochastic' else {}
+      codes = encode(x, element, rounding=rounding, **kwargs)
+      self.assertEqual(codes.dtype, jnp.uint8)
+      self.assertLess(int(codes.max()), 2**element.bits)
+      np.testing.assert_array_equal(decode(codes, element), x, rounding)
+
+  @parameterized.parameters(
+    *itertools.product(
+      ('e4m3fn', 'e2m1', 'int4', 'nf4'), (jnp.float16, jnp.bfloat16)
+    )
+  )
+  def test_round_to_keeps_the_dtype_and_the_value(self, name, dtype):
+    element = formats.get(name)
+    x = np.linspace(-1.2, 1.2, 301, dtype=np.float32) * element.max
+    x = jnp.asarray(x).astype(dtype)
+    f = jax.jit(lambda x: numerics.round_to(x, element))
+    got, wide = f(x), f(x.astype(jnp.float32))
+    self.assertEqual(got.dtype, dtype)
+    np.testing.assert_array_equal(got, wide.astype(dtype))
+    codes = encode(x, element)
+    np.testing.assert_array_equal(decode(codes, element, dtype), got)
+
+  def test_round_to_keeps_nan(self):
+    x = np.array([np.nan, 1, -np.nan], np.float32)
+    for name in ('e2m1', 'e4m3fn', 'int4', 'nf4'):
+      y = np.asarray(
+        jax.jit(lambda x: numerics.round_to(x, formats.get(name)))(x)
+      )  # noqa: B023
+      np.testing.assert_array_equal(np.isnan(y), [True, False, True])
+
+  def test_round_to_dithered_is_subtractive(self):
+    element, key = formats.get('int8'), jax.random.key(0)
+    x = np.full(4096, 3.3, np.float32)
+    y = np.asarray(
+      jax.jit(
+        lambda x: numerics.round_to(x, element, rounding='dithered', key=key)
+      )(x)
+    )
+    error = y - x
+    self.assertLessEqual(np.abs(error).max(), 0.5 + 1e-5)
+    # Uniform errors: standard deviation 1 / sqrt(12).
+    self.assertAlmostEqual(error.std(), 12**-0.5, delta=0.01)
+    self.assertGreater(np.unique(y).size, 1000)
+
+  def test_the_derivative_of_round_to_is_zero(self):
+    x = jnp.linspace(-3, 3, 7)
+    grad = jax.grad(lambda x: jnp.sum(numerics.round_to(x, formats.e2m1)))(x)
+    np.testing.assert_array_equal(grad, 0)
+
+  def test_shapes_and_scalars(self):
+    element = formats.e2m1
+    self.assertEqual(numerics.round_to(2.7, element).shape, ())
+    self.assertEqual(float(numerics.round_to(jnp.float32(2.7), element)), 3)
+    self.assertEqual(int(numerics.encode(jnp.float32(-0.0), element)), 8)
+    self.assertEqual(numerics.encode(jnp.zeros((0, 3)), element).shape, (0, 3))
+    self.assertEqual(float(numerics.decode(9, element)), -0.5)
+    y = jax.vmap(lambda x: numerics.round_to(x, element))(jnp.ones((2, 3)))
+    np.testing.assert_array_equal(y, np.ones((2, 3)))
+
+  @parameterized.parameters(jnp.uint8, jnp.int32, jnp.int8, jnp.uint32)
+  def test_codes_of_any_integer_dtype(self, dtype):
+    codes = jnp.arange(16, dtype=dtype)
+    np.testing.assert_array_equal(
+      decode(codes, formats.e2m1), formats.e2m1.values()
+    )
+
+  @parameterized.parameters(
+    ('e4m3fn', [465.0, np.inf, -np.inf, 464.0], [np.nan] * 3 + [448]),
+    (
+      'e5m2',
+      [61440.0, np.inf, -np.inf, 61439.0],
+      [np.inf, np.inf, -np.inf, 57344],
+    ),
+    ('e4m3fnuz', [248.0, np.inf, -np.inf, 247.0], [np.nan] * 3 + [240]),
+  )
+  def test_overflow_special(self, name, x, want):
+    element = formats.get(name)
+    codes = encode(np.float32(x), element, overflow='special')
+    np.testing.assert_array_equal(decode(codes, element), want)
+
+
+if __name__ == '__main__':
+  absltest.main()

@@ -1,0 +1,877 @@
+"""dot, dot_general and einsum on Array | QArray, and their derivatives.
+
+The oracle is the float64 product of the dequantized operands. A float32 sum of
+k products, each with a few more roundings for scales, is within
+(k + 8) 2^-24 sum |a| |b| of it, in any order of summation.
+"""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl.testing import absltest, parameterized
+
+import lowbit_jax
+from lowbit_jax import QArray, formats, ops, qarray
+
+U = 2.0**-24
+K, N = 300, 5  # ragged in every block, several tiles for few rows
+
+
+def distinct(names) -> tuple[str, ...]:
+  """Names of block formats that differ in more than the size of their block."""
+  seen = {}
+  for name in names:
+    f = formats.get(name)
+    whole = f.block[0] == 0
+    kind = f.element, f.scale, f.tensor_scale, f.is_tile, whole
+    seen.setdefault(kind, name)
+  return tuple(seen.values())
+
+
+BLOCK_FORMATS = distinct(formats.names('block'))
+KINDS = (
+  'mxfp4', 'mxfp6_e2m3', 'nvfp4', 'nf4_g64', 'int3_g32', 'uint4_g32',
+  'int8_channel', 'e4m3fn_tensor', 'mxfp4_32x32',
+)  # fmt: skip
+
+
+@functools.cache
+def data(*shape, seed: int = 0) -> np.ndarray:
+  return np.random.RandomState(seed).randn(*shape).astype(np.float32)
+
+
+@functools.partial(jax.jit, static_argnames=('fmt', 'axis'))
+def _quantize(x, fmt, axis):
+  return lowbit_jax.quantize(x, fmt, axis=axis)
+
+
+@functools.cache
+def make(name: str, *shape, axis=-2, seed: int = 1) -> QArray:
+  fmt = formats.get(name)
+  axis = (-2, -1) if fmt.is_tile and len(shape) > 1 else axis
+  return _quantize(data(*shape, seed=seed), fmt, axis)
+
+
+product = jax.jit(lowbit_jax.dot)
+
+
+@jax.jit
+def _dequantize(q):
+  return lowbit_jax.dequantize(q, jnp.float32)
+
+
+def dense(x) -> np.ndarray:
+  """Values in float64."""
+  x = _dequantize(x) if isinstance(x, QArray) else x
+  return np.asarray(x, np.float64)
+
+
+def assert_product(got, spec: str, a, b, extra: float = 0.0):
+  """`got` is the einsum of `a` and `b` within the bound of the module."""
+  a, b = dense(a), dense(b)
+  want = np.einsum(spec, a, b)
+  size = np.einsum(spec, np.abs(a), np.abs(b))
+  inputs, output = spec.split('->')
+  sizes = dict(zip(inputs.replace(',', ''), a.shape + b.shape, strict=True))
+  k = np.prod([n for c, n in sizes.items() if c not in output])
+  got = np.asarray(got, np.float64)
+  assert got.shape == want.shape, (got.shape, want.shape)
+  bound = ((k + 8) * U + extra) * size + 1e-30
+  worst = np.max(np.abs(got - want) / bound, initial=0)
+  assert worst <= 1, f'{worst} times the bound'
+
+
+def leaves_equal(a, b):
+  for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+    np.testing.assert_array_equal(x, y)
+
+
+class DotTest(parameterized.TestCase):
+  @parameterized.parameters(*BLOCK_FORMATS)
+  def test_every_format(self, name):
+    x, q = data(2, K), make(name, K, N)
+    out = product(x, q)
+    assert_product(out, 'mk,kn->mn', x, q)
+    self.assertEqual(out.dtype, jnp.float32)
+
+  @parameterized.parameters(*KINDS)
+  def test_many_rows_and_either_side(self, name):
+    many, w = data(6, K, seed=2), data(K, N, seed=3)
+    right, left = make(name, K, N), make(name, 3, K, axis=-1)
+    for a, b in (many, right), (left, w), (left, right):
+      assert_product(product(a, b), 'mk,kn->mn', a, b)
+
+  @parameterized.parameters('mxfp4', 'int4_g32', 'uint4_g32', 'int8_channel')
+  def test_several_tiles_for_many_rows(self, name):
+    x, q = data(6, 2100), make(name, 2100, 3)
+    assert_product(product(x, q), 'mk,kn->mn', x, q)
+
+  @parameterized.parameters(*KINDS)
+  def test_transposed_weights(self, name):
+    stored = make(name, N, K, axis=-1)
+    few, many = data(2, K), data(6, K, seed=2)
+
+    @jax.jit
+    def products(stored):
+      d, e = lowbit_jax.dot, lowbit_jax.einsum
+      return d(few, stored.T), d(many, stored.mT), e('mk,nk->mn', few, stored)
+
+    a, b, c = products(stored)
+    assert_product(a, 'mk,nk->mn', few, stored)
+    assert_product(b, 'mk,nk->mn', many, stored)
+    assert_product(c, 'mk,nk->mn', few, stored)
+
+  @parameterized.parameters('mxfp4', 'nvfp4', 'int8_channel')
+  def test_ranks(self, name):
+    q, left = make(name, K, N), make(name, 3, K, axis=-1)
+    stack = make(name, 2, K, N)
+    v, x = data(K), data(2, 3, K)
+    row = make(name, K, axis=-1)
+
+    @jax.jit
+    def products(q, left, stack, row):
+      d = lowbit_jax.dot
+      return (
+        d(v, q),
+        d(x, q),
+        d(left, v),
+        d(row, v),
+        d(row, row),
+        d(row, q),
+        d(x, stack),
+        d(v, stack),
+      )
+
+    got = products(q, left, stack, row)
+    want = (
+      ('k,kn->n', v, q),
+      ('bmk,kn->bmn', x, q),
+      ('mk,k->m', left, v),
+      ('k,k->', row, v),
+      ('k,k->', row, row),
+      ('k,kn->n', row, q),
+      ('amk,bkn->ambn', x, stack),
+      ('k,bkn->bn', v, stack),
+    )
+    for out, (spec, a, b) in zip(got, want, strict=True):
+      assert_product(out, spec, a, b)
+
+  @parameterized.parameters('mxfp4', 'nvfp4', 'uint4_g32', 'int8_tensor')
+  def test_blocks_on_another_axis_are_dequantized(self, name):
+    x, q = data(2, 64), make(name, 64, 40, axis=-1)
+    assert_product(product(x, q), 'mk,kn->mn', x, q)
+
+  @parameterized.parameters('mxfp4', 'nvfp4', 'int4_g32')
+  def test_stacks_under_vmap_and_scan(self, name):
+    fmt = formats.get(name)
+    w, x = data(3, 64, 4), data(3, 2, 64, seed=2)
+    stack = jax.jit(jax.vmap(lambda w: lowbit_jax.quantize(w, fmt, axis=-2)))(w)
+    values = dense(stack)
+    got = jax.jit(jax.vmap(lowbit_jax.dot))(x, stack)
+    assert_product(got, 'bmk,bkn->bmn', x, values)
+    one = jax.jit(jax.vmap(lowbit_jax.dot, in_axes=(None, 0)))(x[0], stack)
+    assert_product(one, 'mk,bkn->bmn', x[0], values)
+
+    def body(i, layer):
+      return i + 1, lowbit_jax.dot(x[0], layer)
+
+    _, scanned = jax.jit(lambda s: jax.lax.scan(body, 0, s))(stack)
+    assert_product(scanned, 'mk,bkn->bmn', x[0], values)
+
+  @parameterized.parameters('mxfp4', 'nvfp4', 'int3_g32', 'int8_channel')
+  def test_batch_dimensions(self, name):
+    a, b = make(name, 2, 3, 64, axis=-1), make(name, 2, 64, 4)
+    x, w = data(2, 3, 64), data(2, 64, 4, seed=4)
+    dims = ((2,), (1,)), ((0,), (0,))
+    f = jax.jit(lambda a, b: lowbit_jax.dot_general(a, b, dims))
+    for lhs, rhs in ((x, b), (a, w), (a, b)):
+      assert_product(f(lhs, rhs), 'bmk,bkn->bmn', lhs, rhs)
+
+  @parameterized.parameters('mxfp4', 'nvfp4', 'uint4_g32', 'int8_tensor')
+  def test_poison_stays_in_its_columns(self, name):
+    fmt = formats.get(name)
+    w = data(64, 4).copy()
+    w[40, 2] = np.nan
+    q = _quantize(w, fmt, -2)
+    for m in (1, 6):
+      out = np.asarray(product(data(m, 64), q))
+      bad = np.isnan(out).any(0)
+      want = [True] * 4 if fmt.scale is None else [False, False, True, False]
+      np.testing.assert_array_equal(bad, want)
+
+  def test_arrays_alone_are_a_plain_product(self):
+    x, w = data(2, 32), data(32, 4)
+    np.testing.assert_array_equal(lowbit_jax.dot(x, w), jnp.dot(x, w))
+    np.testing.assert_array_equal(
+      lowbit_jax.einsum('mk,kn->nm', x, w), jnp.dot(x, w).T
+    )
+
+  @parameterized.parameters('mxfp4', 'int8_channel')
+  def test_empty_operands(self, name):
+    q = make(name, 64, 4)
+    out = product(np.zeros((0, 64), np.float32), q)
+    self.assertEqual(out.shape, (0, 4))
+    none = make(name, 64, 0)
+    self.assertEqual(product(data(2, 64), none).shape, (2, 0))
+
+  def test_matmul_operator(self):
+    q, left = make('nvfp4', K, N), make('nvfp4', 3, K, axis=-1)
+    x, w = jnp.asarray(data(2, K)), jnp.asarray(data(K, N, seed=3))
+    f = jax.jit(lambda a, b: a @ b)
+    assert_product(f(x, q), 'mk,kn->mn', x, q)
+    assert_product(f(left, w), 'mk,kn->mn', left, w)
+    assert_product(f(left, q), 'mk,kn->mn', left, q)
+    assert_product(np.asarray(x) @ q, 'mk,kn->mn', x, q)
+    assert_product(left @ np.asarray(w), 'mk,kn->mn', left, w)
+    stack = make('mxfp4', 2, 64, 4)
+    y = jnp.asarray(data(2, 3, 64))
+    assert_product(f(y, stack), 'bmk,bkn->bmn', y, stack)
+    turned = make('mxfp4', 2, 4, 64, axis=-1)
+    z = jnp.asarray(data(2, 64, 3))
+    assert_product(f(turned, z), 'bmk,bkn->bmn', turned, z)
+
+
+class ExactTest(parameterized.TestCase):
+  """Sums of integers below 2^24 have no rounding error in any order."""
+
+  @parameterized.parameters(
+    'mxfp4', 'mxfp6_e2m3', 'mxfp8_e4m3', 'mxint8', 'mxfp4_32x32', 'bfp5_g16'
+  )
+  def test_integer_data(self, name):
+    fmt = formats.get(name)
+    random = np.random.RandomState(0)
+    w = random.choice([-6, -4, -3, -2, -1, 0, 1, 2, 3, 4, 6], (K, N))
+    w[::16] = 6  # every block has the same scale
+    x = random.randint(-8, 9, (6, K))
+    axis = (-2, -1) if fmt.is_tile else -2
+    q = _quantize(w.astype(np.float32), fmt, axis)
+    np.testing.assert_array_equal(dense(q), w)
+    f = jax.jit(lowbit_jax.dot)
+    for m in (1, 6):
+      got = f(x[:m].astype(np.float32), q)
+      np.testing.assert_array_equal(got, x[:m] @ w)
+    left = _quantize(
+      w.T.astype(np.float32), fmt, (-2, -1) if fmt.is_tile else -1
+    )
+    np.testing.assert_array_equal(f(left, q), w.T @ w)
+
+  @parameterized.parameters(
+    *itertools.product(
+      ('int8_channel', 'int4_channel', 'int8_tensor', 'ternary_tensor'),
+      repeat=2,
+    )
+  )
+  def test_integer_products_are_exact_in_int32(self, left, right):
+    a, b = make(left, 3, K, axis=-1), make(right, K, N)
+    f = jax.jit(
+      lambda a, b: (
+        lowbit_jax.dot(a, b),
+        qarray.element_values(a),
+        qarray.element_values(b),
+      )
+    )
+    got, i, j = f(a, b)
+    i, j = (np.asarray(v).astype(np.int64) for v in (i, j))
+    total = i[:, :K] @ j[:K]
+    want = total.astype(np.float32)
+    for q in (a, b):
+      want = want * np.asarray(q.tensor_scale if q.scale is None else q.scale)
+    np.testing.assert_array_equal(got, want)
+    self.assertIn('int32', self.note('dot', a, b))
+
+  def note(self, op, *args) -> str:
+    return lowbit_jax.select_implementation(op, *args).note
+
+  def test_sums_beyond_24_bits_round_once(self):
+    k = 4001
+    a = np.full((1, k), 127, np.float32)
+    b = np.full((k, 1), 127, np.float32)
+    b[0] = 126
+    fmt = formats.get('int8_channel')
+    qa, qb = _quantize(a, fmt, -1), _quantize(b, fmt, -2)
+    got = product(qa, qb)
+    scale = np.float32(qa.scale) * np.float32(qb.scale)
+    np.testing.assert_array_equal(scale, 1)
+    self.assertEqual(
+      float(got[0, 0]), float(np.float32(127 * 126 + 127 * 127 * (k - 1)))
+    )
+
+  def test_batched_and_shared_integer_products(self):
+    a, b = (
+      make('int8_channel', 2, 3, 64, axis=-1),
+      make('int4_channel', 2, 64, 4),
+    )
+    f = jax.jit(lambda a, b: lowbit_jax.einsum('bmk,bkn->bmn', a, b))
+    self.assertIn('int32', self.note('einsum', 'bmk,bkn->bmn', a, b))
+    assert_product(f(a, b), 'bmk,bkn->bmn', a, b)
+    c = make('int8_channel', 64, 4)
+    f = jax.jit(lambda a, b: lowbit_jax.einsum('bmk,kn->nbm', a, b))
+    assert_product(f(a, c), 'bmk,kn->nbm', a, c)
+
+  def test_two_contracted_axes(self):
+    """The scale of one axis varies along the other."""
+    for name in ('int8_channel', 'int8_tensor', 'mxfp4'):
+      a, b = make(name, 3, 4, 32, axis=-1), make(name, 4, 32, 5)
+      got = jax.jit(lambda a, b: lowbit_jax.einsum('xab,abn->xn', a, b))(a, b)
+      assert_product(got, 'xab,abn->xn', a, b)
+
+  def test_two_integer_arrays_without_contraction(self):
+    a, b = make('int8_tensor', 3, 32), make('int8_tensor', 2, 32, seed=5)
+    got = jax.jit(lambda a, b: lowbit_jax.einsum('ab,cd->abcd', a, b))(a, b)
+    assert_product(got, 'ab,cd->abcd', a, b)
+
+
+class DtypeTest(parameterized.TestCase):
+  @parameterized.parameters(
+    ('mxfp4', jnp.bfloat16, jnp.bfloat16, None),
+    ('mxfp4', jnp.float16, jnp.float16, None),
+    ('mxfp4', jnp.bfloat16, jnp.float32, jnp.float32),
+    ('mxfp4', jnp.float32, jnp.bfloat16, jnp.bfloat16),
+    ('mxfp4_32x32', jnp.bfloat16, jnp.bfloat16, None),
+    ('mxfp4_32x32', jnp.float16, jnp.bfloat16, jnp.float32),
+    ('int8_channel', jnp.bfloat16, jnp.bfloat16, None),
+    ('int8_channel', jnp.bfloat16, jnp.float32, jnp.float32),
+  )
+  def test_narrow_operands_accumulate_in_float32(
+    self, name, x_dtype, w_dtype, preferred
+  ):
+    x = jnp.asarray(data(6, 64), x_dtype)
+    q = make(name, 64, 4).astype(w_dtype)
+    left = make(name, 3, 64, axis=-1).astype(w_dtype)
+
+    @jax.jit
+    def products(x, q, left):
+      d = functools.partial(lowbit_jax.dot, preferred_element_type=preferred)
+      return d(x[:2], q), d(x, q), d(left, x.T), d(left, q)
+
+    want = preferred or x_dtype
+    # Rounded once, at the end, to a result of p bits: half an ulp.
+    extra = float(jnp.finfo(want).eps) / 2 if want != jnp.float32 else 0.0
+    pairs = (x[:2], q), (x, q), (left, x.T), (left, q)
+    for out, (a, b) in zip(products(x, q, left), pairs, strict=True):
+      self.assertEqual(out.dtype, want)
+      reference = dense(a) @ dense(b)
+      size = np.abs(dense(a)) @ np.abs(dense(b))
+      bound = 72 * U * size + 1.001 * extra * np.abs(reference)
+      error = np.abs(np.asarray(out, np.float64) - reference)
+      self.assertTrue((error <= bound).all())
+
+  def test_the_default_is_the_promoted_dtype(self):
+    dtypes = (jnp.float16, jnp.bfloat16, jnp.float32)
+    with jax.numpy_dtype_promotion('standard'):
+      for a, b in itertools.product(dtypes, repeat=2):
+        x = jax.ShapeDtypeStruct((2, 64), a)
+        q = make('mxfp4', 64, 4).astype(b)
+        out = jax.eval_shape(lowbit_jax.dot, x, q)
+        self.assertEqual(out.dtype, jnp.promote_types(a, b))
+    with jax.numpy_dtype_promotion('strict'):
+      narrow = jax.ShapeDtypeStruct((2, 64), jnp.bfloat16)
+      with self.assertRaisesRegex(Exception, 'promotion'):
+        jax.eval_shape(lowbit_jax.dot, narrow, q)
+
+  def test_preferred_element_type(self):
+    q = make('mxfp4', 64, 4).astype(jnp.bfloat16)
+    x = jnp.asarray(data(2, 64), jnp.bfloat16)
+    w = jnp.asarray(data(64, 4), jnp.bfloat16)
+    for dtype in (jnp.float32, jnp.bfloat16, jnp.float16):
+      kwargs = dict(preferred_element_type=dtype)
+      for out in jax.eval_shape(
+        lambda: (
+          lowbit_jax.dot(x, q, **kwargs),  # noqa: B023
+          lowbit_jax.einsum('mk,kn->nm', x, q, **kwargs),  # noqa: B023
+          lowbit_jax.dot_general(x, q, (((1,), (0,)), ((), ())), **kwargs),  # noqa: B023
+          lowbit_jax.dot(x, w, **kwargs),  # noqa: B023
+        )
+      ):
+        self.assertEqual(out.dtype, dtype)
+
+  def test_precision_is_passed_on(self):
+    q, dims = make('mxfp4', 64, 4), (((1,), (0,)), ((), ()))
+    for m in (2, 6):
+      x = data(m, 64)
+      out = jax.jit(
+        lambda x, q: lowbit_jax.dot_general(
+          x, q, dims, precision=jax.lax.Precision.HIGHEST
+        )
+      )(x, q)
+      assert_product(out, 'mk,kn->mn', x, q)
+
+
+class EinsumTest(parameterized.TestCase):
+  @parameterized.parameters(
+    ('mk,kn->mn', (2, 64), (64, 4), -2),
+    ('mk,kn->nm', (2, 64), (64, 4), -2),
+    ('mk,nk->mn', (2, 64), (4, 64), -1),
+    ('bmk,kn->bmn', (2, 3, 64), (64, 4), -2),
+    ('bmk,bkn->bmn', (2, 3, 64), (2, 64, 4), -2),
+    ('bmk,bkn->nbm', (2, 3, 64), (2, 64, 4), -2),
+    ('bqhd,bkhd->bhqk', (2, 3, 4, 32), (2, 5, 4, 32), -1),
+    ('btd,dhf->bthf', (2, 3, 64), (64, 2, 4), -3),
+    ('bthf,hfd->btd', (2, 3, 2, 32), (2, 32, 4), -2),
+    ('k,kn->n', (64,), (64, 4), -2),
+    ('mk,k->m', (3, 64), (64,), -1),
+    ('ab,cd->acbd', (2, 3), (4, 32), -1),
+    ('mk,mk->m', (2, 64), (2, 64), -1),
+  )
+  def test_equals_float64(self, spec, a_shape, b_shape, axis):
+    x, f = data(*a_shape), jax.jit(functools.partial(lowbit_jax.einsum, spec))
+    for name in ('mxfp4', 'nvfp4'):
+      q = make(name, *b_shape, axis=axis)
+      assert_product(f(x, q), spec, x, q)
+    left, right = spec.split('->')[0].split(',')
+    turned = f'{right},{left}->{spec.split("->")[1]}'
+    got = jax.jit(functools.partial(lowbit_jax.einsum, turned))(q, x)
+    assert_product(got, turned, q, x)
+
+  @parameterized.parameters(
+    ('...k,kn->...n', (2, 3, 64), (64, 4)),
+    ('...k,kn->...n', (64,), (64, 4)),
+    ('...mk,...kn->...mn', (2, 3, 64), (2, 64, 4)),
+    ('m...k,kn->n...m', (2, 5, 3, 64), (64, 4)),
+    (' ...k , kn -> ...n ', (2, 64), (64, 4)),
+  )
+  def test_ellipsis(self, spec, a_shape, b_shape):
+    x, q = data(*a_shape), make('mxfp4', *b_shape)
+    got = jax.jit(functools.partial(lowbit_jax.einsum, spec))(x, q)
+    want = np.einsum(spec.replace(' ', ''), dense(x), dense(q))
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+
+  @parameterized.parameters(
+    ('mk,kn', 'form'),
+    ('mk,kn,np->mp', 'form'),
+    ('mk->m', 'form'),
+    ('mmk,kn->mn', 'name each of the 2 axes of lhs once'),
+    ('kk,kn->n', 'axes of lhs once'),
+    ('mk,k->m', 'name each of the 2 axes of rhs once'),
+    ('mk,kn->m', 'keep every letter'),
+    ('mk,kn->mnz', 'keep every letter'),
+    ('mk,kn->mnn', 'repeat none'),
+  )
+  def test_refusals(self, spec, message):
+    q = make('mxfp4', 64, 4)
+    for a, b in ((data(2, 64), q), (data(2, 64), data(64, 4))):
+      with self.assertRaisesRegex(ValueError, message):
+        lowbit_jax.einsum(spec, a, b)
+
+  def test_sizes_must_match(self):
+    q = make('mxfp4', 64, 4)
+    with self.assertRaisesRegex(ValueError, r'\(2, 32\).*\(64, 4\)'):
+      lowbit_jax.einsum('mk,kn->mn', data(2, 32), q)
+    with self.assertRaisesRegex(ValueError, 'batch'):
+      lowbit_jax.einsum('bmk,bkn->bmn', data(3, 2, 64), make('mxfp4', 2, 64, 4))
+
+  def test_the_subscripts_are_a_string(self):
+    with self.assertRaisesRegex((TypeError, ValueError), 'subscripts'):
+      lowbit_jax.einsum(data(2, 64), make('mxfp4', 64, 4), data(4, 2))
+
+
+class SelectTest(parameterized.TestCase):
+  def choice(self, *args, op='dot', **kwargs):
+    return lowbit_jax.select_implementation(op, *args, **kwargs)
+
+  def test_notes_say_how(self):
+    q = make('mxfp4', 64, 4)
+    cases = (
+      ((data(1, 64), q), 'tiles.*block sums'),
+      ((data(6, 64), q), 'tiles.*tile products'),
+      (
+        (make('int8_channel', 3, 64, axis=-1), make('int8_channel', 64, 4)),
+        'int32 product',
+      ),
+      ((q.T, data(64, 2)), 'dequantizes.*only the left operand'),
+      (
+        (data(2, 64), make('mxfp4', 64, 40, axis=-1)),
+        'dequantizes.*axis -1.*-2',
+      ),
+      ((data(2, 64), make('mxfp4_32x32', 64, 40)), r'dequantizes.*\(-2, -1\)'),
+      ((data(2, 64), data(64, 4)), 'no operand is quantized'),
+    )
+    for args, note in cases:
+      choice = self.choice(*args, implementation='xla')
+      self.assertEqual(choice.implementation, 'xla')
+      self.assertRegex(choice.note, note)
+      self.assertEqual(choice.refusals, {})
+    x = data(2, 3, 64)
+    choice = self.choice(
+      'bmk,bkn->bmn', x, make('mxfp4', 2, 64, 4), op='einsum'
+    )
+    self.assertIn('batch', choice.note)
+
+  def test_shapes_are_enough(self):
+    x = jax.ShapeDtypeStruct((1, 64), jnp.float32)
+    q = jax.eval_shape(lambda: make('mxfp4', 64, 4))
+    self.assertIn('block sums', self.choice(x, q).note)
+    dims = (((1,), (0,)), ((), ()))
+    self.assertIn('block sums', self.choice(x, q, dims, op='dot_general').note)
+    self.assertIn(
+      'block sums', self.choice('mk,kn->mn', x, q, op='einsum').note
+    )
+
+  def test_names_and_lists(self):
+    x, q = data(2, 64), make('mxfp4', 64, 4)
+    want = np.asarray(lowbit_jax.dot(x, q, implementation='xla'))
+    for names in (
+      None,
+      ['xla'],
+      ('xla', 'tpu'),
+      ['tpu', 'xla'],
+      ['mosaic_gpu', 'tpu', 'xla'],
+    ):
+      got = lowbit_jax.dot(x, q, implementation=names)
+      np.testing.assert_array_equal(got, want)
+    choice = self.choice(x, q, implementation=['tpu', 'mosaic_gpu', 'xla'])
+    self.assertEqual(choice.implementation, 'xla')
+    self.assertEqual(list(choice.refusals), ['tpu', 'mosaic_gpu'])
+    self.assertTrue(all(choice.refusals.values()))
+
+  def test_an_unavailable_one_refuses_loudly(self):
+    x, q = data(2, 64), make('mxfp4', 64, 4)
+    for names in ('tpu', 'mosaic_gpu', ['tpu', 'mosaic_gpu']):
+      first = names if isinstance(names, str) else names[0]
+      for f in (
+        lambda n=names: lowbit_jax.dot(x, q, implementation=n),
+        lambda n=names: lowbit_jax.einsum('mk,kn->mn', x, q, implementation=n),
+        lambda n=names: self.choice(x, q, implementation=n),
+        lambda n=names: jax.jit(
+          lambda x: lowbit_jax.dot(x, q, implementation=n)
+        )(x),
+        lambda n=names: lowbit_jax.dot(x, data(64, 4), implementation=n),
+      ):
+        with self.assertRaisesRegex(NotImplementedError, first):
+          f()
+
+  def test_unknown_names(self):
+    x, q = data(2, 64), make('mxfp4', 64, 4)
+    for names in ('cuda', ['xla', 'cuda']):
+      with self.assertRaisesRegex(ValueError, "'cuda'.*xla.*tpu.*mosaic_gpu"):
+        lowbit_jax.dot(x, q, implementation=names)
+    for names in ([], 3, ()):
+      with self.assertRaisesRegex(TypeError, 'implementation'):
+        lowbit_jax.dot(x, q, implementation=names)
+
+  def test_implementations(self):
+    for op in ('dot', 'dot_general', 'einsum'):
+      self.assertEqual(lowbit_jax.implementations(op)[-1], 'xla')
+    for f in (lowbit_jax.implementations, lowbit_jax.select_implementation):
+      with self.assertRaisesRegex(ValueError, "op='matmul'.*'dot_general'"):
+        f('matmul')
+
+
+class MismatchTest(parameterized.TestCase):
+  @parameterized.parameters((2, 32), (2, 65), (2, 4))
+  def test_contraction_sizes(self, *shape):
+    q = make('mxfp4', 64, 4)
+    message = (
+      r'contracting axes \(1,\) of lhs.shape=\({}, {}\) and \(0,\) of'
+      r' rhs.shape=\(64, 4\)'
+    ).format(*shape)
+    for f in (lowbit_jax.dot, jax.jit(lowbit_jax.dot), lambda a, b: b.T @ a.T):
+      with self.assertRaisesRegex(ValueError, 'contracting'):
+        f(data(*shape), q)
+    with self.assertRaisesRegex(ValueError, message):
+      lowbit_jax.dot(data(*shape), q)
+
+  def test_scalars_have_nothing_to_contract(self):
+    with self.assertRaisesRegex(ValueError, r'rank 1.*\(\)'):
+      lowbit_jax.dot(jnp.float32(2), make('mxfp4', 64, 4))
+
+  @parameterized.parameters(
+    (((1,), (0, 1)), ((), ())),
+    (((2,), (0,)), ((), ())),
+    (((-1,), (0,)), ((), ())),
+    (((1,), (0,)), ((0,), ())),
+    ((1,), (0,)),
+    'nonsense',
+    (((1,), (0,)),),
+  )
+  def test_dimension_numbers(self, *dims):
+    dims = dims[0] if len(dims) == 1 and dims[0] == 'nonsense' else dims
+    message = 'contracting|batch|dimension_numbers'
+    with self.assertRaisesRegex(ValueError, message):
+      lowbit_jax.dot_general(data(2, 64), make('mxfp4', 64, 4), dims)
+
+  def test_operands_are_floats(self):
+    q = make('mxfp4', 64, 4)
+    for x in (np.ones((2, 64), np.int32), np.ones((2, 64), bool)):
+      with self.assertRaisesRegex(TypeError, f'lhs has dtype {x.dtype}'):
+        lowbit_jax.dot(x, q)
+    with self.assertRaisesRegex(TypeError, 'rhs has dtype uint8'):
+      lowbit_jax.dot(data(2, 32), q.codes)
+
+
+def replaced(q, **leaves):
+  return qarray.replace(q, **leaves)
+
+
+class DerivativeTest(parameterized.TestCase):
+  @parameterized.parameters(
+    *((n, 2 if i % 2 else 6) for i, n in enumerate(KINDS))
+  )
+  def test_gradient_of_activations(self, name, m):
+    x, g = data(m, K), data(m, N, seed=5)
+    q = make(name, K, N)
+
+    @jax.jit
+    def f(x, q, g):
+      y, vjp = jax.vjp(lambda x: lowbit_jax.dot(x, q), x)
+      return y, vjp(g)[0]
+
+    y, dx = f(x, q, g)
+    assert_product(y, 'mk,kn->mn', x, q)
+    assert_product(dx, 'mn,kn->mk', g, q)
+
+  def test_gradient_of_the_left_side(self):
+    q, w = make('nvfp4', 3, K, axis=-1), data(K, N)
+    g = data(3, N, seed=5)
+    dw = jax.jit(lambda w: jax.vjp(lambda w: lowbit_jax.dot(q, w), w)[1](g)[0])(
+      w
+    )
+    assert_product(dw, 'mk,mn->kn', q, g)
+
+  @parameterized.parameters('int4_g32', 'uint4_g32', 'nf4_g64', 'int8_channel')
+  def test_gradient_of_float_scales(self, name):
+    """d sum(g (x @ w)) / d scale_b = sum of (x^T g) element over block b."""
+    q = make(name, K, N)
+    g = data(2, N, seed=5)
+    for m in (2, 6):
+      x, g = data(m, K), data(m, N, seed=5)
+      ds = jax.jit(
+        jax.grad(
+          lambda s, q, x, g: jnp.sum(
+            g * lowbit_jax.dot(x, replaced(q, scale=s))
+          )
+        )
+      )(q.scale, q, x, g)
+      self.assertEqual((ds.shape, ds.dtype), (q.scale.shape, jnp.float32))
+      unit = dense(replaced(q, scale=jnp.ones_like(q.scale)))
+      slope = (x.T.astype(np.float64) @ g) * unit
+      size = q.fmt.block[0] or K
+      pad = -K % size
+      slope = np.pad(slope, ((0, pad), (0, 0))).reshape(-1, size, N).sum(1)
+      np.testing.assert_allclose(ds, slope, rtol=1e-4, atol=1e-3)
+
+  @parameterized.parameters('nvfp4', 'e4m3fn_tensor')
+  def test_gradient_of_the_tensor_scale(self, name):
+    q, x = make(name, K, N), data(2, K)
+    g = data(2, N, seed=5)
+    ds = jax.jit(
+      jax.grad(
+        lambda s: jnp.sum(g * lowbit_jax.dot(x, replaced(q, tensor_scale=s)))
+      )
+    )(q.tensor_scale)
+    want = np.sum(g * (dense(x) @ dense(q))) / float(q.tensor_scale.item())
+    np.testing.assert_allclose(ds, [[want]], rtol=1e-4)
+
+  def test_gradient_of_the_scales_of_both_sides(self):
+    a, b = make('int8_channel', 3, K, axis=-1), make('int8_channel', K, N)
+
+    def loss(sa, sb):
+      y = lowbit_jax.dot(replaced(a, scale=sa), replaced(b, scale=sb))
+      return jnp.sum(y * y)
+
+    da, db = jax.jit(jax.grad(loss, (0, 1)))(a.scale, b.scale)
+    y = dense(a) @ dense(b)
+    np.testing.assert_allclose(
+      da, 2 * (y * y).sum(1, keepdims=True) / dense(a.scale), rtol=1e-4
+    )
+    np.testing.assert_allclose(
+      db, 2 * (y * y).sum(0, keepdims=True) / dense(b.scale), rtol=1e-4
+    )
+
+  def test_a_tree_with_a_qarray(self):
+    params = {'w': make('int4_g32', K, N), 'b': jnp.zeros(N)}
+    x = data(2, K)
+    grads = jax.grad(
+      lambda p: jnp.sum(lowbit_jax.dot(x, p['w']) + p['b']), allow_int=True
+    )(params)
+    self.assertEqual(grads['w'].codes.dtype, jax.dtypes.float0)
+    self.assertGreater(float(jnp.abs(grads['w'].scale).max()), 0)
+    np.testing.assert_array_equal(grads['b'], 2)
+    coded = jax.grad(lambda q: jnp.sum(lowbit_jax.dot(x, q)), allow_int=True)(
+      make('mxfp4', K, N)
+    )
+    self.assertEqual(
+      {leaf.dtype for leaf in jax.tree.leaves(coded)},
+      {np.dtype(jax.dtypes.float0)},
+    )
+
+  @parameterized.parameters(
+    *itertools.product(
+      ('mxfp4', 'mxfp4_32x32', 'int8_channel'), (jnp.float16, jnp.bfloat16)
+    )
+  )
+  def test_gradients_have_the_dtype_of_their_input(self, name, dtype):
+    q = make(name, 64, 4)
+    for m in (2, 6):
+      x = jnp.asarray(data(m, 64), dtype)
+      dx = jax.jit(
+        jax.grad(
+          lambda x: jnp.sum(
+            lowbit_jax.dot(x, q, preferred_element_type=jnp.float32)
+          )
+        )
+      )(x)
+      self.assertEqual(dx.dtype, dtype)
+      want = np.tile(dense(q).sum(1), (m, 1))
+      np.testing.assert_allclose(
+        np.asarray(dx, np.float64), want, rtol=2.0**-7, atol=2.0**-7
+      )
+
+  @parameterized.parameters('mxfp4', 'uint4_g32', 'mxfp4_32x32')
+  def test_forward_mode(self, name):
+    q = make(name, K, N)
+    x, t = data(2, K), data(2, K, seed=6)
+    y, dy = jax.jit(
+      lambda x, t: jax.jvp(lambda x: lowbit_jax.dot(x, q), (x,), (t,))
+    )(x, t)
+    assert_product(y, 'mk,kn->mn', x, q)
+    assert_product(dy, 'mk,kn->mn', t, q)
+
+  def test_forward_mode_of_scales_and_both_operands(self):
+    q, x = make('int4_g32', K, N), data(2, K)
+    t, ts = data(2, K, seed=6), np.asarray(q.scale) * 0.5
+    _, dy = jax.jit(
+      lambda x, s, t, ts: jax.jvp(
+        lambda x, s: lowbit_jax.dot(x, replaced(q, scale=s)), (x, s), (t, ts)
+      )
+    )(x, q.scale, t, ts)
+    want = dense(t) @ dense(q) + 0.5 * dense(x) @ dense(q)
+    np.testing.assert_allclose(dy, want, rtol=1e-4, atol=1e-4)
+
+  def test_linearize(self):
+    q, x = make('nvfp4', 64, 4), data(2, 64)
+    t = data(2, 64, seed=6)
+
+    @jax.jit
+    def f(x, t):
+      y, tangent = jax.linearize(lambda x: lowbit_jax.dot(x, q), x)
+      return y, tangent(t)
+
+    y, dy = f(x, t)
+    assert_product(y, 'mk,kn->mn', x, q)
+    assert_product(dy, 'mk,kn->mn', t, q)
+
+  @parameterized.parameters('mxfp4', 'nvfp4', 'mxfp4_32x32')
+  def test_hessian(self, name):
+    q, x = make(name, 32, 4), data(32)
+    h = jax.jit(
+      jax.hessian(lambda x: jnp.sum(jnp.square(lowbit_jax.dot(x, q))))
+    )(x)
+    w = dense(q)
+    np.testing.assert_allclose(h, 2 * w @ w.T, rtol=1e-4, atol=1e-4)
+
+  def test_second_order_in_activation_and_scale(self):
+    q, x = make('int8_channel', 32, 4), data(2, 32)
+
+    def loss(x, s):
+      return jnp.sum(jnp.square(lowbit_jax.dot(x, replaced(q, scale=s))))
+
+    mixed = jax.jit(jax.jacrev(jax.grad(loss), 1))(x, q.scale)
+    self.assertEqual(mixed.shape, (2, 32, 1, 4))
+    w, y = dense(q), dense(x) @ dense(q)
+    want = 4 * y[:, None] * (w / dense(q.scale))[None]
+    np.testing.assert_allclose(mixed[:, :, 0], want, rtol=1e-3, atol=1e-3)
+
+  def test_grad_of_jit_vmap_and_remat(self):
+    q, x = make('nvfp4', 64, 4), data(3, 64)
+
+    def loss(x):
+      return jnp.sum(jnp.sin(lowbit_jax.dot(x, q)))
+
+    want = np.cos(dense(x) @ dense(q)) @ dense(q).T
+    for f in (
+      jax.grad(jax.jit(loss)),
+      jax.jit(jax.grad(loss)),
+      jax.jit(jax.vmap(jax.grad(loss))),
+      jax.jit(jax.grad(jax.checkpoint(loss))),
+    ):
+      np.testing.assert_allclose(f(x), want, rtol=1e-4, atol=1e-3)
+
+  def test_gradients_through_einsum_and_matmul(self):
+    q, x = make('mxfp4', 64, 4), jnp.asarray(data(3, 64))
+    want = np.tile(dense(q).sum(1), (3, 1))
+    for f in (
+      lambda x: lowbit_jax.einsum('mk,kn->nm', x, q),
+      lambda x: x @ q,
+      lambda x: q.T @ x.T,
+    ):
+      dx = jax.jit(jax.grad(lambda x, f=f: jnp.sum(f(x))))(x)
+      np.testing.assert_allclose(dx, want, rtol=1e-4, atol=1e-4)
+
+  def test_gradients_through_a_scan_over_layers(self):
+    w = data(3, 32, 32) / 8
+    stack = jax.vmap(lambda w: lowbit_jax.quantize(w, formats.mxfp4, axis=-2))(
+      w
+    )
+    x = data(2, 32, seed=3)
+
+    def loss(x, product):
+      def body(x, q):
+        return jnp.tanh(product(x, q)), None
+
+      return jnp.sum(jax.lax.scan(body, x, stack)[0])
+
+    got = jax.jit(jax.grad(lambda x: loss(x, lowbit_jax.dot)))(x)
+    want = jax.jit(
+      jax.grad(lambda x: loss(x, lambda x, q: x @ lowbit_jax.dequantize(q)))
+    )(x)
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+
+  @parameterized.parameters(
+    *itertools.product(('mxfp4', 'nvfp4', 'int4_g32', 'mxfp4_32x32'), (2, 6))
+  )
+  def test_residuals_hold_packed_codes_only(self, name, m):
+    q, x = make(name, 256, 64), data(m, 256)
+    _, vjp = jax.jit(lambda x, q: jax.vjp(lambda x: lowbit_jax.dot(x, q), x))(
+      x, q
+    )
+    self.assert_packed(vjp, q, x)
+
+  def test_residuals_outside_jit(self):
+    q, x = make('mxfp4', 256, 64), data(2, 256)
+    _, vjp = jax.vjp(lambda x: lowbit_jax.dot(x, q), x)
+    self.assert_packed(vjp, q, x)
+
+  def test_residuals_of_scale_gradients(self):
+    q, x = make('int4_g32', 256, 64), data(2, 256)
+    _, vjp = jax.jit(
+      lambda x, s: jax.vjp(
+        lambda x, s: lowbit_jax.dot(x, replaced(q, scale=s)), x, s
+      )
+    )(x, q.scale)
+    self.assert_packed(vjp, q, x)
+
+  def assert_packed(self, vjp, q, x):
+    leaves = [leaf for leaf in jax.tree.leaves(vjp) if hasattr(leaf, 'shape')]
+    self.assertNotEmpty(leaves)
+    floats = [
+      leaf for leaf in leaves if jnp.issubdtype(leaf.dtype, jnp.floating)
+    ]
+    self.assertLess(max([leaf.size for leaf in floats], default=0), q.size)
+    total = sum(leaf.nbytes for leaf in leaves)
+    self.assertLessEqual(total, 2 * q.nbytes + 2 * x.nbytes)
+
+
+class PublicTest(absltest.TestCase):
+  def test_verbs_are_at_the_top(self):
+    for name in (
+      'dot',
+      'dot_general',
+      'einsum',
+      'implementations',
+      'select_implementation',
+      'quantize',
+      'quantize_with',
+      'dequantize',
+      'fake_quant',
+      'fake_quant_with',
+      'round_to',
+    ):
+      self.assertIs(getattr(lowbit_jax, name), getattr(ops, name))
+
+
+if __name__ == '__main__':
+  absltest.main()

@@ -1,0 +1,1110 @@
+"""QArray as a JAX citizen: a pytree that looks like an array.
+
+Numbers are the business of qarray_oracle_test; here are structure, transforms,
+sharding, attributes, indexing, padding and invariants.
+"""
+
+import os
+
+os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+if 'host_platform_device_count' not in os.environ.get('XLA_FLAGS', ''):
+  os.environ['XLA_FLAGS'] = (
+    os.environ.get('XLA_FLAGS', '')
+    + ' --xla_force_host_platform_device_count=8'
+  )
+
+import dataclasses  # noqa: E402
+import functools  # noqa: E402
+import itertools  # noqa: E402
+
+import jax  # noqa: E402
+import jax.export  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+import numpy as np  # noqa: E402
+from absl.testing import absltest, parameterized  # noqa: E402
+from jax.sharding import NamedSharding  # noqa: E402
+from jax.sharding import PartitionSpec as P  # noqa: E402
+
+import lowbit_jax  # noqa: E402
+from lowbit_jax import QArray, formats, qarray  # noqa: E402
+
+BLOCK_FORMATS = formats.names('block')
+# One format of each kind of leaf, block and packing.
+KINDS = (
+  'mxfp6_e2m3', 'mxfp4', 'mxfp4_32x32', 'nvfp4', 'nvfp4_16x16',
+  'nf4_g64', 'int3_g32', 'uint4_g32', 'int8_channel', 'e4m3fn_tensor',
+  'ternary_channel', 'fp8_128x128', 'bfp5_g16',
+)  # fmt: skip
+LINES = tuple(n for n in KINDS if not formats.get(n).is_tile)
+LEAVES = ('codes', 'scale', 'tensor_scale', 'zero_point')
+
+
+@functools.cache
+def data(*shape, seed: int = 0) -> np.ndarray:
+  """Bell-shaped float32 with a few octaves between rows."""
+  x = np.random.RandomState(seed).randn(*shape)
+  rows = np.arange(shape[0]).reshape(-1, *[1] * (len(shape) - 1)) % 4
+  return (x * 4.0**rows).astype(np.float32)
+
+
+@functools.partial(jax.jit, static_argnames=('fmt', 'axis'))
+def quantize(x, fmt, axis=None) -> QArray:
+  return lowbit_jax.quantize(x, fmt, axis=axis)
+
+
+@jax.jit
+def dequantize(q: QArray) -> jax.Array:
+  return lowbit_jax.dequantize(q)
+
+
+@functools.cache
+def make(name: str, *shape, axis=None, seed: int = 0) -> QArray:
+  """A QArray with NumPy leaves: indexing them compiles nothing."""
+  q = quantize(data(*shape, seed=seed), formats.get(name), axis)
+  return jax.tree.map(np.asarray, q)
+
+
+def on_device(q: QArray) -> QArray:
+  return jax.tree.map(jnp.array, q)
+
+
+def values(q: QArray) -> np.ndarray:
+  """`dequantize` in NumPy, from the invariants of the module alone."""
+  bits, axis = q.fmt.element.bits, q.axes[0]
+  codes = np.moveaxis(np.asarray(q.codes), axis, -1)
+  stream = np.unpackbits(codes, axis=-1, bitorder='little')
+  stream = stream.reshape(*codes.shape[:-1], codes.shape[-1] * 8 // bits, bits)
+  codes = np.moveaxis(stream @ (1 << np.arange(bits)), -1, axis)
+  out = q.fmt.element.values()[codes].astype(np.float32)
+
+  def spread(leaf):
+    for axis, block in zip(q.axes, q.fmt.block, strict=True):
+      leaf = np.repeat(leaf, block or out.shape[axis], axis)
+    return leaf
+
+  if q.zero_point is not None:
+    out = out - spread(np.asarray(q.zero_point)).astype(np.float32)
+  if q.scale is not None:
+    scale = np.asarray(q.scale)
+    if scale.dtype == np.uint8:
+      scale = q.fmt.scale.values()[scale]
+    out = out * spread(scale.astype(np.float32))
+  if q.tensor_scale is not None:
+    out = out * np.asarray(q.tensor_scale)
+  for axis, pad in zip(q.axes, q.pad, strict=True):
+    out = np.moveaxis(
+      np.moveaxis(out, axis, 0)[: out.shape[axis] - pad], 0, axis
+    )
+  return out
+
+
+def spec(*shape, dtype=jnp.float32):
+  return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def abstract(name: str, *shape, axis=None) -> QArray:
+  """A QArray of shapes only."""
+  fmt = formats.get(name)
+  return jax.eval_shape(
+    lambda x: lowbit_jax.quantize(x, fmt, axis=axis), spec(*shape)
+  )
+
+
+def assert_same(a: QArray, b: QArray):
+  """Equal leaves, dtypes and static fields."""
+  assert jax.tree.structure(a) == jax.tree.structure(b), (a, b)
+  for name in LEAVES:
+    x, y = getattr(a, name), getattr(b, name)
+    if x is not None:
+      np.testing.assert_array_equal(np.asarray(x), np.asarray(y), err_msg=name)
+      assert x.dtype == y.dtype, name
+
+
+def mesh(n: int = 8, name: str = 'd') -> jax.sharding.Mesh:
+  return jax.make_mesh(
+    (n,), (name,), (jax.sharding.AxisType.Auto,), devices=jax.devices()[:n]
+  )
+
+
+class PytreeTest(parameterized.TestCase):
+  @parameterized.parameters(*KINDS)
+  def test_leaves_are_what_the_format_has(self, name):
+    fmt = formats.get(name)
+    q = abstract(name, 128, 128)
+    has = dict(
+      codes=True,
+      scale=fmt.scale is not None,
+      tensor_scale=fmt.tensor_scale,
+      zero_point=fmt.zero_point,
+    )
+    for leaf, there in has.items():
+      self.assertEqual(getattr(q, leaf) is not None, there, leaf)
+    self.assertLen(jax.tree.leaves(q), sum(has.values()))
+    self.assertTrue(all(leaf.ndim == 2 for leaf in jax.tree.leaves(q)))
+    self.assertEqual(q.codes.dtype, jnp.uint8)
+    if fmt.scale is not None:
+      coded = fmt.scale.bits <= 8
+      self.assertEqual(q.scale.dtype, jnp.uint8 if coded else jnp.float32)
+
+  def test_flatten_names_its_leaves_and_rebuilds(self):
+    q = make('nvfp4', 4, 32)
+    paths, treedef = jax.tree_util.tree_flatten_with_path(q)
+    self.assertEqual(
+      [jax.tree_util.keystr(path) for path, _ in paths],
+      ['.codes', '.scale', '.tensor_scale'],
+    )
+    again = jax.tree.unflatten(treedef, [leaf for _, leaf in paths])
+    assert_same(again, q)
+    self.assertTrue(qarray.is_qarray(again))
+
+  def test_static_fields_are_the_structure(self):
+    q = make('int4_g32', 4, 32)
+    structure = jax.tree.structure(q)
+    same = make('int4_g32', 8, 64)
+    self.assertEqual(jax.tree.structure(same), structure)
+    self.assertEqual(hash(jax.tree.structure(same)), hash(structure))
+    for other in (
+      make('int4_g64', 4, 64),
+      make('int4_g32', 32, 4, axis=-2),
+      make('int4_g32', 4, 31),
+      q.astype(jnp.bfloat16),
+    ):
+      self.assertNotEqual(jax.tree.structure(other), structure)
+
+  def test_unflatten_takes_placeholders(self):
+    q = make('nvfp4', 2, 32)
+    structure = jax.tree.structure(q)
+    for filler in (object(), None, 0, 'leaf'):
+      again = jax.tree.unflatten(structure, [filler] * structure.num_leaves)
+      self.assertIs(again.codes, filler)
+      self.assertIn('nvfp4', repr(again))
+    self.assertEqual(jax.tree.map(lambda leaf: leaf.shape, q).codes, (2, 16))
+
+  @parameterized.parameters(*KINDS)
+  def test_tree_map_identity(self, name):
+    q = make(name, 2, 64)
+    assert_same(jax.tree.map(lambda leaf: leaf, q), q)
+
+  def test_equality_is_identity_and_it_hashes(self):
+    q = make('mxfp4', 2, 32)
+    self.assertLen({q, q, make('mxfp4', 2, 32, seed=1)}, 2)
+
+  def test_fields_are_frozen(self):
+    q = make('mxfp4', 2, 32)
+    with self.assertRaises(dataclasses.FrozenInstanceError):
+      q.axis = -2
+
+
+class TransformTest(parameterized.TestCase):
+  def test_jit_traces_once_per_structure(self):
+    traces = []
+
+    @jax.jit
+    def f(q):
+      traces.append(q.shape)
+      return lowbit_jax.dequantize(q)
+
+    a, b = make('mxfp4', 2, 64), make('mxfp4', 2, 64, seed=1)
+    np.testing.assert_array_equal(f(a), values(a))
+    np.testing.assert_array_equal(f(b), values(b))
+    self.assertEqual(traces, [(2, 64)])
+    f(make('mxfp4', 2, 63))
+    self.assertEqual(traces, [(2, 64), (2, 63)])
+
+  @parameterized.parameters(*KINDS)
+  def test_vmap_stacks_and_equals_a_loop(self, name):
+    fmt = formats.get(name)
+    x = data(3, 5, 70)
+    stack = jax.jit(jax.vmap(lambda x: lowbit_jax.quantize(x, fmt)))(x)
+    self.assertEqual(stack.shape, (3, 5, 70))
+    self.assertEqual(stack.axis, (-2, -1) if fmt.is_tile else -1)
+    self.assertTrue(all(leaf.ndim == 3 for leaf in jax.tree.leaves(stack)))
+    dense = jax.jit(jax.vmap(lowbit_jax.dequantize))(stack)
+    for i in range(3):
+      one = quantize(x[i], fmt)
+      assert_same(jax.tree.map(lambda leaf: leaf[i], stack), one)  # noqa: B023
+      np.testing.assert_array_equal(dense[i], values(one))
+    np.testing.assert_array_equal(dense, values(stack))
+
+  def test_vmap_of_a_product_with_a_stack(self):
+    x, w = data(3, 2, 40), data(3, 40, 4)
+    stack = jax.vmap(lambda w: lowbit_jax.quantize(w, formats.mxfp4, axis=0))(w)
+    got = jax.jit(jax.vmap(lambda x, q: x @ lowbit_jax.dequantize(q)))(x, stack)
+    np.testing.assert_allclose(got, x @ values(stack), rtol=1e-4, atol=1e-3)
+
+  @parameterized.parameters('mxfp4', 'nvfp4', 'uint4_g32', 'e4m3fn_tensor')
+  def test_scan_over_stacked_layers(self, name):
+    fmt = formats.get(name)
+    w = data(3, 32, 32) / 64
+    stack = jax.vmap(lambda w: lowbit_jax.quantize(w, fmt, axis=-2))(w)
+    x = data(2, 32, seed=1)
+
+    @jax.jit
+    def apply(x, stack):
+      def layer(x, q):
+        assert q.shape == (32, 32) and q.axis == -2
+        return x @ lowbit_jax.dequantize(q), q
+
+      return jax.lax.scan(layer, x, stack)
+
+    out, back = apply(x, stack)
+    assert_same(back, stack)
+    want = x
+    for i in range(3):
+      want = want @ values(stack[i])
+    scale = abs(want).max()
+    np.testing.assert_allclose(out, want, rtol=1e-5, atol=1e-5 * scale)
+
+  def test_carry_of_scan_and_while_loop(self):
+    q = make('nvfp4', 2, 32)
+    out, _ = jax.lax.scan(lambda q, _: (q, None), q, length=2)
+    assert_same(out, q)
+    _, out = jax.lax.while_loop(
+      lambda s: s[0] < 2, lambda s: (s[0] + 1, s[1]), (0, q)
+    )
+    assert_same(out, q)
+
+  def test_cond_returns_one_of_two(self):
+    a, b = make('mxfp4', 2, 32), make('mxfp4', 2, 32, seed=1)
+    pick = jax.jit(lambda p: jax.lax.cond(p, lambda: a, lambda: b))
+    assert_same(pick(True), a)
+    assert_same(pick(False), b)
+
+  def test_remat(self):
+    q = make('nvfp4', 4, 32)
+    x = jnp.asarray(data(2, 4, seed=1))
+
+    def loss(x, q):
+      return jnp.sum(jnp.sin(x @ lowbit_jax.dequantize(q)))
+
+    got = jax.jit(jax.grad(jax.checkpoint(loss)))(x, q)
+    want = jax.jit(jax.grad(loss))(x, q)
+    np.testing.assert_allclose(got, want, rtol=1e-6)
+
+  @parameterized.parameters('nvfp4', 'uint4_g32')
+  def test_donation_frees_every_leaf(self, name):
+    q = on_device(make(name, 4, 64))
+    dense = values(q)
+    kept = jax.tree.leaves(q)
+    step = jax.jit(
+      lambda q: jax.tree.map(lambda leaf: leaf + 0, q), donate_argnums=0
+    )
+    out = step(q)
+    self.assertTrue(all(leaf.is_deleted() for leaf in kept))
+    np.testing.assert_array_equal(values(out), dense)
+
+  @parameterized.parameters(*BLOCK_FORMATS)
+  def test_eval_shape_says_what_quantize_makes(self, name):
+    fmt = formats.get(name)
+    q = abstract(name, 3, 100, 130)
+    self.assertEqual(q.shape, (3, 100, 130))
+    self.assertEqual(q.dtype, np.float32)
+    self.assertIsInstance(q.codes, jax.ShapeDtypeStruct)
+    packed = q.axes[0]
+    padded = (100, 130)[packed + 2] + q.pad[0]
+    self.assertEqual(q.codes.shape[packed] * 8, padded * fmt.element.bits)
+    qarray.validate(q)
+    out = jax.eval_shape(lowbit_jax.dequantize, q)
+    self.assertEqual((out.shape, out.dtype), ((3, 100, 130), np.float32))
+
+  def test_eval_shape_equals_reality(self):
+    for name in LINES:
+      q, shapes = make(name, 3, 40), abstract(name, 3, 40)
+      self.assertEqual(jax.tree.structure(q), jax.tree.structure(shapes))
+      self.assertEqual(
+        [(a.shape, a.dtype) for a in jax.tree.leaves(q)],
+        [(a.shape, a.dtype) for a in jax.tree.leaves(shapes)],
+      )
+      self.assertEqual(q.nbytes, shapes.nbytes)
+
+
+class GradientTest(parameterized.TestCase):
+  def test_jax_refuses_grad_with_respect_to_codes(self):
+    params = {'w': on_device(make('mxfp4', 4, 32)), 'b': jnp.ones(32)}
+
+    def loss(params):
+      return jnp.sum(lowbit_jax.dequantize(params['w']) + params['b'])
+
+    with self.assertRaisesRegex(TypeError, 'uint8'):
+      jax.grad(loss)(params)
+
+  def test_allow_int_gives_float0_and_never_narrow_dtypes(self):
+    params = {'w': on_device(make('int4_g32', 4, 32)), 'b': jnp.ones(32)}
+    x = jnp.asarray(data(2, 4, seed=1))
+
+    def loss(params):
+      return jnp.sum(x @ lowbit_jax.dequantize(params['w']) + params['b'])
+
+    grads = jax.grad(loss, allow_int=True)(params)
+    self.assertEqual(grads['w'].codes.dtype, jax.dtypes.float0)
+    self.assertEqual(grads['w'].scale.dtype, jnp.float32)
+    self.assertEqual(grads['w'].shape, (4, 32))
+    np.testing.assert_array_equal(grads['b'], 2.0)
+    elements = qarray.element_values(params['w'])
+    want = (np.asarray(x).sum(0)[:, None] * np.asarray(elements)).sum(-1)
+    np.testing.assert_allclose(grads['w'].scale[:, 0], want, rtol=1e-5)
+
+  def test_frozen_weights_are_closed_over(self):
+    frozen = on_device(make('mxfp4', 4, 32))
+    grad = jax.grad(lambda b: jnp.sum(lowbit_jax.dequantize(frozen) * b))
+    np.testing.assert_allclose(grad(jnp.ones(32)), values(frozen).sum(0), 1e-6)
+
+  def test_grad_of_the_values_of_a_coded_scale_is_float0(self):
+    q = on_device(make('mxfp4', 2, 32))
+    grads = jax.grad(
+      lambda q: jnp.sum(lowbit_jax.dequantize(q)), allow_int=True
+    )(q)
+    self.assertEqual(grads.scale.dtype, jax.dtypes.float0)
+
+  def test_quantize_has_no_gradient_and_says_so_by_zero(self):
+    grad = jax.grad(
+      lambda x: jnp.sum(
+        lowbit_jax.dequantize(lowbit_jax.quantize(x, formats.get('int4_g32')))
+      )
+    )(jnp.asarray(data(2, 32)))
+    np.testing.assert_array_equal(grad, np.zeros((2, 32)))
+
+
+class ShardingTest(parameterized.TestCase):
+  def setUp(self):
+    super().setUp()
+    self.assertLen(jax.devices(), 8)
+    self.mesh = mesh()
+
+  def put(self, q: QArray, *partition) -> QArray:
+    """Shards all leaves, those of size 1 along sharded axes replicated."""
+
+    def place(leaf):
+      if leaf.size == 1:
+        return jax.device_put(leaf, NamedSharding(self.mesh, P()))
+      return jax.device_put(leaf, NamedSharding(self.mesh, P(*partition)))
+
+    return jax.tree.map(place, q)
+
+  @parameterized.parameters((P('d', None),), (P(None, 'd'),), (P(),))
+  def test_device_put_takes_one_sharding_for_all_leaves(self, partition):
+    q = make('mxfp4', 8, 256)
+    sharding = NamedSharding(self.mesh, partition)
+    put = jax.device_put(q, sharding)
+    assert_same(put, q)
+    self.assertEqual(put.sharding, sharding)
+    for leaf in jax.tree.leaves(put):
+      self.assertTrue(leaf.sharding.is_equivalent_to(sharding, leaf.ndim))
+    np.testing.assert_array_equal(values(put), values(q))
+
+  @parameterized.parameters('mxfp4', 'nvfp4', 'uint4_g32', 'mxfp6_e3m2')
+  def test_shards_of_whole_blocks_are_qarrays(self, name):
+    q = make(name, 2, 256)
+    put = self.put(q, None, 'd')
+    dense = values(q)
+    for i in range(8):
+      shard = jax.tree.map(lambda leaf: leaf.addressable_shards[i].data, put)  # noqa: B023
+      self.assertEqual(shard.shape, (2, 32))
+      qarray.validate(shard)
+      at = slice(32 * i, 32 * i + 32)
+      np.testing.assert_array_equal(values(shard), dense[:, at])
+
+  @parameterized.parameters('mxfp4', 'nvfp4', 'int8_channel', 'mxfp4_32x32')
+  def test_quantize_of_a_sharded_array(self, name):
+    fmt = formats.get(name)
+    x = data(32, 256)
+    put = jax.device_put(x, NamedSharding(self.mesh, P(None, 'd')))
+    assert_same(quantize(put, fmt), quantize(x, fmt))
+
+  @parameterized.parameters('mxfp4', 'int3_g32', 'uint4_g32')
+  def test_shard_map_sees_its_own_shape(self, name):
+    fmt = formats.get(name)
+    x = data(8, 256)
+
+    @jax.jit
+    @functools.partial(
+      jax.shard_map, mesh=self.mesh, in_specs=P('d'), out_specs=P('d')
+    )
+    def f(x):
+      q = lowbit_jax.quantize(x, fmt)
+      assert q.shape == (1, 256)
+      return q
+
+    q = f(x)
+    assert_same(q, quantize(x, fmt))
+
+    @jax.jit
+    @functools.partial(
+      jax.shard_map,
+      mesh=self.mesh,
+      in_specs=P(None, 'd'),
+      out_specs=P(None, 'd'),
+    )
+    def g(q):
+      assert q.shape == (8, 32) and q.pad == (0,)
+      return lowbit_jax.dequantize(q)
+
+    np.testing.assert_array_equal(g(q), values(q))
+
+  def collective(self, body, q, in_specs, out_specs):
+    f = jax.shard_map(
+      body,
+      mesh=self.mesh,
+      in_specs=in_specs,
+      out_specs=out_specs,
+      check_vma=False,
+    )
+    return jax.jit(f)(q)
+
+  @parameterized.parameters('mxfp4', 'mxfp6_e2m3', 'uint4_g32', 'int8_g32')
+  def test_all_gather_along_the_block_axis(self, name):
+    q = make(name, 2, 256)
+    gathered = self.collective(
+      lambda q: jax.tree.map(
+        lambda leaf: jax.lax.all_gather(leaf, 'd', axis=1, tiled=True), q
+      ),
+      q,
+      P(None, 'd'),
+      P(),
+    )
+    assert_same(gathered, q)
+
+  @parameterized.parameters('mxfp4', 'nf4_g64')
+  def test_ppermute_rotates_rows(self, name):
+    q = make(name, 8, 64)
+    ring = [(i, (i + 1) % 8) for i in range(8)]
+    rotated = self.collective(
+      lambda q: jax.tree.map(lambda leaf: jax.lax.ppermute(leaf, 'd', ring), q),
+      q,
+      P('d'),
+      P('d'),
+    )
+    np.testing.assert_array_equal(
+      values(rotated), np.roll(values(q), 1, axis=0)
+    )
+
+  @parameterized.parameters('mxfp4', 'uint4_g32')
+  def test_all_to_all_moves_the_sharding_to_blocks(self, name):
+    q = make(name, 8, 256)
+
+    def body(q):
+      assert q.shape == (1, 256)
+      q = jax.tree.map(
+        lambda leaf: jax.lax.all_to_all(
+          leaf, 'd', split_axis=1, concat_axis=0, tiled=True
+        ),
+        q,
+      )
+      assert q.shape == (8, 32)
+      return lowbit_jax.dequantize(q)
+
+    out = self.collective(body, q, P('d'), P(None, 'd'))
+    np.testing.assert_array_equal(out, values(q))
+
+  def test_psum_of_dequantized_shards(self):
+    q = make('nvfp4', 8, 32)
+    specs = jax.tree.map(lambda leaf: P('d') if leaf.shape[0] > 1 else P(), q)
+    out = self.collective(
+      lambda q: jax.lax.psum(lowbit_jax.dequantize(q), 'd'), q, (specs,), P()
+    )
+    np.testing.assert_allclose(out[0], values(q).sum(0), rtol=1e-5)
+
+
+class DequantizeTest(parameterized.TestCase):
+  @parameterized.parameters(*itertools.product(KINDS, ((3, 40), (2, 5, 70))))
+  def test_equals_the_definition(self, name, shape):
+    q = make(name, *shape)
+    got = np.asarray(dequantize(q))
+    self.assertEqual((got.shape, got.dtype), (shape, np.float32))
+    np.testing.assert_array_equal(got, values(q))
+    self.assertGreater(np.unique(got).size, 3)
+
+
+class AttributeTest(parameterized.TestCase):
+  @parameterized.parameters(*itertools.product(KINDS, ((7, 100), (3, 32, 64))))
+  def test_shape_and_friends(self, name, shape):
+    q = abstract(name, *shape)
+    self.assertEqual(q.shape, shape)
+    self.assertEqual(q.ndim, len(shape))
+    self.assertEqual(q.size, np.prod(shape))
+    self.assertEqual(q.dtype, np.dtype(np.float32))
+    self.assertIsInstance(q.dtype, np.dtype)
+    self.assertLen(q, shape[0])
+
+  @parameterized.parameters(jnp.float16, jnp.bfloat16, jnp.float32)
+  def test_dtype_is_that_of_the_input(self, dtype):
+    x = jnp.asarray(data(2, 32), dtype)
+    q = quantize(x, formats.mxfp4)
+    self.assertEqual(q.dtype, dtype)
+    self.assertEqual(dequantize(q).dtype, dtype)
+    self.assertEqual(lowbit_jax.dequantize(q, jnp.float32).dtype, jnp.float32)
+
+  @parameterized.parameters(
+    ('mxfp4', 4096 * 4096 // 2 + 4096 * 4096 // 32, 8_912_896),
+    ('nvfp4', 4096 * 4096 // 2 + 4096 * 4096 // 16 + 4, 9_437_188),
+    ('mxfp8_e4m3', 4096 * 4096 + 4096 * 128, 17_301_504),
+    ('mxfp6_e2m3', 4096 * 4096 * 6 // 8 + 4096 * 128, 13_107_200),
+    ('mxfp4_32x32', 4096 * 4096 // 2 + 128 * 128, 8_404_992),
+    ('int3_g64', 4096 * 4096 * 3 // 8 + 4096 * 64 * 4, 7_340_032),
+    ('uint4_g128', 4096 * 4096 // 2 + 4096 * 32 * 5, 9_043_968),
+    ('int8_channel', 4096 * 4096 + 4096 * 4, 16_793_600),
+    ('int8_tensor', 4096 * 4096 + 4, 16_777_220),
+  )
+  def test_nbytes_of_a_large_array(self, name, derived, literal):
+    q = abstract(name, 4096, 4096)
+    self.assertEqual(derived, literal)
+    self.assertEqual(q.nbytes, literal)
+    self.assertEqual(q.bits_per_element, 8 * literal / 4096**2)
+
+  @parameterized.parameters(*KINDS)
+  def test_nbytes_is_what_the_device_holds(self, name):
+    q = on_device(make(name, 5, 100))
+    held = sum(
+      shard.data.on_device_size_in_bytes()
+      for leaf in jax.tree.leaves(q)
+      for shard in leaf.addressable_shards
+    )
+    self.assertEqual(q.nbytes, held)
+    self.assertEqual(q.nbytes, sum(a.nbytes for a in jax.tree.leaves(q)))
+    self.assertAlmostEqual(q.bits_per_element, 8 * held / 500)
+
+  def test_bits_per_element_of_whole_blocks_is_that_of_the_format(self):
+    for name in ('mxfp4', 'mxint8', 'fp8_1x128', 'uint4_g64', 'mxfp6_e3m2'):
+      q = abstract(name, 8, 256)
+      self.assertEqual(q.bits_per_element, q.fmt.bits_per_element, name)
+
+  @parameterized.parameters(*KINDS)
+  def test_transpose_is_the_transposed_array(self, name):
+    q = make(name, 3, 40)
+    dense = values(q)
+    for turned in (q.T, q.mT):
+      self.assertEqual(turned.shape, (40, 3))
+      self.assertEqual(turned.axis, (-1, -2) if q.fmt.is_tile else -2)
+      qarray.validate(turned)
+      np.testing.assert_array_equal(values(turned), dense.T)
+    assert_same(q.T.T, q)
+    assert_same(q.mT.mT, q)
+
+  @parameterized.parameters('nvfp4', 'mxfp4_32x32')
+  def test_transpose_of_three_axes(self, name):
+    q = make(name, 2, 3, 32)
+    dense = values(q)
+    self.assertEqual(q.mT.shape, (2, 32, 3))
+    np.testing.assert_array_equal(values(q.mT), np.swapaxes(dense, 1, 2))
+    self.assertEqual(q.T.shape, (32, 3, 2))
+    self.assertEqual(q.T.axis, (-2, -3) if q.fmt.is_tile else -3)
+    np.testing.assert_array_equal(values(q.T), dense.T)
+
+  def test_mT_needs_two_axes(self):
+    q = make('mxfp4', 64)
+    with self.assertRaisesRegex(ValueError, r'2 axes.*\(64,\)'):
+      _ = q.mT
+    np.testing.assert_array_equal(values(q.T), values(q))
+
+  def test_sharding_is_that_of_the_codes(self):
+    q = on_device(make('mxfp4', 2, 32))
+    self.assertEqual(q.sharding, q.codes.sharding)
+
+  def test_array_protocols(self):
+    q = on_device(make('nvfp4', 3, 40))
+    want = values(q)
+    got = np.asarray(q)
+    self.assertEqual(got.dtype, np.float32)
+    np.testing.assert_array_equal(got, want)
+    np.testing.assert_array_equal(np.asarray(q, np.float64), want)
+    np.testing.assert_array_equal(np.array(q, copy=True), want)
+    np.testing.assert_array_equal(jnp.asarray(q), want)
+    np.testing.assert_array_equal(jnp.sin(q), np.asarray(jnp.sin(want)))
+    np.testing.assert_array_equal(np.sum(np.asarray(q)), want.sum())
+    bf16 = q.astype(jnp.bfloat16)
+    self.assertEqual(np.asarray(bf16).dtype, jnp.bfloat16)
+    self.assertEqual(jnp.asarray(bf16).dtype, jnp.bfloat16)
+
+  def test_matmul_operator(self):
+    q, x = make('mxfp4', 3, 40), jnp.asarray(data(2, 3, seed=1))
+    dense = values(q).astype(np.float64)
+    left, right = x @ q, q @ jnp.asarray(data(40, 2, seed=2))
+    self.assertEqual((left.shape, right.shape), ((2, 40), (3, 2)))
+    np.testing.assert_allclose(
+      left, np.asarray(x, np.float64) @ dense, 1e-5, 1e-4
+    )
+    np.testing.assert_allclose(right, dense @ data(40, 2, seed=2), 1e-5, 1e-4)
+
+  def test_astype_changes_the_logical_dtype_only(self):
+    q = make('mxfp4', 2, 32)
+    half = q.astype('bfloat16')
+    self.assertIs(half.codes, q.codes)
+    self.assertEqual(half.dtype, jnp.bfloat16)
+    np.testing.assert_array_equal(
+      dequantize(half), values(q).astype(jnp.bfloat16)
+    )
+
+  def test_block_until_ready_returns_the_array(self):
+    q = on_device(make('nvfp4', 2, 32))
+    assert_same(q.block_until_ready(), q)
+    assert_same(jax.block_until_ready(q), q)
+
+  def test_len_and_iteration_end(self):
+    for name in ('mxfp4', 'nvfp4', 'uint4_g32', 'e4m3fn_tensor'):
+      q = make(name, 5, 40)
+      rows = list(q)
+      self.assertLen(rows, 5)
+      dense = values(q)
+      for row, want in zip(rows, dense, strict=True):
+        self.assertEqual(row.shape, (40,))
+        np.testing.assert_array_equal(values(row), want)
+    a, b = make('mxfp4', 2, 32)
+    self.assertEqual((a.shape, b.shape), ((32,), (32,)))
+
+  def test_iteration_over_a_block_axis_is_refused(self):
+    with self.assertRaisesRegex(IndexError, 'dequantize'):
+      list(make('mxfp4', 32))
+
+  @parameterized.parameters(*BLOCK_FORMATS)
+  def test_repr_is_short(self, name):
+    text = repr(abstract(name, 12, 4096, 16384))
+    self.assertLess(len(text), 200)
+    for part in (name, '(12, 4096, 16384)', 'float32', 'bits/element'):
+      self.assertIn(part, text)
+
+  def test_repr_of_a_known_array(self):
+    self.assertEqual(
+      repr(quantize(jnp.ones((2, 64)), formats.mxfp4)),
+      'QArray(mxfp4, shape=(2, 64), dtype=float32, axis=-1,'
+      ' 4.25 bits/element, 68 bytes)',
+    )
+
+  def test_repr_of_a_tracer_does_not_raise(self):
+    texts = []
+    jax.jit(lambda q: texts.append(repr(q)))(make('mxfp4', 2, 32))
+    self.assertIn('(2, 32)', texts[0])
+
+
+INDICES = (
+  ...,
+  0,
+  -1,
+  2,
+  np.int64(1),
+  slice(None),
+  slice(1, 3),
+  slice(None, None, 2),
+  slice(None, None, -1),
+  (Ellipsis, slice(None)),
+  (Ellipsis, slice(0, 64)),
+  (Ellipsis, slice(64, None)),
+  (Ellipsis, slice(64, 128)),
+  (Ellipsis, slice(-72, None)),
+  (Ellipsis, slice(0, 0)),
+  (0, Ellipsis, slice(64, None)),
+  (0, 1),
+  (0, slice(1, None)),
+  (slice(None), 2),
+  (slice(None), slice(0, 2), slice(0, 128)),
+  (1, 2, slice(0, 64)),
+  np.array([2, 0]),
+  (slice(None), np.array([0, 0, 2])),
+  np.array([[0, 1], [2, 0]]),
+)
+
+
+class IndexTest(parameterized.TestCase):
+  @parameterized.parameters(
+    'mxfp4', 'nvfp4', 'uint4_g32', 'int3_g64', 'e4m3fn_tensor'
+  )
+  def test_equals_indexing_of_the_values(self, name):
+    q = make(name, 3, 4, 136)
+    dense = values(q)
+    for index in INDICES:
+      with self.subTest(str(index)):
+        got = q[index]
+        self.assertIsInstance(got, QArray)
+        self.assertEqual(got.shape, dense[index].shape)
+        np.testing.assert_array_equal(values(got), dense[index])
+        self.assertLen({leaf.ndim for leaf in jax.tree.leaves(got)}, 1)
+
+  def test_ellipsis_and_full_slices_return_the_array_itself(self):
+    q = make('mxfp4', 3, 40)
+    for index in (Ellipsis, slice(None), (slice(None), Ellipsis)):
+      self.assertIs(q[index], q)
+
+  @parameterized.parameters('mxfp4', 'nvfp4', 'uint4_g32')
+  def test_axes_behind_the_block_axis(self, name):
+    q = make(name, 3, 70, 4, axis=1)
+    dense = values(q)
+    self.assertEqual(q.axis, -2)
+    for index, axis in (
+      ((slice(None), slice(None), 1), -1),
+      ((0, slice(None), 1), -1),
+      ((0,), -2),
+      ((Ellipsis, slice(1, 3)), -2),
+      ((slice(None), slice(32, None), slice(None, None, 2)), -2),
+      ((Ellipsis, np.array([[0, 1], [2, 3]])), -3),
+    ):
+      with self.subTest(str(index)):
+        got = q[index]
+        self.assertEqual(got.axis, axis)
+        np.testing.assert_array_equal(values(got), dense[index])
+
+  def test_tiles(self):
+    q = make('mxfp4_32x32', 2, 70, 100)
+    dense = values(q)
+    for index in (
+      1,
+      (0, slice(0, 32)),
+      (slice(None), slice(32, None), slice(64, None)),
+      (slice(None), slice(None), slice(32, 96)),
+    ):
+      got = q[index]
+      self.assertEqual(got.axis, (-2, -1))
+      np.testing.assert_array_equal(values(got), dense[index])
+    with self.assertRaisesRegex(IndexError, 'multiples of 32'):
+      _ = q[:, :, 8:]
+
+  def test_whole_axis_blocks_slice_at_whole_bytes(self):
+    q = make('int4_channel', 3, 41)
+    dense = values(q)
+    np.testing.assert_array_equal(values(q[:, 2:8]), dense[:, 2:8])
+    with self.assertRaisesRegex(IndexError, 'multiples of 2'):
+      _ = q[:, 3:]
+
+  def test_refusals_name_the_remedy(self):
+    q = make('mxfp4', 3, 100)
+    for index, message in (
+      ((0, 5), 'picks single elements'),
+      ((slice(None), slice(16, 48)), 'multiples of 32'),
+      ((slice(None), slice(0, 50)), 'multiples of 32'),
+      ((slice(None), slice(None, None, 2)), '0:100:2'),
+      ((slice(None), slice(None, None, -1)), 'dequantize'),
+      ((slice(None), np.array([0, 1])), 'dequantize'),
+      (3, 'out of bounds'),
+      (-4, 'out of bounds'),
+      ((0, Ellipsis, 0, 0), '3 indices'),
+      (None, 'reshape'),
+    ):
+      with self.subTest(str(index)):
+        with self.assertRaisesRegex(IndexError, message):
+          _ = q[index]
+
+  def test_boolean_masks_keep_or_refuse(self):
+    for name in ('mxfp4', 'nvfp4'):
+      q = make(name, 3, 64)
+      mask = np.array([True, False, True])
+      try:
+        got = q[mask]
+      except (IndexError, TypeError):
+        continue
+      self.assertEqual(got.shape, (2, 64))
+      np.testing.assert_array_equal(values(got), values(q)[mask])
+
+  @parameterized.parameters('mxfp4', 'nvfp4', 'int8_tensor', 'uint4_g32')
+  def test_stacks_keep_each_tensor_scale(self, name):
+    fmt = formats.get(name)
+    x = data(3, 2, 40)
+    stack = jax.vmap(lambda x: lowbit_jax.quantize(x, fmt))(x)
+    stack = jax.tree.map(np.asarray, stack)
+    dense = values(stack)
+    for index in (
+      0,
+      2,
+      -1,
+      slice(1, None),
+      np.array([2, 0]),
+      (2, 1),
+      (slice(None), 1),
+      (slice(1, 3), slice(0, 1)),
+    ):
+      with self.subTest(str(index)):
+        np.testing.assert_array_equal(values(stack[index]), dense[index])
+    for got, want in zip(stack, dense, strict=True):
+      np.testing.assert_array_equal(values(got), want)
+
+  def test_traced_index(self):
+    q = make('nvfp4', 3, 40)
+    dense = values(q)
+    rows = jax.jit(lambda q, i: q[i])
+    for i in range(3):
+      np.testing.assert_array_equal(values(rows(q, i)), dense[i])
+    ids = np.array([2, 0, 1, 2])
+    np.testing.assert_array_equal(values(rows(q, ids)), dense[ids])
+
+
+class ReshapeTest(parameterized.TestCase):
+  @parameterized.parameters(
+    ('mxfp4', (4, 6, 96), (24, 96)),
+    ('mxfp4', (4, 6, 96), (2, 2, 6, 96)),
+    ('mxfp4', (4, 6, 96), (-1, 96)),
+    ('mxfp4', (4, 6, 96), (4, 6, 3, 32)),
+    ('mxfp4', (4, 6, 96), (4, 18, 32)),
+    ('mxfp4', (4, 6, 96), (12, 192)),
+    ('nvfp4', (4, 6, 96), (24, 96)),
+    ('nvfp4', (4, 6, 96), (4, 6, 6, 16)),
+    ('uint4_g32', (4, 6, 96), (24, 3, 32)),
+    ('int3_g32', (4, 6, 100), (24, 100)),
+    ('int8_channel', (4, 6, 10), (24, 10)),
+    ('e4m3fn_tensor', (4, 6, 10), (24, 10)),
+    ('mxfp4', (1, 32), (1, 1, 32)),
+  )
+  def test_keeps_the_numbers(self, name, shape, new):
+    q = make(name, *shape)
+    got = q.reshape(*new)
+    want = values(q).reshape(new)
+    self.assertEqual(got.shape, want.shape)
+    qarray.validate(got)
+    np.testing.assert_array_equal(values(got), want)
+    assert_same(q.reshape(new), got)
+
+  def test_axes_behind_the_block_axis_stay(self):
+    q = make('mxfp4', 2, 3, 64, 5, axis=-2)
+    got = q.reshape(6, 64, 5)
+    self.assertEqual(got.axis, -2)
+    dense = values(q)
+    np.testing.assert_array_equal(values(got), dense.reshape(6, 64, 5))
+    np.testing.assert_array_equal(
+      values(q.reshape(2, 3, 2, 32, 5)),
+      dense.reshape(2, 3, 2, 32, 5),
+    )
+    with self.assertRaisesRegex(ValueError, 'dequantize first'):
+      q.reshape(2, 3, 320)
+
+  @parameterized.parameters(
+    ('mxfp4', (4, 96), (8, 48)),
+    ('mxfp4', (4, 96), (2, 4, 12, 4)),
+    ('mxfp4', (4, 100), (8, 50)),
+    ('mxfp4', (4, 96), (384,) * 2),
+    ('mxfp4', (4, 96), (5, -1)),
+    ('int8_channel', (4, 10), (8, 5)),
+    ('mxfp4_32x32', (64, 64), (2, 32, 2, 32)),
+  )
+  def test_refuses_to_break_blocks(self, name, shape, new):
+    q = make(name, *shape)
+    with self.assertRaisesRegex(ValueError, 'dequantize first'):
+      q.reshape(*new)
+
+  def test_stacked_tensor_scales_are_kept_apart(self):
+    x = data(3, 4, 32)
+    stack = jax.jit(jax.vmap(lambda x: lowbit_jax.quantize(x, formats.nvfp4)))(
+      x
+    )
+    want = values(stack)
+    split = stack.reshape(3, 2, 2, 32)
+    np.testing.assert_array_equal(values(split), want.reshape(3, 2, 2, 32))
+    with self.assertRaisesRegex(ValueError, 'reshape'):
+      stack.reshape(12, 32)
+
+
+class PaddingTest(parameterized.TestCase):
+  @parameterized.parameters(*BLOCK_FORMATS)
+  def test_shapes_come_back_for_every_axis(self, name):
+    fmt = formats.get(name)
+    if fmt.is_tile:
+      cases = [((7, 100), (-2, -1)), ((2, 7, 33), (0, 2)), ((0, 5), None)]
+    else:
+      cases = [((7, 100), -1), ((7, 100), 0), ((33,), 0), ((5, 0), -1)]
+    if name in KINDS:
+      tiles = [((7, 100), (-1, -2)), ((1, 1), None), ((32, 0), None)]
+      lines = [((1,), -1), ((2, 3, 5), 1), ((0, 5), -1), ((0,), -1)]
+      cases += tiles if fmt.is_tile else lines
+    for shape, axis in cases:
+      with self.subTest(f'{shape} {axis}'):
+        q = abstract(name, *shape, axis=axis)
+        self.assertEqual(q.shape, shape)
+        self.assertEqual(q.size, np.prod(shape))
+        self.assertTrue(all(a < 0 for a in q.axes))
+        qarray.validate(q)
+        out = jax.eval_shape(lowbit_jax.dequantize, q)
+        self.assertEqual(out.shape, shape)
+
+  @parameterized.parameters(*KINDS)
+  def test_padding_is_zeros_that_nobody_sees(self, name):
+    fmt = formats.get(name)
+    if fmt.scale_rule == 'absmean':
+      return  # its mean is over logical elements: see qarray_oracle_test
+    x = data(7, 100)
+    q = quantize(x, fmt)
+    pads = [(0, 0), (0, 0)]
+    for axis, pad in zip(q.axes, q.pad, strict=True):
+      pads[axis] = (0, pad)
+    whole = quantize(np.pad(x, pads), fmt)
+    self.assertEqual(whole.pad, (0,) * len(q.pad))
+    for leaf in LEAVES:
+      a, b = getattr(q, leaf), getattr(whole, leaf)
+      if a is not None:
+        np.testing.assert_array_equal(a, b, err_msg=leaf)
+    got = values(q)
+    self.assertEqual(got.shape, (7, 100))
+    np.testing.assert_array_equal(got, values(whole)[:7, :100])
+
+  @parameterized.parameters(*LINES)
+  def test_other_axes_are_the_transposed_result(self, name):
+    fmt = formats.get(name)
+    x = data(7, 100)
+    q = quantize(x, fmt, 0)
+    self.assertEqual(q.axis, -2)
+    assert_same(q, quantize(x.T, fmt).T)
+
+  def test_the_error_of_a_padded_array_is_small(self):
+    for name, bound in (
+      ('mxfp8_e4m3', 2**-3),
+      ('int8_channel', 2**-6),
+      ('nvfp4', 2**-1),
+      ('mxint8', 2**-5),
+    ):
+      x = data(7, 100)
+      error = abs(values(quantize(x, formats.get(name))) - x)
+      amax = abs(x).max(axis=1, keepdims=True)
+      self.assertLess((error / amax).max(), bound, name)
+
+  @parameterized.parameters(
+    'mxfp4',
+    'nvfp4',
+    'int8_channel',
+    'uint4_g32',
+    'e4m3fn_tensor',
+    'ternary_tensor',
+  )
+  def test_empty_arrays(self, name):
+    fmt = formats.get(name)
+    for shape in ((0, 32), (3, 0)):
+      q = quantize(np.zeros(shape, np.float32), fmt)
+      self.assertEqual(q.shape, shape)
+      self.assertEqual(dequantize(q).shape, shape)
+      self.assertEqual(q.bits_per_element, 0.0)
+      self.assertIn('(', repr(q))
+
+
+class ValidateTest(parameterized.TestCase):
+  @parameterized.parameters(*KINDS)
+  def test_accepts_what_quantize_makes(self, name):
+    q = make(name, 3, 40)
+    self.assertIs(qarray.validate(q), q)
+
+  @parameterized.named_parameters(
+    (
+      'codes_dtype',
+      'mxfp4',
+      dict(codes=jnp.zeros((2, 32), jnp.int8)),
+      TypeError,
+      'int8.*uint8',
+    ),
+    (
+      'scale_missing',
+      'mxfp4',
+      dict(scale=None),
+      ValueError,
+      'scale of a mxfp4 array must be given',
+    ),
+    (
+      'scale_extra',
+      'e4m3fn_tensor',
+      dict(scale=jnp.ones((2, 1))),
+      ValueError,
+      'scale of a e4m3fn_tensor array must be None',
+    ),
+    (
+      'tensor_scale_extra',
+      'mxfp4',
+      dict(tensor_scale=jnp.ones((1, 1))),
+      ValueError,
+      'tensor_scale of a mxfp4 array must be None',
+    ),
+    (
+      'tensor_scale_missing',
+      'nvfp4',
+      dict(tensor_scale=None),
+      ValueError,
+      'tensor_scale of a nvfp4 array must be given',
+    ),
+    (
+      'zero_point_missing',
+      'uint4_g32',
+      dict(zero_point=None),
+      ValueError,
+      'zero_point of a uint4_g32 array must be given',
+    ),
+    ('rank', 'nvfp4', dict(tensor_scale=jnp.float32(1)), ValueError, 'rank'),
+    (
+      'scale_shape',
+      'mxfp4',
+      dict(scale=jnp.zeros((2, 1), jnp.uint8)),
+      ValueError,
+      r'\(2, 1\) must be \(2, 2\)',
+    ),
+    (
+      'scale_dtype',
+      'mxfp4',
+      dict(scale=jnp.ones((2, 2))),
+      TypeError,
+      'float32 must be uint8',
+    ),
+    (
+      'float_scale_dtype',
+      'int4_g32',
+      dict(scale=jnp.ones((2, 2), jnp.uint8)),
+      TypeError,
+      'uint8 must be float32',
+    ),
+    (
+      'zero_point_shape',
+      'uint4_g32',
+      dict(zero_point=jnp.zeros((2, 1), jnp.uint8)),
+      ValueError,
+      'zero_point',
+    ),
+    (
+      'zero_point_dtype',
+      'uint4_g32',
+      dict(zero_point=jnp.zeros((2, 2))),
+      TypeError,
+      'zero_point',
+    ),
+    (
+      'tensor_scale_dtype',
+      'nvfp4',
+      dict(tensor_scale=jnp.ones((1, 1), jnp.bfloat16)),
+      TypeError,
+      'tensor_scale',
+    ),
+    (
+      'tensor_scale_shape',
+      'nvfp4',
+      dict(tensor_scale=jnp.ones((1, 4))),
+      ValueError,
+      'tensor_scale',
+    ),
+    (
+      'codes_of_broken_blocks',
+      'mxfp4',
+      dict(
+        codes=jnp.zeros((2, 20), jnp.uint8), scale=jnp.zeros((2, 1), jnp.uint8)
+      ),
+      ValueError,
+      'codes',
+    ),
+  )
+  def test_refuses(self, name, changes, error, message):
+    q = qarray.replace(make(name, 2, 64), **changes)
+    with self.assertRaisesRegex(error, message):
+      qarray.validate(q)
+
+
+class ExportTest(parameterized.TestCase):
+  @parameterized.parameters('mxfp4', 'nvfp4', 'uint4_g32', 'mxfp4_32x32')
+  def test_a_serialized_function_takes_and_returns_qarrays(self, name):
+    q = make(name, 3, 40)
+
+    def f(q):
+      return lowbit_jax.dequantize(q), q.T
+
+    exported = jax.export.export(jax.jit(f))(q)
+    again = jax.export.deserialize(exported.serialize())
+    dense, turned = again.call(q)
+    np.testing.assert_array_equal(dense, values(q))
+    assert_same(turned, q.T)
+
+  def test_a_format_of_ones_own_needs_no_registry(self):
+    fmt = formats.grouped(formats.get('e3m0'), 24, formats.bfloat16)
+    self.assertNotIn(fmt.name, formats.names())
+    q = quantize(data(2, 48), fmt)
+    exported = jax.export.export(jax.jit(lambda q: q))(q)
+    again = jax.export.deserialize(exported.serialize())
+    assert_same(again.call(q), q)
+
+
+if __name__ == '__main__':
+  absltest.main()

@@ -1,0 +1,567 @@
+"""Tests of the invertible transforms and of the Hadamard core below them.
+
+u = 2^-24; bounds are those of the docstrings.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl.testing import absltest, parameterized
+
+from lowbit_jax import transforms as tr
+from lowbit_pallas.arith import hadamard as core
+
+U = 2.0**-24
+N = 64
+BLOCK = 16
+
+
+def _rng(seed=0):
+  return np.random.default_rng(seed)
+
+
+def _normal(*shape, seed=0, dtype=np.float32):
+  return _rng(seed).normal(size=shape).astype(dtype)
+
+
+def _matrices(*shape, seed=0):
+  noise = _normal(*shape, seed=seed) * 0.3 / np.sqrt(shape[-1])
+  return np.eye(shape[-1], dtype=np.float32) + noise
+
+
+def _make(name):
+  signs = _rng(3).choice([-1, 1], N).astype(np.int8)
+  make = {
+    'hadamard': lambda: tr.Hadamard(32),
+    'signed': lambda: tr.Hadamard(BLOCK, signs=jnp.asarray(signs)),
+    'signed_block': lambda: tr.Hadamard(BLOCK, signs=jnp.asarray(signs[:16])),
+    'permutation': lambda: tr.Permutation(_rng(4).permutation(N)),
+    'smoothing': lambda: tr.DiagonalSmoothing(_rng(5).uniform(0.1, 9, N)),
+    'affine': lambda: tr.BlockAffine(_matrices(N // BLOCK, BLOCK, BLOCK)),
+    'shared': lambda: tr.BlockAffine(_matrices(BLOCK, BLOCK)),
+    'chain': lambda: tr.Chain(
+      (
+        tr.DiagonalSmoothing(_rng(6).uniform(0.5, 2, N)),
+        tr.Permutation(_rng(7).permutation(N)),
+        tr.BlockAffine(_matrices(4, BLOCK, BLOCK, seed=8)),
+        tr.random_hadamard(jax.random.key(9), N, 32),
+      )
+    ),
+  }
+  return make[name]()
+
+
+ORTHOGONAL = (
+  'hadamard',
+  'signed',
+  'signed_block',
+  'permutation',
+)
+SKEW = ('smoothing', 'affine', 'shared', 'chain')
+ALL = (*ORTHOGONAL, *SKEW)
+
+
+def _round_trip_bound(name):
+  """Largest error of an entry, in units of the norm of its row."""
+  if name == 'permutation':
+    return 0
+  if name == 'smoothing':
+    return 3 * U
+  if name in ORTHOGONAL:
+    block = _make(name).block
+    return (block + 1) * (np.sqrt(block) + 1) * U
+  if name in ('affine', 'shared'):
+    condition = np.linalg.cond(_make(name).matrix.astype(float)).max()
+    return 4 * condition**2 * BLOCK * U
+  condition = np.linalg.cond(_matrices(4, BLOCK, BLOCK, seed=8)).max()
+  rotation = 33 * (np.sqrt(32) + 1)
+  return 4 * (4 * condition**2 * BLOCK + condition * rotation + 6) * U
+
+
+def _sylvester(order):
+  """The +-1 matrix from the parity of the common bits."""
+  i = np.arange(order)
+  common = i[:, None] & i
+  parity = np.array([[bin(v).count('1') % 2 for v in row] for row in common])
+  return 1.0 - 2.0 * parity
+
+
+def _hadamard_oracle(x, block):
+  blocks = np.asarray(x, np.float64).reshape(*x.shape[:-1], -1, block)
+  return (blocks @ _sylvester(block) / np.sqrt(block)).reshape(x.shape)
+
+
+class HadamardCoreTest(parameterized.TestCase):
+  @parameterized.parameters(1, 2, 4, 16, 64, 256)
+  def test_matrix(self, order):
+    matrix = core.hadamard_matrix(order)
+    np.testing.assert_array_equal(matrix, _sylvester(order))
+    np.testing.assert_array_equal(matrix @ matrix, order * np.eye(order))
+
+  def test_order_four(self):
+    np.testing.assert_array_equal(
+      core.hadamard_matrix(4),
+      [[1, 1, 1, 1], [1, -1, 1, -1], [1, 1, -1, -1], [1, -1, -1, 1]],
+    )
+    got = core.hadamard(jnp.array([1.0, 2.0, 3.0, 4.0]), 4)
+    np.testing.assert_array_equal(got, [5, -1, -2, 0])
+
+  @parameterized.parameters(1, 2, 8, 16, 32, 64, 128, 256, 1024)
+  def test_against_float64(self, block):
+    x = _normal(5, 2 * block, seed=block)
+    got = np.asarray(core.hadamard(x, block), np.float64)
+    error = np.abs(got - _hadamard_oracle(x, block)).reshape(5, 2, block)
+    norm = np.linalg.norm(x.reshape(5, 2, block), axis=-1, keepdims=True)
+    chain = sum(r - 1 for r in core._radices(block)) + 2
+    self.assertLessEqual((error / norm).max() / U, chain)
+
+  @parameterized.parameters(0, 1, 2, -1, -2, -3)
+  def test_axes(self, axis):
+    x = _normal(32, 48, 64)
+    got = core.hadamard(x, 16, axis)
+    moved = _hadamard_oracle(np.moveaxis(x, axis, -1), 16)
+    want = np.moveaxis(moved, -1, axis)
+    np.testing.assert_allclose(got, want, atol=17 * 20 * U)
+
+  @parameterized.parameters(4, 16, 64)
+  def test_even_orders_invert_integers_bit_for_bit(self, block):
+    top = int(2**24 / block**1.5)
+    x = _rng(1).integers(-top, top + 1, (7, 4 * block)).astype(np.float32)
+    there = core.hadamard(x, block)
+    np.testing.assert_array_equal(core.hadamard(there, block), x)
+
+  @parameterized.parameters(16, 32, 64, 128, 256, 2048)
+  def test_round_trip(self, block):
+    x = _normal(16, 2048, seed=block)
+    back = np.asarray(core.hadamard(core.hadamard(x, block), block))
+    error = np.abs(back - x).reshape(16, -1, block).max(-1)
+    norm = np.linalg.norm(x.reshape(16, -1, block), axis=-1)
+    bound = (block + 1) * (np.sqrt(block) + 1)
+    self.assertLessEqual((error / norm).max() / U, min(bound, 12))
+
+  @parameterized.parameters(jnp.bfloat16, jnp.float16)
+  def test_narrow_dtypes_round_once(self, dtype):
+    x = jnp.asarray(_normal(4, 128)).astype(dtype)
+    got = core.hadamard(x, 128)
+    want = core.hadamard(x.astype(jnp.float32), 128).astype(dtype)
+    self.assertEqual(got.dtype, dtype)
+    np.testing.assert_array_equal(got, want)
+
+  def test_float64(self):
+    with jax.enable_x64(True):
+      x = jnp.asarray(_normal(4, 64, dtype=np.float64))
+      got = core.hadamard(x, 32)
+      np.testing.assert_allclose(got, _hadamard_oracle(x, 32), atol=1e-14)
+
+  def test_an_outlier_is_spread_evenly(self):
+    y = core.hadamard(jnp.zeros(64).at[13].set(8.0), 64)
+    np.testing.assert_array_equal(np.abs(y), np.ones(64))
+
+  @parameterized.parameters(0, 3, -4, 48)
+  def test_order_must_be_a_power_of_two(self, block):
+    with self.assertRaisesRegex(ValueError, f'block={block} is not a power'):
+      core.hadamard(jnp.zeros(48), block)
+
+  def test_block_must_divide(self):
+    with self.assertRaisesRegex(ValueError, 'length 40 .*block=16.* 48 .* 8$'):
+      core.hadamard(jnp.zeros((2, 40)), 16)
+
+  def test_signs(self):
+    words = jnp.array([7, 11], jnp.uint32)
+    signs = np.asarray(core.random_signs(words, 4096))
+    np.testing.assert_array_equal(np.abs(signs), np.ones(4096))
+    self.assertLess(abs(signs.sum()), 5 * 64)
+    self.assertLess(abs((signs[1:] * signs[:-1]).sum()), 5 * 64)
+    np.testing.assert_array_equal(core.random_signs(words, 100), signs[:100])
+    other = core.random_signs(words.at[1].set(12), 4096)
+    self.assertLess(abs((signs * np.asarray(other)).sum()), 5 * 64)
+
+
+class LawsTest(parameterized.TestCase):
+  """What every transform promises."""
+
+  @parameterized.parameters(*ALL)
+  def test_inverse(self, name):
+    t = _make(name)
+    x, w = _normal(9, N, seed=1), _normal(N, 9, seed=2)
+    bound = _round_trip_bound(name)
+
+    @jax.jit
+    def round_trips(t, x, w):
+      return (
+        (x, t.inverse(t.apply(x)), -1),
+        (x, t.apply(t.inverse(x)), -1),
+        (w, t.inverse_dual(t.apply_dual(w)), 0),
+        (w, t.apply_dual(t.inverse_dual(w)), 0),
+      )
+
+    for want, got, axis in round_trips(t, x, w):
+      scale = np.linalg.norm(want, axis=axis, keepdims=True)
+      if name == 'smoothing':
+        scale = np.abs(want)
+      self.assertLessEqual((np.abs(got - want) / scale).max(), bound)
+
+  @parameterized.parameters(*ALL)
+  def test_product_is_unchanged(self, name):
+    with jax.enable_x64(True):
+      t = _make(name)
+      x = jnp.asarray(_normal(9, N, seed=1, dtype=np.float64))
+      w = jnp.asarray(_normal(N, 7, seed=2, dtype=np.float64))
+
+      @jax.jit
+      def products(t, x, w):
+        y = t.apply(x)
+        return y @ t.apply_dual(w), y @ t.apply_dual(w.T, axis=-1).T
+
+      for got in products(t, x, w):
+        np.testing.assert_allclose(got, x @ w, rtol=0, atol=1e-12)
+
+  @parameterized.parameters(*SKEW)
+  def test_the_dual_is_not_the_map_itself(self, name):
+    t = _make(name)
+    x, w = _normal(9, N, seed=1), _normal(N, 7, seed=2)
+    wrong = t.apply(x) @ t.apply(w.T).T
+    self.assertGreater(np.abs(wrong - x @ w).max(), 0.1)
+
+  @parameterized.parameters(*ALL)
+  def test_the_map_is_not_the_identity(self, name):
+    x = _normal(9, N, seed=1)
+    self.assertGreater(np.abs(_make(name).apply(x) - x).max(), 0.1)
+
+  @parameterized.parameters(*ORTHOGONAL)
+  def test_orthogonal(self, name):
+    t = _make(name)
+    matrix = np.asarray(t.apply(jnp.eye(N)), np.float64)
+    np.testing.assert_allclose(matrix @ matrix.T, np.eye(N), atol=4 * U)
+    w = _normal(N, 3)
+    np.testing.assert_array_equal(t.apply_dual(w, axis=-2), t.apply(w.T).T)
+
+  @parameterized.parameters(*ALL)
+  def test_cotangents_go_through_the_transpose(self, name):
+    t = _make(name)
+    x, c = _normal(9, N, seed=1), _normal(9, N, seed=2)
+
+    @jax.jit
+    def cotangents(t, x, c):
+      (left,) = jax.vjp(t.apply, x)[1](c)
+      (right,) = jax.vjp(t.apply_dual, x.T)[1](c.T)
+      return (left, t.inverse_dual(c, -1)), (right.T, t.inverse(c))
+
+    for got, want in cotangents(t, x, c):
+      np.testing.assert_allclose(got, want, rtol=0, atol=3e-5)
+
+  @parameterized.parameters(*ALL)
+  def test_other_axes(self, name):
+    t = _make(name)
+    x = _normal(5, 3, N)
+    want = np.moveaxis(t.apply_dual(x, -1), -1, 0)
+    got = t.apply_dual(np.moveaxis(x, -1, 0), -3)
+    np.testing.assert_allclose(got, want, atol=3e-5)
+
+  @parameterized.parameters(*ALL)
+  def test_jit_and_vmap(self, name):
+    t = _make(name)
+    x = _normal(4, 3, N, seed=1)
+    want = t.apply(x)
+    tolerance = {'rtol': 0, 'atol': 2e-5}
+    got = jax.jit(lambda t, x: t.apply(x))(t, x)
+    np.testing.assert_allclose(got, want, **tolerance)
+    stacked = jax.tree.map(lambda a: jnp.stack([a, a[::-1], a, a]), t)
+    rows = jax.vmap(lambda t, x: t.apply(x))(stacked, x)
+    np.testing.assert_allclose(rows[2:], want[2:], **tolerance)
+    _, rows = jax.lax.scan(
+      lambda c, tx: (c, tx[0].apply(tx[1])), 0, (stacked, x)
+    )
+    np.testing.assert_allclose(rows[2:], want[2:], **tolerance)
+    if jax.tree.leaves(t):
+      self.assertGreater(np.abs(rows[1] - want[1]).max(), 0.01)
+
+  @parameterized.parameters(*ALL)
+  def test_narrow_dtypes_are_kept(self, name):
+    t = _make(name)
+    x = jnp.asarray(_normal(3, N)).astype(jnp.bfloat16)
+    for y in (t.apply(x), t.inverse(x), t.apply_dual(x, -1)):
+      self.assertEqual((y.dtype, y.shape), (x.dtype, x.shape))
+    wide = t.apply(x.astype(jnp.float32))
+    np.testing.assert_allclose(
+      t.apply(x).astype(jnp.float32), wide, rtol=0.02, atol=0.1
+    )
+
+  @parameterized.parameters(*ALL)
+  def test_strict_promotion(self, name):
+    def everything(x):
+      t = _make(name)
+      return t.inverse_dual(t.apply_dual(t.inverse(t.apply(x)), -1), -1)
+
+    with (
+      jax.numpy_dtype_promotion('strict'),
+      jax.numpy_rank_promotion('raise'),
+    ):
+      for dtype in (jnp.float32, jnp.bfloat16):
+        x = jax.ShapeDtypeStruct((2, N), dtype)
+        self.assertEqual(jax.eval_shape(everything, x), x)
+
+  @parameterized.parameters(*ALL)
+  def test_placeholders_may_stand_for_leaves(self, name):
+    t = _make(name)
+    shapes = jax.eval_shape(lambda: t)
+    mask = jax.tree.map(lambda _: np.array(False), t)
+    for tree in (shapes, mask):
+      self.assertEqual(jax.tree.structure(tree), jax.tree.structure(t))
+    self.assertIsInstance(t, tr.Transform)
+
+
+class HadamardTest(parameterized.TestCase):
+  def test_signs_come_first(self):
+    signs = _rng(1).choice([-1.0, 1.0], N).astype(np.float32)
+    x = _normal(3, N)
+    want = _hadamard_oracle(x * signs, BLOCK)
+    got = tr.Hadamard(BLOCK, signs=jnp.asarray(signs)).apply(x)
+    np.testing.assert_allclose(got, want, atol=17 * 8 * U)
+    got = tr.Hadamard(BLOCK, signs=jnp.asarray(signs[:BLOCK])).apply(x)
+    want = _hadamard_oracle(x * np.tile(signs[:BLOCK], 4), BLOCK)
+    np.testing.assert_allclose(got, want, atol=17 * 8 * U)
+
+  def test_operands_must_share_the_signs(self):
+    x, w = _normal(9, N), _normal(N, 9, seed=1)
+    left, right = (
+      tr.random_hadamard(jax.random.key(k), N, BLOCK) for k in (0, 1)
+    )
+    self.assertGreater(
+      np.abs(left.apply(x) @ right.apply_dual(w) - x @ w).max(), 1
+    )
+
+  def test_keys(self):
+    keys = jax.random.split(jax.random.key(2), 3)
+    make = functools.partial(tr.random_hadamard, size=N, block=BLOCK)
+    stacked = jax.vmap(make)(keys)
+    self.assertEqual(stacked.signs.dtype, jnp.int8)
+    for i in range(3):
+      np.testing.assert_array_equal(stacked.signs[i], make(keys[i]).signs)
+    self.assertFalse(np.array_equal(stacked.signs[0], stacked.signs[1]))
+    raw = make(jax.random.key_data(keys[0])).signs
+    np.testing.assert_array_equal(raw, stacked.signs[0])
+
+  def test_an_outlier_channel_shrinks_by_the_root_of_the_block(self):
+    x = _normal(256, N) * 0.01
+    x[:, 5] = 10.0
+    y = np.asarray(tr.random_hadamard(jax.random.key(0), N, N).apply(x))
+    self.assertLess(np.abs(y).max(), 1.1 * 10 / np.sqrt(N))
+
+  def test_errors(self):
+    with self.assertRaisesRegex(ValueError, 'block=24 is not a power of two'):
+      tr.Hadamard(24)
+    with self.assertRaisesRegex(ValueError, 'axis=0 must be negative'):
+      tr.Hadamard(16, axis=0)
+    with self.assertRaisesRegex(
+      ValueError, r'signs must be a vector.*\(2, 8\)'
+    ):
+      tr.Hadamard(16, signs=jnp.ones((2, 8)))
+    t = tr.Hadamard(32)
+    with self.assertRaisesRegex(ValueError, 'axis=-1 of length 72.*96.*8$'):
+      jax.jit(t.apply)(jnp.zeros((2, 72)))
+    with self.assertRaisesRegex(ValueError, 'axis=-2 of length 2 '):
+      t.apply_dual(jnp.zeros((2, 64)))
+    with self.assertRaisesRegex(
+      ValueError, r'axis=-2 is out of range.*\(64,\)'
+    ):
+      t.apply_dual(jnp.zeros(64))
+    with self.assertRaisesRegex(TypeError, 'int32'):
+      t.apply(jnp.zeros(64, jnp.int32))
+    t = tr.Hadamard(32, signs=jnp.ones(96))
+    with self.assertRaisesRegex(
+      ValueError, r'signs of shape \(96,\).*length 64'
+    ):
+      t.apply(jnp.zeros((2, 64)))
+    with self.assertRaisesRegex(ValueError, 'size=40 is not a multiple'):
+      tr.random_hadamard(jax.random.key(0), 40, 16)
+
+
+class PermutationTest(absltest.TestCase):
+  def test_direction(self):
+    t = tr.Permutation([2, 0, 1])
+    x = jnp.array([10.0, 11.0, 12.0])
+    np.testing.assert_array_equal(t.apply(x), [12, 10, 11])
+    np.testing.assert_array_equal(t.inverse(x), [11, 12, 10])
+
+  def test_small_integers_give_the_same_product_exactly(self):
+    x = _rng(1).integers(-8, 9, (5, N)).astype(np.float32)
+    w = _rng(2).integers(-8, 9, (N, 5)).astype(np.float32)
+    t = tr.Permutation(_rng(3).permutation(N))
+    np.testing.assert_array_equal(t.apply(x) @ t.apply_dual(w), x @ w)
+
+  def test_traced_order(self):
+    w = _normal(N, 7)
+
+    @jax.jit
+    def sort_rows(w):
+      t = tr.Permutation(jnp.argsort(jnp.linalg.norm(w, axis=1)))
+      return t.apply_dual(w)
+
+    norms = np.linalg.norm(sort_rows(w), axis=1)
+    self.assertTrue((np.diff(norms) >= 0).all())
+
+  def test_errors(self):
+    with self.assertRaisesRegex(ValueError, 'not a permutation of 0 ... 2'):
+      tr.Permutation([0, 2, 2])
+    for bad in ([0, 1, 3], [-1, 0, 1]):
+      with self.assertRaisesRegex(ValueError, 'not a permutation'):
+        tr.Permutation(np.array(bad))
+    with self.assertRaisesRegex(ValueError, r'vector, not of shape \(2, 2\)'):
+      tr.Permutation(jnp.zeros((2, 2), jnp.int32))
+    with self.assertRaisesRegex(TypeError, 'integers, not float32'):
+      tr.Permutation(jnp.arange(3.0))
+    with self.assertRaisesRegex(TypeError, 'integers, not float'):
+      tr.Permutation([0.0, 1.0])
+    t = tr.Permutation([1, 0, 2])
+    with self.assertRaisesRegex(
+      ValueError, r'order of shape \(3,\).*axis=-1 of length 4'
+    ):
+      jax.jit(t.apply)(jnp.zeros((2, 4)))
+
+
+class SmoothingTest(parameterized.TestCase):
+  def test_sides(self):
+    t = tr.DiagonalSmoothing([2.0, 0.5])
+    np.testing.assert_array_equal(t.apply(jnp.ones((1, 2))), [[0.5, 2]])
+    np.testing.assert_array_equal(t.apply_dual(jnp.ones((2, 1))), [[2], [0.5]])
+
+  def test_powers_of_two_are_exact(self):
+    t = tr.DiagonalSmoothing(2.0 ** _rng(1).integers(-6, 7, N))
+    x, w = _normal(5, N), _normal(N, 5)
+    np.testing.assert_array_equal(t.inverse(t.apply(x)), x)
+    np.testing.assert_array_equal(t.inverse_dual(t.apply_dual(w)), w)
+
+  @parameterized.parameters(
+    (0.0, None, 1.0), (0.5, 'equal', None), (1.0, 1.0, None)
+  )
+  def test_strength(self, strength, activation, weight):
+    a = _rng(1).uniform(0.1, 50, N).astype(np.float32)
+    b = _rng(2).uniform(0.01, 2, N).astype(np.float32)
+    t = tr.smooth_quant(a, b, strength=strength)
+    smooth_a = np.asarray(t.apply(a))
+    smooth_b = np.asarray(t.apply_dual(b, axis=-1))
+    if activation == 'equal':
+      np.testing.assert_allclose(smooth_a, smooth_b, rtol=1e-5)
+    elif activation is not None:
+      np.testing.assert_allclose(smooth_a, np.full(N, activation), rtol=1e-5)
+    if weight is not None:
+      np.testing.assert_allclose(smooth_b, np.full(N, weight), rtol=1e-5)
+
+  def test_dead_channels_get_a_finite_scale(self):
+    t = tr.smooth_quant(jnp.array([0.0, 1.0]), jnp.array([1.0, 0.0]))
+    self.assertTrue(np.isfinite(t.scale).all())
+    self.assertGreaterEqual(np.min(t.scale), 1e-5)
+
+  def test_gradient_of_the_scale(self):
+    x = _normal(5, N)
+    scale = jnp.asarray(_rng(1).uniform(0.5, 2, N).astype(np.float32))
+    got = jax.grad(lambda s: tr.DiagonalSmoothing(s).apply(x).sum())(scale)
+    np.testing.assert_allclose(got, -x.sum(0) / scale**2, rtol=1e-4, atol=1e-5)
+
+  def test_errors(self):
+    for bad in (0.0, -1.0, np.inf, np.nan):
+      with self.assertRaisesRegex(ValueError, r'entries \[1\].*clamp'):
+        tr.DiagonalSmoothing([1.0, bad])
+    with self.assertRaisesRegex(ValueError, r'vector, not of shape \(1, 2\)'):
+      tr.DiagonalSmoothing(jnp.ones((1, 2)))
+    t = tr.DiagonalSmoothing([1.0, 2.0])
+    with self.assertRaisesRegex(ValueError, r'scale of shape \(2,\).*length 3'):
+      jax.jit(t.apply)(jnp.zeros((2, 3)))
+    with self.assertRaisesRegex(ValueError, 'strength=1.5'):
+      tr.smooth_quant(jnp.ones(2), jnp.ones(2), strength=1.5)
+    with self.assertRaisesRegex(ValueError, r'\(2,\) and weight_amax \(3,\)'):
+      tr.smooth_quant(jnp.ones(2), jnp.ones(3))
+
+
+class BlockAffineTest(absltest.TestCase):
+  def test_blocks_are_rows(self):
+    p = _matrices(4, BLOCK, BLOCK)
+    x, w = _normal(3, N), _normal(N, 3)
+    t = tr.BlockAffine(p)
+    blocks = x.reshape(3, 4, 1, BLOCK).astype(np.float64)
+    np.testing.assert_allclose(
+      t.apply(x), (blocks @ p).reshape(3, N), atol=1e-5
+    )
+    blocks = w.reshape(4, BLOCK, 3).astype(np.float64)
+    want = np.linalg.solve(p.astype(np.float64), blocks).reshape(N, 3)
+    np.testing.assert_allclose(t.apply_dual(w), want, atol=1e-5)
+    self.assertEqual(t.block, BLOCK)
+
+  def test_the_product_has_no_gradient_in_the_matrix(self):
+    x, w, c = _normal(5, N), _normal(N, 6, seed=1), _normal(5, 6, seed=2)
+    p = jnp.asarray(_matrices(4, BLOCK, BLOCK))
+
+    def loss(p, both):
+      t = tr.BlockAffine(p)
+      return (t.apply(x) @ (t.apply_dual(w) if both else w) * c).sum()
+
+    gradients = jax.jit(jax.grad(loss), static_argnums=1)
+    gradient = gradients(p, True)
+    np.testing.assert_allclose(gradient, np.zeros(p.shape), atol=1e-3)
+    gradient = gradients(p, False)
+    blocks = x.reshape(5, 4, BLOCK), (c @ w.T).reshape(5, 4, BLOCK)
+    want = np.einsum('rki,rkj->kij', *blocks)
+    np.testing.assert_allclose(gradient, want, atol=1e-3)
+    self.assertGreater(np.abs(want).max(), 1)
+
+  def test_errors(self):
+    for shape in ((4, 16, 8), (16,), (2, 2, 4, 4), (4, 0, 0)):
+      with self.assertRaisesRegex(ValueError, 'square so that it can be inv'):
+        tr.BlockAffine(jnp.ones(shape))
+    singular = _matrices(3, 4, 4)
+    singular[1, 0] = singular[1, 1]
+    with self.assertRaisesRegex(
+      ValueError, r'singular in float32: blocks \[1\]'
+    ):
+      tr.BlockAffine(singular)
+    t = tr.BlockAffine(_matrices(4, BLOCK, BLOCK))
+    with self.assertRaisesRegex(
+      ValueError, 'length 72 is not a.*block 16.*80$'
+    ):
+      jax.jit(t.apply)(jnp.zeros((2, 72)))
+    with self.assertRaisesRegex(ValueError, r'has 4 blocks.*\(2, 16, 16\)'):
+      t.apply(jnp.zeros((2, 32)))
+
+
+class ChainTest(absltest.TestCase):
+  def test_order(self):
+    first = tr.Permutation(_rng(1).permutation(N))
+    second = tr.DiagonalSmoothing(_rng(2).uniform(0.5, 2, N))
+    chain = tr.Chain([first, second])
+    x = _normal(3, N)
+    np.testing.assert_array_equal(chain.apply(x), second.apply(first.apply(x)))
+    np.testing.assert_array_equal(
+      chain.apply_dual(x, -1), second.apply_dual(first.apply_dual(x, -1), -1)
+    )
+    other = tr.Chain([second, first]).apply(x)
+    self.assertGreater(np.abs(chain.apply(x) - other).max(), 0.1)
+    self.assertEqual(chain.axis, -1)
+
+  def test_chains_nest(self):
+    a, b = _make('chain'), _make('signed')
+    x = _normal(3, N)
+    np.testing.assert_array_equal(
+      tr.Chain((a, b)).apply(x), tr.Chain((*a.transforms, b)).apply(x)
+    )
+
+  def test_leaves_are_named(self):
+    paths, _ = jax.tree_util.tree_flatten_with_path(
+      tr.Chain((_make('signed'), _make('affine')))
+    )
+    names = [jax.tree_util.keystr(path) for path, _ in paths]
+    self.assertEqual(names, ['.transforms[0].signs', '.transforms[1].matrix'])
+
+  def test_errors(self):
+    with self.assertRaisesRegex(ValueError, 'at least one'):
+      tr.Chain(())
+    with self.assertRaisesRegex(ValueError, r'different axes \[-1, -2\]'):
+      tr.Chain((tr.Hadamard(16), tr.Hadamard(16, axis=-2)))
+    with self.assertRaisesRegex(TypeError, r'transforms\[1\] is a function'):
+      tr.Chain((tr.Hadamard(16), lambda x: x))
+
+
+if __name__ == '__main__':
+  absltest.main()
