@@ -90,8 +90,10 @@ def _version(package: str) -> str | None:
 def table(title: str, header: list[str], rows: list[list[str]]) -> str:
   """A Markdown table with aligned columns."""
   widths = [max(len(r[i]) for r in [header, *rows]) for i in range(len(header))]
-  line = lambda r: (
-    '| ' + ' | '.join(c.ljust(w) for c, w in zip(r, widths, strict=True)) + ' |'
-  )
+
+  def line(row):
+    cells = (c.ljust(w) for c, w in zip(row, widths, strict=True))
+    return '| ' + ' | '.join(cells) + ' |'
+
   rule = '|' + '|'.join('-' * (w + 2) for w in widths) + '|'
   return '\n'.join([f'### {title}', '', line(header), rule, *map(line, rows)])

@@ -43,9 +43,11 @@ GOALS = {
 
 def check(x, w) -> None:
   """The product is within the rounding of a float32 sum of k terms."""
-  dense = lambda a: np.asarray(
-    lowbit.dequantize(a) if isinstance(a, lowbit.QArray) else a, np.float64
-  )
+
+  def dense(a):
+    a = lowbit.dequantize(a) if isinstance(a, lowbit.QArray) else a
+    return np.asarray(a, np.float64)
+
   a, b = dense(x)[:4], dense(w)[:, :64]
   bound = (np.abs(a) @ np.abs(b)) * (b.shape[0] + 8) * 2.0**-24
   actual = np.asarray(lowbit.dot(x, w), np.float64)[:4, :64]

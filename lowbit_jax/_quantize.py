@@ -220,7 +220,10 @@ def from_scales(x, fmt, axes, scales: Scales, rounding: Rounding) -> Job:
 def pack(job: Job, dtype) -> QArray:
   """Runs a quantization into packed storage."""
   blocks, fmt, scales = job.blocks, job.fmt, job.scales
-  squeeze = lambda leaf: None if leaf is None else blocks.squeeze(leaf)
+
+  def squeeze(leaf):
+    return None if leaf is None else blocks.squeeze(leaf)
+
   return QArray(
     codes=job.packed(),
     scale=squeeze(scales.scale),
@@ -241,7 +244,7 @@ def restore(view: jax.Array, blocks: Blocks, dtype) -> jax.Array:
 
 
 def _elements(shape, blocks: Blocks, fmt, rounding: Rounding) -> Elements:
-  """The view with the random numbers of its rounding, drawn by logical index."""
+  """The view, and the random numbers of its rounding by logical index."""
   name, key, _, origin = rounding
   random = offset = None
   if name == 'stochastic':

@@ -465,6 +465,25 @@ def scaled_then_plain(g):
   return round_trip(scaled_round_trip(g))
 
 
+def scale_of_previous_row(g):
+  def body(scale, row):
+    new = jnp.maximum(jnp.max(jnp.abs(row)) / 448, 1e-9)
+    return new, round_trip(row / scale) * scale
+
+  return jax.lax.scan(body, jnp.float32(1), g)[1]
+
+
+def late_rows(g):
+  """Casts each row two iterations after it was read."""
+
+  def body(carry, row):
+    before, last = carry
+    return (last, row), round_trip(before)
+
+  zeros = jnp.zeros_like(g[0])
+  return jax.lax.scan(body, (zeros, zeros), g)[1]
+
+
 def int8_quantize_dequantize(x):
   scale = jnp.max(jnp.abs(x), axis=-1, keepdims=True) / 127
   return jnp.round(x / scale).astype(jnp.int8).astype(jnp.float32) * scale
@@ -561,6 +580,8 @@ class AuditTest(parameterized.TestCase):
   @parameterized.parameters(
     scaled_round_trip, absmean_int8, twice, in_while(scaled_round_trip),
     in_scan(scaled_round_trip), jax.jit(twice),
+    lambda g: in_while(scaled_round_trip)(scaled_round_trip(g)),
+    scale_of_previous_row,
   )  # fmt: skip
   def test_scaled_gradient_quantizer_passes(self, quantize):
     result = audit(backward_only(quantize))
@@ -584,6 +605,7 @@ class AuditTest(parameterized.TestCase):
     ('constant_scale', lambda g: round_trip(g * 1024) / 1024),
     ('after_restoring', scaled_then_plain),
     ('in_while', in_while(round_trip)),
+    ('late', late_rows),
     ('emulated', lambda g: lowbit_jax.round_to(g, formats.e2m1)),
     (
       'int8',

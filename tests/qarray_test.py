@@ -182,7 +182,7 @@ class PytreeTest(parameterized.TestCase):
 
   @parameterized.parameters(*KINDS)
   def test_tree_map_identity(self, name):
-    q = make(name, 2, 64)
+    q = make(name, 3, 40)
     assert_same(jax.tree.map(lambda leaf: leaf, q), q)
 
   def test_equality_is_identity_and_it_hashes(self):
@@ -211,12 +211,20 @@ class TransformTest(parameterized.TestCase):
     f(make('mxfp4', 2, 63))
     self.assertEqual(traces, [(2, 64), (2, 63)])
 
-  @parameterized.parameters(*KINDS)
+  @parameterized.parameters(
+    'mxfp6_e2m3',
+    'nvfp4',
+    'uint4_g32',
+    'int8_channel',
+    'e4m3fn_tensor',
+    'mxfp4_32x32',
+    'ternary_channel',
+  )
   def test_vmap_stacks_and_equals_a_loop(self, name):
     fmt = formats.get(name)
-    x = data(3, 5, 70)
+    x = np.stack([data(3, 40, seed=i) * 5**i for i in range(3)])
     stack = jax.jit(jax.vmap(lambda x: lowbit_jax.quantize(x, fmt)))(x)
-    self.assertEqual(stack.shape, (3, 5, 70))
+    self.assertEqual(stack.shape, (3, 3, 40))
     self.assertEqual(stack.axis, (-2, -1) if fmt.is_tile else -1)
     self.assertTrue(all(leaf.ndim == 3 for leaf in jax.tree.leaves(stack)))
     dense = jax.jit(jax.vmap(lowbit_jax.dequantize))(stack)
@@ -228,15 +236,18 @@ class TransformTest(parameterized.TestCase):
 
   def test_vmap_of_a_product_with_a_stack(self):
     x, w = data(3, 2, 40), data(3, 40, 4)
-    stack = jax.vmap(lambda w: lowbit_jax.quantize(w, formats.mxfp4, axis=0))(w)
+    stack = jax.jit(
+      jax.vmap(lambda w: lowbit_jax.quantize(w, formats.mxfp4, axis=0))
+    )(w)
     got = jax.jit(jax.vmap(lambda x, q: x @ lowbit_jax.dequantize(q)))(x, stack)
     np.testing.assert_allclose(got, x @ values(stack), rtol=1e-4, atol=1e-3)
 
-  @parameterized.parameters('mxfp4', 'nvfp4', 'uint4_g32', 'e4m3fn_tensor')
+  @parameterized.parameters('nvfp4', 'uint4_g32')
   def test_scan_over_stacked_layers(self, name):
     fmt = formats.get(name)
     w = data(3, 32, 32) / 64
-    stack = jax.vmap(lambda w: lowbit_jax.quantize(w, fmt, axis=-2))(w)
+    stack = jax.jit(jax.vmap(lambda w: lowbit_jax.quantize(w, fmt, axis=-2)))(w)
+    stack = jax.tree.map(np.asarray, stack)
     x = data(2, 32, seed=1)
 
     @jax.jit
@@ -308,7 +319,7 @@ class TransformTest(parameterized.TestCase):
     self.assertEqual((out.shape, out.dtype), ((3, 100, 130), np.float32))
 
   def test_eval_shape_equals_reality(self):
-    for name in LINES:
+    for name in KINDS:
       q, shapes = make(name, 3, 40), abstract(name, 3, 40)
       self.assertEqual(jax.tree.structure(q), jax.tree.structure(shapes))
       self.assertEqual(
@@ -335,7 +346,7 @@ class GradientTest(parameterized.TestCase):
     def loss(params):
       return jnp.sum(x @ lowbit_jax.dequantize(params['w']) + params['b'])
 
-    grads = jax.grad(loss, allow_int=True)(params)
+    grads = jax.jit(jax.grad(loss, allow_int=True))(params)
     self.assertEqual(grads['w'].codes.dtype, jax.dtypes.float0)
     self.assertEqual(grads['w'].scale.dtype, jnp.float32)
     self.assertEqual(grads['w'].shape, (4, 32))
@@ -346,20 +357,24 @@ class GradientTest(parameterized.TestCase):
 
   def test_frozen_weights_are_closed_over(self):
     frozen = on_device(make('mxfp4', 4, 32))
-    grad = jax.grad(lambda b: jnp.sum(lowbit_jax.dequantize(frozen) * b))
+    grad = jax.jit(
+      jax.grad(lambda b: jnp.sum(lowbit_jax.dequantize(frozen) * b))
+    )
     np.testing.assert_allclose(grad(jnp.ones(32)), values(frozen).sum(0), 1e-6)
 
   def test_grad_of_the_values_of_a_coded_scale_is_float0(self):
     q = on_device(make('mxfp4', 2, 32))
-    grads = jax.grad(
-      lambda q: jnp.sum(lowbit_jax.dequantize(q)), allow_int=True
-    )(q)
+    grads = jax.eval_shape(
+      jax.grad(lambda q: jnp.sum(lowbit_jax.dequantize(q)), allow_int=True), q
+    )
     self.assertEqual(grads.scale.dtype, jax.dtypes.float0)
 
   def test_quantize_has_no_gradient_and_says_so_by_zero(self):
-    grad = jax.grad(
-      lambda x: jnp.sum(
-        lowbit_jax.dequantize(lowbit_jax.quantize(x, formats.get('int4_g32')))
+    grad = jax.jit(
+      jax.grad(
+        lambda x: jnp.sum(
+          lowbit_jax.dequantize(lowbit_jax.quantize(x, formats.get('int4_g32')))
+        )
       )
     )(jnp.asarray(data(2, 32)))
     np.testing.assert_array_equal(grad, np.zeros((2, 32)))
@@ -506,8 +521,8 @@ class ShardingTest(parameterized.TestCase):
 
 
 class DequantizeTest(parameterized.TestCase):
-  @parameterized.parameters(*itertools.product(KINDS, ((3, 40), (2, 5, 70))))
-  def test_equals_the_definition(self, name, shape):
+  @parameterized.parameters(*KINDS)
+  def test_equals_the_definition(self, name, shape=(3, 40)):
     q = make(name, *shape)
     got = np.asarray(dequantize(q))
     self.assertEqual((got.shape, got.dtype), (shape, np.float32))
@@ -553,7 +568,7 @@ class AttributeTest(parameterized.TestCase):
 
   @parameterized.parameters(*KINDS)
   def test_nbytes_is_what_the_device_holds(self, name):
-    q = on_device(make(name, 5, 100))
+    q = on_device(make(name, 3, 40))
     held = sum(
       shard.data.on_device_size_in_bytes()
       for leaf in jax.tree.leaves(q)
@@ -561,7 +576,7 @@ class AttributeTest(parameterized.TestCase):
     )
     self.assertEqual(q.nbytes, held)
     self.assertEqual(q.nbytes, sum(a.nbytes for a in jax.tree.leaves(q)))
-    self.assertAlmostEqual(q.bits_per_element, 8 * held / 500)
+    self.assertAlmostEqual(q.bits_per_element, 8 * held / 120)
 
   def test_bits_per_element_of_whole_blocks_is_that_of_the_format(self):
     for name in ('mxfp4', 'mxint8', 'fp8_1x128', 'uint4_g64', 'mxfp6_e3m2'):
@@ -796,7 +811,7 @@ class IndexTest(parameterized.TestCase):
   def test_stacks_keep_each_tensor_scale(self, name):
     fmt = formats.get(name)
     x = data(3, 2, 40)
-    stack = jax.vmap(lambda x: lowbit_jax.quantize(x, fmt))(x)
+    stack = jax.jit(jax.vmap(lambda x: lowbit_jax.quantize(x, fmt)))(x)
     stack = jax.tree.map(np.asarray, stack)
     dense = values(stack)
     for index in (
@@ -876,16 +891,14 @@ class ReshapeTest(parameterized.TestCase):
     with self.assertRaisesRegex(ValueError, 'dequantize first'):
       q.reshape(*new)
 
-  def test_stacked_tensor_scales_are_kept_apart(self):
+  def test_a_stack_with_tensor_scales_says_what_to_do(self):
     x = data(3, 4, 32)
-    stack = jax.jit(jax.vmap(lambda x: lowbit_jax.quantize(x, formats.nvfp4)))(
-      x
+    stack = jax.eval_shape(
+      jax.vmap(lambda x: lowbit_jax.quantize(x, formats.nvfp4)), x
     )
-    want = values(stack)
-    split = stack.reshape(3, 2, 2, 32)
-    np.testing.assert_array_equal(values(split), want.reshape(3, 2, 2, 32))
-    with self.assertRaisesRegex(ValueError, 'reshape'):
-      stack.reshape(12, 32)
+    for new in ((3, 2, 2, 32), (12, 32)):
+      with self.assertRaisesRegex(ValueError, '3 tensor scales.*members'):
+        stack.reshape(new)
 
 
 class PaddingTest(parameterized.TestCase):
@@ -915,7 +928,7 @@ class PaddingTest(parameterized.TestCase):
     fmt = formats.get(name)
     if fmt.scale_rule == 'absmean':
       return  # its mean is over logical elements: see qarray_oracle_test
-    x = data(7, 100)
+    x = data(3, 40)
     q = quantize(x, fmt)
     pads = [(0, 0), (0, 0)]
     for axis, pad in zip(q.axes, q.pad, strict=True):
@@ -927,13 +940,15 @@ class PaddingTest(parameterized.TestCase):
       if a is not None:
         np.testing.assert_array_equal(a, b, err_msg=leaf)
     got = values(q)
-    self.assertEqual(got.shape, (7, 100))
-    np.testing.assert_array_equal(got, values(whole)[:7, :100])
+    self.assertEqual(got.shape, (3, 40))
+    np.testing.assert_array_equal(got, values(whole)[:3, :40])
 
-  @parameterized.parameters(*LINES)
+  @parameterized.parameters(
+    'mxfp6_e2m3', 'nvfp4', 'int3_g32', 'uint4_g32', 'e4m3fn_tensor'
+  )
   def test_other_axes_are_the_transposed_result(self, name):
     fmt = formats.get(name)
-    x = data(7, 100)
+    x = data(3, 40).T
     q = quantize(x, fmt, 0)
     self.assertEqual(q.axis, -2)
     assert_same(q, quantize(x.T, fmt).T)
@@ -945,7 +960,7 @@ class PaddingTest(parameterized.TestCase):
       ('nvfp4', 2**-1),
       ('mxint8', 2**-5),
     ):
-      x = data(7, 100)
+      x = data(3, 40)
       error = abs(values(quantize(x, formats.get(name))) - x)
       amax = abs(x).max(axis=1, keepdims=True)
       self.assertLess((error / amax).max(), bound, name)

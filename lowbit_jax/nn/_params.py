@@ -1,5 +1,6 @@
 """Quantizing the parameters of a model, leaf by leaf."""
 
+import functools
 import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -8,8 +9,10 @@ import jax
 import jax.numpy as jnp
 from flax.core import meta
 
+from lowbit_jax import _quantize as core
 from lowbit_jax import ops, qarray
 from lowbit_jax.formats import BlockFormat
+from lowbit_jax.numerics import _scaling
 from lowbit_jax.qarray import QArray
 
 _ATTENTION = {'query': -3, 'key': -3, 'value': -3, 'out': -2}
@@ -155,11 +158,12 @@ class Choice(NamedTuple):
 
   def _leaf(self, path: str, leaves, known) -> QArray | None:
     leaf = leaves[path]
-    fmt = self.fmt(path, leaf) if callable(self.fmt) else self.fmt
+    fmt: Any = self.fmt(path, leaf) if callable(self.fmt) else self.fmt
     if fmt is None:
       return None
+    core.check_format(fmt)
     is_stack = self.stacked is not None and _matches(self.stacked, path, leaf)
-    axis = self.axis(path, leaf) if callable(self.axis) else self.axis
+    axis: Any = self.axis(path, leaf) if callable(self.axis) else self.axis
     layers = int(is_stack)
     if axis is None:
       layout = known.get(path) or _layout(path, leaves, layers)
@@ -167,17 +171,27 @@ class Choice(NamedTuple):
       axis = _tile_axes(layout.axis) if fmt.is_tile else layout.axis
     elif not all(a < 0 for a in (axis if isinstance(axis, tuple) else (axis,))):
       raise ValueError(f'{axis=} of {path!r} must count from the end: < 0')
-
-    def quantize(x):
-      return ops.quantize(x, fmt, axis=axis, scale_rule=self.scale_rule)
-
-    for _ in range(layers):
-      quantize = jax.vmap(quantize)
     try:
-      return quantize(leaf)
+      rule = _scaling.check_scale_rule(fmt, self.scale_rule)
+      return _quantize(leaf, fmt, axis, rule, layers)
     except (TypeError, ValueError) as error:
       error.add_note(f'This is the parameter {path!r}.')
       raise
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
+def _quantize(
+  x, fmt: BlockFormat, axis, scale_rule: str, layers: int
+) -> QArray:
+  """`ops.quantize` of each layer; the rule is named, as formats that differ
+  only in their default rule are equal and would share a compilation."""
+
+  def quantize(x):
+    return ops.quantize(x, fmt, axis=axis, scale_rule=scale_rule)
+
+  for _ in range(layers):
+    quantize = jax.vmap(quantize)
+  return quantize(x)
 
 
 def _layout(path: str, leaves, layers: int) -> Layout:
@@ -231,7 +245,7 @@ def _content(x):
   if isinstance(x, QArray):
     return x
   if isinstance(x, meta.AxisMetadata):
-    return _content(x.value)
+    return _content(x.value)  # pyright: ignore[reportAttributeAccessIssue]
   if hasattr(type(x), 'get_raw_value'):
     return x.get_raw_value()
   return x
@@ -240,7 +254,8 @@ def _content(x):
 def _replaced(old, q: QArray):
   """`q` in the box or variable of `old`."""
   if isinstance(old, meta.AxisMetadata):
-    return old.replace_boxed(_replaced(old.value, q))
+    value = old.value  # pyright: ignore[reportAttributeAccessIssue]
+    return old.replace_boxed(_replaced(value, q))
   if hasattr(type(old), 'get_raw_value'):
     from lowbit_jax.nn import nnx  # importing NNX takes a while
 

@@ -221,7 +221,7 @@ def _layout(module, name: str) -> _params.Layout | None:
   return None
 
 
-def _use_packed(module) -> None:
+def _use_packed(module: Any) -> None:
   """Puts packed products in place of default ones."""
   if isinstance(module, flax_nnx.Linear | flax_nnx.LinearGeneral):
     own_class = getattr(module, 'dot_general_cls', None)

@@ -117,7 +117,7 @@ def fake_quant_with(
   origin=None,
   backward: str = 'identity',
 ) -> jax.Array:
-  """`dequantize(quantize_with(x, scale, ...))` with a straight-through gradient.
+  """`dequantize(quantize_with(x, ...))` with a straight-through gradient.
 
   Args:
     x: float16, bfloat16 or float32.

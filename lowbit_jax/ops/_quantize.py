@@ -60,8 +60,9 @@ def quantize(
   Example:
     >>> import jax.numpy as jnp
     >>> import lowbit_jax as lowbit
-    >>> lowbit.quantize(jnp.ones((2, 64)), lowbit.formats.mxfp4)
-    QArray(mxfp4, shape=(2, 64), dtype=float32, axis=-1, 4.25 bits/element, 68 bytes)
+    >>> q = lowbit.quantize(jnp.ones((2, 64)), lowbit.formats.mxfp4)
+    >>> q.shape, q.nbytes
+    ((2, 64), 68)
   """
   core.check_format(fmt)
   x = jax.lax.stop_gradient(core.check_array(x, fmt))

@@ -252,6 +252,19 @@ class CheckpointsTest(parameterized.TestCase):
       manager.save(5, args=ocp.args.StandardSave(self.state))
     self._assert_refused_untouched('5 is damaged or was written by something')
 
+  @parameterized.parameters(({'kind': 'other'},), (['kind'],))
+  def test_older_step_of_another_kind_is_refused(self, info):
+    self._save(5)  # A later save would delete step 1 as the oldest.
+    with ocp.CheckpointManager(self.directory) as manager:
+      manager.save(
+        1,
+        args=ocp.args.Composite(
+          state=ocp.args.StandardSave(self.state), info=ocp.args.JsonSave(info)
+        ),
+        force=True,
+      )
+    self._assert_refused_untouched('1 is damaged or was written by something')
+
   def test_file_in_place_of_directory_is_refused(self):
     self.directory.write_text('')
     with self.assertRaisesRegex(_checkpoints.CheckpointError, 'is a file'):

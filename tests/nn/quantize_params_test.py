@@ -1,5 +1,9 @@
 """quantize_params: selection, block axes, mixed formats, boxes, refusals."""
 
+import os
+import shutil
+import tempfile
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -99,7 +103,8 @@ class LayoutTest(parameterized.TestCase):
   def test_refuses_what_it_does_not_know(self, module, name, shape):
     params = {module: {name: _rand(*shape)}}
     message = (
-      f"block axis of '{module}/{name}' with shape .*{shape[0]}, .* is not known:"
+      f"block axis of '{module}/{name}' with shape .*{shape[0]}, .* is not"
+      ' known:'
       ' pass axis=, narrow select=, or name stacked layers in stacked='
     )
     with self.assertRaisesRegex(ValueError, message):
@@ -235,7 +240,9 @@ class ContainerTest(absltest.TestCase):
   def test_save_and_load(self):
     params = {'Dense_0': {'kernel': _rand(40, 8), 'bias': _rand(8)}}
     q = nn.quantize_params(params, None, formats.nvfp4)
-    path = self.create_tempdir().full_path + '/model.lowbit'
+    directory = tempfile.mkdtemp()
+    self.addCleanup(shutil.rmtree, directory)
+    path = os.path.join(directory, 'model.lowbit')
     lowbit.io.save(path, q)
     loaded = lowbit.io.load(path)
     self.assertEqual(jax.tree.structure(loaded), jax.tree.structure(q))

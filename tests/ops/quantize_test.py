@@ -185,21 +185,6 @@ class ZeroTest(parameterized.TestCase):
     _, y = round_trip(np.full(SHAPE, 1e-40, np.float32), name)
     np.testing.assert_array_equal(y, 0)
 
-  @parameterized.parameters(
-    'mxfp8_e4m3', 'mxfp6_e3m2', 'mxfp4', 'mxint8', 'bfp5_g16', 'mxfp4_32x32'
-  )
-  def test_the_smallest_normal_block_is_not_zero(self, name):
-    _, y = round_trip(np.full(SHAPE, -(2.0**-126), np.float32), name)
-    np.testing.assert_array_equal(y, np.float32(-(2.0**-126)))
-
-  @parameterized.parameters(*KINDS)
-  def test_the_largest_blocks_stay_finite(self, name):
-    top = np.finfo(np.float32).max / (1 + formats.get(name).zero_point)
-    x = np.full(SHAPE, top, np.float32) * np.sign(data())
-    _, y = round_trip(x, name)
-    self.assertTrue(np.isfinite(y).all())
-    self.assertGreater(np.min(np.abs(y)), 0.7 * float(top))
-
 
 class SaturationTest(parameterized.TestCase):
   @parameterized.parameters(
@@ -263,7 +248,7 @@ class ScaleRuleTest(parameterized.TestCase):
       with self.assertRaisesRegex(ValueError, f'{rule}.*{name}.*{remedy}'):
         f(jnp.ones((2, 32)), fmt, scale_rule=rule)
 
-  @parameterized.parameters(*KINDS)
+  @parameterized.parameters('mxfp4', 'nvfp4', 'uint4_g32', 'int8_tensor')
   def test_none_is_the_rule_of_the_format(self, name):
     fmt = formats.get(name)
     self.assertIn(fmt.scale_rule, numerics.scale_rules(fmt))
@@ -273,7 +258,7 @@ class ScaleRuleTest(parameterized.TestCase):
     self.assertEqual(jax.tree.structure(q), jax.tree.structure(named))
 
   @parameterized.parameters(
-    *itertools.product(('mxfp4', 'mxfp8_e4m3', 'mxint4'), ('floor', 'rceil')),
+    *itertools.product(('mxfp4', 'mxfp8_e4m3'), ('floor', 'rceil')),
     ('nvfp4', 'absmax'),
     ('int4_g32', 'absmax'),
     ('nf4_g64', 'absmax'),
