@@ -69,10 +69,10 @@ class MeasuresTest(absltest.TestCase):
 
   def test_rho_and_subnormal_scales_of_nvfp4(self):
     x = np.ones((2, 32), np.float32)
-    x[1, 16:] = 2.0**-16
+    x[1, 16:] = 2.0**-15
     row = advice(x, formats.nvfp4)
     self.assertAlmostEqual(row.measures.rho[0], 1, 5)
-    self.assertAlmostEqual(row.measures.rho[1], 2**16, -1)
+    self.assertAlmostEqual(row.measures.rho[1], 2**15, -1)
     self.assertEqual(row.measures.subnormal_scales, 1 / 4)
     self.assertIn('scale-precision', row.rules)
 

@@ -91,7 +91,7 @@ def _tensor_scale(case: Case, limit: float) -> str | None:
 
 
 def _saturation(case: Case, limit: float) -> str | None:
-  if not case.m.saturated > limit or case.scale_rule in _DELIBERATE:
+  if not case.m.saturated > limit:
     return None
   what = f'{_percent(case.m.saturated)} of the elements are clipped'
   if case.scale_rule is None:
@@ -225,8 +225,6 @@ def _gain(case: Case, gain: float) -> str:
 
 
 _MIN_GAIN = 0.5
-# These rules clip on purpose: they minimize the error, or aim at the mean.
-_DELIBERATE = ('mse', 'sweep', 'absmean')
 
 RULES = (
   Rule('nonfinite', 0, 'one NaN makes a whole block NaN', _nonfinite),

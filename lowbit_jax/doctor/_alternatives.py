@@ -58,8 +58,9 @@ class Case(NamedTuple):
     x = self.x if transform is None else jax.jit(_apply)(transform, self.x)
     fmt = self.fmt if fmt is None else fmt
     axis = self.axis if axis is None else axis
-    if scale_rule is None and fmt == self.fmt:
-      scale_rule = self.scale_rule
+    if scale_rule is None:
+      # Explicit: formats that differ in their rule alone are equal to jit.
+      scale_rule = (fmt == self.fmt and self.scale_rule) or fmt.scale_rule
     y = _round_trip(x, fmt, axis=axis, scale_rule=scale_rule)
     return _measure.qsnr_db(x, y) - self.m.qsnr_db
 

@@ -229,9 +229,9 @@ def _use_packed(module: Any) -> None:
       return
     if module.promote_dtype is flax_dtypes.promote_dtype:
       module.dot_general = _dot.dot_general()
-      module.promote_dtype = _dot.promote_dtype
+      module.promote_dtype = _dot.promote_dtype  # pyright: ignore
   elif isinstance(module, flax_nnx.Einsum):
     defaults = (jnp.einsum, flax_dtypes.promote_dtype)
     if (module.einsum_op, module.promote_dtype) == defaults:
       module.einsum_op = _dot.einsum()
-      module.promote_dtype = _dot.promote_dtype
+      module.promote_dtype = _dot.promote_dtype  # pyright: ignore

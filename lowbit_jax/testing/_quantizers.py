@@ -222,7 +222,7 @@ def _stochastic_block(fmt: BlockFormat, scale_rule: str | None):
   if len(pattern) > n:  # repeats of the largest number
     pattern[n::n] = fmt.element.max
   x = jnp.asarray(_spread(pattern[None], fmt))
-  q = _quantize(x, fmt, scale_rule=scale_rule)
+  q = _quantize(x, fmt, scale_rule=scale_rule or fmt.scale_rule)
   step = _unit(q)
   points = grid * step
   at = np.searchsorted(points, pattern * (1 - 1e-6 * np.sign(pattern)), 'right')

@@ -1,0 +1,542 @@
+"""Linen: unmodified modules, packed products, fake quantization."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl.testing import absltest, parameterized
+from flax import errors as flax_errors
+from flax import linen as flax_linen
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import lowbit_jax as lowbit
+from lowbit_jax import QArray, formats, nn
+from lowbit_jax.nn._view import ArrayView
+from lowbit_jax.recipe import QuantSpec
+
+MATRIX = (((1,), (0,)), ((), ()))
+
+
+def _rand(*shape):
+  return jax.random.normal(jax.random.key(sum(shape)), shape)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _quantize(x, fmt, axis):
+  return lowbit.quantize(x, fmt, axis=axis)
+
+
+def _dense(tree):
+  """The tree with arrays in place of QArrays."""
+
+  @jax.jit
+  def decode(tree):
+    is_q = lambda x: isinstance(x, QArray)
+    return jax.tree.map(
+      lambda x: lowbit.dequantize(x) if is_q(x) else x, tree, is_leaf=is_q
+    )
+
+  return decode(tree)
+
+
+def _assert_close(actual, expected, magnitude, terms=256):
+  """Two float32 sums of `terms` products whose magnitudes add up to at most
+  `magnitude`: each is off by at most terms * 2^-24 * magnitude."""
+  bound = 2 * terms * 2.0**-24 * float(jnp.max(jnp.abs(magnitude)))
+  np.testing.assert_allclose(actual, expected, rtol=0, atol=bound)
+
+
+def _largest_float(f, *args) -> int:
+  """Elements of the largest float array that `f` computes."""
+
+  def visit(jaxpr):
+    sizes = [0]
+    for eqn in jaxpr.eqns:
+      for v in eqn.outvars:
+        if jnp.issubdtype(v.aval.dtype, jnp.floating):
+          sizes.append(v.aval.size)
+      for param in eqn.params.values():
+        for x in param if isinstance(param, tuple | list) else (param,):
+          inner = getattr(x, 'jaxpr', x)
+          if hasattr(inner, 'eqns'):
+            sizes.append(visit(inner))
+    return max(sizes)
+
+  return visit(jax.make_jaxpr(f)(*args).jaxpr)
+
+
+class Block(flax_linen.Module):
+  @flax_linen.compact
+  def __call__(self, x, _):
+    return x + flax_linen.Dense(32, name='dense')(x), None
+
+
+class UnmodifiedTest(parameterized.TestCase):
+  @parameterized.named_parameters(
+    ('dense', flax_linen.Dense(8), (3, 64), -2),
+    ('dense_general', flax_linen.DenseGeneral((4, 8)), (3, 64), -3),
+    (
+      'dense_general_2',
+      flax_linen.DenseGeneral(8, axis=(-2, -1)),
+      (3, 2, 32),
+      -2,
+    ),
+    ('conv', flax_linen.Conv(4, (3,)), (2, 8, 32), -2),
+    ('einsum', flax_linen.Einsum((64, 4, 8), 'bi,iho->bho'), (3, 64), -3),
+    ('padded', flax_linen.Dense(8), (3, 40), -2),
+  )
+  def test_module_equals_that_of_decoded_weights(self, module, shape, axis):
+    x = _rand(*shape)
+    params = jax.jit(module.init)(jax.random.key(0), x)['params']
+    q = nn.quantize_params(params, None, formats.nvfp4, axis=axis)
+    dense = _dense(q)
+    apply = jax.jit(lambda p, x: module.apply({'params': p}, x))
+    magnitude = apply(jax.tree.map(jnp.abs, dense), jnp.abs(x))
+    _assert_close(apply(q, x), apply(dense, x), magnitude)
+
+    loss = lambda x, p: jnp.sum(apply(p, x) ** 2)
+    grad = jax.jit(jax.grad(loss))
+    slope = grad(jnp.abs(x), jax.tree.map(jnp.abs, dense))
+    _assert_close(grad(x, q), grad(x, dense), slope, 512)
+
+  def test_embed(self):
+    module = flax_linen.Embed(10, 32)
+    q = {'embedding': _quantize(_rand(10, 32), formats.mxfp4, -1)}
+    table = lowbit.dequantize(q['embedding'])
+    ids = jnp.array([[0, 9], [3, 3]])
+    rows = jax.jit(module.apply)({'params': q}, ids)
+    np.testing.assert_array_equal(rows, table[ids])
+    x = _rand(3, 32)
+    scores = module.apply({'params': q}, x, method='attend')
+    _assert_close(scores, x @ table.T, jnp.abs(x) @ jnp.abs(table.T))
+
+  def test_attention(self):
+    module = flax_linen.MultiHeadDotProductAttention(2)
+    x = _rand(2, 5, 64)
+    params = jax.jit(module.init)(jax.random.key(0), x)['params']
+    q = nn.quantize_params(params, None, formats.mxfp4)
+    axes = {name: q[name]['kernel'].axis for name in q}
+    self.assertEqual(axes, {'query': -3, 'key': -3, 'value': -3, 'out': -2})
+    apply = jax.jit(lambda p, x: module.apply({'params': p}, x))
+    np.testing.assert_allclose(apply(q, x), apply(_dense(q), x), atol=1e-5)
+
+  def test_bfloat16(self):
+    # mxfp4 values are exact in bfloat16, so both round the same product.
+    module = flax_linen.Dense(8, dtype=jnp.bfloat16)
+    x = _rand(3, 64)
+    q = {'kernel': _quantize(_rand(64, 8), formats.mxfp4, -2), 'bias': _rand(8)}
+    y = module.apply({'params': q}, x)
+    self.assertEqual(y.dtype, jnp.bfloat16)
+    expected = module.apply({'params': _dense(q)}, x)
+    np.testing.assert_array_equal(y, expected)
+
+  def test_own_module(self):
+    class Own(flax_linen.Module):
+      @flax_linen.compact
+      def __call__(self, x):
+        w = self.param('w', flax_linen.initializers.ones, (64, 8))
+        return 2 * (x @ w) + w[0] - w.T[:, 1]
+
+    q = {'w': _quantize(_rand(64, 8), formats.mxfp4, -2)}
+    w = lowbit.dequantize(q['w'])
+    x = _rand(3, 64)
+    y = jax.jit(Own().apply)({'params': q}, x)
+    magnitude = 2 * jnp.abs(x) @ jnp.abs(w) + 20
+    _assert_close(y, 2 * (x @ w) + w[0] - w[1], magnitude)
+
+  def test_wrong_shape_is_still_an_error(self):
+    q = {'kernel': _quantize(_rand(64, 4), formats.mxfp4, -2)}
+    with self.assertRaisesRegex(flax_errors.ScopeParamShapeError, r'\(64, 4\)'):
+      flax_linen.Dense(8, use_bias=False).apply({'params': q}, _rand(3, 64))
+
+  def test_partitioned(self):
+    init = flax_linen.with_partitioning(
+      flax_linen.initializers.lecun_normal(), (None, 'model')
+    )
+    module = flax_linen.Dense(8, kernel_init=init)
+    x = _rand(3, 64)
+    params = jax.jit(module.init)(jax.random.key(0), x)['params']
+    q = nn.quantize_params(params, None, formats.nvfp4)
+    self.assertIsInstance(q['kernel'], flax_linen.Partitioned)
+    kernel = lowbit.dequantize(q['kernel'].value)
+    y = jax.jit(module.apply)({'params': q}, x)
+    _assert_close(y, x @ kernel, jnp.abs(x) @ jnp.abs(kernel))
+
+
+class LiftedTest(parameterized.TestCase):
+  @parameterized.parameters(False, True)
+  def test_scan(self, remat):
+    body = flax_linen.remat(Block) if remat else Block
+    module = flax_linen.scan(
+      body, variable_axes={'params': 0}, split_rngs={'params': True}, length=3
+    )()
+    x = _rand(2, 32)
+    params = jax.jit(module.init)(jax.random.key(0), x, None)['params']
+    q = nn.quantize_params(params, None, formats.nvfp4, stacked='')
+    self.assertEqual(q['dense']['kernel'].shape, (3, 32, 32))
+    dense = _dense(q)
+    apply = jax.jit(lambda p, x: module.apply({'params': p}, x, None)[0])
+    magnitude = apply(jax.tree.map(jnp.abs, dense), jnp.abs(x))
+    _assert_close(apply(q, x), apply(dense, x), magnitude)
+    grad = jax.jit(jax.grad(lambda x, p: jnp.sum(apply(p, x))))
+    slope = grad(jnp.abs(x), jax.tree.map(jnp.abs, dense))
+    _assert_close(grad(x, q), grad(x, dense), slope)
+
+  def test_vmap(self):
+    module = flax_linen.vmap(
+      Block,
+      variable_axes={'params': 0},
+      split_rngs={'params': True},
+      in_axes=(0, None),
+    )()
+    x = _rand(3, 2, 32)
+    params = jax.jit(module.init)(jax.random.key(0), x, None)['params']
+    q = nn.quantize_params(params, None, formats.nvfp4, stacked='')
+    dense = _dense(q)
+    apply = jax.jit(lambda p, x: module.apply({'params': p}, x, None)[0])
+    magnitude = apply(jax.tree.map(jnp.abs, dense), jnp.abs(x))
+    _assert_close(apply(q, x), apply(dense, x), magnitude)
+
+  def test_layers_along_another_axis_are_refused(self):
+    module = flax_linen.scan(
+      Block, variable_axes={'params': 1}, split_rngs={'params': True}, length=3
+    )()
+    kernel = _quantize(_rand(32, 3, 32), formats.mxfp4, -3)
+    params = {'dense': {'kernel': kernel, 'bias': _rand(32, 3)}}
+    with self.assertRaisesRegex(ValueError, 'lifted over axis 1: stack the'):
+      module.apply({'params': params}, _rand(2, 32), None)
+
+
+class PackedTest(parameterized.TestCase):
+  K, N = 2048, 8
+
+  def setUp(self):
+    super().setUp()
+    self.x = _rand(1, self.K)
+
+  def _check(self, module, q, x, context=False):
+    """The result is right, and no decoded weight is as large as the whole."""
+    dense = jax.tree.map(
+      lambda leaf: lowbit.dequantize(leaf),
+      q,
+      is_leaf=lambda leaf: isinstance(leaf, QArray),
+    )
+    plain = lambda p, x: module.apply({'params': p}, x)
+
+    def packed(p, x):
+      if not context:
+        return plain(p, x)
+      with nn.linen.packed():
+        return plain(p, x)
+
+    self.assertLess(_largest_float(packed, q, x), self.K * self.N)
+    y = jax.jit(packed)(q, x)
+    magnitude = plain(jax.tree.map(jnp.abs, dense), jnp.abs(x))
+    _assert_close(y, plain(dense, x), magnitude, self.K)
+
+  def _injected(self):
+    return {
+      'use_bias': False,
+      'dot_general': nn.dot_general(),
+      'promote_dtype': nn.promote_dtype,
+    }
+
+  def test_without_injection_the_weight_is_decoded(self):
+    q = {'kernel': _quantize(_rand(self.K, self.N), formats.mxfp4, -2)}
+    module = flax_linen.Dense(self.N, use_bias=False)
+    plain = lambda p, x: module.apply({'params': p}, x)
+    size = _largest_float(plain, q, self.x)
+    self.assertGreaterEqual(size, self.K * self.N)
+
+  @parameterized.parameters('mxfp4', 'nvfp4', 'int8_channel', 'uint4_g32')
+  def test_dense(self, name):
+    q = {'kernel': _quantize(_rand(self.K, self.N), formats.get(name), -2)}
+    self._check(flax_linen.Dense(self.N, **self._injected()), q, self.x)
+
+  def test_heads(self):
+    q = {'kernel': _quantize(_rand(self.K, 2, 4), formats.nvfp4, -3)}
+    module = flax_linen.DenseGeneral((2, 4), **self._injected())
+    self._check(module, q, self.x)
+
+  def test_two_contracted_axes(self):
+    q = {'kernel': _quantize(_rand(4, 512, self.N), formats.nvfp4, -2)}
+    module = flax_linen.DenseGeneral(self.N, axis=(-2, -1), **self._injected())
+    self._check(module, q, self.x.reshape(1, 4, 512))
+
+  def test_two_contracted_axes_that_cannot_merge(self):
+    # One scale for each slice along axis -2 does not cover axis -3 as well.
+    q = {'kernel': _quantize(_rand(3, 40, 8), formats.int8_channel, -2)}
+    module = flax_linen.DenseGeneral(8, axis=(-2, -1), **self._injected())
+    x = _rand(2, 3, 40)
+    kernel = lowbit.dequantize(q['kernel'])
+    y = module.apply({'params': q}, x)
+    expected = jnp.einsum('bij,ijo->bo', x, kernel)
+    magnitude = jnp.einsum('bij,ijo->bo', jnp.abs(x), jnp.abs(kernel))
+    _assert_close(y, expected, magnitude)
+
+  def test_einsum(self):
+    q = {'kernel': _quantize(_rand(self.K, 2, 4), formats.mxfp4, -3)}
+    module = nn.linen.Einsum((self.K, 2, 4), 'bi,iho->bho', use_bias=False)
+    self._check(module, q, self.x)
+
+  def test_thin_dense(self):
+    q = {'kernel': _quantize(_rand(self.K, self.N), formats.mxfp4, -2)}
+    self._check(nn.linen.Dense(self.N, use_bias=False), q, self.x)
+
+  def test_context(self):
+    q = {'kernel': _quantize(_rand(self.K, self.N), formats.mxfp4, -2)}
+    module = flax_linen.Dense(self.N, use_bias=False)
+    self._check(module, q, self.x, context=True)
+    plain = lambda p, x: module.apply({'params': p}, x)
+    size = _largest_float(plain, q, self.x)
+    self.assertGreaterEqual(size, self.K * self.N)  # as before
+
+  def test_context_with_heads(self):
+    q = {'kernel': _quantize(_rand(self.K, 2, 4), formats.mxfp4, -3)}
+    module = flax_linen.DenseGeneral((2, 4), use_bias=False)
+    self._check(module, q, self.x, context=True)
+
+  def test_context_with_attention(self):
+    module = flax_linen.MultiHeadDotProductAttention(2)
+    x = _rand(2, 5, 64)
+    params = jax.jit(module.init)(jax.random.key(0), x)['params']
+    q = nn.quantize_params(params, None, formats.mxfp4)
+
+    @jax.jit
+    def packed(q, x):
+      with nn.linen.packed():
+        return module.apply({'params': q}, x)
+
+    expected = jax.jit(module.apply)({'params': _dense(q)}, x)
+    np.testing.assert_allclose(packed(q, x), expected, atol=1e-5)
+
+  def test_gradient_of_the_packed_product(self):
+    q = {'kernel': _quantize(_rand(64, 8), formats.nvfp4, -2)}
+    module = flax_linen.Dense(8, **self._injected())
+    kernel = lowbit.dequantize(q['kernel'])
+    c = _rand(3, 8)
+    x = _rand(3, 64)
+    loss = lambda x: jnp.sum(c * module.apply({'params': q}, x))
+    _assert_close(
+      jax.jit(jax.grad(loss))(x), c @ kernel.T, jnp.abs(c) @ jnp.abs(kernel.T)
+    )
+
+  def test_bfloat16(self):
+    module = flax_linen.Dense(8, dtype=jnp.bfloat16, **self._injected())
+    q = {'kernel': _quantize(_rand(64, 8), formats.mxfp4, -2)}
+    x = _rand(3, 64)
+    y = module.apply({'params': q}, x)
+    self.assertEqual(y.dtype, jnp.bfloat16)
+    kernel = lowbit.dequantize(q['kernel'])
+    x = x.astype(jnp.bfloat16).astype(jnp.float32)
+    # The float32 sum is rounded once: half an ulp, 2^-9 of the result.
+    np.testing.assert_allclose(
+      y.astype(jnp.float32), x @ kernel, rtol=2.0**-8, atol=1e-4
+    )
+
+
+class EmbedTest(parameterized.TestCase):
+  def setUp(self):
+    super().setUp()
+    self.q = {'embedding': _quantize(_rand(512, 32), formats.mxfp4, -1)}
+    self.table = lowbit.dequantize(self.q['embedding'])
+
+  @parameterized.parameters(jnp.int32, jnp.int16, jnp.uint8)
+  def test_rows(self, dtype):
+    ids = jnp.array([[0, 3], [127, 3]], dtype)
+    module = nn.linen.Embed(512, 32)
+    look_up = lambda q, ids: module.apply({'params': q}, ids)
+    np.testing.assert_array_equal(
+      jax.jit(look_up)(self.q, ids), self.table[ids]
+    )
+    self.assertLess(_largest_float(look_up, self.q, ids), 512 * 32)
+
+  def test_rows_outside_are_those_of_take(self):
+    ids = jnp.array([-1, -512, -513, 511, 512])
+    rows = nn.linen.Embed(512, 32).apply({'params': self.q}, ids)
+    np.testing.assert_array_equal(rows, jnp.take(self.table, ids, axis=0))
+    self.assertTrue(jnp.isnan(rows[2]).all())
+
+  def test_scalar(self):
+    row = nn.linen.Embed(512, 32).apply({'params': self.q}, jnp.int32(5))
+    np.testing.assert_array_equal(row, self.table[5])
+
+  def test_blocks_along_the_rows(self):
+    q = {'embedding': _quantize(_rand(64, 32), formats.mxfp4, -2)}
+    rows = nn.linen.Embed(64, 32).apply({'params': q}, jnp.array([1, 63]))
+    table = lowbit.dequantize(q['embedding'])
+    np.testing.assert_array_equal(rows, table[jnp.array([1, 63])])
+
+  def test_attend(self):
+    module = nn.linen.Embed(512, 32)
+    x = _rand(3, 32)
+    y = module.apply({'params': self.q}, x, method='attend')
+    _assert_close(y, x @ self.table.T, jnp.abs(x) @ jnp.abs(self.table.T))
+
+  def test_context(self):
+    module = flax_linen.Embed(512, 32)
+
+    def look_up(q, ids):
+      with nn.linen.packed():
+        return module.apply({'params': q}, ids)
+
+    ids = jnp.array([5, 6])
+    np.testing.assert_array_equal(look_up(self.q, ids), self.table[ids])
+    self.assertLess(_largest_float(look_up, self.q, ids), 512 * 32)
+
+  @parameterized.parameters('mxfp4', 'nvfp4')
+  def test_fake_quantized_rows_are_those_of_the_table(self, name):
+    spec = QuantSpec(formats.get(name))
+    module = nn.linen.Embed(16, 32, rhs=spec)
+    params = {'embedding': _rand(16, 32)}
+    ids = jnp.array([3, 1])
+    table = lowbit.fake_quant(params['embedding'], spec.fmt, axis=-1)
+    np.testing.assert_array_equal(
+      module.apply({'params': params}, ids), table[ids]
+    )
+
+
+class FakeQuantTest(parameterized.TestCase):
+  LHS = QuantSpec(formats.int8_channel)
+  RHS = QuantSpec(formats.mxfp4)
+
+  def setUp(self):
+    super().setUp()
+    self.x, self.c = _rand(3, 64), _rand(3, 8)
+    self.params = {'kernel': _rand(64, 8), 'bias': _rand(8)}
+
+  def _operands(self):
+    x = lowbit.fake_quant(self.x, self.LHS.fmt, axis=-1)
+    w = lowbit.fake_quant(self.params['kernel'], self.RHS.fmt, axis=-2)
+    return x, w
+
+  @parameterized.named_parameters(
+    ('injected', flax_linen.Dense(8, dot_general=nn.dot_general(LHS, RHS))),
+    ('thin', nn.linen.Dense(8, lhs=LHS, rhs=RHS)),
+    ('einsum', nn.linen.Einsum((64, 8), 'bi,io->bo', lhs=LHS, rhs=RHS)),
+    (
+      'class',
+      flax_linen.Dense(
+        8, dot_general_cls=functools.partial(nn.linen.DotGeneral, LHS, RHS)
+      ),
+    ),
+  )
+  def test_value_and_straight_through_gradient(self, module):
+    x, w = self._operands()
+
+    def loss(params):
+      return jnp.sum(self.c * module.apply({'params': params}, self.x))
+
+    y = module.apply({'params': self.params}, self.x)
+    expected = x @ w + self.params['bias']
+    _assert_close(y, expected, jnp.abs(x) @ jnp.abs(w) + 8)
+    grads = jax.jit(jax.grad(loss))(self.params)
+    _assert_close(grads['kernel'], x.T @ self.c, jnp.abs(x.T) @ jnp.abs(self.c))
+
+  def test_parameters_are_those_of_linen(self):
+    key = jax.random.key(0)
+    ours = nn.linen.Dense(8, rhs=self.RHS).init(key, self.x)
+    theirs = flax_linen.Dense(8).init(key, self.x)
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+
+  def test_modules_compare_and_hash(self):
+    make = lambda: nn.linen.Dense(8, lhs=self.LHS, rhs=self.RHS)
+    self.assertEqual(make(), make())
+    self.assertEqual(hash(make()), hash(make()))
+    self.assertEqual(nn.dot_general(self.LHS), nn.dot_general(self.LHS))
+    self.assertNotEqual(nn.dot_general(self.LHS), nn.dot_general())
+
+  def test_quantized_weights_are_not_quantized_again(self):
+    kernel = _quantize(_rand(64, 8), formats.int8_channel, -2)
+    q = {**self.params, 'kernel': kernel}
+    module = nn.linen.Dense(8, rhs=self.RHS)
+    w = lowbit.dequantize(q['kernel'])
+    y = module.apply({'params': q}, self.x)
+    magnitude = jnp.abs(self.x) @ jnp.abs(w) + 8
+    _assert_close(y, self.x @ w + q['bias'], magnitude)
+
+  def test_tiles(self):
+    fmt = formats.get('mxfp4_32x32')
+    y = nn.dot_general(rhs=QuantSpec(fmt))(
+      self.x, self.params['kernel'], MATRIX
+    )
+    w = lowbit.fake_quant(self.params['kernel'], fmt, axis=(0, 1))
+    _assert_close(y, self.x @ w, jnp.abs(self.x) @ jnp.abs(w))
+    with self.assertRaisesRegex(ValueError, 'mxfp4_32x32 has no place in'):
+      nn.dot_general(rhs=QuantSpec(fmt))(
+        self.x, _rand(64), (((1,), (0,)), ((), ()))
+      )
+
+  def test_random_rounding(self):
+    spec = QuantSpec(formats.mxfp4, 'rceil', rounding='stochastic')
+    module = nn.linen.Dense(8, rhs=spec)
+    run = lambda key: module.apply(
+      {'params': self.params}, self.x, rngs={'quant': key}
+    )
+    a, b = jax.random.split(jax.random.key(0))
+    np.testing.assert_array_equal(run(a), run(a))
+    self.assertFalse(np.array_equal(run(a), run(b)))
+    with self.assertRaisesRegex(flax_errors.InvalidRngError, 'quant'):
+      module.apply({'params': self.params}, self.x)
+
+  def test_refusals(self):
+    spec = QuantSpec(formats.mxfp4, 'rceil', rounding='stochastic')
+    with self.assertRaisesRegex(
+      ValueError, "rhs has rounding='stochastic', .* use nn.linen.DotGeneral"
+    ):
+      nn.dot_general(rhs=spec)
+    with self.assertRaisesRegex(TypeError, 'lhs=.* must be a QuantSpec'):
+      nn.einsum(formats.mxfp4)
+    q = _quantize(_rand(64, 8), formats.mxfp4, -2)
+    with self.assertRaisesRegex(TypeError, r"no keywords \['algorithm'\]"):
+      nn.dot_general()(self.x, q, MATRIX, algorithm='fast')
+
+
+class ShardingTest(absltest.TestCase):
+  def setUp(self):
+    super().setUp()
+    if jax.device_count() < 8:
+      self.skipTest('needs eight devices')
+    self.x, self.q = _rand(4, 64), _quantize(_rand(64, 32), formats.nvfp4, -2)
+
+  def _run(self, kind):
+    mesh = jax.make_mesh((2, 4), ('a', 'b'), axis_types=(kind, kind))
+    with jax.set_mesh(mesh):
+      x = jax.device_put(self.x, NamedSharding(mesh, P('a', None)))
+      own = lowbit.shardings(self.q, NamedSharding(mesh, P(None, 'b')))
+      q = jax.device_put(self.q, own)
+      product = nn.dot_general()
+      return jax.jit(
+        lambda x, q: product(x, q, MATRIX, out_sharding=P('a', 'b'))
+      )(x, q)
+
+  def test_out_sharding_on_explicit_axes(self):
+    y = self._run(AxisType.Explicit)
+    self.assertEqual(y.sharding.spec, P('a', 'b'))
+    w = lowbit.dequantize(self.q)
+    magnitude = jnp.abs(self.x) @ jnp.abs(w)
+    _assert_close(np.asarray(y), np.asarray(self.x @ w), magnitude)
+
+  def test_out_sharding_on_automatic_axes_is_refused_as_in_lax(self):
+    with self.assertRaisesRegex(ValueError, 'Auto'):
+      self._run(AxisType.Auto)
+
+
+class PromoteTest(absltest.TestCase):
+  def test_linen_and_nnx(self):
+    q = _quantize(_rand(64, 8), formats.mxfp4, -2)
+    x = _rand(3, 64).astype(jnp.bfloat16)
+    out = nn.promote_dtype(x, ArrayView(q), None)
+    self.assertIsInstance(out, list)
+    self.assertEqual([x.dtype for x in out[:2]], [jnp.float32] * 2)
+    self.assertIsInstance(out[1], QArray)
+    self.assertIsNone(out[2])
+    out = nn.promote_dtype((x, q), dtype=jnp.bfloat16)
+    self.assertIsInstance(out, tuple)
+    self.assertEqual([x.dtype for x in out], [jnp.bfloat16] * 2)
+
+
+if __name__ == '__main__':
+  absltest.main()

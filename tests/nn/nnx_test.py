@@ -1,0 +1,291 @@
+"""NNX: unmodified modules, quantize in place, gradients and optimizers."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from absl.testing import absltest, parameterized
+from flax import nnx as flax_nnx
+
+import lowbit_jax as lowbit
+from lowbit_jax import QArray, formats, nn
+from lowbit_jax.recipe import QuantSpec
+
+
+def _rand(*shape):
+  return jax.random.normal(jax.random.key(sum(shape)), shape)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _quantize(x, fmt, axis):
+  return lowbit.quantize(x, fmt, axis=axis)
+
+
+def _assert_close(actual, expected, magnitude, terms=256):
+  """Two float32 sums of `terms` products whose magnitudes add up to at most
+  `magnitude`: each is off by at most terms * 2^-24 * magnitude."""
+  bound = 2 * terms * 2.0**-24 * float(jnp.max(jnp.abs(magnitude)))
+  np.testing.assert_allclose(actual, expected, rtol=0, atol=bound)
+
+
+def _rngs():
+  return flax_nnx.Rngs(params=0, quant=1)
+
+
+class Model(flax_nnx.Module):
+  def __init__(self, rngs):
+    self.embed = flax_nnx.Embed(16, 64, rngs=rngs)
+    self.attention = flax_nnx.MultiHeadAttention(2, 64, decode=False, rngs=rngs)
+    self.mix = flax_nnx.Einsum('bti,ijk->btjk', (64, 2, 32), rngs=rngs)
+    self.layers = flax_nnx.List(
+      [flax_nnx.Linear(64, 64, rngs=rngs) for _ in range(2)]
+    )
+    self.tied = flax_nnx.Linear(64, 64, rngs=rngs)
+    self.tied.kernel = self.layers[0].kernel
+
+  def __call__(self, ids):
+    x = self.attention(self.embed(ids))
+    x = self.mix(x).reshape(x.shape)
+    for layer in self.layers:
+      x = layer(x)
+    return self.tied(x)
+
+
+class UnmodifiedTest(parameterized.TestCase):
+  @parameterized.named_parameters(
+    ('linear', lambda r: flax_nnx.Linear(64, 8, rngs=r), (3, 64), -2),
+    (
+      'linear_general',
+      lambda r: flax_nnx.LinearGeneral((2, 32), 8, axis=(-2, -1), rngs=r),
+      (3, 2, 32),
+      -2,
+    ),
+    ('conv', lambda r: flax_nnx.Conv(32, 4, (3,), rngs=r), (2, 8, 32), -2),
+    (
+      'einsum',
+      lambda r: flax_nnx.Einsum('bi,iho->bho', (64, 4, 8), rngs=r),
+      (3, 64),
+      -3,
+    ),
+  )
+  def test_module_equals_that_of_decoded_weights(self, make, shape, axis):
+    layer, dense = make(_rngs()), make(_rngs())
+    q = _quantize(layer.kernel[...], formats.nvfp4, axis)
+    layer.kernel = nn.nnx.frozen(layer.kernel, q)
+    dense.kernel[...] = lowbit.dequantize(q)
+    x = _rand(*shape)
+    run = flax_nnx.jit(lambda m, x: m(x))
+    _assert_close(run(layer, x), run(dense, x), 64 * jnp.max(jnp.abs(x)))
+
+    grad = flax_nnx.jit(flax_nnx.grad(lambda m, x: jnp.sum(m(x)), argnums=1))
+    _assert_close(grad(layer, x), grad(dense, x), 64.0)
+
+  def test_embed(self):
+    layer = flax_nnx.Embed(10, 32, rngs=_rngs())
+    q = _quantize(layer.embedding[...], formats.mxfp4, -1)
+    layer.embedding = nn.nnx.frozen(layer.embedding, q)
+    table = lowbit.dequantize(q)
+    ids = jnp.array([0, 9])
+    run = flax_nnx.jit(lambda m, ids: m(ids))
+    np.testing.assert_array_equal(run(layer, ids), table[ids])
+    x = _rand(3, 32)
+    _assert_close(layer.attend(x), x @ table.T, jnp.abs(x) @ jnp.abs(table.T))
+
+  def test_bfloat16(self):
+    layer = flax_nnx.Linear(64, 8, dtype=jnp.bfloat16, rngs=_rngs())
+    nn.nnx.quantize(layer, None, formats.mxfp4)
+    x = _rand(3, 64)
+    y = layer(x)
+    self.assertEqual(y.dtype, jnp.bfloat16)
+    kernel = lowbit.dequantize(layer.kernel.get_value())
+    x = x.astype(jnp.bfloat16).astype(jnp.float32)
+    np.testing.assert_allclose(
+      y.astype(jnp.float32), x @ kernel, rtol=2.0**-8, atol=1e-4
+    )
+
+
+class QuantizeTest(parameterized.TestCase):
+  def test_model(self):
+    model = Model(_rngs())
+    self.assertIs(nn.nnx.quantize(model, None, formats.mxfp4), model)
+    attention = model.attention
+    kernels = (
+      (attention.query, -3),
+      (attention.key, -3),
+      (attention.value, -3),
+      (attention.out, -2),
+      (model.mix, -3),
+      (model.layers[0], -2),
+      (model.layers[1], -2),
+    )
+    for layer, axis in kernels:
+      self.assertIsInstance(layer.kernel, nn.nnx.QuantizedParam)
+      self.assertEqual(layer.kernel.get_value().axis, axis)
+    self.assertIs(model.tied.kernel, model.layers[0].kernel)
+    self.assertIs(type(model.embed.embedding), flax_nnx.Param)
+
+  def test_result_is_that_of_decoded_weights(self):
+    model, dense = Model(_rngs()), Model(_rngs())
+    nn.nnx.quantize(model, None, formats.mxfp4)
+    for path, module in flax_nnx.iter_modules(model):
+      kernel = vars(module).get('kernel')
+      if isinstance(kernel, nn.nnx.QuantizedParam):
+        other = functools.reduce(
+          lambda m, k: m[k] if isinstance(k, int) else getattr(m, k),
+          path,
+          dense,
+        )
+        other.kernel[...] = lowbit.dequantize(kernel.get_value())
+    ids = jnp.array([[0, 1, 2], [3, 4, 5]])
+    run = flax_nnx.jit(lambda m, ids: m(ids))
+    expected = run(dense, ids)
+    scale = float(jnp.max(jnp.abs(expected)))
+    np.testing.assert_allclose(run(model, ids), expected, atol=1e-4 * scale)
+
+  def test_selection(self):
+    model = Model(_rngs())
+    nn.nnx.quantize(
+      model,
+      '^layers/1/kernel$|^embed/',
+      lambda path, leaf: formats.nvfp4 if 'layers' in path else formats.mxfp4,
+    )
+    self.assertEqual(model.layers[1].kernel.get_value().fmt, formats.nvfp4)
+    self.assertEqual(model.embed.embedding.get_value().axis, -1)
+    self.assertIs(type(model.layers[0].kernel), flax_nnx.Param)
+    with self.assertRaisesRegex(ValueError, "select='nothing' selects none"):
+      nn.nnx.quantize(model, 'nothing', formats.mxfp4)
+
+  def test_unknown_parameter(self):
+    class Own(flax_nnx.Module):
+      def __init__(self):
+        self.w = flax_nnx.Param(_rand(64, 8))
+
+    with self.assertRaisesRegex(ValueError, "block axis of 'w' .* pass axis="):
+      nn.nnx.quantize(Own(), 'w', formats.mxfp4)
+    model = nn.nnx.quantize(Own(), 'w', formats.mxfp4, axis=-2)
+    self.assertIsInstance(model.w.get_value(), QArray)
+
+  def test_stacked_layers(self):
+    @flax_nnx.split_rngs(splits=3)
+    @flax_nnx.vmap(in_axes=0, out_axes=0)
+    def make(rngs):
+      return flax_nnx.Linear(64, 8, rngs=rngs)
+
+    layers = make(_rngs())
+    nn.nnx.quantize(layers, None, formats.nvfp4)
+    q = layers.kernel.get_value()
+    self.assertEqual(q.shape, (3, 64, 8))
+    self.assertEqual(q.tensor_scale.shape, (3, 1, 1))
+
+  def test_metadata_stays(self):
+    layer = flax_nnx.Linear(
+      64, 8, kernel_metadata={'note': 'mine'}, rngs=_rngs()
+    )
+    nn.nnx.quantize(layer, None, formats.mxfp4)
+    self.assertEqual(layer.kernel.get_metadata('note'), 'mine')
+
+  def test_products_of_its_own_stay(self):
+    product = nn.dot_general(lhs=QuantSpec(formats.int8_channel))
+    layer = flax_nnx.Linear(64, 8, dot_general=product, rngs=_rngs())
+    nn.nnx.quantize(layer, None, formats.mxfp4)
+    self.assertIs(layer.dot_general, product)
+    other = flax_nnx.Linear(64, 8, rngs=_rngs())
+    nn.nnx.quantize(other, None, formats.mxfp4)
+    self.assertEqual(other.dot_general, nn.dot_general())
+
+  def test_packed_product(self):
+    k, n = 2048, 8
+    layer = flax_nnx.Linear(k, n, use_bias=False, rngs=_rngs())
+    nn.nnx.quantize(layer, None, formats.mxfp4)
+    x = _rand(1, k)
+
+    def sizes(jaxpr):
+      for eqn in jaxpr.eqns:
+        for v in eqn.outvars:
+          if jnp.issubdtype(v.aval.dtype, jnp.floating):
+            yield v.aval.size
+        for param in eqn.params.values():
+          for inner in param if isinstance(param, tuple | list) else (param,):
+            inner = getattr(inner, 'jaxpr', inner)
+            if hasattr(inner, 'eqns'):
+              yield from sizes(inner)
+
+    jaxpr = jax.make_jaxpr(lambda x: layer(x))(x).jaxpr
+    self.assertLess(max(sizes(jaxpr)), k * n)
+
+
+class TrainingTest(absltest.TestCase):
+  def setUp(self):
+    super().setUp()
+    self.layer = flax_nnx.Linear(64, 8, rngs=_rngs())
+    nn.nnx.quantize(self.layer, None, formats.mxfp4)
+    self.x = _rand(3, 64)
+
+  def test_gradient_passes_frozen_weights_by(self):
+    loss = lambda m, x: jnp.sum(m(x))
+    grads = flax_nnx.jit(flax_nnx.grad(loss))(self.layer, self.x)
+    self.assertEqual(list(grads), ['bias'])
+    np.testing.assert_array_equal(grads['bias'][...], np.full(8, 3.0))
+
+  def test_optimizer_has_moments_for_arrays_only(self):
+    optimizer = flax_nnx.Optimizer(
+      self.layer, optax.adam(1e-2), wrt=flax_nnx.Param
+    )
+    shapes = sorted(x.shape for x in jax.tree.leaves(optimizer.opt_state))
+    self.assertEqual(shapes, [(), (8,), (8,)])
+    codes = self.layer.kernel.get_value().codes
+    grads = flax_nnx.grad(lambda m, x: jnp.sum(m(x)))(self.layer, self.x)
+    optimizer.update(self.layer, grads)
+    np.testing.assert_array_equal(self.layer.kernel.get_value().codes, codes)
+    self.assertTrue(np.all(self.layer.bias[...] < 0))
+
+  def test_straight_through_gradient(self):
+    spec = QuantSpec(formats.mxfp4)
+    layer = flax_nnx.Linear(
+      64, 8, dot_general=nn.dot_general(rhs=spec), rngs=_rngs()
+    )
+    c = _rand(3, 8)
+    grads = flax_nnx.grad(lambda m, x: jnp.sum(c * m(x)))(layer, self.x)
+    _assert_close(
+      grads['kernel'][...], self.x.T @ c, jnp.abs(self.x.T) @ jnp.abs(c)
+    )
+    w = lowbit.fake_quant(layer.kernel[...], spec.fmt, axis=-2)
+    _assert_close(layer(self.x), self.x @ w, jnp.abs(self.x) @ jnp.abs(w))
+
+  def test_random_rounding_draws_new_bits(self):
+    spec = QuantSpec(formats.mxfp4, 'rceil', rounding='stochastic')
+    product = nn.nnx.DotGeneral(rhs=spec, rngs=_rngs())
+    layer = flax_nnx.Linear(64, 8, dot_general=product, rngs=_rngs())
+    run = flax_nnx.jit(lambda m, x: m(x))
+    first, second = run(layer, self.x), run(layer, self.x)
+    self.assertFalse(np.array_equal(first, second))
+
+
+class EmbedTest(absltest.TestCase):
+  def test_rows_and_scores(self):
+    layer = nn.nnx.Embed(512, 32, rngs=_rngs())
+    nn.nnx.quantize(layer, 'embedding', formats.mxfp4)
+    table = lowbit.dequantize(layer.embedding.get_value())
+    ids = jnp.array([[0, 511], [-1, 512]])
+    run = flax_nnx.jit(lambda m, ids: m(ids))
+    np.testing.assert_array_equal(run(layer, ids), jnp.take(table, ids, axis=0))
+    x = _rand(3, 32)
+    _assert_close(layer.attend(x), x @ table.T, jnp.abs(x) @ jnp.abs(table.T))
+
+  def test_fake_quantized_rows(self):
+    spec = QuantSpec(formats.mxfp4)
+    layer = nn.nnx.Embed(16, 32, rhs=spec, rngs=_rngs())
+    table = lowbit.fake_quant(layer.embedding[...], spec.fmt, axis=-1)
+    ids = jnp.array([3, 1])
+    np.testing.assert_array_equal(layer(ids), table[ids])
+
+  def test_ids_are_integers(self):
+    layer = nn.nnx.Embed(16, 32, rngs=_rngs())
+    with self.assertRaisesRegex(ValueError, 'must be an integer type'):
+      layer(jnp.ones(3))
+
+
+if __name__ == '__main__':
+  absltest.main()
