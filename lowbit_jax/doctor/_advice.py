@@ -54,8 +54,8 @@ def _nonfinite(case: Case, limit: float) -> str | None:
     )
   return (
     f'{case.path!r} holds {m.nan} NaN and {m.inf} Inf, the first at index'
-    f' {m.first_nonfinite}; they turn {m.nonfinite_blocks} blocks into NaN:'
-    ' repair the tensor before quantizing'
+    f' {m.first_nonfinite} ({m.nonfinite_blocks} NaN blocks): repair the tensor'
+    ' before quantizing'
   )
 
 
