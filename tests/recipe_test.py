@@ -17,8 +17,8 @@ class QuantSpecTest(parameterized.TestCase):
   def test_formats_with_other_default_rules_make_other_specs(self):
     a = formats.per_tensor(formats.int2)
     b = formats.per_tensor(formats.int2, scale_rule='absmean')
-    self.assertEqual(a, b)  # the rule is no part of a format ...
-    self.assertNotEqual(QuantSpec(a), QuantSpec(b))  # ... but of what is done
+    self.assertNotEqual(a, b)  # else jit would compile one for both
+    self.assertNotEqual(QuantSpec(a), QuantSpec(b))
     self.assertLen({QuantSpec(a), QuantSpec(b), QuantSpec(a)}, 2)
 
   @parameterized.parameters(

@@ -283,8 +283,7 @@ class BlockFormat:
     tensor_scale: whether one float32 scale covers the whole tensor.
     zero_point: whether each block also has an unsigned integer zero point z,
       so that x ~ (element - z) * scale.
-    scale_rule: the scale rule used where the caller names none. Not part of
-      the identity of the format: it does not matter for decoding.
+    scale_rule: the scale rule used where the caller names none.
   """
 
   name: str
@@ -293,7 +292,7 @@ class BlockFormat:
   scale: FloatFormat | None
   tensor_scale: bool = False
   zero_point: bool = False
-  scale_rule: str = dataclasses.field(default='absmax', compare=False)
+  scale_rule: str = 'absmax'
 
   def __post_init__(self):
     _require(

@@ -183,8 +183,7 @@ class Choice(NamedTuple):
 def _quantize(
   x, fmt: BlockFormat, axis, scale_rule: str, layers: int
 ) -> QArray:
-  """`ops.quantize` of each layer; the rule is named, as formats that differ
-  only in their default rule are equal and would share a compilation."""
+  """`ops.quantize` of each layer."""
 
   def quantize(x):
     return ops.quantize(x, fmt, axis=axis, scale_rule=scale_rule)
