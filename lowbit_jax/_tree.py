@@ -82,7 +82,7 @@ def shardings(q: QArray, sharding) -> QArray:
     ValueError: where a shard would cut a block or a byte, or an axis with
       padding is sharded.
 
-  Example:
+  Examples:
     `jax.device_put(q, shardings(q, NamedSharding(mesh, P(None, 'model'))))`
   """
   if isinstance(sharding, NamedSharding):

@@ -20,6 +20,7 @@ placeholders into the leaves.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterator, Sequence
 
@@ -322,7 +323,12 @@ def dequantize(q: QArray, dtype=None, *, dither_key=None) -> jax.Array:
   """
   if not isinstance(q, QArray):
     raise TypeError(f'q must be a QArray, got {type(q).__name__}')
-  dtype = q.dtype if dtype is None else dtype
+  dtype = np.dtype(q.dtype if dtype is None else dtype)
+  return _dequantize(q, dtype, dither_key)
+
+
+@functools.partial(jax.jit, static_argnums=1, inline=True)
+def _dequantize(q: QArray, dtype: np.dtype, dither_key) -> jax.Array:
   x = element_values(q)
   if dither_key is not None:
     offset = dither(dither_key, q.shape) * dither_step(q.fmt.element)

@@ -22,7 +22,7 @@ class QuantSpec:
     backward: gradient of the rounding: 'identity', 'clipped', 'absmax' or
       'trust', see `fake_quant`.
 
-  Example:
+  Examples:
     >>> from lowbit_jax import formats
     >>> QuantSpec(formats.mxfp4, scale_rule='rceil').rounding
     'nearest_even'

@@ -125,7 +125,7 @@ def audit_gradients(fn, *args, argnums=0, scale_argnums=()) -> Audit:
   Not followed are the insides of Pallas kernels (the notes name them). That a
   scale fits the cotangent that it multiplies is taken for granted.
 
-  Example:
+  Examples:
     >>> import jax.numpy as jnp
     >>> import lowbit_jax as lowbit
     >>> def loss(x):

@@ -61,7 +61,7 @@ def report(
     TypeError, ValueError: for what is no tree of arrays, for traced values, and
       for formats, rules and axes that do not fit, with the remedy.
 
-  Example:
+  Examples:
     >>> import jax
     >>> import lowbit_jax as lowbit
     >>> x = jax.random.normal(jax.random.key(0), (64, 256))

@@ -53,7 +53,7 @@ def dot_general(
     ValueError: for specs with random rounding. Their keys come from
       `nn.linen.DotGeneral` and `nn.nnx.DotGeneral`.
 
-  Example:
+  Examples:
     >>> from flax import linen
     >>> import lowbit_jax as lowbit
     >>> from lowbit_jax.recipe import QuantSpec

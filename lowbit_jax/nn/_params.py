@@ -79,7 +79,7 @@ def quantize_params(
   Raises:
     ValueError: if nothing is selected, or for a leaf whose axis is not known.
 
-  Example:
+  Examples:
     >>> import jax, jax.numpy as jnp
     >>> from flax import linen
     >>> import lowbit_jax as lowbit
@@ -107,7 +107,7 @@ def quantize_params(
 def trainable_mask(params):
   """A tree of bools for `optax.masked`: False for QArrays and integers.
 
-  Example:
+  Examples:
     `optax.masked(optax.adam(1e-3), trainable_mask)`
   """
 

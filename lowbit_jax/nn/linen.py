@@ -35,7 +35,7 @@ class DotGeneral(flax_linen.Module):
     lhs: what is done to activations, None for nothing.
     rhs: what is done to weights.
 
-  Example:
+  Examples:
     `linen.Dense(8, dot_general_cls=functools.partial(DotGeneral, rhs=spec))`
   """
 
@@ -167,7 +167,7 @@ def packed():
   as they were. Tracing must happen inside: a function that was jitted before
   keeps what it was traced with.
 
-  Example:
+  Examples:
     `with nn.linen.packed(): y = model.apply({'params': quantized}, x)`
   """
   with flax_linen.intercept_methods(_use_packed):

@@ -63,7 +63,7 @@ def quantize(
     ValueError: if nothing is selected, or for a parameter whose axis is not
       known.
 
-  Example:
+  Examples:
     >>> import jax.numpy as jnp
     >>> from flax import nnx
     >>> import lowbit_jax as lowbit
@@ -104,7 +104,7 @@ class DotGeneral(flax_nnx.Module):
     rhs: what is done to weights.
     rngs: source of a stream of keys, forked from its stream 'quant'.
 
-  Example:
+  Examples:
     `nnx.Linear(64, 8, dot_general=DotGeneral(rhs=spec, rngs=rngs), rngs=rngs)`
   """
 

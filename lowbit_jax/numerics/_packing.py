@@ -26,7 +26,7 @@ def pack(codes, bits: int, axis: int = -1) -> jax.Array:
     bits: 1 to 8.
     axis: axis that shrinks to bits / 8 of its size.
 
-  Example:
+  Examples:
     >>> import jax.numpy as jnp
     >>> from lowbit_jax import numerics
     >>> numerics.pack(jnp.arange(4, dtype=jnp.uint8), 4).tolist()

@@ -49,7 +49,7 @@ def dot(
   Returns:
     The product, accumulated in float32 (or int32 and then float32).
 
-  Example:
+  Examples:
     >>> import jax.numpy as jnp
     >>> import lowbit_jax as lowbit
     >>> w = lowbit.quantize(jnp.ones((64, 8)), lowbit.formats.mxfp4, axis=-2)
@@ -101,7 +101,7 @@ def dot_general(
     return lax.dot_general(
       lhs, rhs, dims, precision=precision, preferred_element_type=dtype
     )
-  return _contract(lhs, rhs, call).astype(dtype)
+  return _compiled(lhs, rhs, call).astype(dtype)
 
 
 def einsum(
@@ -183,6 +183,7 @@ def _contract_jvp(call, primals, tangents):
 
 
 _contract.defjvp(_contract_jvp, symbolic_zeros=True)
+_compiled = jax.jit(_contract, static_argnums=2, inline=True)
 
 
 def _is_zero(t) -> bool:

@@ -20,7 +20,6 @@ that was used, q = y / s the rounded element and F the largest element:
 """
 
 import functools
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,30 +30,16 @@ from lowbit_jax import qarray
 from lowbit_jax.formats import BlockFormat
 from lowbit_jax.numerics import _rounding, _scaling
 from lowbit_jax.numerics._codec import as_float_array
-from lowbit_jax.ops._quantize import check_scales
+from lowbit_jax.ops._quantize import (
+  Extras,
+  Options,
+  check_scales,
+  rounding_of,
+  split_origin,
+)
 
 BACKWARDS = ('identity', 'clipped', 'absmax', 'trust')
 BACKWARDS_WITH = ('identity', 'clipped', 'lsq', 'trust')
-
-
-class _Static(NamedTuple):
-  """Everything about a fake quantization that is not an array."""
-
-  fmt: BlockFormat
-  axes: tuple[int, ...]
-  rule: str
-  rounding: str
-  random_bits: int
-  full_shape: tuple[int, ...] | None
-  backward: str
-
-
-class _Traced(NamedTuple):
-  """Its array arguments besides x, all without gradient."""
-
-  key: jax.Array | None
-  start: tuple
-  tensor_scale: jax.Array | None
 
 
 def fake_quant(
@@ -97,10 +82,10 @@ def fake_quant(
       f"backward='absmax' differentiates a scale that follows the largest"
       f' magnitude; that of scale_rule={rule!r} does not: use another backward'
     )
-  start, full = ((), None) if origin is None else origin
-  static = _Static(fmt, axes, rule, rounding, random_bits, full, backward)
-  traced = _Traced(key, _words(start), tensor_scale)
-  return jnp.reshape(_fake(x, traced, static), shape)
+  start, full = split_origin(origin)
+  options = Options(fmt, axes, rule, rounding, random_bits, full, backward)
+  y = _compiled(x, Extras(key, start, tensor_scale), options)
+  return jnp.reshape(y, shape)
 
 
 def fake_quant_with(
@@ -144,10 +129,10 @@ def fake_quant_with(
     scale is None or not jnp.issubdtype(jnp.asarray(scale).dtype, jnp.floating)
   ):
     raise TypeError("backward='lsq' learns float block scales; scale has none")
-  start, full = ((), None) if origin is None else origin
-  static = _Static(fmt, axes, '', rounding, random_bits, full, backward)
-  traced = _Traced(key, _words(start), tensor_scale)
-  y = _fake_with(x, scale, traced, zero_point, static)
+  start, full = split_origin(origin)
+  options = Options(fmt, axes, '', rounding, random_bits, full, backward)
+  extras = Extras(key, start, tensor_scale)
+  y = _compiled_with(x, scale, extras, zero_point, options)
   return jnp.reshape(y, shape)
 
 
@@ -163,43 +148,31 @@ def _prepare(x, fmt, axis, rounding, key, random_bits):
   return x, shape, axes
 
 
-def _words(start) -> tuple:
-  """Starts that fit a traced argument: ints beyond int32 do not."""
-  return tuple(np.uint32(s) if isinstance(s, int) else s for s in start)
-
-
-def _how(static: _Static, traced: _Traced) -> core.Rounding:
-  origin = None
-  if static.full_shape is not None:
-    origin = (traced.start, static.full_shape)
-  return core.Rounding(static.rounding, traced.key, static.random_bits, origin)
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _fake(x, traced: _Traced, static: _Static):
-  return _fake_forward(x, traced, static)[0]
+def _fake(x, extras: Extras, options: Options):
+  return _fake_forward(x, extras, options)[0]
 
 
-def _fake_forward(x, traced, static):
-  how = _how(static, traced)
+def _fake_forward(x, extras, options):
+  how = rounding_of(options, extras)
   job = core.from_data(
-    x, static.fmt, static.axes, static.rule, how, traced.tensor_scale
+    x, options.fmt, options.axes, options.rule, how, extras.tensor_scale
   )
   y = job.values()
-  if static.backward == 'identity':
+  if options.backward == 'identity':
     residual = None
-  elif static.backward == 'absmax':
+  elif options.backward == 'absmax':
     residual = _absmax_residual(job, y)
   else:
-    residual = core.restore(_mask(job, y, static.backward), job.blocks, bool)
+    residual = core.restore(_mask(job, y, options.backward), job.blocks, bool)
   return core.restore(y, job.blocks, x.dtype), residual
 
 
-def _fake_backward(static, residual, g):
-  if static.backward == 'absmax':
+def _fake_backward(options, residual, g):
+  if options.backward == 'absmax':
     direction, error = residual
-    blocks = core.split(g.astype(jnp.float32), static.fmt, static.axes)
-    inner = _scale_axes(static.fmt, blocks)
+    blocks = core.split(g.astype(jnp.float32), options.fmt, options.axes)
+    inner = _scale_axes(options.fmt, blocks)
     total = jnp.sum(blocks.view * error, axis=inner, keepdims=True)
     step = core.restore(direction * total, blocks, jnp.float32)
     dx = (g.astype(jnp.float32) + step).astype(g.dtype)
@@ -209,33 +182,34 @@ def _fake_backward(static, residual, g):
 
 
 _fake.defvjp(_fake_forward, _fake_backward)
+_compiled = jax.jit(_fake, static_argnums=2, inline=True)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _fake_with(x, scale, traced: _Traced, zero_point, static: _Static):
-  return _fake_with_forward(x, scale, traced, zero_point, static)[0]
+def _fake_with(x, scale, extras: Extras, zero_point, options: Options):
+  return _fake_with_forward(x, scale, extras, zero_point, options)[0]
 
 
-def _fake_with_forward(x, scale, traced, zero_point, static):
-  fmt = static.fmt
+def _fake_with_forward(x, scale, extras, zero_point, options):
+  fmt = options.fmt
   scales = check_scales(
-    x.shape, fmt, static.axes, scale, traced.tensor_scale, zero_point
+    x.shape, fmt, options.axes, scale, extras.tensor_scale, zero_point
   )
-  how = _how(static, traced)
-  job = core.from_scales(x, fmt, static.axes, scales, how)
+  how = rounding_of(options, extras)
+  job = core.from_scales(x, fmt, options.axes, scales, how)
   y = job.values()
   mask = d_scale = None
-  if static.backward != 'identity':
-    rule = 'clipped' if static.backward == 'lsq' else static.backward
+  if options.backward != 'identity':
+    rule = 'clipped' if options.backward == 'lsq' else options.backward
     mask = core.restore(_mask(job, y, rule), job.blocks, bool)
-  if static.backward == 'lsq':
+  if options.backward == 'lsq':
     d_scale = _lsq_residual(job, y)
   zero = None if scale is None else jnp.zeros((), jnp.asarray(scale).dtype)
   residual = (mask, d_scale, zero, scales.scale)
   return core.restore(y, job.blocks, x.dtype), residual
 
 
-def _fake_with_backward(static, residual, g):
+def _fake_with_backward(options, residual, g):
   mask, d_scale, zero, stored = residual
   dx = _masked(g, mask)
   if zero is None:
@@ -245,12 +219,13 @@ def _fake_with_backward(static, residual, g):
   elif d_scale is None:
     ds = jnp.zeros(stored.shape, zero.dtype)
   else:
-    blocks = core.split(g.astype(jnp.float32), static.fmt, static.axes)
+    blocks = core.split(g.astype(jnp.float32), options.fmt, options.axes)
     ds = jnp.sum(blocks.view * d_scale, axis=blocks.inner).astype(zero.dtype)
   return dx, ds, None, None
 
 
 _fake_with.defvjp(_fake_with_forward, _fake_with_backward)
+_compiled_with = jax.jit(_fake_with, static_argnums=4, inline=True)
 
 
 def _masked(g, mask):

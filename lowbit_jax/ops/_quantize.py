@@ -1,13 +1,41 @@
-"""quantize, quantize_with and dequantize: arrays to QArrays and back."""
+"""quantize, quantize_with and dequantize: arrays to QArrays and back.
+
+Arguments are checked here; the work is one compiled program per shape, format
+and options, also where the caller does not jit.
+"""
+
+import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lowbit_jax import _quantize as core
 from lowbit_jax import qarray
 from lowbit_jax.formats import BlockFormat
 from lowbit_jax.numerics import _rounding, _scaling
 from lowbit_jax.qarray import QArray
+
+
+class Options(NamedTuple):
+  """Everything about a quantization that is not an array."""
+
+  fmt: BlockFormat
+  axes: tuple[int, ...]
+  rule: str
+  rounding: str
+  random_bits: int
+  full_shape: tuple[int, ...] | None
+  backward: str = 'identity'
+
+
+class Extras(NamedTuple):
+  """Its array arguments besides x and given scales, all without gradient."""
+
+  key: jax.Array | None
+  start: tuple
+  tensor_scale: jax.Array | None
 
 
 def quantize(
@@ -57,7 +85,7 @@ def quantize(
 
   The result carries no gradient with respect to `x`; `fake_quant` does.
 
-  Example:
+  Examples:
     >>> import jax.numpy as jnp
     >>> import lowbit_jax as lowbit
     >>> q = lowbit.quantize(jnp.ones((2, 64)), lowbit.formats.mxfp4)
@@ -69,9 +97,9 @@ def quantize(
   axes = qarray.block_axes(fmt, axis, x.ndim)
   rule = _scaling.check_scale_rule(fmt, scale_rule)
   _rounding.check_rounding(rounding, key, random_bits)
-  how = core.Rounding(rounding, key, random_bits, origin)
-  job = core.from_data(x, fmt, axes, rule, how, tensor_scale)
-  return core.pack(job, x.dtype)
+  start, full_shape = split_origin(origin)
+  options = Options(fmt, axes, rule, rounding, random_bits, full_shape)
+  return _quantize(x, Extras(key, start, tensor_scale), options)
 
 
 def quantize_with(
@@ -110,8 +138,41 @@ def quantize_with(
   axes = qarray.block_axes(fmt, axis, x.ndim)
   _rounding.check_rounding(rounding, key, random_bits)
   scales = check_scales(x.shape, fmt, axes, scale, tensor_scale, zero_point)
-  how = core.Rounding(rounding, key, random_bits, origin)
-  return core.pack(core.from_scales(x, fmt, axes, scales, how), x.dtype)
+  start, full_shape = split_origin(origin)
+  options = Options(fmt, axes, '', rounding, random_bits, full_shape)
+  return _quantize_with(x, scales, Extras(key, start, None), options)
+
+
+@functools.partial(jax.jit, static_argnums=2, inline=True)
+def _quantize(x, extras: Extras, options: Options) -> QArray:
+  fmt, axes, rule = options.fmt, options.axes, options.rule
+  how = rounding_of(options, extras)
+  job = core.from_data(x, fmt, axes, rule, how, extras.tensor_scale)
+  return core.pack(job, x.dtype)
+
+
+@functools.partial(jax.jit, static_argnums=3, inline=True)
+def _quantize_with(x, scales, extras: Extras, options: Options) -> QArray:
+  how = rounding_of(options, extras)
+  job = core.from_scales(x, options.fmt, options.axes, scales, how)
+  return core.pack(job, x.dtype)
+
+
+def split_origin(origin) -> tuple[tuple, tuple[int, ...] | None]:
+  """Starts as arguments of a compiled function, and the full shape."""
+  if origin is None:
+    return (), None
+  start, full_shape = origin
+  # Python ints beyond int32 cannot be arguments.
+  start = (np.uint32(s) if isinstance(s, int) else s for s in start)
+  return tuple(start), tuple(full_shape)
+
+
+def rounding_of(options: Options, extras: Extras) -> core.Rounding:
+  full_shape = options.full_shape
+  origin = None if full_shape is None else (extras.start, full_shape)
+  bits = options.random_bits
+  return core.Rounding(options.rounding, extras.key, bits, origin)
 
 
 def dequantize(q: QArray, dtype=None, *, dither_key=None) -> jax.Array:
@@ -162,5 +223,10 @@ def check_scales(
       codes = ' or uint8 codes' if coded else ''
       raise TypeError(f'scale.dtype={scale.dtype} must be float{codes}')
   if zero_point is not None:
+    if not jnp.issubdtype(zero_point.dtype, jnp.integer):
+      raise TypeError(
+        f'zero_point.dtype={zero_point.dtype} must be an integer type; round'
+        f' zero points to 0 ... {fmt.element.code_max} first'
+      )
     zero_point = zero_point.astype(jnp.uint8)
   return core.Scales(scale, tensor_scale, zero_point)

@@ -29,7 +29,7 @@ def select_implementation(
     A `Choice`: the name, a sentence on how it computes, and the reasons of the
     implementations that refused.
 
-  Example:
+  Examples:
     >>> import jax.numpy as jnp
     >>> import lowbit_jax as lowbit
     >>> w = lowbit.quantize(jnp.ones((64, 8)), lowbit.formats.mxfp4, axis=-2)

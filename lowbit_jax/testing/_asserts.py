@@ -25,7 +25,7 @@ def assert_bits_equal(
     AssertionError: with the number of mismatches, and the coordinate, bit
       patterns and values of the first one.
 
-  Example:
+  Examples:
     >>> import numpy as np
     >>> assert_bits_equal(np.float16([1, 0]), np.float16([1, -0.0]))
     Traceback (most recent call last):

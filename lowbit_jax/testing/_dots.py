@@ -64,7 +64,7 @@ def check_dot(
   Reference: Higham and Mary, A new approach to probabilistic rounding error
   analysis, SIAM J. Sci. Comput. 41(5), 2019.
 
-  Example:
+  Examples:
     >>> import lowbit_jax as lowbit
     >>> check_dot(lowbit.dot, lowbit.formats.nvfp4, shapes=dot_cases()[:1])
   """

@@ -16,7 +16,7 @@ from lowbit_jax.qarray import QArray
 def quantizer_mutants(fmt: BlockFormat) -> dict[str, Callable]:
   """Faulty quantizers `x -> QArray` by name; those that make sense for `fmt`.
 
-  Example:
+  Examples:
     >>> import lowbit_jax as lowbit
     >>> sorted(quantizer_mutants(lowbit.formats.nvfp4))[:3]
     ['bfloat16_input', 'doubled_scale', 'dropped_tensor_scale']

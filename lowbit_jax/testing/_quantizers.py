@@ -52,7 +52,7 @@ def check_quantizer(
     AssertionError: at the first case that differs, with its name, the leaf, the
       coordinate and both bit patterns.
 
-  Example:
+  Examples:
     >>> import lowbit_jax as lowbit
     >>> fmt = lowbit.formats.mxfp4
     >>> check_quantizer(lambda x: lowbit.quantize(x, fmt), fmt)

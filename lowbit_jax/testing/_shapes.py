@@ -76,7 +76,7 @@ def dot_cases(
     large: the real models instead of the small cases.
     max_elements: only those whose weight has at most that many elements.
 
-  Example:
+  Examples:
     >>> [s.name for s in dot_cases(large=True, max_elements=1 << 20)]
     ['smollm_135m_up_decode']
   """

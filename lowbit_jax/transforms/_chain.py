@@ -24,9 +24,14 @@ class Chain:
     TypeError: if one of them is not a transform.
     ValueError: if there is none, or their axes differ.
 
-  Example:
-    >>> t = Chain((smooth_quant(a, b), random_hadamard(key, n, 32)))
-    >>> y = t.apply(x) @ t.apply_dual(w)  # x @ w
+  Examples:
+    >>> import jax.numpy as jnp
+    >>> from lowbit_jax.transforms import Chain, Hadamard, Permutation
+    >>> t = Chain((Permutation([3, 2, 1, 0]), Hadamard(4)))
+    >>> x, w = jnp.arange(8.0).reshape(2, 4), jnp.ones((4, 1))
+    >>> t.apply(x) @ t.apply_dual(w)  # x @ w
+    Array([[ 6.],
+           [22.]], dtype=float32)
   """
 
   transforms: tuple[_base.Transform, ...]

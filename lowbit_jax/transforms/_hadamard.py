@@ -26,9 +26,10 @@ class Hadamard:
     signs: None, or the +-1 of s: ``(n,)`` for the whole axis, or ``(B,)`` for
       the same signs in every block. Integers or floats; not validated.
 
-  Example:
-    >>> t = Hadamard(32)
-    >>> y = t.apply(x) @ t.apply_dual(w)  # x @ w
+  Examples:
+    >>> import jax.numpy as jnp
+    >>> Hadamard(4).apply(jnp.array([8.0, 0, 0, 0]))
+    Array([4., 4., 4., 4.], dtype=float32)
   """
 
   block: int = dataclasses.field(metadata={'static': True})

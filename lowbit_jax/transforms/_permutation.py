@@ -28,8 +28,12 @@ class Permutation:
     ValueError: if `order` is not a vector or not a permutation.
     TypeError: if `order` is not of integers.
 
-  Example:
+  Examples:
+    >>> import jax.numpy as jnp
+    >>> w = jnp.array([[3.0, 4.0], [1.0, 0.0]])
     >>> by_norm = Permutation(jnp.argsort(jnp.linalg.norm(w, axis=1)))
+    >>> by_norm.apply(jnp.array([10.0, 20.0]))
+    Array([20., 10.], dtype=float32)
   """
 
   order: jax.Array

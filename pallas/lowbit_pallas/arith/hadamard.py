@@ -39,7 +39,7 @@ def hadamard_matrix(order: int) -> np.ndarray:
   Raises:
     ValueError: if `order` is not a power of two.
 
-  Example:
+  Examples:
     >>> hadamard_matrix(2)
     array([[ 1.,  1.],
            [ 1., -1.]], dtype=float32)
@@ -93,7 +93,7 @@ def hadamard(x: jax.Array, block: int, axis: int = -1) -> jax.Array:
   Raises:
     ValueError: if `block` is not a power of two or does not divide n.
 
-  Example:
+  Examples:
     >>> hadamard(jnp.array([1.0, 0.0, 0.0, 0.0]), 4)
     Array([0.5, 0.5, 0.5, 0.5], dtype=float32)
   """
