@@ -2,7 +2,6 @@
 Flax modules."""
 
 import dataclasses
-import math
 from typing import NamedTuple
 
 import jax
@@ -11,7 +10,7 @@ import numpy as np
 from flax.linen import dtypes as flax_dtypes
 from jax import lax
 
-from lowbit_jax import ops, qarray
+from lowbit_jax import ops
 from lowbit_jax.nn._view import unview
 from lowbit_jax.ops import _dot
 from lowbit_jax.qarray import QArray
@@ -194,8 +193,12 @@ def contract(
   _refuse(kwargs)
 
   def product(lhs, rhs):
-    return _packed(
-      lhs, rhs, dimension_numbers, precision, preferred_element_type
+    return ops.dot_general(
+      lhs,
+      rhs,
+      dimension_numbers,
+      precision=precision,
+      preferred_element_type=preferred_element_type,
     )
 
   return sharded(product, out_sharding, lhs, rhs)
@@ -298,47 +301,6 @@ def _spec_axis(spec: QuantSpec, x, contracted, batch):
     )
   last = contracted[-1]
   return (last, free[-1]) if spec.fmt.is_tile else last
-
-
-def _packed(lhs, rhs, dims, precision, preferred_element_type):
-  """The product with a QArray; a weight of more axes goes in as a matrix."""
-  (lhs_k, rhs_k), (lhs_b, _) = dims
-  matrix, shape = None, None
-  if _is_q(rhs) and not _is_q(lhs) and not lhs_b:
-    matrix = _as_matrix(rhs, tuple(rhs_k))
-  if matrix is not None:
-    free = [d for d in range(lhs.ndim) if d not in lhs_k]
-    lead = tuple(lhs.shape[d] for d in free)
-    kept = tuple(n for d, n in enumerate(rhs.shape) if d not in rhs_k)
-    shape = (*lead, *kept)
-    lhs = lhs.transpose(*free, *lhs_k).reshape(*lead, matrix.shape[0])
-    rhs, dims = matrix, (((len(lead),), (0,)), ((), ()))
-  out = ops.dot_general(
-    lhs,
-    rhs,
-    dims,
-    precision=precision,
-    preferred_element_type=preferred_element_type,
-  )
-  return out if shape is None else out.reshape(shape)
-
-
-def _as_matrix(q: QArray, contracted: tuple[int, ...]) -> QArray | None:
-  """`q` as (k, n) with blocks along k, where that needs no new blocks."""
-  last = contracted[-1] - q.ndim if contracted else 0
-  if q.axes != (last,):
-    return None
-  merges = len(contracted) > 1
-  if merges and (q.pad[0] or (q.fmt.scale and not q.fmt.block[0])):
-    return None
-  free = [d for d in range(q.ndim) if d not in contracted]
-
-  def move(leaf):
-    leaf = leaf.transpose(*contracted, *free)
-    k, n = leaf.shape[: len(contracted)], leaf.shape[len(contracted) :]
-    return leaf.reshape(math.prod(k), math.prod(n))
-
-  return qarray.replace(jax.tree.map(move, q), axis=-2)
 
 
 def sharded(f, out_sharding, *operands):

@@ -4,10 +4,10 @@ Three ways to contract with quantized operands:
 
   integer   Both operands are integers whose scales are constant along the
             contraction: one int32 product, scales on the result.
-  tiles     A (k, n) weight in blocks along k: a scan over tiles of k that
-            decodes a tile, uses it and forgets it. For few rows the block sum
-            of products is scaled; for many, the decoded tile is scaled and
-            multiplied. The whole weight never exists in float32.
+  tiles     A weight in blocks along a contracted axis, seen as (k, n): a scan
+            over tiles of k that decodes a tile, uses it and forgets it. For few
+            rows the block sum of products is scaled; for many, the decoded tile
+            is scaled and multiplied. The whole weight never exists in float32.
   dense     Everything else: dequantize, then one product.
 
 Tensor scales multiply the float32 accumulator in all of them. Packed codes are
@@ -52,9 +52,10 @@ def plan_dot_general(lhs, rhs, dimension_numbers, precision) -> Plan:
     )
   why_dense = _why_not_tiles(lhs, rhs, dims)
   if why_dense is None:
-    rows = math.prod(lhs.shape[:-1])
-    how = 'block sums' if rows <= FEW_ROWS else 'tile products'
-    return Plan(f'scan over tiles of the weight, {how}', _Tiles(precision))
+    how = 'block sums' if _rows(lhs, dims) <= FEW_ROWS else 'tile products'
+    return Plan(
+      f'scan over tiles of the weight, {how}', _Tiles(dims, precision)
+    )
   return Plan(
     f'dequantizes to float32 first: {why_dense}', _Dense(dims, precision)
   )
@@ -97,33 +98,56 @@ class _Integer:
 
   def codes_product(self, lhs, rhs):
     """The int32 product of the codes."""
-    rows = math.prod(lhs.shape[:-1])
-    if rows > FEW_ROWS or _why_not_tiles(lhs, rhs, self.dims) is not None:
+    few = _rows(lhs, self.dims) <= FEW_ROWS
+    if not few or _why_not_tiles(lhs, rhs, self.dims) is not None:
       return lax.dot_general(
         _int8(lhs), _int8(rhs), self.dims, preferred_element_type=jnp.int32
       )
     # XLA:CPU is slow at few rows. Sums of a tile are exact in float32: at most
     # 256 products below 2^14.
-    x = _int8(lhs).astype(jnp.float32).reshape(rows, lhs.shape[-1])
     codes = qarray.replace(
       rhs, scale=None, tensor_scale=None, fmt=_integer_codes(rhs.fmt.element)
     )
-    out = _scan_tiles(x, codes, True, None, jnp.int32)
-    return out.reshape(*lhs.shape[:-1], rhs.shape[-1])
+    x, codes, shape = _as_matrices(_int8(lhs), codes, self.dims)
+    out = _scan_tiles(x.astype(jnp.float32), codes, True, None, jnp.int32)
+    return out.reshape(shape)
 
 
 class _Tiles:
-  def __init__(self, precision):
-    self.precision = precision
+  def __init__(self, dims, precision):
+    self.dims, self.precision = dims, precision
 
   def __call__(self, lhs, rhs):
     rhs, tensor_scale = _without_tensor_scale(rhs)
     x = _dense(lhs).astype(jnp.float32)
-    lead = x.shape[:-1]
-    x = x.reshape(math.prod(lead), x.shape[-1])
-    few = x.shape[0] <= FEW_ROWS
-    out = _scan_tiles(x, rhs, few, self.precision)
-    return _times(out.reshape(*lead, rhs.shape[-1]), tensor_scale)
+    x, rhs, shape = _as_matrices(x, rhs, self.dims)
+    out = _scan_tiles(x, rhs, x.shape[0] <= FEW_ROWS, self.precision)
+    return _times(out.reshape(shape), tensor_scale)
+
+
+def _rows(lhs, dims) -> int:
+  """Elements of the left operand that each weight meets."""
+  contracted = dims[0][0]
+  return math.prod(n for d, n in enumerate(lhs.shape) if d not in contracted)
+
+
+def _as_matrices(x, q: QArray, dims):
+  """Operands as (m, k) and (k, n) with blocks along k, and the shape of their
+  product."""
+  pairs = zip(*dims[0], strict=True)
+  block_axis = q.ndim + q.axes[0]
+  x_k, q_k = zip(*sorted(pairs, key=lambda p: p[1] == block_axis), strict=True)
+  x_free = [d for d in range(x.ndim) if d not in x_k]
+  q_free = [d for d in range(q.ndim) if d not in q_k]
+  shape = [x.shape[d] for d in x_free] + [q.shape[d] for d in q_free]
+
+  def columns(leaf):
+    leaf = leaf.transpose(*q_k, *q_free)
+    return leaf.reshape(math.prod(leaf.shape[: len(q_k)]), -1)
+
+  x = x.transpose(*x_free, *x_k)
+  x = x.reshape(-1, math.prod(x.shape[len(x_free) :]))
+  return x, qarray.replace(jax.tree.map(columns, q), axis=-2), shape
 
 
 def _scan_tiles(x, q: QArray, few: bool, precision, dtype=jnp.float32):
@@ -222,17 +246,21 @@ def _tile_rows(k: int, block: int, target: int) -> int:
 
 
 def _why_not_tiles(lhs, rhs, dims) -> str | None:
-  (lhs_k, rhs_k), (lhs_b, _) = dims
+  (_, rhs_k), (lhs_b, _) = dims
   if not isinstance(rhs, QArray):
     return 'only the left operand is quantized'
   if lhs_b:
     return 'it has batch dimensions'
-  if rhs.ndim != 2 or len(rhs_k) != 1:
-    return 'the right operand is not a matrix contracted along one axis'
-  if lhs_k[0] != len(lhs.shape) - 1 or rhs_k[0] != 0:
-    return 'it is not (..., k) times (k, n)'
-  if rhs.fmt.is_tile or rhs.axes != (-2,):
-    return f'blocks lie on axis {rhs.axis}, not on the contracted axis -2'
+  if rhs.fmt.is_tile:
+    return 'its blocks are tiles'
+  if rhs.ndim + rhs.axes[0] not in rhs_k:
+    return f'blocks lie on axis {rhs.axis}, which is not contracted'
+  if len(rhs_k) > 1 and rhs.pad[0]:
+    return 'blocks are padded and another axis is contracted too'
+  if len(rhs_k) > 1 and rhs.fmt.scale is not None and not rhs.fmt.block[0]:
+    return 'scales vary along another contracted axis'
+  if rhs.tensor_scale is not None and math.prod(rhs.tensor_scale.shape) != 1:
+    return 'it is a stack of tensors'
   group = _packing.codes_per_group(rhs.fmt.element.bits)
   if rhs.fmt.scale is not None and rhs.fmt.block[0] % group:
     return 'packing groups straddle blocks'

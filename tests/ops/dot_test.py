@@ -15,29 +15,12 @@ from absl.testing import absltest, parameterized
 
 import lowbit_jax
 from lowbit_jax import QArray, formats, ops, qarray
+from tests import kinds
 
 U = 2.0**-24
 K, N = 300, 5  # ragged in every block, several tiles for few rows
 
-
-def distinct(names) -> tuple[str, ...]:
-  """Block formats that differ in more than the size of their block.
-
-  Scales of a whole axis or tensor do not care about widths: one integer and one
-  float element stand for all.
-  """
-  seen = {}
-  for name in names:
-    f = formats.get(name)
-    coarse = f.scale is None or f.block[0] == 0
-    element = type(f.element) if coarse else f.element
-    kind = element, f.scale, f.tensor_scale, f.is_tile, coarse, f.scale_rule
-    if coarse or kind not in seen:
-      seen[kind] = name
-  return tuple(seen.values())
-
-
-BLOCK_FORMATS = distinct(formats.names('block'))
+BLOCK_FORMATS = kinds.block_formats()
 KINDS = (
   'mxfp4', 'mxfp6_e2m3', 'nvfp4', 'nf4_g64', 'int3_g32', 'uint4_g32',
   'int8_channel', 'e4m3fn_tensor', 'mxfp4_32x32',
@@ -528,9 +511,9 @@ class SelectTest(parameterized.TestCase):
       ((q.T, data(64, 2)), 'dequantizes.*only the left operand'),
       (
         (data(2, 64), make('mxfp4', 64, 40, axis=-1)),
-        'dequantizes.*axis -1.*-2',
+        'dequantizes.*axis -1, which is not contracted',
       ),
-      ((data(2, 64), make('mxfp4_32x32', 64, 40)), r'dequantizes.*\(-2, -1\)'),
+      ((data(2, 64), make('mxfp4_32x32', 64, 40)), 'dequantizes.*tiles'),
       ((data(2, 64), data(64, 4)), 'no operand is quantized'),
     )
     for args, note in cases:
@@ -543,6 +526,30 @@ class SelectTest(parameterized.TestCase):
       'bmk,bkn->bmn', x, make('mxfp4', 2, 64, 4), op='einsum'
     )
     self.assertIn('batch', choice.note)
+
+  @parameterized.parameters(
+    ('bd,dhf->bhf', (2, 64), 'mxfp4', (64, 2, 4), -3, 'tiles of the weight'),
+    ('bhf,hfd->bd', (2, 2, 32), 'mxfp4', (2, 32, 4), -2, 'tiles of the weight'),
+    ('bfh,hfd->bd', (2, 32, 2), 'nvfp4', (2, 32, 4), -2, 'tiles of the weight'),
+    ('bd,vd->bv', (2, 64), 'int4_g32', (5, 64), -1, 'tiles of the weight'),
+    ('bhf,hfd->bd', (2, 2, 33), 'mxfp4', (2, 33, 4), -2, 'padded'),
+    ('bhf,hfd->bd', (2, 2, 32), 'int8_channel', (2, 32, 4), -2, 'vary'),
+  )
+  def test_weights_of_several_axes(self, spec, x_shape, name, shape, axis, how):
+    x, q = data(*x_shape), make(name, *shape, axis=axis)
+    self.assertIn(how, self.choice(spec, x, q, op='einsum').note)
+    assert_product(
+      jax.jit(lowbit_jax.einsum, static_argnums=0)(spec, x, q), spec, x, q
+    )
+
+  def test_a_stack_of_tensors_keeps_its_tensor_scales(self):
+    scaled = data(2, 32, 4) * np.float32([1, 64]).reshape(2, 1, 1)
+    quantize = functools.partial(lowbit_jax.quantize, fmt=formats.nvfp4, axis=0)
+    stack, x = jax.vmap(quantize)(scaled), data(3, 2, 32)
+    choice = self.choice('bhf,hfd->bd', x, stack, op='einsum')
+    self.assertIn('stack of tensors', choice.note)
+    got = lowbit_jax.einsum('bhf,hfd->bd', x, stack)
+    assert_product(got, 'bhf,hfd->bd', x, stack)
 
   def test_shapes_are_enough(self):
     x = jax.ShapeDtypeStruct((1, 64), jnp.float32)

@@ -11,30 +11,13 @@ from absl.testing import absltest, parameterized
 
 import lowbit_jax
 from lowbit_jax import formats
+from tests import kinds
 
 SHAPE = (3, 70)
 TILE_SHAPE = (40, 70)
 COTANGENTS = (1e-8, 1.0, 1e8)
 
-
-def distinct(names) -> tuple[str, ...]:
-  """Block formats that differ in more than the size of their block.
-
-  Scales of a whole axis or tensor do not care about widths: one integer and one
-  float element stand for all.
-  """
-  seen = {}
-  for name in names:
-    f = formats.get(name)
-    coarse = f.scale is None or f.block[0] == 0
-    element = type(f.element) if coarse else f.element
-    kind = element, f.scale, f.tensor_scale, f.is_tile, coarse, f.scale_rule
-    if coarse or kind not in seen:
-      seen[kind] = name
-  return tuple(seen.values())
-
-
-BLOCK_FORMATS = distinct(formats.names('block'))
+BLOCK_FORMATS = kinds.block_formats()
 KINDS = (
   'mxfp8_e4m3', 'mxfp4', 'mxint8', 'nvfp4', 'nf4_g64', 'int4_g32', 'uint4_g32',
   'int8_channel', 'e4m3fn_tensor', 'mxfp4_32x32',

@@ -26,28 +26,11 @@ from jax.sharding import PartitionSpec as P  # noqa: E402
 import lowbit_jax  # noqa: E402
 from lowbit_jax import formats, numerics, qarray  # noqa: E402
 from lowbit_pallas.arith import codec, hash  # noqa: E402
+from tests import kinds  # noqa: E402
 
 KEYS = 4096
 
-
-def distinct(names) -> tuple[str, ...]:
-  """Block formats that differ in more than the size of their block.
-
-  Scales of a whole axis or tensor do not care about widths: one integer and one
-  float element stand for all.
-  """
-  seen = {}
-  for name in names:
-    f = formats.get(name)
-    coarse = f.scale is None or f.block[0] == 0
-    element = type(f.element) if coarse else f.element
-    kind = element, f.scale, f.tensor_scale, f.is_tile, coarse, f.scale_rule
-    if coarse or kind not in seen:
-      seen[kind] = name
-  return tuple(seen.values())
-
-
-BLOCK_FORMATS = distinct(formats.names('block'))
+BLOCK_FORMATS = kinds.block_formats()
 ELEMENTS = (
   'e4m3fn', 'e5m2', 'e4m3', 'e3m4', 'e4m3fnuz', 'e2m3', 'e3m2', 'e2m1', 'e1m2',
   'e3m0', 'e4m0', 'ue4m3', 'e8m0', 'int8', 'int4', 'int2', 'uint4', 'uint8',
