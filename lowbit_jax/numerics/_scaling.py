@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from lowbit_jax.formats import BlockFormat, FloatFormat
 from lowbit_jax.numerics._codec import spec
 from lowbit_pallas.arith import bits as fb
-from lowbit_pallas.arith import codec
+from lowbit_pallas.arith import block, codec
 from lowbit_pallas.arith import scale as exact
 
 block_max = exact.block_max
@@ -149,9 +149,7 @@ def factors(scale, fmt: FloatFormat) -> tuple:
 
   E8M0 gives two, so that 2^-127 survives hardware that flushes subnormals.
   """
-  if not fmt.zero:
-    return exact.exponent_factors(scale)
-  return (value(scale, fmt),)
+  return block.scale_factors(scale, spec(fmt) if is_coded(fmt) else None)
 
 
 def value(scale, fmt: FloatFormat):

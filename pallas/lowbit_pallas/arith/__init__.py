@@ -2,6 +2,7 @@
 
 Every function takes arrays and static values and returns arrays. There is one
 home for each piece: `codec` (element codes), `scale` (exact scales), `packing`
-(sub-byte storage), `hash` (counter-based random bits), `hadamard`, and
-`softmax` (the (mantissa, exponent) algebra of the two-pass softmax).
+(sub-byte storage), `block` (codes with their scales), `hash` (counter-based
+random bits), `hadamard`, and `softmax` (the (mantissa, exponent) algebra of the
+two-pass softmax).
 """
