@@ -27,7 +27,7 @@ from lowbit_jax.numerics import _packing, _scaling
 from lowbit_jax.numerics._codec import spec
 from lowbit_jax.ops._dispatch import Plan
 from lowbit_jax.qarray import QArray
-from lowbit_pallas.arith import codec
+from lowbit_pallas.arith import codec, loops
 
 # Rows of x up to which products are summed per block instead of using the
 # matrix unit, rows of the weight in a tile, and rows in one sum where no scale
@@ -50,9 +50,9 @@ def plan_dot_general(lhs, rhs, dimension_numbers, precision) -> Plan:
     return Plan(
       'int32 product of the codes, scales on the result', _Integer(dims)
     )
-  why_dense = _why_not_tiles(lhs, rhs, dims)
+  why_dense = why_not_tiles(lhs, rhs, dims)
   if why_dense is None:
-    how = 'block sums' if _rows(lhs, dims) <= FEW_ROWS else 'tile products'
+    how = 'block sums' if rows(lhs, dims) <= FEW_ROWS else 'tile products'
     return Plan(
       f'scan over tiles of the weight, {how}', _Tiles(dims, precision)
     )
@@ -66,8 +66,8 @@ class _Dense:
     self.dims, self.precision = dims, precision
 
   def __call__(self, lhs, rhs):
-    lhs, lhs_scale = _without_tensor_scale(lhs)
-    rhs, rhs_scale = _without_tensor_scale(rhs)
+    lhs, lhs_scale = without_tensor_scale(lhs)
+    rhs, rhs_scale = without_tensor_scale(rhs)
     out = lax.dot_general(
       _dense(lhs),
       _dense(rhs),
@@ -75,7 +75,7 @@ class _Dense:
       precision=self.precision,
       preferred_element_type=jnp.float32,
     )
-    return _times(out, lhs_scale, rhs_scale)
+    return times(out, lhs_scale, rhs_scale)
 
 
 class _Integer:
@@ -98,8 +98,8 @@ class _Integer:
 
   def codes_product(self, lhs, rhs):
     """The int32 product of the codes."""
-    few = _rows(lhs, self.dims) <= FEW_ROWS
-    if not few or _why_not_tiles(lhs, rhs, self.dims) is not None:
+    few = rows(lhs, self.dims) <= FEW_ROWS
+    if not few or why_not_tiles(lhs, rhs, self.dims) is not None:
       return lax.dot_general(
         _int8(lhs), _int8(rhs), self.dims, preferred_element_type=jnp.int32
       )
@@ -108,7 +108,7 @@ class _Integer:
     codes = qarray.replace(
       rhs, scale=None, tensor_scale=None, fmt=_integer_codes(rhs.fmt.element)
     )
-    x, codes, shape = _as_matrices(_int8(lhs), codes, self.dims)
+    x, codes, shape = as_matrices(_int8(lhs), codes, self.dims)
     out = _scan_tiles(x.astype(jnp.float32), codes, True, None, jnp.int32)
     return out.reshape(shape)
 
@@ -118,20 +118,20 @@ class _Tiles:
     self.dims, self.precision = dims, precision
 
   def __call__(self, lhs, rhs):
-    rhs, tensor_scale = _without_tensor_scale(rhs)
+    rhs, tensor_scale = without_tensor_scale(rhs)
     x = _dense(lhs).astype(jnp.float32)
-    x, rhs, shape = _as_matrices(x, rhs, self.dims)
+    x, rhs, shape = as_matrices(x, rhs, self.dims)
     out = _scan_tiles(x, rhs, x.shape[0] <= FEW_ROWS, self.precision)
-    return _times(out.reshape(shape), tensor_scale)
+    return times(out.reshape(shape), tensor_scale)
 
 
-def _rows(lhs, dims) -> int:
+def rows(lhs, dims) -> int:
   """Elements of the left operand that each weight meets."""
   contracted = dims[0][0]
   return math.prod(n for d, n in enumerate(lhs.shape) if d not in contracted)
 
 
-def _as_matrices(x, q: QArray, dims):
+def as_matrices(x, q: QArray, dims):
   """Operands as (m, k) and (k, n) with blocks along k, and the shape of their
   product."""
   pairs = zip(*dims[0], strict=True)
@@ -162,10 +162,10 @@ def _scan_tiles(x, q: QArray, few: bool, precision, dtype=jnp.float32):
   along_k = scale is not None and scale.shape[0] > 1
   if along_k:
     block = q.fmt.block[0]
-    tile = _tile_rows(padded, block, target)
+    tile = _tilerows(padded, block, target)
   else:
-    block = _tile_rows(padded, group, SUM_ROWS)
-    tile = _tile_rows(padded, block, target)
+    block = _tilerows(padded, group, SUM_ROWS)
+    tile = _tilerows(padded, block, target)
   steps, blocks, per_lane = padded // tile, tile // block, block // group
   m = x.shape[0]
   if padded > k:
@@ -223,7 +223,7 @@ def _scan_tiles(x, q: QArray, few: bool, precision, dtype=jnp.float32):
     return acc, None
 
   body = block_sums if few else tile_products
-  start = jnp.zeros((m, n), dtype)
+  start = loops.carry(jnp.zeros((m, n), dtype), x, codes, scales)
   if steps == 1:
     first = jax.tree.map(lambda leaf: leaf[0], (x, codes, scales))
     out = body(start, first)[0]
@@ -235,7 +235,7 @@ def _scan_tiles(x, q: QArray, few: bool, precision, dtype=jnp.float32):
   return out
 
 
-def _tile_rows(k: int, block: int, target: int) -> int:
+def _tilerows(k: int, block: int, target: int) -> int:
   """The largest divisor of k that is whole blocks and at most `target` rows."""
   blocks = k // block
   best = 1
@@ -245,7 +245,7 @@ def _tile_rows(k: int, block: int, target: int) -> int:
   return best * block
 
 
-def _why_not_tiles(lhs, rhs, dims) -> str | None:
+def why_not_tiles(lhs, rhs, dims) -> str | None:
   (_, rhs_k), (lhs_b, _) = dims
   if not isinstance(rhs, QArray):
     return 'only the left operand is quantized'
@@ -313,7 +313,7 @@ def _int8(q: QArray):
   return k >> shift if shift else k
 
 
-def _without_tensor_scale(q):
+def without_tensor_scale(q):
   """(q without its tensor scale, the scale as a scalar) where it is one."""
   if not isinstance(q, QArray) or q.tensor_scale is None:
     return q, None
@@ -330,7 +330,7 @@ def _integer_codes(element: IntFormat) -> BlockFormat:
   return BlockFormat(bare.name, bare, (0,), None)
 
 
-def _times(out, *scales):
+def times(out, *scales):
   for s in scales:
     if s is not None:
       out = out * s

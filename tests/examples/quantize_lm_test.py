@@ -416,7 +416,11 @@ class ScriptTest(absltest.TestCase):
 
   def test_interrupt_says_what_was_kept_and_no_other_run_takes_it(self):
     flags = ('--save_every=5', '--learning_rate=1e-4')
+    # A process that was started in the background passes on that it ignores
+    # interrupts, unless it handles them.
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
     process = self._start('--steps=100000', *flags)
+    signal.signal(signal.SIGINT, previous)
     kept = self.cwd / 'out' / 'checkpoints'
     while process.poll() is None and not (kept / '5').exists():
       time.sleep(0.05)

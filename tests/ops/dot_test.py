@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl.testing import absltest, parameterized
+from jax.sharding import PartitionSpec as P
 
 import lowbit_jax
 from lowbit_jax import QArray, formats, ops, qarray
@@ -189,6 +190,26 @@ class DotTest(parameterized.TestCase):
   def test_blocks_on_another_axis_are_dequantized(self, name):
     x, q = data(2, 64), make(name, 64, 40, axis=-1)
     assert_product(product(x, q), 'mk,kn->mn', x, q)
+
+  @parameterized.product(name=('mxfp4', 'int8_channel'), m=(1, 6))
+  def test_shard_map_over_rows_and_columns(self, name, m):
+    x, q = data(4 * m, 512), make(name, 512, 16)
+    mesh = jax.make_mesh(
+      (4, 2), ('rows', 'columns'), axis_types=(jax.sharding.AxisType.Auto,) * 2
+    )
+    specs = jax.tree.map(lambda leaf: P(None, 'columns'), q)
+    f = jax.shard_map(
+      lowbit_jax.dot,
+      mesh=mesh,
+      in_specs=(P('rows'), specs),
+      out_specs=P('rows', 'columns'),
+    )
+    got = np.asarray(jax.jit(f)(x, q))
+    for i in range(4):
+      for half in (slice(0, 8), slice(8, 16)):
+        rows = slice(i * m, (i + 1) * m)
+        want = product(x[rows], q[:, half])
+        np.testing.assert_array_equal(got[rows, half], want)
 
   @parameterized.parameters('mxfp4', 'nvfp4', 'int4_g32')
   def test_stacks_under_vmap_and_scan(self, name):
