@@ -21,10 +21,15 @@ from lowbit_jax.ops import einsum as einsum
 from lowbit_jax.ops import fake_quant as fake_quant
 from lowbit_jax.ops import fake_quant_with as fake_quant_with
 from lowbit_jax.ops import implementations as implementations
+from lowbit_jax.ops import log_softmax as log_softmax
+from lowbit_jax.ops import logsumexp as logsumexp
+from lowbit_jax.ops import prepack as prepack
 from lowbit_jax.ops import quantize as quantize
 from lowbit_jax.ops import quantize_with as quantize_with
 from lowbit_jax.ops import round_to as round_to
 from lowbit_jax.ops import select_implementation as select_implementation
+from lowbit_jax.ops import softmax as softmax
+from lowbit_jax.ops import unpack as unpack
 from lowbit_jax.qarray import QArray as QArray
 from lowbit_jax.recipe import QuantSpec as QuantSpec
 

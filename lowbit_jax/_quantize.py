@@ -18,7 +18,7 @@ from lowbit_jax.numerics import _packing, _rounding, _scaling
 from lowbit_jax.numerics._codec import as_float_array, dither_step, spec
 from lowbit_jax.qarray import QArray
 from lowbit_pallas.arith import bits as fb
-from lowbit_pallas.arith import codec
+from lowbit_pallas.arith import block, codec
 
 
 class Rounding(NamedTuple):
@@ -262,11 +262,7 @@ def _scaled(y, blocks: Blocks, fmt: BlockFormat, scale, tensor_scale):
   if scale is None and tensor_scale is None:
     return y
   outer = None if tensor_scale is None else blocks.expand(tensor_scale)
-  inverse = _scaling.inverse_factors(scale, fmt, outer)
-  for factor in inverse:
-    y = y * factor
-  bad = jnp.isnan(inverse[0])
-  return jnp.where(bad, jnp.float32(0), y)
+  return block.scaled(y, _scaling.inverse_factors(scale, fmt, outer))
 
 
 def _decode(codes, fmt, scales: 'Scales', offset, blocks: Blocks):

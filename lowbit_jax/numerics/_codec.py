@@ -6,13 +6,14 @@ import jax
 import jax.numpy as jnp
 
 from lowbit_jax.formats import (
+  BlockFormat,
   CodebookFormat,
   ElementFormat,
   FloatFormat,
   IntFormat,
 )
 from lowbit_jax.numerics import _rounding
-from lowbit_pallas.arith import codec
+from lowbit_pallas.arith import block, codec
 
 FLOAT_DTYPES = ('float16', 'bfloat16', 'float32')
 OVERFLOWS = ('saturate', 'special')
@@ -71,6 +72,17 @@ def spec(element: ElementFormat) -> codec.Float | codec.Int | codec.Codebook:
   if isinstance(element, CodebookFormat):
     return codec.Codebook(element.table)
   raise TypeError(f'unknown element format {element!r}')
+
+
+def blocked(fmt: BlockFormat) -> block.Blocked:
+  """The static description of a one-axis block format that kernels take."""
+  coded = fmt.scale is not None and fmt.scale.bits <= 8
+  return block.Blocked(
+    element=spec(fmt.element),
+    bits=fmt.element.bits,
+    block=fmt.block[0] if fmt.scale is not None else 0,
+    scale=spec(fmt.scale) if coded else None,
+  )
 
 
 def encode(

@@ -80,17 +80,5 @@ def dither(key, shape, origin=None) -> jax.Array:
   return u * jnp.float32(2.0**-24) - jnp.float32(0.5)
 
 
-def rule(rounding: str, random=None, random_bits: int = 23):
-  """The arithmetic rounding rule for a name.
-
-  Args:
-    rounding: 'nearest_even', 'toward_zero' or 'stochastic'; dithering adds its
-      offset before and rounds to nearest.
-    random: uint32 bits for 'stochastic', of the shape of the rounded array.
-    random_bits: how many of them are used.
-  """
-  if rounding == 'stochastic':
-    return codec.stochastic(random, random_bits)
-  if rounding == 'toward_zero':
-    return codec.toward_zero
-  return codec.nearest_even
+# Dithering adds its offset before and rounds to nearest.
+rule = codec.rule

@@ -20,6 +20,7 @@ from lowbit_pallas.arith import scale as exact
 
 block_max = exact.block_max
 magnitude_bits = exact.magnitude_bits
+reciprocal = exact.reciprocal
 
 EXPONENT_RULES = (*exact.EXPONENT_RULES, 'mse')
 FLOAT_RULES = ('absmax', 'absmean', 'sweep')
@@ -111,17 +112,14 @@ def candidates(amax_bits, fmt: BlockFormat, rule: str, tensor_scale=None):
         codes.append(jnp.where(live, neighbour, code))
     return [c.astype(jnp.uint8) for c in codes]
 
-  amax = jnp.where(bad, 0, fb.from_bits(amax_bits))
-  amax = jnp.where(amax_bits < fb.MIN_NORMAL, 0, amax)
-  outer = jnp.float32(1)
-  if fmt.tensor_scale:
-    outer = reciprocal(tensor_scale)
-  scale = amax * (outer * jnp.float32(1 / element.max))
+  outer = tensor_scale if fmt.tensor_scale else None
+  scale = block.absmax(amax_bits, element.max, outer)
   if is_coded(fmt.scale):
     code = _encode_scale(scale, fmt.scale)
     codes = [code]
     if rule == 'four_over_six':
-      codes.append(_encode_scale(amax * (outer * jnp.float32(0.25)), fmt.scale))
+      four = block.absmax(amax_bits, 4.0, outer)
+      codes.append(_encode_scale(four, fmt.scale))
     if rule == 'sweep':
       top = fmt.scale.code_max
       steps = [jnp.clip(code + k, 1, top) for k in SWEEP_STEPS if k]
@@ -160,31 +158,11 @@ def value(scale, fmt: FloatFormat):
 
 
 def inverse_factors(scale, fmt: BlockFormat, tensor_scale=None) -> tuple:
-  """Float32 factors that quantize: their product is 1 / scale.
-
-  1 / 0 counts as 0, so blocks without a scale become zero. The contract of
-  every implementation is r = 1 / s in float32, then x * r.
-  """
-  if fmt.scale is None:
-    s = tensor_scale
-  elif fmt.has_exponent_scale:
-    return exact.inverse_exponent_factors(scale)
-  else:
-    s = value(scale, fmt.scale)
-    if tensor_scale is not None:
-      s = s * tensor_scale
-  if fmt.element.max >= 4:
-    return (reciprocal(s),)
-  # s can exceed 2^126 here, and 1 / s would be flushed: split the factor.
-  large = s > jnp.float32(2.0**125)
-  shrink = jnp.where(large, jnp.float32(1 / 16), jnp.float32(1))
-  return reciprocal(s * shrink), shrink
-
-
-def reciprocal(s):
-  """1 / s in float32, 0 for s = 0 and for subnormal s."""
-  tiny = jnp.abs(s) < jnp.float32(2.0**-126)
-  return jnp.where(tiny, 0.0, 1 / jnp.where(tiny, 1.0, s))
+  """Float32 factors that quantize, see `arith.block.inverse_factors`."""
+  scale_spec = None
+  if fmt.scale is not None and is_coded(fmt.scale):
+    scale_spec = spec(fmt.scale)
+  return block.inverse_factors(scale, scale_spec, fmt.element.max, tensor_scale)
 
 
 def _encode_scale(scale, fmt: FloatFormat):

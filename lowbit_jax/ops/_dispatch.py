@@ -2,11 +2,17 @@
 
 An implementation is a name and a function `plan(*args, **kwargs)` that either
 returns a `Plan` or raises `NotImplementedError` with the reason why it cannot.
-This module knows no operation.
+Without a request, those for other devices than the default one are passed over;
+a named one is planned wherever it is, so that it can be compiled there. This
+module knows no operation.
 """
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
+
+import jax
+
+from lowbit_pallas import _support
 
 NAMES = ('xla', 'tpu', 'mosaic_gpu')
 
@@ -55,6 +61,14 @@ def requested(implementation, table: dict[str, Callable]) -> tuple[str, ...]:
   return tuple(names)
 
 
+def _why_unavailable(name: str) -> str | None:
+  why = _support.why_unavailable(name)
+  if why is None and name == 'tpu' and jax.device_count() > 1:
+    if not jax.sharding.get_abstract_mesh().manual_axes:
+      return 'on several TPUs kernels run inside shard_map, or by name'
+  return why
+
+
 def select(
   op: str, table: dict[str, Callable], implementation, *args, **kwargs
 ):
@@ -71,6 +85,9 @@ def select(
   for name in requested(implementation, table):
     if name not in table:
       refusals[name] = f'{op} has no {name!r} implementation'
+      continue
+    if implementation is None and (why := _why_unavailable(name)):
+      refusals[name] = why
       continue
     try:
       plan = table[name](*args, **kwargs)

@@ -18,10 +18,15 @@ import jax.numpy as jnp
 from jax import lax
 
 from lowbit_jax import qarray
-from lowbit_jax.ops import _dispatch, _dot_xla
+from lowbit_jax.ops import _dispatch, _dot_kernels
+from lowbit_jax.ops._prepack import Prepacked, dense, is_quantized
 from lowbit_jax.qarray import QArray
 
-TABLE = {'xla': _dot_xla.plan_dot_general}
+TABLE = {
+  'tpu': _dot_kernels.plan_tpu,
+  'mosaic_gpu': _dot_kernels.plan_mosaic_gpu,
+  'xla': _dot_kernels.plan_xla,
+}
 
 
 class _Call(NamedTuple):
@@ -96,7 +101,7 @@ def dot_general(
   dtype = preferred_element_type
   if dtype is None:
     dtype = jnp.promote_types(lhs.dtype, rhs.dtype)
-  if not (isinstance(lhs, QArray) or isinstance(rhs, QArray)):
+  if not (is_quantized(lhs) or is_quantized(rhs)):
     _dispatch.select('dot_general', TABLE, implementation, lhs, rhs, dims, None)
     return lax.dot_general(
       lhs, rhs, dims, precision=precision, preferred_element_type=dtype
@@ -160,8 +165,8 @@ def _contract_jvp(call, primals, tangents):
 
   def product(a, b):
     return lax.dot_general(
-      _dense(a),
-      _dense(b),
+      dense(a),
+      dense(b),
       call.dims,
       precision=call.precision,
       preferred_element_type=jnp.float32,
@@ -188,12 +193,19 @@ _compiled = jax.jit(_contract, static_argnums=2, inline=True)
 
 def _is_zero(t) -> bool:
   zero = isinstance(t, jax.custom_derivatives.SymbolicZero)
-  return zero or t is None or t.dtype == jax.dtypes.float0
+  return zero or t is None or getattr(t, 'dtype', None) == jax.dtypes.float0
 
 
 def _float_tangent(x, t):
   """What can move of an operand: the tangent of an array, or a dict with those
   of the float leaves of a QArray; None where nothing does."""
+  if isinstance(x, Prepacked):
+    leaves = jax.tree.leaves(t, is_leaf=_is_zero)
+    if not all(_is_zero(leaf) for leaf in leaves):
+      raise NotImplementedError(
+        'the scales of a Prepacked weight have no derivative; use the QArray'
+      )
+    return None
   if not isinstance(x, QArray):
     return None if _is_zero(t) else t
   leaves = {
@@ -210,18 +222,16 @@ def _dense_tangent(x, tangent):
     return tangent
 
   def values(leaves):
-    return _dense(qarray.replace(x, **leaves))
+    return dense(qarray.replace(x, **leaves))
 
   primals = {name: getattr(x, name) for name in tangent}
   return jax.jvp(values, (primals,), (tangent,))[1]
 
 
-def _dense(x):
-  return qarray.dequantize(x, jnp.float32) if isinstance(x, QArray) else x
-
-
 def _operand(x, name: str):
-  if isinstance(x, QArray | jax.ShapeDtypeStruct):
+  if isinstance(x, Prepacked) and name == 'lhs':
+    raise TypeError('a Prepacked weight is the right operand of a product')
+  if isinstance(x, QArray | Prepacked | jax.ShapeDtypeStruct):
     return x
   x = jnp.asarray(x)
   if not jnp.issubdtype(x.dtype, jnp.floating):
@@ -329,7 +339,7 @@ def _matmul(lhs, rhs):
   lhs, rhs = _operand(lhs, 'lhs'), _operand(rhs, 'rhs')
   if rhs.ndim <= 2:
     return dot(lhs, rhs)
-  return jnp.matmul(_dense(lhs), _dense(rhs))
+  return jnp.matmul(dense(lhs), dense(rhs))
 
 
 setattr(QArray, '__matmul__', _matmul)  # noqa: B010, ops is above qarray

@@ -15,6 +15,7 @@ from lowbit_jax import _quantize as core
 from lowbit_jax import qarray
 from lowbit_jax.formats import BlockFormat
 from lowbit_jax.numerics import _rounding, _scaling
+from lowbit_jax.ops import _dispatch, _quantize_kernels
 from lowbit_jax.qarray import QArray
 
 
@@ -28,6 +29,7 @@ class Options(NamedTuple):
   random_bits: int
   full_shape: tuple[int, ...] | None
   backward: str = 'identity'
+  implementation: str | tuple[str, ...] | None = None
 
 
 class Extras(NamedTuple):
@@ -49,6 +51,7 @@ def quantize(
   random_bits: int = 23,
   tensor_scale=None,
   origin=None,
+  implementation=None,
 ) -> QArray:
   """Quantizes an array into packed codes and stored scales.
 
@@ -73,6 +76,8 @@ def quantize(
       that have one.
     origin: `(start, full_shape)` where x is a slice of a larger array, so that
       random bits agree with those of the whole; for `shard_map`.
+    implementation: None for the best that accepts, a name or a list of names
+      from 'tpu', 'mosaic_gpu', 'xla'; all give the same bits.
 
   Returns:
     A QArray of the shape and dtype of `x`. A block that holds NaN or Inf is
@@ -92,14 +97,43 @@ def quantize(
     >>> q.shape, q.nbytes
     ((2, 64), 68)
   """
+  arguments = locals()
+  return _quantize(*operands(**arguments))
+
+
+def operands(
+  x,
+  fmt,
+  *,
+  axis=None,
+  scale_rule=None,
+  rounding='nearest_even',
+  key=None,
+  random_bits=23,
+  tensor_scale=None,
+  origin=None,
+  implementation=None,
+):
+  """Arguments of `quantize`, checked: (x, extras, options)."""
   core.check_format(fmt)
-  x = jax.lax.stop_gradient(core.check_array(x, fmt))
+  if not isinstance(x, jax.ShapeDtypeStruct):
+    x = jax.lax.stop_gradient(core.check_array(x, fmt))
   axes = qarray.block_axes(fmt, axis, x.ndim)
   rule = _scaling.check_scale_rule(fmt, scale_rule)
   _rounding.check_rounding(rounding, key, random_bits)
   start, full_shape = split_origin(origin)
-  options = Options(fmt, axes, rule, rounding, random_bits, full_shape)
-  return _quantize(x, Extras(key, start, tensor_scale), options)
+  if isinstance(implementation, list):
+    implementation = tuple(implementation)
+  options = Options(
+    fmt,
+    axes,
+    rule,
+    rounding,
+    random_bits,
+    full_shape,
+    implementation=implementation,
+  )
+  return x, Extras(key, start, tensor_scale), options
 
 
 def quantize_with(
@@ -145,10 +179,29 @@ def quantize_with(
 
 @functools.partial(jax.jit, static_argnums=2, inline=True)
 def _quantize(x, extras: Extras, options: Options) -> QArray:
-  fmt, axes, rule = options.fmt, options.axes, options.rule
-  how = rounding_of(options, extras)
-  job = core.from_data(x, fmt, axes, rule, how, extras.tensor_scale)
-  return core.pack(job, x.dtype)
+  _, plan = _dispatch.select(
+    'quantize', TABLE, options.implementation, x, extras, options
+  )
+  return plan.run(x)
+
+
+def _plan_xla(x, extras: Extras, options: Options) -> _dispatch.Plan:
+  del x
+
+  def run(x):
+    fmt, axes, rule = options.fmt, options.axes, options.rule
+    how = rounding_of(options, extras)
+    job = core.from_data(x, fmt, axes, rule, how, extras.tensor_scale)
+    return core.pack(job, x.dtype)
+
+  return _dispatch.Plan('block maxima, scales, codes, packing', run)
+
+
+TABLE = {
+  'tpu': functools.partial(_quantize_kernels.plan, 'tpu'),
+  'mosaic_gpu': functools.partial(_quantize_kernels.plan, 'mosaic_gpu'),
+  'xla': _plan_xla,
+}
 
 
 @functools.partial(jax.jit, static_argnums=3, inline=True)

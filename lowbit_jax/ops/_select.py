@@ -1,11 +1,18 @@
 """Asking which implementation an operation would use."""
 
-from lowbit_jax.ops import _dispatch, _dot
+import functools
+
+from lowbit_jax.ops import _dispatch, _dot, _quantize, _softmax
 
 _OPS = {
+  'quantize': (_quantize.TABLE, _quantize.operands),
   'dot': (_dot.TABLE, _dot.dot_operands),
   'dot_general': (_dot.TABLE, _dot.dot_general_operands),
   'einsum': (_dot.TABLE, _dot.einsum_operands),
+  **{
+    kind: (_softmax.TABLE, functools.partial(_softmax.operands, kind))
+    for kind in _softmax.forms.KINDS
+  },
 }
 
 
@@ -20,7 +27,8 @@ def select_implementation(
   """What `op(*args, **kwargs)` would run, without running it.
 
   Args:
-    op: 'dot', 'dot_general' or 'einsum'.
+    op: 'quantize', 'dot', 'dot_general', 'einsum', 'softmax', 'log_softmax' or
+      'logsumexp'.
     *args: its arguments; `jax.ShapeDtypeStruct` leaves will do.
     implementation: as in the operation.
     **kwargs: its keyword arguments.

@@ -26,6 +26,37 @@ def power_of_two(e):
   return from_bits((e + 127) << 23)
 
 
+def floor(x):
+  """The largest integer <= x, as float32.
+
+  By way of rounding to nearest, because Mosaic GPU has no floor.
+  """
+  near = round_half_even(x)
+  return near - (near > x).astype(x.dtype)
+
+
 def round_half_even(x):
   """Nearest integer, ties to even, as float32."""
   return lax.round(x, lax.RoundingMethod.TO_NEAREST_EVEN)
+
+
+def nearest_integer(x):
+  """Nearest integer, ties to even, as int32, for `x` in [0, 2^22).
+
+  Adding 2^23 leaves no fraction bits. Two cheap operations where rounding and
+  conversion take many (TPU) or slow ones (GPU).
+  """
+  return to_bits(x + jnp.float32(1 << 23)) & 0x7FFFFF
+
+
+def bfloat16_parts(x):
+  """Three bfloat16 arrays whose sum is float32 `x`, in any order.
+
+  Numbers so small that a part is subnormal lose it where hardware flushes.
+  """
+  parts = []
+  for _ in range(3):
+    part = x.astype(jnp.bfloat16)
+    x = x - part.astype(jnp.float32)
+    parts.append(part)
+  return parts

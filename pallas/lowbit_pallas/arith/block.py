@@ -1,9 +1,11 @@
 """Block-scaled arrays as kernels see them: codes, scales, static values."""
 
+import math
 from typing import NamedTuple
 
 import jax.numpy as jnp
 
+from lowbit_pallas.arith import bits as fb
 from lowbit_pallas.arith import codec
 from lowbit_pallas.arith import scale as exact
 
@@ -50,3 +52,95 @@ def times_scale(x, stored, scale: codec.Float | None):
   for factor in scale_factors(stored, scale):
     x = x * factor
   return x
+
+
+def scale_rules(spec: Blocked) -> tuple[str, ...]:
+  """Rules of `stored_scale` that fit `spec`.
+
+  'even' rounds the maximum to the mantissa of the element; only minifloats
+  have one.
+  """
+  if not is_exponent(spec.scale):
+    return ('absmax',)
+  has_mantissa = isinstance(spec.element, codec.Float)
+  return tuple(r for r in exact.EXPONENT_RULES if has_mantissa or r != 'even')
+
+
+def stored_scale(amax_bits, spec: Blocked, rule: str, tensor_scale=None):
+  """The scale of blocks from their maxima, by a rule in closed form.
+
+  Args:
+    amax_bits: int32 bits of max |x| of each block; INF or more if poisoned.
+    spec: static description.
+    rule: a name from `scale_rules`.
+    tensor_scale: float32 or None.
+
+  Returns:
+    int32 codes or float32 numbers: the NaN code or NaN for poisoned blocks.
+  """
+  largest = codec.largest(spec.element)
+  if is_exponent(spec.scale):
+    emax = math.frexp(largest)[1] - 1
+    element = spec.element
+    m = element.mantissa_bits if isinstance(element, codec.Float) else 0
+    return exact.exponent_code(amax_bits, rule, emax, largest, m)
+  bad = amax_bits >= fb.INF
+  scale = absmax(amax_bits, largest, tensor_scale)
+  if spec.scale is None:
+    return jnp.where(bad, jnp.float32(math.nan), scale)
+  code = codec.encode_float(scale, spec.scale, dtype=jnp.int32)
+  return jnp.where(bad, spec.scale.nan_code, code)
+
+
+def absmax(amax_bits, largest: float, tensor_scale=None):
+  """max |x| / largest / tensor_scale in float32, 0 for poison and subnormals.
+
+  Multiplications by 1 / largest and by 1 / tensor_scale, in this order.
+  """
+  amax = jnp.where(amax_bits >= fb.INF, 0, fb.from_bits(amax_bits))
+  amax = jnp.where(amax_bits < fb.MIN_NORMAL, 0, amax)
+  factor = jnp.float32(1 / largest)
+  if tensor_scale is not None:
+    factor = exact.reciprocal(tensor_scale) * factor
+  return amax * factor
+
+
+def inverse_factors(
+  stored, scale: codec.Float | None, largest: float, tensor_scale=None
+) -> tuple:
+  """Float32 factors that quantize: their product is 1 / scale.
+
+  1 / 0 counts as 0, so blocks without a scale become zero. The contract of
+  every implementation is r = 1 / s in float32, then x * r.
+
+  Args:
+    stored: block scales as `scale_factors` takes them; None where the tensor
+      scale is the only one.
+    scale: their format.
+    largest: the largest element.
+    tensor_scale: float32 or None.
+
+  Returns:
+    Factors; the first is NaN for poisoned blocks.
+  """
+  if is_exponent(scale):
+    return exact.inverse_exponent_factors(stored)
+  s = tensor_scale
+  if stored is not None:
+    (s,) = scale_factors(stored, scale)
+    if tensor_scale is not None:
+      s = s * tensor_scale
+  if largest >= 4:
+    return (exact.reciprocal(s),)
+  # s can exceed 2^126 here, and 1 / s would be flushed: split the factor.
+  large = s > jnp.float32(2.0**125)
+  shrink = jnp.where(large, jnp.float32(1 / 16), jnp.float32(1))
+  return exact.reciprocal(s * shrink), shrink
+
+
+def scaled(x, inverse: tuple):
+  """x / scale from the `inverse_factors`, 0 in poisoned blocks."""
+  for factor in inverse:
+    x = x * factor
+  bad = inverse[0] != inverse[0]
+  return jnp.where(bad, jnp.float32(0), x)

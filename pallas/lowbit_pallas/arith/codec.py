@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from lowbit_pallas.arith import bits as fb
 
@@ -56,7 +57,7 @@ def nearest_even(t, odd=None):
   """Nearest integer; ties to the even code."""
   if odd is None:
     return fb.round_half_even(t)
-  low = jnp.floor(t)
+  low = fb.floor(t)
   frac = t - low
   is_odd = (low.astype(jnp.int32) + odd) & 1
   up = (frac > 0.5) | ((frac == 0.5) & (is_odd == 1))
@@ -66,7 +67,7 @@ def nearest_even(t, odd=None):
 def toward_zero(t, odd=None):
   """Truncation."""
   del odd
-  return jnp.trunc(t)
+  return jnp.where(t < 0, -fb.floor(-t), fb.floor(t))
 
 
 def stochastic(random, n: int):
@@ -80,13 +81,35 @@ def stochastic(random, n: int):
 
   def round_(t, odd=None):
     del odd
-    low = jnp.floor(t)
+    low = fb.floor(t)
     return low + (j + 0.5 < (t - low) * float(1 << n)).astype(t.dtype)
 
   return round_
 
 
-def encode_float(x, f: Float, rounding=nearest_even, *, saturate: bool = True):
+def rule(rounding: str, random=None, random_bits: int = 23):
+  """The rounding rule for a name.
+
+  Args:
+    rounding: 'nearest_even', 'toward_zero' or 'stochastic'.
+    random: uint32 bits for 'stochastic', of the shape of the rounded array.
+    random_bits: how many of them are used.
+  """
+  if rounding == 'stochastic':
+    return stochastic(random, random_bits)
+  if rounding == 'toward_zero':
+    return toward_zero
+  return nearest_even
+
+
+def encode_float(
+  x,
+  f: Float,
+  rounding=nearest_even,
+  *,
+  saturate: bool = True,
+  dtype=jnp.uint8,
+):
   """Codes of float32 `x`.
 
   Args:
@@ -95,9 +118,10 @@ def encode_float(x, f: Float, rounding=nearest_even, *, saturate: bool = True):
     rounding: a rounding rule.
     saturate: beyond the largest finite number give that number; otherwise Inf
       if the format has it, else NaN.
+    dtype: integer dtype of the result; int32 saves kernels a conversion.
 
   Returns:
-    uint8; NaN gives `nan_code`, or 0 where there is none.
+    Codes; NaN gives `nan_code`, or 0 where there is none.
   """
   m = f.mantissa_bits
   b = fb.to_bits(x)
@@ -108,13 +132,12 @@ def encode_float(x, f: Float, rounding=nearest_even, *, saturate: bool = True):
   offset = e - (f.emin + 127)
   if f.subnormals:
     t = magnitude * fb.from_bits((254 + m - e) << 23)
-    k = rounding(t) if m else rounding(t, offset)
-    code = (offset << m) + k.astype(jnp.int32)
+    k = _rounded(t, rounding, None if m else offset)
+    code = (offset << m) + k
   else:
     t = _significand(fb.to_bits(magnitude))
-    code = jnp.maximum(
-      offset + rounding(t, offset - 1).astype(jnp.int32) - 1, 0
-    )
+    k = _rounded(t, rounding, offset - 1)
+    code = jnp.maximum(offset + k - 1, 0)
   over = f.inf_code if f.inf_code is not None else f.nan_code
   if saturate or over is None:
     code = jnp.minimum(code, f.code_max)
@@ -128,7 +151,14 @@ def encode_float(x, f: Float, rounding=nearest_even, *, saturate: bool = True):
   else:
     code = jnp.where(b < 0, 0, code)
   code = jnp.where(x != x, f.nan_code or 0, code)
-  return code.astype(jnp.uint8)
+  return code.astype(dtype)
+
+
+def _rounded(t, rounding, odd):
+  """rounding(t, odd) as int32, for t in [0, 2^22)."""
+  if rounding is nearest_even and odd is None:
+    return fb.nearest_integer(t)
+  return fb.nearest_integer(rounding(t, odd))
 
 
 def _significand(b):
@@ -176,13 +206,13 @@ def decode_float(code, f: Float):
   return fb.from_bits(bits)
 
 
-def encode_int(x, f: Int, rounding=nearest_even):
+def encode_int(x, f: Int, rounding=nearest_even, dtype=jnp.uint8):
   """Codes of float32 `x`, clipped to the symmetric range; NaN gives 0."""
   top = (1 << (f.bits - f.signed)) - 1
   k = rounding(x * jnp.float32(1 << f.fraction_bits))
   k = jnp.clip(k, -top if f.signed else 0, top)
   k = jnp.where(k != k, 0, k).astype(jnp.int32)
-  return (k & ((1 << f.bits) - 1)).astype(jnp.uint8)
+  return (k & ((1 << f.bits) - 1)).astype(dtype)
 
 
 def decode_int(code, f: Int):
@@ -193,7 +223,7 @@ def decode_int(code, f: Int):
   return k.astype(jnp.float32) * jnp.float32(2.0**-f.fraction_bits)
 
 
-def encode_codebook(x, f: Codebook, rounding=nearest_even):
+def encode_codebook(x, f: Codebook, rounding=nearest_even, dtype=jnp.uint8):
   """Index of the entry that `rounding` picks; NaN gives the entry nearest 0."""
   table = f.table
   if rounding is nearest_even:
@@ -201,18 +231,27 @@ def encode_codebook(x, f: Codebook, rounding=nearest_even):
     for a, b in zip(table, table[1:], strict=False):
       index = index + (x > _round_down((a + b) / 2)).astype(jnp.int32)
   else:
-    index = jnp.zeros(x.shape, jnp.int32)
-    for v in table[1:-1]:
-      index = index + (x >= jnp.float32(v)).astype(jnp.int32)
-    values = jnp.array(table, jnp.float32)
-    low, high = values[index], values[index + 1]
+    index, low, high = _interval(x, table)
     t = jnp.clip((x - low) / (high - low), 0, 1)
     # Rounding acts on the distance from zero, so mirror negative intervals.
     mirrored = low < 0
     k = rounding(jnp.where(mirrored, 1 - t, t)).astype(jnp.int32)
     index = index + jnp.where(mirrored, 1 - k, k)
   zero = min(range(len(table)), key=lambda i: abs(table[i]))
-  return jnp.where(x != x, zero, index).astype(jnp.uint8)
+  return jnp.where(x != x, zero, index).astype(dtype)
+
+
+def _interval(x, table):
+  """Index and ends of the interval of the table in which each x lies."""
+  index = jnp.zeros(x.shape, jnp.int32)
+  low = jnp.full(x.shape, table[0], jnp.float32)
+  high = jnp.full(x.shape, table[1], jnp.float32)
+  for v, w in zip(table[1:-1], table[2:], strict=True):
+    above = x >= jnp.float32(v)
+    index = index + above.astype(jnp.int32)
+    low = jnp.where(above, jnp.float32(v), low)
+    high = jnp.where(above, jnp.float32(w), high)
+  return index, low, high
 
 
 def _round_down(v: float) -> np.float32:
@@ -238,13 +277,24 @@ def decode_codebook(code, f: Codebook):
   return level[0]
 
 
-def encode(x, f, rounding=nearest_even, *, saturate: bool = True):
+def encode(
+  x, f, rounding=nearest_even, *, saturate: bool = True, dtype=jnp.uint8
+):
   """Codes of float32 `x` in a `Float`, `Int` or `Codebook`."""
   if isinstance(f, Float):
-    return encode_float(x, f, rounding, saturate=saturate)
+    return encode_float(x, f, rounding, saturate=saturate, dtype=dtype)
   if isinstance(f, Int):
-    return encode_int(x, f, rounding)
-  return encode_codebook(x, f, rounding)
+    return encode_int(x, f, rounding, dtype)
+  return encode_codebook(x, f, rounding, dtype)
+
+
+def largest(f) -> float:
+  """The largest finite magnitude of a `Float`, `Int` or `Codebook`."""
+  if isinstance(f, Float):
+    return _float_value(f.code_max, f)
+  if isinstance(f, Int):
+    return ((1 << (f.bits - f.signed)) - 1) * 2.0**-f.fraction_bits
+  return max(abs(v) for v in f.table)
 
 
 def decode(code, f):
@@ -254,3 +304,49 @@ def decode(code, f):
   if isinstance(f, Int):
     return decode_int(code, f)
   return decode_codebook(code, f)
+
+
+def decode_in_kernel(code, f):
+  """The numbers of `decode`, for vector units where selects are dear.
+
+  Finite minifloats whose magnitudes are at most 15 times the smallest one, in
+  at most 8 codes, are fields of one word. Others are read as if their smallest
+  exponent were normal: u is the value, or 2^(emin - 1) (1 + fraction) for a
+  subnormal 2^emin fraction. Then 2u - 2^emin, exact as all of them, is the
+  smaller number exactly for subnormals.
+
+  Args:
+    code: uint32.
+    f: a `Float`, `Int` or `Codebook`.
+  """
+  if not isinstance(f, Float) or not f.subnormals or f.emin < -100:
+    return decode(code, f)
+  m, width = f.mantissa_bits, f.exponent_bits + f.mantissa_bits
+  step = 2.0 ** (f.emin - m)
+  sign = jnp.uint32(0)
+  if f.signed:
+    sign = (code & (1 << width)) << (31 - width)
+  levels = [int(_float_value(k, f) / step) for k in range(1 << width)]
+  magnitude = code & ((1 << width) - 1)
+  whole = f.code_max == (1 << width) - 1 and f.negative_zero
+  if whole and width <= 3 and levels[-1] <= 15:
+    word = sum(v << (4 * k) for k, v in enumerate(levels))
+    field = jnp.uint32(word) >> (magnitude << 2) & 15
+    value = field.astype(jnp.int32).astype(jnp.float32) * jnp.float32(step)
+    return fb.from_bits(_bits(value) | sign)
+  u = (magnitude << (23 - m)) + jnp.uint32((126 + f.emin) << 23)
+  u = fb.from_bits(u)
+  bits = _bits(jnp.minimum(u, u + u - jnp.float32(2.0**f.emin)))
+  if f.inf_code is not None:
+    bits = jnp.where(magnitude >= f.inf_code, jnp.uint32(fb.INF), bits)
+    bits = jnp.where(magnitude > f.inf_code, jnp.uint32(0x7FC00000), bits)
+  elif f.code_max < (1 << width) - 1:
+    bits = jnp.where(magnitude > f.code_max, jnp.uint32(0x7FC00000), bits)
+  bits = bits | sign
+  if f.signed and not f.negative_zero:
+    bits = jnp.where(code == f.nan_code, jnp.uint32(0x7FC00000), bits)
+  return fb.from_bits(bits)
+
+
+def _bits(x):
+  return lax.bitcast_convert_type(x, jnp.uint32)

@@ -33,11 +33,21 @@ def random_bits(key_words, index, index_hi=None, *, site: int = 0):
   Returns:
     uint32 array of the shape of `index`.
   """
+  return bits_of(streams(key_words, site), index, index_hi)
+
+
+def streams(key_words, site: int = 0) -> tuple:
+  """The two uint32 constants through which a key and a site enter."""
   k0, k1 = key_words[..., 0], key_words[..., 1]
   # Both words and the site go into both constants, so that neighbouring keys
   # are not one stream shifted by an element.
   a = _mix(k0 + _mix(k1 + jnp.uint32((site * _SITE) & 0xFFFFFFFF)))
-  b = _mix(k1 ^ a)
+  return a, _mix(k1 ^ a)
+
+
+def bits_of(constants: tuple, index, index_hi=None):
+  """`random_bits` from the `streams` of its key and site."""
+  a, b = constants
   h = _mix(index + a)
   if index_hi is not None:
     h = _mix(h + index_hi * jnp.uint32(_HIGH))

@@ -8,9 +8,12 @@ The minor axis is packed through 32-bit words, because strided loads and stores
 of bytes do not vectorise; other axes are packed slice by slice.
 """
 
+import functools
 import math
+from typing import NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 
@@ -56,7 +59,7 @@ def pack_lanes(lanes_, bits: int, axis: int):
   Returns:
     uint8, `axis` grown by bits * len(lanes_) / 8.
   """
-  return _join(_lanes_to_bytes(lanes_, bits), axis)
+  return _join(lanes_to_planes(lanes_, bits), axis)
 
 
 def unpack(packed, bits: int, axis: int = -1):
@@ -81,21 +84,36 @@ def lanes(packed, bits: int, axis: int):
     `codes_per_group(bits)` uint32 arrays; array j holds codes j, j + group,
     j + 2 * group, ...
   """
-  group = codes_per_group(bits)
-  stream = _split(packed, axis % packed.ndim, group * bits // 8)
-  stream = [b.astype(jnp.uint32) for b in stream]
+  size = codes_per_group(bits) * bits // 8
+  return planes_to_lanes(_split(packed, axis % packed.ndim, size), bits)
+
+
+def planes_to_lanes(planes, bits: int):
+  """Codes of packing groups whose bytes lie in arrays of their own.
+
+  Args:
+    planes: `codes_per_group(bits) * bits / 8` uint8 arrays; array b holds byte
+      b of every packing group.
+    bits: 1 to 8.
+
+  Returns:
+    `codes_per_group(bits)` uint32 arrays of the same shape; array j holds code
+    j of every packing group.
+  """
+  stream = [b.astype(jnp.uint32) for b in planes]
   mask = jnp.uint32((1 << bits) - 1)
   out = []
-  for j in range(group):
+  for j in range(codes_per_group(bits)):
     byte, shift = divmod(j * bits, 8)
     code = stream[byte] >> shift
     if shift + bits > 8:
       code = code | stream[byte + 1] << (8 - shift)
-    out.append(code & mask)
+    out.append(code & mask if shift + bits != 8 else code)
   return out
 
 
-def _lanes_to_bytes(lanes_, bits: int):
+def lanes_to_planes(lanes_, bits: int):
+  """The inverse of `planes_to_lanes`, in the dtype of the lanes."""
   out = []
   for byte in range(len(lanes_) * bits // 8):
     acc = None
@@ -201,3 +219,80 @@ def _words_from_bytes(packed, bits: int):
       word = word | b[j] << (8 * (j - byte) - shift)
     words.append(word)
   return _join(words, packed.ndim - 1)
+
+
+class Products(NamedTuple):
+  """How matrix units pack tiles of 128 codes into tiles of 128 bytes.
+
+  A code c at bit o of its byte has low = c & (2^(8-o) - 1) in that byte, as
+  low 2^o, and c - low in the next one, as (c - low) 2^(o-8). These are
+  multiples of powers of two below 256 that no two codes share, so float32 sums
+  of bfloat16 products are exact.
+
+  Attributes:
+    masks: int32 ``(code tiles, 128)``, the bits of `low`; None where no code
+      crosses a byte.
+    steps: for each byte tile, its (code tile, matrix) of the low parts.
+    carries: the same for the rest.
+    matrices: float32 ``(k, 128, 128)``, exact in bfloat16.
+  """
+
+  masks: np.ndarray | None
+  steps: tuple[tuple[tuple[int, int], ...], ...]
+  carries: tuple[tuple[tuple[int, int], ...], ...]
+  matrices: np.ndarray
+
+
+def byte_matrices(bits: int, size: int) -> tuple:
+  """The matrices A and B with bytes = low A + (code - low) B, see `Products`.
+
+  Args:
+    bits: 1 to 8.
+    size: codes, in whole bytes.
+
+  Returns:
+    float32 A and B ``(size, size * bits / 8)``, exact in bfloat16; B is None
+    where no code crosses a byte.
+  """
+  byte, offset = np.divmod(np.arange(size) * bits, 8)
+  low = np.zeros((size, size * bits // 8), np.float32)
+  carry = np.zeros_like(low)
+  low[np.arange(size), byte] = 2.0**offset
+  crosses = offset + bits > 8
+  carry[crosses, byte[crosses] + 1] = 2.0 ** (offset[crosses] - 8)
+  return low, carry if crosses.any() else None
+
+
+def low_mask(column, bits: int):
+  """The bits of the code at an int32 column that stay in its first byte."""
+  return (1 << (8 - (column * bits & 7))) - 1
+
+
+@functools.cache
+def products(bits: int) -> Products:
+  """The products that pack `bits`-bit codes, for the fewest whole tiles."""
+  size = 8 // math.gcd(bits, 8) * 128
+  low, carry = byte_matrices(bits, size)
+  matrices: list[np.ndarray] = []
+
+  def tiles(matrix, j):
+    if matrix is None:
+      return ()
+    out = []
+    for i in range(size // 128):
+      tile = matrix[i * 128 : i * 128 + 128, j * 128 : j * 128 + 128]
+      if not tile.any():
+        continue
+      same = [k for k, m in enumerate(matrices) if np.array_equal(m, tile)]
+      if not same:
+        matrices.append(tile)
+      out.append((i, same[0] if same else len(matrices) - 1))
+    return tuple(out)
+
+  count = size * bits // 1024
+  steps = tuple(tiles(low, j) for j in range(count))
+  carries = tuple(tiles(carry, j) for j in range(count))
+  masks = low_mask(np.arange(size, dtype=np.int32), bits).reshape(-1, 128)
+  return Products(
+    None if carry is None else masks, steps, carries, np.stack(matrices)
+  )

@@ -25,6 +25,12 @@ def magnitude_bits(x):
   return fb.to_bits(x) & fb.MAGNITUDE
 
 
+def magnitude(x):
+  """|x| with NaN as Inf: its float maximum has the bits of `block_max`."""
+  size = jnp.abs(x)
+  return jnp.where(x == x, size, jnp.float32(math.inf))
+
+
 def block_max(b, axes):
   """Maximum of non-negative int32 `b` over `axes`, kept with size 1.
 
@@ -118,3 +124,9 @@ def inverse_exponent_factors(code):
   main = fb.from_bits((254 - jnp.minimum(code, 253)) << 23)
   main = jnp.where(code == NAN_CODE, jnp.float32(math.nan), main)
   return main, jnp.where(code == 254, jnp.float32(0.5), jnp.float32(1))
+
+
+def reciprocal(s):
+  """1 / s in float32, 0 for s = 0 and for subnormal s."""
+  tiny = jnp.abs(s) < jnp.float32(2.0**-126)
+  return jnp.where(tiny, 0.0, 1 / jnp.where(tiny, 1.0, s))

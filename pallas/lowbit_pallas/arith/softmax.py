@@ -377,6 +377,22 @@ def online_reduce(
   return Peak(peak, jnp.sum(terms, axis=axis))
 
 
+def online_exp(x: jax.Array, where: jax.Array | None = None) -> Peak:
+  """Returns exp(x) entry by entry: the peak is x itself, exactly.
+
+  Args:
+    x: floating-point array; taken as float32.
+    where: boolean array of the shape of `x`, or None.
+
+  Returns:
+    Peak of the shape of `x`; NaN has the total NaN, -inf the total 0.
+  """
+  x = _masked(x, where)
+  number = jnp.where(x == x, x, -_INF)
+  one = jnp.where(x == -_INF, 0.0, jnp.ones_like(x))
+  return Peak(number, jnp.where(x == x, one, x))
+
+
 def online_merge(a: Peak, b: Peak) -> Peak:
   """Returns the sum of two partial sums.
 
@@ -401,6 +417,27 @@ def online_merge(a: Peak, b: Peak) -> Peak:
   smaller = jnp.where(first, b.total, a.total)
   factor = exp_difference(jnp.minimum(a.peak, b.peak), peak)
   return Peak(peak, larger + smaller * factor)
+
+
+def online_total(state: Peak, axis: int) -> Peak:
+  """Returns the sum of partial sums along one axis.
+
+    A = max_i A_i,   s = sum_i s_i exp(A_i - A)
+
+  Every term is off by at most 5u more than the partial sum it comes from, and
+  the sum by h u.
+
+  Args:
+    state: Peak of shape ``(..., k, ...)``.
+    axis: the axis of size k > 0.
+
+  Returns:
+    Peak without that axis.
+  """
+  shape = state.peak.shape
+  peak = jnp.max(state.peak, axis=axis)
+  factor = exp_difference(state.peak, _spread(peak, shape, axis))
+  return Peak(peak, jnp.sum(state.total * factor, axis=axis))
 
 
 def online_normalise(

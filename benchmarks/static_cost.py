@@ -1,0 +1,162 @@
+"""What TPU kernels cost by the compiler's own schedule, without a TPU.
+
+A TPU core issues one VLIW bundle a cycle, so the bundles of a kernel body tell
+two versions of a tile apart. They ignore waiting for memory and are no times.
+Needs the extra `aot`. Prints each kernel next to the bfloat16 product of the
+same tile and compares it with the table in benchmarks/static_cost.json.
+
+  python benchmarks/static_cost.py             fails where a figure rose by 10 %
+  python benchmarks/static_cost.py --update    writes the table
+"""
+
+import functools
+import json
+import os
+import pathlib
+import re
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable
+from typing import NamedTuple
+
+_DUMP = tempfile.mkdtemp(prefix='static_cost')
+os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')
+os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+os.environ['LIBTPU_INIT_ARGS'] = (
+  f'--xla_jf_dump_to={_DUMP} --xla_jf_dump_llo_text=true'
+)
+
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+import numpy as np  # noqa: E402
+from absl import app, flags  # noqa: E402
+from jax.experimental import pallas as pl  # noqa: E402
+from jax.experimental import topologies  # noqa: E402
+from jax.experimental.pallas import tpu as pltpu  # noqa: E402
+from jax.sharding import Mesh, NamedSharding, PartitionSpec  # noqa: E402
+
+import _timing  # noqa: E402
+import lowbit_jax as lowbit  # noqa: E402
+
+_UPDATE = flags.DEFINE_bool('update', False, 'Write the table.')
+_TABLE = pathlib.Path(__file__).with_suffix('.json')
+_TOPOLOGY = 'v5e:2x2'
+_RISE = 1.1
+
+M, N, K = 256, 1024, 2048
+BM, BN, TILE = 256, 512, 512
+WEIGHTS = (
+  'int8_channel', 'int8_g128', 'int4_g128', 'int4_g32', 'mxfp4', 'nvfp4',
+  'mxfp8_e4m3', 'mxfp6_e2m3', 'nf4_g64', 'int3_g32', 'int2_g32', 'uint4_g128',
+)  # fmt: skip
+
+
+class Cost(NamedTuple):
+  """Bundles of a kernel body, and the share of them that feed the MXU."""
+
+  bundles: int
+  mxu: float
+
+
+def compiled_cost(name: str, f: Callable, *arguments) -> Cost:
+  """Compiles `f`, which holds the kernel `name`, and reads its schedule."""
+  shutil.rmtree(_DUMP, ignore_errors=True)
+  os.makedirs(_DUMP)
+  topology = topologies.get_topology_desc(
+    platform='tpu', topology_name=_TOPOLOGY
+  )
+  mesh = Mesh(np.array(topology.devices)[:1], ('x',))
+  sharding = NamedSharding(mesh, PartitionSpec())
+  arguments = jax.tree.map(
+    lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding),
+    arguments,
+  )
+  jax.jit(f).lower(*arguments).compile()
+  files = sorted(pathlib.Path(_DUMP).glob(f'*-{name}*'))
+
+  def text(suffix: str) -> str:
+    found = [p.read_text() for p in files if p.name.endswith(suffix)]
+    if not found:
+      raise RuntimeError(f'the compiler dumped no schedule of {name}')
+    return found[-1]
+
+  analysis = text('schedule-analysis_final_bundles.txt')
+  bundles = int(re.search(r'total scheduled bundles:\s*(\d+)', analysis)[1])
+  use = text('-final_hlo-static-per-bundle-utilization.txt')
+  rows = [line.split() for line in use.split('UTILIZATION:')[1].splitlines()]
+  matmuls = sum(int(row[0]) > 0 for row in rows if row)
+  return Cost(bundles, matmuls / max(bundles, 1))
+
+
+def bf16_product(x, w):
+  """The plain tile product that a weight-quantized one is compared with."""
+
+  def kernel(x, w, out, acc):
+    @pl.when(pl.program_id(2) == 0)
+    def _():
+      acc[...] = jnp.zeros_like(acc)
+
+    acc[...] += jnp.dot(x[...], w[...], preferred_element_type=jnp.float32)
+
+    @pl.when(pl.program_id(2) == pl.num_programs(2) - 1)
+    def _():
+      out[...] = acc[...]
+
+  return pl.pallas_call(
+    kernel,
+    grid=(M // BM, N // BN, K // TILE),
+    in_specs=[
+      pl.BlockSpec((BM, TILE), lambda i, j, k: (i, k)),
+      pl.BlockSpec((TILE, BN), lambda i, j, k: (k, j)),
+    ],
+    out_specs=pl.BlockSpec((BM, BN), lambda i, j, k: (i, j)),
+    out_shape=jax.ShapeDtypeStruct((M, N), jnp.float32),
+    scratch_shapes=[pltpu.VMEM((BM, BN), jnp.float32)],
+    name='bf16_product',
+  )(x, w)
+
+
+def weight_cost(name: str) -> Cost:
+  from lowbit_jax.ops import _prepack
+  from lowbit_pallas.wq_matmul import config, tpu
+
+  x = jax.ShapeDtypeStruct((M, K), jnp.bfloat16)
+  w = jax.ShapeDtypeStruct((K, N), jnp.float32)
+  fmt = lowbit.formats.get(name)
+  q = jax.eval_shape(functools.partial(lowbit.quantize, fmt=fmt, axis=-2), w)
+  pack = functools.partial(_prepack.weight, implementation='tpu')
+  planes = jax.eval_shape(pack, q)
+  schedule = config.heuristic_schedule(planes.spec)
+  sizes = config.Config(BM, BN, planes.tile, schedule)
+  run = functools.partial(tpu.run, config=sizes, out_dtype=jnp.float32)
+  return compiled_cost('wq_matmul', run, x, planes)
+
+
+def main(argv):
+  del argv
+  x = jax.ShapeDtypeStruct((M, K), jnp.bfloat16)
+  w = jax.ShapeDtypeStruct((K, N), jnp.bfloat16)
+  base = compiled_cost('bf16_product', bf16_product, x, w)
+  costs = {'bf16 product': base}
+  costs |= {f'{name} product': weight_cost(name) for name in WEIGHTS}
+  rows = [
+    [name, str(c.bundles), f'{c.bundles / base.bundles:.2f}', f'{c.mxu:.0%}']
+    for name, c in costs.items()
+  ]
+  header = ['kernel', 'bundles', 'relative to bf16', 'bundles with MXU']
+  title = f'bundles of a {BM} x {BN} x {TILE} tile, TPU v5e'
+  print(_timing.table(title, header, rows))
+  figures = {name: c.bundles for name, c in costs.items()}
+  if _UPDATE.value:
+    _TABLE.write_text(json.dumps(figures, indent=1) + '\n')
+    return
+  known = json.loads(_TABLE.read_text())
+  risen = [n for n, b in figures.items() if b > _RISE * known.get(n, b)]
+  shutil.rmtree(_DUMP, ignore_errors=True)
+  if risen:
+    sys.exit(f'costs rose by more than 10 %: {", ".join(risen)}')
+
+
+if __name__ == '__main__':
+  app.run(main)

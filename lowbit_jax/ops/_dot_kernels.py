@@ -1,0 +1,185 @@
+"""Contractions by kernels that decode operands next to the matrix unit.
+
+Two QArray matrices in blocks along the reduction go to `block_matmul` where it
+takes their formats. Otherwise the right operand is the weight of `wq_matmul`, a
+QArray in blocks along a contracted axis or a `Prepacked` one. Tensor scales
+multiply the float32 accumulator.
+"""
+
+import functools
+import importlib
+
+import jax
+import jax.numpy as jnp
+
+from lowbit_jax import qarray
+from lowbit_jax.formats import FloatFormat, IntFormat
+from lowbit_jax.numerics._codec import blocked
+from lowbit_jax.ops import _dot_xla, _partition, _prepack
+from lowbit_jax.ops._dispatch import Plan
+from lowbit_jax.ops._prepack import Prepacked
+from lowbit_jax.qarray import QArray
+from lowbit_pallas import _support
+from lowbit_pallas.wq_matmul import config
+
+HEURISTICS = {'tpu': config.heuristic, 'mosaic_gpu': config.gpu_heuristic}
+
+
+def plan_tpu(lhs, rhs, dimension_numbers, precision) -> Plan:
+  """Plans a product on TPU with a float32 result."""
+  return _plan('tpu', lhs, rhs, dimension_numbers, precision)
+
+
+def plan_mosaic_gpu(lhs, rhs, dimension_numbers, precision) -> Plan:
+  """Plans a product on GPU with a float32 result."""
+  return _plan('mosaic_gpu', lhs, rhs, dimension_numbers, precision)
+
+
+def plan_xla(lhs, rhs, dimension_numbers, precision) -> Plan:
+  """Plans a product in XLA; a `Prepacked` weight is put back in order."""
+  if not isinstance(rhs, Prepacked):
+    return _dot_xla.plan_dot_general(lhs, rhs, dimension_numbers, precision)
+  unpacked = jax.eval_shape(_prepack.unpack, rhs)
+  note, run = _dot_xla.plan_dot_general(
+    lhs, unpacked, dimension_numbers, precision
+  )
+  return Plan(
+    f'unpacks the weight: {note}',
+    lambda lhs, rhs: run(lhs, _prepack.unpack(rhs)),
+  )
+
+
+def _plan(implementation: str, lhs, rhs, dims, precision) -> Plan:
+  del precision  # products are exact and sums float32
+  blocks = _plan_blocks(implementation, lhs, rhs, dims)
+  if blocks is not None:
+    return blocks
+  why = _support.why_not('wq_matmul', implementation)
+  if why is None:
+    as_qarray = rhs
+    if isinstance(rhs, Prepacked):
+      as_qarray = jax.eval_shape(_prepack.unpack, rhs)
+    why = _dot_xla.why_not_tiles(lhs, as_qarray, dims)
+  if why is not None:
+    raise NotImplementedError(why)
+  kernel = importlib.import_module(f'lowbit_pallas.wq_matmul.{implementation}')
+  product = _Product(implementation, kernel, dims)
+  try:
+    x, w, _ = jax.eval_shape(product.operands, lhs, rhs)
+  except ValueError as error:  # no tile fits the blocks
+    raise NotImplementedError(str(error)) from error
+  sizes = HEURISTICS[implementation](
+    x.shape[0], w.n, w.k, w.spec, x.dtype, tile=w.tile
+  )
+  why = kernel.why_not(x.shape, x.dtype, w, sizes)
+  if why is not None:
+    raise NotImplementedError(why)
+  order = 'prepacked' if isinstance(rhs, Prepacked) else 'reordered here'
+  return Plan(
+    f'decodes tiles of {w.tile} rows of the weight ({order}), scales'
+    f" '{sizes.schedule}' product",
+    product,
+  )
+
+
+class _Product:
+  def __init__(self, implementation: str, kernel, dims):
+    self.implementation, self.kernel, self.dims = implementation, kernel, dims
+
+  def __call__(self, lhs, rhs):
+    lhs, lhs_scale = _dot_xla.without_tensor_scale(lhs)
+    x, w, shape = self.operands(lhs, rhs)
+    run = functools.partial(self.kernel.run, out_dtype=jnp.float32)
+    if self.implementation != 'tpu':
+      run = functools.partial(_partition.partitioned, run)
+    out = run(x, w).reshape(shape)
+    rhs_scale = rhs.tensor_scale
+    rhs_scale = None if rhs_scale is None else rhs_scale.reshape(())
+    return _dot_xla.times(out, lhs_scale, rhs_scale)
+
+  def operands(self, lhs, rhs):
+    """x (m, k), the weight as the kernel takes it, and the result's shape."""
+    x = lhs
+    if isinstance(lhs, QArray):
+      x = qarray.dequantize(lhs, _exact_dtype(lhs))
+    if not isinstance(rhs, Prepacked):
+      x, matrix, shape = _dot_xla.as_matrices(x, rhs, self.dims)
+      return x, _prepack.weight(matrix, self.implementation), shape
+    ((contracted,), _), _ = self.dims
+    x = jnp.moveaxis(x, contracted, -1)
+    shape = (*x.shape[:-1], rhs.shape[1])
+    return x.reshape(-1, x.shape[-1]), rhs.weight, shape
+
+
+def _exact_dtype(q: QArray):
+  """bfloat16 where it holds element times block scale exactly, else float32."""
+  element, scale = q.fmt.element, q.fmt.scale
+  if scale is None or not isinstance(element, FloatFormat | IntFormat):
+    return jnp.float32
+  bits = element.width if isinstance(element, IntFormat) else 1
+  if isinstance(element, FloatFormat):
+    bits += element.mantissa_bits
+  bits += scale.mantissa_bits + (0 if q.fmt.has_exponent_scale else 1)
+  return jnp.bfloat16 if bits <= 8 else jnp.float32
+
+
+def _plan_blocks(implementation: str, lhs, rhs, dims) -> Plan | None:
+  """A plan with `block_matmul`, None where it is not for these operands."""
+  if not (isinstance(lhs, QArray) and isinstance(rhs, QArray)):
+    return None
+  if _support.why_not('block_matmul', implementation) is not None:
+    return None
+  if implementation != 'tpu' and not _partition.is_alone():
+    return None  # only wq_matmul has a rule for the partitioner
+  (contracted, batch), mode = dims, _mode(lhs, rhs)
+  matrices = lhs.ndim == rhs.ndim == 2 and contracted[0] and not batch[0]
+  if not matrices or mode is None:
+    return None
+  (lhs_k,), (rhs_k,) = contracted
+  if (lhs.axes[0], rhs.axes[0]) != (lhs_k - 2, rhs_k - 2):
+    return None
+  layout = 'tn'[lhs_k] + 'nt'[rhs_k]
+  kernel = importlib.import_module(
+    f'lowbit_pallas.block_matmul.{implementation}'
+  )
+  specs = blocked(lhs.fmt), blocked(rhs.fmt)
+  options = {'layout': layout, 'mode': mode}
+  device = jax.devices()[0]
+  if device.platform == _support.PLATFORMS[implementation]:
+    options['target'] = _support.target_of(device)
+  if kernel.why_not(lhs.codes.shape, rhs.codes.shape, *specs, **options):
+    return None
+
+  def run(lhs, rhs):
+    out = kernel.run(
+      lhs.codes,
+      lhs.scale,
+      rhs.codes,
+      rhs.scale,
+      *specs,
+      layout=layout,
+      mode=mode,
+    )
+    out = out[: lhs.shape[1 - lhs_k], : rhs.shape[1 - rhs_k]]  # tiles pad both
+    scales = [q.tensor_scale for q in (lhs, rhs)]
+    scales = [None if s is None else s.reshape(()) for s in scales]
+    return _dot_xla.times(out, *scales)
+
+  return Plan(f"block-scaled product, layout '{layout}', mode '{mode}'", run)
+
+
+def _mode(lhs: QArray, rhs: QArray) -> str | None:
+  """How `block_matmul` computes a product, None where it would round it."""
+  formats = lhs.fmt, rhs.fmt
+  if any(f.zero_point or f.is_tile and f.block != (128, 128) for f in formats):
+    return None
+  stacks = [q.tensor_scale for q in (lhs, rhs) if q.tensor_scale is not None]
+  if any(scale.size != 1 for scale in stacks):
+    return None
+  if all(isinstance(f.element, IntFormat) for f in formats):
+    if all(f.scale is None or not f.block[0] for f in formats):
+      return 'integer'
+  if all(f.scale is not None and f.scale.bits > 8 for f in formats):
+    return None if lhs.fmt.is_tile else 'fp8_128'
+  exact = all(_exact_dtype(q) == jnp.bfloat16 for q in (lhs, rhs))
+  return 'exact' if exact else None

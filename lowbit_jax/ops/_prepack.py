@@ -1,0 +1,119 @@
+"""Weights in the order in which kernels read them."""
+
+import dataclasses
+
+import jax
+import numpy as np
+
+from lowbit_jax import qarray
+from lowbit_jax.formats import BlockFormat
+from lowbit_jax.numerics._codec import blocked
+from lowbit_jax.qarray import QArray
+from lowbit_pallas.wq_matmul import config as _config
+from lowbit_pallas.wq_matmul import prepack as _weights
+
+LAYOUTS = {'tpu': 'kn', 'mosaic_gpu': 'nk'}
+TILES = {'tpu': _config.tpu_tile, 'mosaic_gpu': _config.gpu_tile}
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Prepacked:
+  """A quantized (k, n) matrix as a kernel reads it. Made by `prepack`.
+
+  `dot`, `dot_general` and `einsum` take it in place of the QArray on the right,
+  and `unpack` gives that back. It is a pytree of uint8 and scale leaves.
+
+  Attributes:
+    weight: planes of codes, scales and zero points, in tiles of K.
+    tensor_scale: float32 (1, 1), or None.
+    fmt: the block format.
+    pad: rows of padding at the end of K.
+    dtype: dtype of the array that this one stands for.
+  """
+
+  weight: _weights.Prepacked
+  tensor_scale: jax.Array | None
+  fmt: BlockFormat = dataclasses.field(metadata={'static': True})
+  pad: int = dataclasses.field(metadata={'static': True})
+  dtype: np.dtype = dataclasses.field(metadata={'static': True})
+
+  @property
+  def shape(self) -> tuple[int, int]:
+    return self.weight.k, self.weight.n
+
+  @property
+  def ndim(self) -> int:
+    return 2
+
+  @property
+  def nbytes(self) -> int:
+    """Bytes of all leaves on the device."""
+    leaves = jax.tree.leaves(self)
+    return sum(leaf.size * np.dtype(leaf.dtype).itemsize for leaf in leaves)
+
+  def __repr__(self) -> str:
+    return (
+      f'Prepacked({self.fmt}, shape={self.shape}, dtype={self.dtype.name},'
+      f' tile={self.weight.tile}, layout={self.weight.layout!r})'
+    )
+
+
+def prepack(q: QArray, *, implementation: str) -> Prepacked:
+  """Reorders a weight once, so that a kernel need not do so in every call.
+
+  Args:
+    q: (k, n) QArray in blocks along k; stacks by vmap.
+    implementation: the kernel it is for, 'tpu' or 'mosaic_gpu'.
+
+  Returns:
+    The same numbers; `unpack` is the inverse, bit for bit.
+
+  Examples:
+    >>> import jax.numpy as jnp
+    >>> import lowbit_jax as lowbit
+    >>> q = lowbit.quantize(jnp.ones((512, 8)), lowbit.formats.mxfp4, axis=0)
+    >>> lowbit.prepack(q, implementation='tpu')
+    Prepacked(mxfp4, shape=(512, 8), dtype=float32, tile=512, layout='kn')
+  """
+  if not isinstance(q, QArray):
+    raise TypeError(f'q must be a QArray, got {type(q).__name__}')
+  if implementation not in LAYOUTS:
+    raise ValueError(f'{implementation=} is not one of {tuple(LAYOUTS)}')
+  if q.ndim != 2 or q.axes != (-2,):
+    raise ValueError(
+      f'q has shape {q.shape} and blocks along axis {q.axis}; prepack takes'
+      ' (k, n) in blocks along axis -2, stacks by vmap'
+    )
+  weight_ = weight(q, implementation)
+  return Prepacked(weight_, q.tensor_scale, q.fmt, q.pad[0], q.dtype)
+
+
+def unpack(p: Prepacked) -> QArray:
+  """The QArray that `prepack` was given."""
+  codes, scale, zero_point = _weights.unpack(p.weight)
+  return QArray(
+    codes, scale, p.tensor_scale, zero_point, p.fmt, -2, (p.pad,), p.dtype
+  )
+
+
+def weight(q: QArray, implementation: str) -> _weights.Prepacked:
+  """The leaves of a (k, n) QArray, but its tensor scale, for a kernel."""
+  k, n = q.shape
+  spec = blocked(q.fmt)
+  tile = TILES[implementation](k, n, spec)
+  layout = LAYOUTS[implementation]
+  return _weights.prepack(
+    q.codes, q.scale, q.zero_point, spec, tile=tile, k=k, layout=layout
+  )
+
+
+def is_quantized(x) -> bool:
+  """Whether an operand holds codes."""
+  return isinstance(x, QArray | Prepacked)
+
+
+def dense(x) -> jax.Array:
+  """An operand in float32."""
+  x = unpack(x) if isinstance(x, Prepacked) else x
+  return qarray.dequantize(x, np.float32) if isinstance(x, QArray) else x

@@ -1,0 +1,114 @@
+"""Quantization by kernels that write packed codes and scales in one pass.
+
+They take blocks along the last axis of a format with block scales. A tensor
+scale is a reduction in XLA before.
+"""
+
+import importlib
+import math
+
+import jax
+import jax.numpy as jnp
+
+from lowbit_jax import _quantize as core
+from lowbit_jax import qarray
+from lowbit_jax.numerics import _rounding
+from lowbit_jax.numerics._codec import blocked
+from lowbit_jax.ops import _partition
+from lowbit_jax.ops._dispatch import Plan
+from lowbit_jax.qarray import QArray
+from lowbit_pallas import _support
+
+
+def plan(implementation: str, x, extras, options) -> Plan:
+  """Plans `quantize` of an array by a kernel.
+
+  Args:
+    implementation: 'tpu' or 'mosaic_gpu'.
+    x: array or `jax.ShapeDtypeStruct`.
+    extras, options: those of `lowbit_jax.ops._quantize`.
+  """
+  why = _support.why_not('quantize', implementation) or _why_not(
+    x, extras, options
+  )
+  if why is not None:
+    raise NotImplementedError(why)
+  kernel = importlib.import_module(f'lowbit_pallas.quantize.{implementation}')
+  config = importlib.import_module('lowbit_pallas.quantize.config')
+  task = config.Task(
+    blocked(options.fmt), options.rule, options.rounding, options.random_bits
+  )
+  matrix = math.prod(x.shape[:-1]), x.shape[-1]
+  why = kernel.why_not(matrix, x.dtype, task)
+  if why is not None:
+    raise NotImplementedError(why)
+
+  def run(x):
+    return _run(implementation, kernel.run, task, x, extras, options)
+
+  return Plan('one pass over the rows, packed codes and scales', run)
+
+
+def _why_not(x, extras, options) -> str | None:
+  fmt = options.fmt
+  if options.axes != (-1,):
+    return f'blocks lie along axes {options.axes}, not along the last one'
+  if fmt.scale is None or fmt.zero_point or not fmt.block[0]:
+    return f'{fmt} has no blocks with a scale and without a zero point'
+  held = extras.tensor_scale
+  if held is not None and (not fmt.tensor_scale or jnp.size(held) != 1):
+    return f'tensor_scale={held} does not fit {fmt}'
+  if fmt.scale.name == 'bfloat16':
+    return f'{fmt} has bfloat16 scales'
+  if options.full_shape is not None and len(x.shape) != 2:
+    return 'origin= with an array that is not a matrix'
+  return None
+
+
+def _run(implementation, kernel, task, x, extras, options) -> QArray:
+  fmt = options.fmt
+  arguments = {}
+  if fmt.tensor_scale:
+    arguments['tensor_scale'] = _tensor_scale(x, extras, options)
+  if options.rounding == 'stochastic':
+    arguments['key_words'] = _rounding.key_words(extras.key)
+  origin = None
+  if options.full_shape is not None:
+    origin = extras.start, options.full_shape
+
+  def run(x, *values):
+    named = dict(zip(arguments, values, strict=True))
+    return kernel(x, task, origin=origin, **named)
+
+  # The bits of a row depend on where it stands, which a shard does not know.
+  split = options.rounding != 'stochastic'
+  lead = x.shape[:-1]
+  matrix = x.reshape(math.prod(lead), x.shape[-1])
+  if implementation == 'tpu':
+    packed, scale = run(matrix, *arguments.values())
+  else:
+    packed, scale = _partition.rows_and_extras(
+      run, matrix, *arguments.values(), split=split
+    )
+  tensor_scale = arguments.get('tensor_scale')
+  if tensor_scale is not None:
+    tensor_scale = tensor_scale.reshape((1,) * x.ndim)
+  return QArray(
+    codes=packed.reshape(*lead, packed.shape[-1]),
+    scale=scale.reshape(*lead, scale.shape[-1]),
+    tensor_scale=tensor_scale,
+    zero_point=None,
+    fmt=fmt,
+    axis=-1,
+    pad=qarray.padding(x.shape, fmt, options.axes),
+    dtype=x.dtype,
+  )
+
+
+def _tensor_scale(x, extras, options) -> jax.Array:
+  if extras.tensor_scale is not None:
+    return jnp.asarray(extras.tensor_scale, jnp.float32).reshape(())
+  job = core.from_data(
+    x, options.fmt, options.axes, options.rule, core.Rounding()
+  )
+  return job.scales.tensor_scale.reshape(())

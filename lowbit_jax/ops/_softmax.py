@@ -1,0 +1,381 @@
+"""softmax, log_softmax and logsumexp, and their derivatives.
+
+Sums of exponentials are taken in the (mantissa, exponent) form of
+`lowbit_pallas.arith.softmax`, in float32 whatever the dtype of the input, and
+the result is rounded once. The derivative stands above the choice of
+implementation, in float32 too: with y = softmax(x) and s = 1 / temperature
+
+    dy = y (s dx - sum(y s dx))
+    d log_softmax = s dx - sum(y s dx)
+    d logsumexp = sum(y s dx)
+
+where dx is zero in masked places. Residuals: y or log y in float32, for
+logsumexp x alone.
+"""
+
+import functools
+import importlib
+import math
+import numbers
+import operator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lowbit_jax.ops import _dispatch, _partition
+from lowbit_pallas import _support
+from lowbit_pallas.softmax import forms, reference
+
+_DTYPES = ('float32', 'bfloat16', 'float16')
+
+
+class _Call(NamedTuple):
+  """Everything about a call that is not an array."""
+
+  kind: str
+  axis: int
+  scale: float
+  algorithm: str
+  out_dtype: Any
+  implementation: Any
+
+
+def softmax(
+  x,
+  axis: int = -1,
+  *,
+  where=None,
+  temperature=1.0,
+  out_dtype=None,
+  algorithm: str = 'auto',
+  implementation=None,
+) -> jax.Array:
+  """exp(x / temperature), normalised to sum to one along an axis.
+
+  Accurate to (10 + h) u for every result above 2^-120, whatever the size of
+  the inputs, with u = 2^-24 and h the longest chain of additions (at most 208
+  for rows up to 131072): half-precision inputs are not rounded on the way.
+
+  Args:
+    x: float32, bfloat16 or float16, of any shape but 0-d.
+    axis: the axis to normalise along.
+    where: bool array that broadcasts to the shape of `x`; entries where it is
+      false take no part and give 0. None for all true.
+    temperature: a positive number; or a float32 scalar array, which may be
+      traced and differentiated. `x * (1 / temperature)` is taken in float32.
+    out_dtype: dtype of the result, of the same three; None for that of `x`.
+    algorithm: 'pair' (two passes, no maximum; NaN for rows with a finite
+      entry beyond 22712), 'online' (for every row), or 'auto', which takes
+      'pair' and, for the rows where it does not hold, 'online'.
+    implementation: None for the best that accepts, a name or a list of names
+      from 'tpu', 'mosaic_gpu', 'xla'; a named one that cannot refuses loudly.
+
+  Returns:
+    Array of the shape of `x`. A row with NaN or +inf among its live entries is
+    NaN, and so is one whose live entries are all -inf; -inf gives exactly 0; a
+    row that is masked as a whole is 0, with zero gradient.
+
+  Raises:
+    TypeError, ValueError: for arguments that do not fit, with the remedy.
+    NotImplementedError: if no requested implementation accepts.
+
+  Derivative: forward and reverse mode, of any order, computed in float32.
+
+  Examples:
+    >>> import jax.numpy as jnp
+    >>> import lowbit_jax as lowbit
+    >>> y = lowbit.softmax(jnp.array([1e4, 1e4, -jnp.inf]))
+    >>> [float(v) for v in y]
+    [0.5, 0.5, 0.0]
+  """
+  arguments = locals()
+  return _run('softmax', **arguments)
+
+
+def log_softmax(
+  x,
+  axis: int = -1,
+  *,
+  where=None,
+  temperature=1.0,
+  out_dtype=None,
+  algorithm: str = 'auto',
+  implementation=None,
+) -> jax.Array:
+  """The logarithm of `softmax`, with the error relative to the result.
+
+  Arguments as in `softmax`. Masked entries and -inf give -inf.
+
+  Examples:
+    >>> import jax.numpy as jnp
+    >>> import lowbit_jax as lowbit
+    >>> float(lowbit.log_softmax(jnp.array([0.0, -1e4]))[1])
+    -10000.0
+  """
+  arguments = locals()
+  return _run('log_softmax', **arguments)
+
+
+def logsumexp(
+  x,
+  axis: int = -1,
+  *,
+  where=None,
+  temperature=1.0,
+  out_dtype=None,
+  algorithm: str = 'auto',
+  implementation=None,
+) -> jax.Array:
+  """log(sum(exp(x / temperature))) over an axis, without overflow.
+
+  Arguments as in `softmax`. The result lacks `axis`; it is -inf where no entry
+  is live or all of them are -inf, NaN where one is NaN, and else +inf where
+  one is +inf.
+
+  Examples:
+    >>> import jax.numpy as jnp
+    >>> import lowbit_jax as lowbit
+    >>> round(float(lowbit.logsumexp(jnp.zeros(8))), 4)
+    2.0794
+  """
+  arguments = locals()
+  return _run('logsumexp', **arguments)
+
+
+def _run(kind: str, x, axis, *, where, temperature, **options) -> jax.Array:
+  if not isinstance(temperature, numbers.Real):
+    x, options['out_dtype'] = _divided(x, temperature, options['out_dtype'])
+    temperature = 1.0
+  x, where, call = operands(
+    kind, x, axis, where=where, temperature=temperature, **options
+  )
+  if x.size == 0:
+    return _of_nothing(x, call)
+  if where is not None:
+    where = jnp.broadcast_to(where, x.shape)
+  return _compiled(x, where, call)
+
+
+def operands(
+  kind: str,
+  x,
+  axis: int = -1,
+  *,
+  where=None,
+  temperature=1.0,
+  out_dtype=None,
+  algorithm: str = 'auto',
+  implementation=None,
+):
+  """Checked arguments of the plans: (x, where, call)."""
+  x = _checked_array(x)
+  axis = _checked_axis(axis, x.shape)
+  if algorithm not in forms.ALGORITHMS:
+    raise ValueError(f'{algorithm=} is not one of {forms.ALGORITHMS}')
+  if isinstance(implementation, list):
+    implementation = tuple(implementation)
+  out_dtype = x.dtype if out_dtype is None else out_dtype
+  dtype = _checked_dtype('out_dtype', out_dtype)
+  is_number = isinstance(temperature, numbers.Real)
+  scale = _checked_scale(temperature) if is_number else 1.0
+  call = _Call(kind, axis, scale, algorithm, dtype, implementation)
+  return x, _checked_mask(where, x.shape), call
+
+
+def _plan_xla(x, where, call: _Call) -> _dispatch.Plan:
+  del x, where
+  run = functools.partial(_last_axis, reference.run, call=call)
+  return _dispatch.Plan('fused loops over rows, pair by pair', run)
+
+
+def _plan_kernel(implementation: str, note: str, x, where, call: _Call):
+  if why := _support.why_not('softmax', implementation):
+    raise NotImplementedError(why)
+  kernel = importlib.import_module(f'lowbit_pallas.softmax.{implementation}')
+  columns = x.shape[call.axis]
+  matrix = (math.prod(x.shape) // max(columns, 1), columns)
+  x = jax.ShapeDtypeStruct(matrix, x.dtype)
+  if why := kernel.why_not(x, call.out_dtype, where is not None):
+    raise NotImplementedError(why)
+  by_rows = _by_rows(kernel.run, has_rules=implementation != 'tpu')
+  run = functools.partial(_last_axis, by_rows, call=call)
+  return _dispatch.Plan(note, run)
+
+
+def _kernel_plan(implementation: str, note: str):
+  return functools.partial(_plan_kernel, implementation, note)
+
+
+TABLE = {
+  'tpu': _kernel_plan('tpu', 'two phases over blocks of rows in VMEM'),
+  'mosaic_gpu': _kernel_plan(
+    'mosaic_gpu', 'rows, or pieces of rows, in shared memory'
+  ),
+  'xla': _plan_xla,
+}
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+def _apply(x, where, call: _Call) -> jax.Array:
+  _, plan = _dispatch.select(
+    call.kind, TABLE, call.implementation, x, where, call
+  )
+  return plan.run(x, where)
+
+
+@_apply.defjvp
+def _apply_jvp(call: _Call, primals, tangents):
+  x, where = primals
+  dx = tangents[0].astype(jnp.float32)
+  if call.scale != 1.0:
+    dx = dx * call.scale
+  if where is not None:
+    dx = jnp.where(where, dx, 0.0)
+  wide = call._replace(out_dtype=jnp.dtype(jnp.float32))
+
+  if call.kind == 'logsumexp':
+
+    @jax.checkpoint
+    def weighted(x, where, dx):
+      y = _apply(x, where, wide._replace(kind='softmax'))
+      return jnp.sum(y * dx, call.axis)
+
+    out, tangent = _apply(x, where, wide), weighted(x, where, dx)
+  else:
+    out = _apply(x, where, wide)
+    is_log = call.kind == 'log_softmax'
+    y = jnp.exp(out) if is_log else out
+    tangent = dx - jnp.sum(y * dx, call.axis, keepdims=True)
+    tangent = tangent if is_log else y * tangent
+    if is_log and where is not None:
+      tangent = jnp.where(where, tangent, 0.0)
+  return out.astype(call.out_dtype), tangent.astype(call.out_dtype)
+
+
+_compiled = jax.jit(_apply, static_argnums=2, inline=True)
+
+
+def _last_axis(run, x, where, *, call: _Call):
+  """Runs an implementation, which knows the last axis only."""
+  axis = call.axis
+  x = jnp.moveaxis(x, axis, -1)
+  where = None if where is None else jnp.moveaxis(where, axis, -1)
+  y = run(
+    x,
+    where,
+    kind=call.kind,
+    scale=call.scale,
+    algorithm=call.algorithm,
+    out_dtype=call.out_dtype,
+  )
+  return y if call.kind == 'logsumexp' else jnp.moveaxis(y, -1, axis)
+
+
+def _by_rows(run, has_rules: bool = True):
+  """An implementation for matrices, on arrays of any rank and sharding."""
+
+  def on_matrix(x, where=None, *, kind, **options):
+    shape = x.shape[:-1] if kind == 'logsumexp' else x.shape
+    matrix = (math.prod(x.shape[:-1]), x.shape[-1])
+    where = None if where is None else where.reshape(matrix)
+    return run(x.reshape(matrix), where, kind=kind, **options).reshape(shape)
+
+  def anywhere(x, where, *, kind, **options):
+    operands = (x,) if where is None else (x, where)
+    on_rows = functools.partial(on_matrix, kind=kind, **options)
+    return _partition.by_rows(
+      on_rows, kind == 'logsumexp', *operands, has_rules=has_rules
+    )
+
+  return anywhere
+
+
+def _of_nothing(x, call: _Call) -> jax.Array:
+  if call.kind != 'logsumexp':
+    return jnp.zeros(x.shape, call.out_dtype)
+  shape = x.shape[: call.axis] + x.shape[call.axis + 1 :]
+  return jnp.full(shape, -jnp.inf, call.out_dtype)
+
+
+def _divided(x, temperature, out_dtype):
+  """x / temperature for a temperature that may be traced, and the out_dtype."""
+  x, temperature = jnp.asarray(x), jnp.asarray(temperature)
+  _checked_array(x)
+  if temperature.shape or not jnp.issubdtype(temperature.dtype, jnp.floating):
+    raise TypeError(
+      f'temperature has shape {temperature.shape} and dtype'
+      f' {temperature.dtype}; it must be a number or a float scalar: divide x'
+      ' yourself by temperatures that differ from row to row'
+    )
+  inverse = 1.0 / temperature.astype(jnp.float32)
+  dtype = x.dtype if out_dtype is None else out_dtype
+  return x.astype(jnp.float32) * inverse, dtype
+
+
+def _checked_array(x):
+  if not isinstance(x, jax.ShapeDtypeStruct):
+    x = jnp.asarray(x)
+  _checked_dtype('x.dtype', x.dtype)
+  if x.ndim == 0:
+    raise ValueError(
+      'x.shape=() has no axis; use x[None] for a row of one entry'
+    )
+  return x
+
+
+def _checked_dtype(name: str, dtype) -> np.dtype:
+  dtype = jnp.dtype(dtype)
+  if dtype.name not in _DTYPES:
+    raise TypeError(
+      f'{name}={dtype.name} is not one of {_DTYPES}: cast it first'
+    )
+  return dtype
+
+
+def _checked_axis(axis, shape) -> int:
+  try:
+    index = operator.index(axis)
+  except TypeError as error:
+    raise TypeError(
+      f'{axis=} must be one integer; merge axes with reshape first'
+    ) from error
+  if not -len(shape) <= index < len(shape):
+    raise ValueError(
+      f'{axis=} is out of range for x.shape={shape}; take one of'
+      f' {-len(shape)} ... {len(shape) - 1}'
+    )
+  return index % len(shape)
+
+
+def _checked_mask(where, shape):
+  if where is None:
+    return None
+  if not isinstance(where, jax.ShapeDtypeStruct):
+    where = jnp.asarray(where)
+  if where.dtype != jnp.bool_:
+    raise TypeError(
+      f'where.dtype={where.dtype} must be bool; compare it, as in where != 0'
+    )
+  try:
+    fits = np.broadcast_shapes(where.shape, shape) == tuple(shape)
+  except ValueError:
+    fits = False
+  if not fits:
+    raise ValueError(
+      f'where.shape={where.shape} does not broadcast to x.shape={shape}; add'
+      ' axes of size 1'
+    )
+  return where
+
+
+def _checked_scale(temperature) -> float:
+  with np.errstate(all='ignore'):
+    scale = float(np.float32(1.0) / np.float32(temperature))
+  if not 0.0 < scale < math.inf:
+    raise ValueError(
+      f'{temperature=} must be a positive number with a float32 reciprocal; for'
+      ' temperature 0 use jax.nn.one_hot(jnp.argmax(x), n)'
+    )
+  return scale

@@ -1,0 +1,235 @@
+"""Hopper kernels of block_matmul: a ring filled by TMA, and WGMMA.
+
+The last warpgroup loads; every other one multiplies 64 rows of the tile. All
+sizes are multiples of the tiles.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from lowbit_pallas import _mosaic_gpu as mgpu
+from lowbit_pallas.block_matmul import reference
+from lowbit_pallas.block_matmul.config import (
+  SWIZZLE_BYTES,
+  WGMMA_ROWS,
+  GpuConfig,
+)
+
+# Registers per thread; two or three warpgroups share 64 Ki of them.
+LOAD_REGISTERS = 40
+MULTIPLY_REGISTERS = 232
+
+ROW_LAYOUT = plgpu.Layout.WGMMA.reduce(1)
+COLUMN_LAYOUT = plgpu.Layout.WGMMA.reduce(0)
+
+
+def promoted(a, b, sa, sb, config: GpuConfig, interpret=None):
+  """'fp8_128': FP8 products of 128 elements, scaled and summed in float32.
+
+  Args:
+    a: FP8 (M, K).
+    b: FP8 (N, K).
+    sa: float32 (K / 128, M).
+    sb: float32 (K / 128, N / 128).
+    config: tiles with bn = bk = 128.
+    interpret: see `mosaic_gpu.run`.
+
+  Returns:
+    float32 (M, N).
+  """
+  bm, bn, bk, stages = config.bm, config.bn, config.bk, config.stages
+  (m, k), n = a.shape, b.shape[0]
+  groups = bm // WGMMA_ROWS
+
+  def body(a, b, sa, sb, out, a_s, b_s, sa_s, out_s, full, empty):
+    i, j, group = (lax.axis_index(name) for name in ('m', 'n', 'group'))
+    rows = pl.ds(group * WGMMA_ROWS, WGMMA_ROWS)
+
+    @pl.when(group == groups)
+    def _():
+      plgpu.set_max_registers(LOAD_REGISTERS, action='decrease')
+
+      def load(step, slot):
+        _load_tiles((a, b), (a_s, b_s), (i, j), config, step, slot, full)
+        plgpu.copy_gmem_to_smem(
+          sa.at[step, pl.ds(i * bm, bm)], sa_s.at[slot], full.at[slot]
+        )
+
+      _fill_ring(load, k // bk, stages, empty)
+
+    @pl.when(group < groups)
+    def _():
+      plgpu.set_max_registers(MULTIPLY_REGISTERS, action='increase')
+
+      def step(index, acc):
+        slot = lax.rem(index, stages)
+        plgpu.barrier_wait(full.at[slot])
+
+        def product(partial):
+          plgpu.wgmma(partial, a_s.at[slot, rows], mgpu.transpose(b_s.at[slot]))
+          plgpu.wgmma_wait(0)
+          return partial[...]
+
+        accumulator = plgpu.WGMMAAccumulatorRef((WGMMA_ROWS, bn), jnp.float32)
+        partial = pl.run_scoped(product, accumulator)
+        row = mgpu.load(sa_s.at[slot, rows], ROW_LAYOUT)
+        plgpu.barrier_arrive(empty.at[slot])
+        row = lax.broadcast_in_dim(row * sb[index, j], partial.shape, (0,))
+        return reference.promote(acc, partial, row, 1)
+
+      zero = jnp.zeros((WGMMA_ROWS, bn), jnp.float32)
+      zero = plgpu.layout_cast(zero, plgpu.Layout.WGMMA)
+      out_s[rows] = lax.fori_loop(0, k // bk, step, zero)
+      _store(out_s.at[rows], out, i * bm + group * WGMMA_ROWS, j * bn)
+
+  return mgpu.kernel(
+    body,
+    out_type=jax.ShapeDtypeStruct((m, n), jnp.float32),
+    grid=(m // bm, n // bn),
+    grid_names=('m', 'n'),
+    num_threads=groups + 1,
+    thread_name='group',
+    scratch_types=[
+      *_rings(a, b, config),
+      plgpu.SMEM((stages, bm), jnp.float32),
+      plgpu.SMEM((bm, bn), jnp.float32),
+      plgpu.Barrier(num_arrivals=3, num_barriers=stages),
+      plgpu.Barrier(num_arrivals=groups, num_barriers=stages),
+    ],
+    interpret=interpret,
+  )(a, b, sa, sb)
+
+
+def integer(a, b, row, column, config: GpuConfig, interpret=None):
+  """'integer': int32 sums of int8 products, then a scale per row and column.
+
+  Args:
+    a: int8 (M, K).
+    b: int8 (N, K).
+    row: float32 (M,).
+    column: float32 (N,).
+    config: tiles.
+    interpret: see `mosaic_gpu.run`.
+
+  Returns:
+    float32 (M, N).
+  """
+  bm, bn, bk, stages = config.bm, config.bn, config.bk, config.stages
+  (m, k), n = a.shape, b.shape[0]
+  groups, steps = bm // WGMMA_ROWS, k // bk
+
+  def body(
+    a, b, row, column, out, a_s, b_s, row_s, column_s, out_s, full, empty, once
+  ):
+    i, j, group = (lax.axis_index(name) for name in ('m', 'n', 'group'))
+    rows = pl.ds(group * WGMMA_ROWS, WGMMA_ROWS)
+
+    @pl.when(group == groups)
+    def _():
+      plgpu.set_max_registers(LOAD_REGISTERS, action='decrease')
+      plgpu.copy_gmem_to_smem(row.at[pl.ds(i * bm, bm)], row_s, once)
+      plgpu.copy_gmem_to_smem(column.at[pl.ds(j * bn, bn)], column_s, once)
+
+      def load(step, slot):
+        _load_tiles((a, b), (a_s, b_s), (i, j), config, step, slot, full)
+
+      _fill_ring(load, steps, stages, empty)
+
+    @pl.when(group < groups)
+    def _():
+      plgpu.set_max_registers(MULTIPLY_REGISTERS, action='increase')
+
+      def product(total):
+        def step(index, _):
+          slot = lax.rem(index, stages)
+          plgpu.barrier_wait(full.at[slot])
+          plgpu.wgmma(total, a_s.at[slot, rows], mgpu.transpose(b_s.at[slot]))
+          plgpu.wgmma_wait(1)  # the product before this one is done
+
+          @pl.when(index > 0)
+          def _():
+            plgpu.barrier_arrive(empty.at[lax.rem(index - 1, stages)])
+
+        lax.fori_loop(0, steps, step, None)
+        plgpu.wgmma_wait(0)
+        return total[...]
+
+      total = pl.run_scoped(
+        product, plgpu.WGMMAAccumulatorRef((WGMMA_ROWS, bn), jnp.int32)
+      )
+      plgpu.barrier_wait(once)
+      r = mgpu.load(row_s.at[rows], ROW_LAYOUT)
+      c = mgpu.load(column_s, COLUMN_LAYOUT)
+      out_s[rows] = reference.scaled(
+        total,
+        lax.broadcast_in_dim(r, total.shape, (0,)),
+        lax.broadcast_in_dim(c, total.shape, (1,)),
+      )
+      _store(out_s.at[rows], out, i * bm + group * WGMMA_ROWS, j * bn)
+
+  return mgpu.kernel(
+    body,
+    out_type=jax.ShapeDtypeStruct((m, n), jnp.float32),
+    grid=(m // bm, n // bn),
+    grid_names=('m', 'n'),
+    num_threads=groups + 1,
+    thread_name='group',
+    scratch_types=[
+      *_rings(a, b, config),
+      plgpu.SMEM((bm,), jnp.float32),
+      plgpu.SMEM((bn,), jnp.float32),
+      plgpu.SMEM((bm, bn), jnp.float32),
+      plgpu.Barrier(num_arrivals=2, num_barriers=stages),
+      plgpu.Barrier(num_arrivals=groups, num_barriers=stages),
+      plgpu.Barrier(num_arrivals=2),
+    ],
+    interpret=interpret,
+  )(a, b, row, column)
+
+
+def _rings(a, b, config: GpuConfig):
+  tiled = (
+    plgpu.TilingTransform((8, SWIZZLE_BYTES)),
+    plgpu.SwizzleTransform(SWIZZLE_BYTES),
+  )
+  return [
+    plgpu.SMEM((config.stages, rows, config.bk), x.dtype, transforms=tiled)
+    for x, rows in ((a, config.bm), (b, config.bn))
+  ]
+
+
+def _load_tiles(sources, rings, tile, config, step, slot, full):
+  columns = pl.ds(step * config.bk, config.bk)
+  for x, ring, index, rows in zip(
+    sources, rings, tile, (config.bm, config.bn), strict=True
+  ):
+    plgpu.copy_gmem_to_smem(
+      x.at[pl.ds(index * rows, rows), columns], ring.at[slot], full.at[slot]
+    )
+
+
+def _fill_ring(load, steps: int, stages: int, empty):
+  """Calls load(step, slot) as slots become free."""
+
+  def step(index, _):
+    slot = lax.rem(index, stages)
+
+    @pl.when(index >= stages)
+    def _():
+      plgpu.barrier_wait(empty.at[slot])
+
+    load(index, slot)
+
+  lax.fori_loop(0, steps, step, None)
+
+
+def _store(tile, out, row, column):
+  plgpu.commit_smem()
+  rows, columns = tile.shape
+  plgpu.copy_smem_to_gmem(
+    tile, out.at[pl.ds(row, rows), pl.ds(column, columns)]
+  )
+  plgpu.wait_smem_to_gmem(0)

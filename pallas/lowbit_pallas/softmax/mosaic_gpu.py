@@ -1,0 +1,336 @@
+"""Softmax kernels for Hopper and Blackwell GPUs.
+
+One warpgroup takes 256 columns at a time and keeps 256 independent sums. A row
+that fits shared memory is read once and needs one kernel, which looks at the
+sum of its row and goes on in the pair or the online form. Longer rows are
+split: one kernel sums the pieces, their sums are joined in the order of the
+pieces, a second kernel normalises. No atomics, so the same bits in every run.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from lowbit_pallas import _mosaic_gpu
+from lowbit_pallas.softmax import config as config_lib
+from lowbit_pallas.softmax import forms
+
+_SLICE = config_lib.SLICE
+_DTYPES = ('float32', 'bfloat16', 'float16')
+_LAYOUT = plgpu.Layout.WG_STRIDED((_SLICE,), vec_size=2)
+
+
+class _Static(NamedTuple):
+  """What a kernel knows at trace time."""
+
+  kind: str
+  scale: float
+  algorithm: str
+  slices: int
+  masked: bool
+  in_dtype: Any
+  out_dtype: Any
+
+
+def why_not(x, out_dtype=None, masked: bool = False) -> str | None:
+  """Why the kernels refuse, or None.
+
+  Args:
+    x: array or `jax.ShapeDtypeStruct`.
+    out_dtype: dtype of the result; None for that of `x`.
+    masked: whether there is a mask.
+  """
+  del masked
+  out_dtype = x.dtype if out_dtype is None else out_dtype
+  if len(x.shape) != 2:
+    return f'x.shape={x.shape} must be (rows, columns)'
+  if x.shape[0] < 1 or x.shape[1] < _SLICE:
+    return f'x.shape={x.shape} must have a row and {_SLICE} columns at least'
+  for name, dtype in (('x.dtype', x.dtype), ('out_dtype', out_dtype)):
+    if jnp.dtype(dtype).name not in _DTYPES:
+      return f'{name}={jnp.dtype(dtype).name} is not one of {_DTYPES}'
+  return None
+
+
+def run(
+  x: jax.Array,
+  where: jax.Array | None = None,
+  *,
+  kind: str = 'softmax',
+  scale: float = 1.0,
+  algorithm: str = 'auto',
+  out_dtype=None,
+  config: config_lib.GpuConfig | None = None,
+  interpret: Any = None,
+) -> jax.Array:
+  """softmax, log_softmax or logsumexp of rows, see `reference.run`.
+
+  Args:
+    x: `(rows, columns)`. Columns that are no multiple of 256 cost a copy.
+    where: bool of that shape, or None.
+    kind: one of `forms.KINDS`.
+    scale: factor of x, in float32.
+    algorithm: one of `forms.ALGORITHMS`.
+    out_dtype: dtype of the result; None for that of `x`.
+    config: how rows are cut; None for the heuristic.
+    interpret: parameters of the GPU interpreter, None to compile.
+
+  Raises:
+    NotImplementedError: with the reason of `why_not`.
+  """
+  out_dtype = jnp.dtype(x.dtype if out_dtype is None else out_dtype)
+  if reason := why_not(x, out_dtype):
+    raise NotImplementedError(reason)
+  rows, columns = x.shape
+  static = _Static(
+    kind, scale, algorithm, 0, where is not None, x.dtype, out_dtype
+  )
+  if config is None:
+    config = config_lib.mosaic_gpu(columns, _bytes_per_entry(static))
+  static = static._replace(slices=config.slices)
+  missing = config.splits * config.slices * _SLICE - columns
+  if missing < 0:
+    raise ValueError(f'{config} holds fewer than {columns} columns')
+  operands = (x,) if where is None else (x, where.astype(jnp.int8))
+  cut = (rows, config.splits, config.slices, _SLICE)
+  operands = tuple(
+    jnp.pad(a, ((0, 0), (0, missing)), constant_values=fill).reshape(cut)
+    for a, fill in zip(operands, (-jnp.inf, 0), strict=False)
+  )
+  if kind == 'logsumexp':
+    return _logsumexp(operands, static, interpret)
+  if config.splits == 1:
+    y = _whole(operands, static, interpret)
+  else:
+    y = _split(operands, static, interpret)
+  return y.reshape(rows, -1)[:, :columns]
+
+
+def _bytes_per_entry(static: _Static) -> int:
+  out = 0 if _in_place(static) else static.out_dtype.itemsize
+  return static.in_dtype.itemsize + static.masked + out
+
+
+def _in_place(static: _Static) -> bool:
+  return static.in_dtype == static.out_dtype
+
+
+def _logsumexp(operands, static: _Static, interpret):
+  """Joins partial sums; rows that the pair form lost are summed once more."""
+  if static.algorithm != 'auto':
+    form = getattr(forms, static.algorithm.upper())
+    y = form.logsumexp(_total(form, operands, static, interpret))
+    return y.astype(static.out_dtype)
+  pair = _total(forms.PAIR, operands, static, interpret)
+
+  def by_row(_):
+    total = _total(forms.ONLINE, operands, static, interpret)
+    online = forms.ONLINE.logsumexp(total)
+    return jnp.where(jnp.isnan(pair[0]), online, forms.PAIR.logsumexp(pair))
+
+  y = lax.cond(
+    jnp.any(jnp.isnan(pair[0])),
+    by_row,
+    lambda _: forms.PAIR.logsumexp(pair),
+    None,
+  )
+  return y.astype(static.out_dtype)
+
+
+def _split(operands, static: _Static, interpret):
+  """Both passes over rows in pieces."""
+
+  def finish(form, total):
+    return _normalised(form, operands, total, static, interpret)
+
+  if static.algorithm != 'auto':
+    form = getattr(forms, static.algorithm.upper())
+    return finish(form, _total(form, operands, static, interpret))
+  pair = _total(forms.PAIR, operands, static, interpret)
+  lost = jnp.isnan(pair[0])
+
+  def by_row(_):
+    online = _total(forms.ONLINE, operands, static, interpret)
+    return jnp.where(
+      lost[:, None, None, None],
+      finish(forms.ONLINE, online),
+      finish(forms.PAIR, pair),
+    )
+
+  return lax.cond(
+    jnp.any(lost), by_row, lambda _: finish(forms.PAIR, pair), None
+  )
+
+
+def _whole(operands, static: _Static, interpret):
+  """Both passes over rows that lie in shared memory."""
+  shape = operands[0].shape
+
+  def body(*refs):
+    *sources, out_ref, tiles, out_tile, barrier = refs
+    row = lax.axis_index('row')
+    _fetch([ref.at[row, 0] for ref in sources], tiles, barrier)
+    out_tile = tiles[0] if out_tile is None else out_tile
+
+    def write(form, total):
+      _write(form, tiles, total, out_tile, static)
+
+    if static.algorithm != 'auto':
+      form = getattr(forms, static.algorithm.upper())
+      write(form, _join(form, _sum(form, tiles, static)))
+    else:
+      pair = _join(forms.PAIR, _sum(forms.PAIR, tiles, static))
+      lost = pair[0] != pair[0]
+
+      @pl.when(lost)
+      def _():
+        online = _sum(forms.ONLINE, tiles, static)
+        write(forms.ONLINE, _join(forms.ONLINE, online))
+
+      @pl.when(jnp.logical_not(lost))
+      def _():
+        write(forms.PAIR, pair)
+
+    _send(out_tile, out_ref.at[row, 0])
+
+  return _kernel(
+    body,
+    jax.ShapeDtypeStruct(shape, static.out_dtype),
+    (shape[0],),
+    ('row',),
+    [_tiles(static), _out_tile(static), _barrier(static)],
+    interpret,
+  )(*operands)
+
+
+def _total(form, operands, static: _Static, interpret):
+  """The sums of rows, two `(rows,)` arrays."""
+  rows, splits, *_ = operands[0].shape
+
+  def body(*refs):
+    *sources, first_ref, second_ref, tiles, first, second, barrier = refs
+    row, split = lax.axis_index('row'), lax.axis_index('split')
+    _fetch([ref.at[row, split] for ref in sources], tiles, barrier)
+    first[...], second[...] = _sum(form, tiles, static)
+    _send(first, first_ref.at[row, split])
+    _send(second, second_ref.at[row, split])
+
+  part = jax.ShapeDtypeStruct((rows, splits, _SLICE), jnp.float32)
+  lanes = plgpu.SMEM((_SLICE,), jnp.float32)
+  parts = _kernel(
+    body,
+    (part, part),
+    (rows, splits),
+    ('row', 'split'),
+    [_tiles(static), lanes, lanes, _barrier(static)],
+    interpret,
+  )(*operands)
+  return form.total(form.total(form.state(*parts), 1), 1)
+
+
+def _normalised(form, operands, total, static: _Static, interpret):
+  """The second pass over rows in pieces."""
+  shape = operands[0].shape
+
+  def body(*refs):
+    *sources, first_ref, second_ref, out_ref, tiles, out_tile, barrier = refs
+    row, split = lax.axis_index('row'), lax.axis_index('split')
+    _fetch([ref.at[row, split] for ref in sources], tiles, barrier)
+    out_tile = tiles[0] if out_tile is None else out_tile
+    total = form.state(first_ref[row], second_ref[row])
+    _write(form, tiles, total, out_tile, static)
+    _send(out_tile, out_ref.at[row, split])
+
+  return _kernel(
+    body,
+    jax.ShapeDtypeStruct(shape, static.out_dtype),
+    shape[:2],
+    ('row', 'split'),
+    [_tiles(static), _out_tile(static), _barrier(static)],
+    interpret,
+  )(*operands, *total)
+
+
+def _kernel(body, out_type, grid, grid_names, scratch_types, interpret):
+  options = {} if interpret is None else {'interpret': interpret}
+  return _mosaic_gpu.kernel(
+    body,
+    out_type=out_type,
+    grid=grid,
+    grid_names=grid_names,
+    scratch_types=scratch_types,
+    **options,
+  )
+
+
+def _tiles(static: _Static):
+  shape = (static.slices, _SLICE)
+  tiles = [plgpu.SMEM(shape, static.in_dtype)]
+  return tiles + [plgpu.SMEM(shape, jnp.int8)] * static.masked
+
+
+def _out_tile(static: _Static):
+  if _in_place(static):
+    return None
+  return plgpu.SMEM((static.slices, _SLICE), static.out_dtype)
+
+
+def _barrier(static: _Static):
+  return plgpu.Barrier(num_arrivals=1 + static.masked)
+
+
+def _fetch(sources, tiles, barrier):
+  """Copies a piece of a row, and of its mask, to shared memory."""
+  for source, tile in zip(sources, tiles, strict=True):
+    plgpu.copy_gmem_to_smem(source, tile, barrier)
+  plgpu.barrier_wait(barrier)
+
+
+def _send(tile, target):
+  plgpu.commit_smem()
+  plgpu.copy_smem_to_gmem(tile, target)
+  plgpu.wait_smem_to_gmem(0)
+
+
+def _load(tiles, i, static: _Static):
+  """Slice `i` of a piece in float32, and its mask or None."""
+  x = _mosaic_gpu.load(tiles[0].at[i], _LAYOUT).astype(jnp.float32)
+  if static.scale != 1.0:
+    x = x * static.scale
+  if not static.masked:
+    return x, None
+  mask = _mosaic_gpu.load(tiles[1].at[i], _LAYOUT)
+  return x, mask.astype(jnp.int32) != 0
+
+
+def _sum(form, tiles, static: _Static):
+  """The 256 sums of a piece."""
+
+  def step(i, state):
+    return form.merge(state, form.exp(*_load(tiles, i, static)))
+
+  state = form.state(
+    *(plgpu.layout_cast(v, _LAYOUT) for v in form.identity((_SLICE,)))
+  )
+  return lax.fori_loop(0, static.slices, step, state)
+
+
+def _join(form, state):
+  """The sum of 256 sums, two scalars."""
+  return form.total(state, 0)
+
+
+def _write(form, tiles, total, out_tile, static: _Static):
+  """Normalises a piece."""
+  normalise = getattr(form, static.kind)
+  total = form.state(*(lax.broadcast_in_dim(v, (_SLICE,), ()) for v in total))
+
+  def step(i, _):
+    x, where = _load(tiles, i, static)
+    out_tile[i] = normalise(x, total, where, 0).astype(out_tile.dtype)
+
+  lax.fori_loop(0, static.slices, step, None)

@@ -1,0 +1,281 @@
+"""Softmax kernels for TPU.
+
+Grid (row blocks, 2, column blocks). Phase 0 sums a row block's exponentials in
+VMEM scratch, lane by lane, 128 independent sums to a row, and joins the lanes
+at its end; phase 1 normalises. The output block stays parked at column 0
+during phase 0, so nothing is written before there is something to write. A
+block that holds whole rows is read once, others twice.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from lowbit_pallas.softmax import config as config_lib
+from lowbit_pallas.softmax import forms
+
+_LANES = config_lib.LANES
+_DTYPES = ('float32', 'bfloat16', 'float16')
+
+
+class _Static(NamedTuple):
+  """What a kernel knows at trace time."""
+
+  form: forms.Form
+  kind: str
+  scale: float
+  columns: int
+  config: config_lib.TpuConfig
+  tile: int
+  masked: bool
+  out_dtype: Any
+
+
+def why_not(x, out_dtype=None, masked: bool = False) -> str | None:
+  """Why the kernel refuses, or None.
+
+  Args:
+    x: array or `jax.ShapeDtypeStruct`.
+    out_dtype: dtype of the result; None for that of `x`.
+    masked: whether there is a mask.
+  """
+  del masked
+  out_dtype = x.dtype if out_dtype is None else out_dtype
+  if len(x.shape) != 2:
+    return f'x.shape={x.shape} must be (rows, columns)'
+  if 0 in x.shape:
+    return f'x.shape={x.shape} is empty'
+  for name, dtype in (('x.dtype', x.dtype), ('out_dtype', out_dtype)):
+    if jnp.dtype(dtype).name not in _DTYPES:
+      return f'{name}={jnp.dtype(dtype).name} is not one of {_DTYPES}'
+  return None
+
+
+def run(
+  x: jax.Array,
+  where: jax.Array | None = None,
+  *,
+  kind: str = 'softmax',
+  scale: float = 1.0,
+  algorithm: str = 'auto',
+  out_dtype=None,
+  config: config_lib.TpuConfig | None = None,
+  interpret: Any = False,
+) -> jax.Array:
+  """softmax, log_softmax or logsumexp of rows, see `reference.run`.
+
+  Args:
+    x: `(rows, columns)`.
+    where: bool of that shape, or None.
+    kind: one of `forms.KINDS`.
+    scale: factor of x, in float32.
+    algorithm: one of `forms.ALGORITHMS`. 'auto' runs the pair kernel, and the
+      online kernel on top where it lost a row.
+    out_dtype: dtype of the result; None for that of `x`.
+    config: block sizes; None for the heuristic.
+    interpret: as in `pl.pallas_call`.
+
+  Raises:
+    NotImplementedError: with the reason of `why_not`.
+  """
+  out_dtype = jnp.dtype(x.dtype if out_dtype is None else out_dtype)
+  if reason := why_not(x, out_dtype):
+    raise NotImplementedError(reason)
+  # Mosaic has no float16 vectors; the sums are float32 in any case.
+  if x.dtype == jnp.float16:
+    x = x.astype(jnp.float32)
+  kernel_out = jnp.dtype(jnp.float32)
+  if out_dtype != jnp.float16:
+    kernel_out = out_dtype
+  itemsize = 1 if where is not None else min(x.itemsize, kernel_out.itemsize)
+  if config is None:
+    config = config_lib.tpu(x.shape[0], x.shape[1], itemsize)
+  operands = (x,) if where is None else (x, where.astype(jnp.int8))
+
+  def call(form):
+    static = _Static(
+      form,
+      kind,
+      scale,
+      x.shape[1],
+      config,
+      config_lib.sublanes(itemsize),
+      where is not None,
+      kernel_out,
+    )
+    *y, log_sum = _call(operands, static, interpret)
+    return (*y, log_sum[:, 0])
+
+  if algorithm != 'auto':
+    return call(getattr(forms, algorithm.upper()))[0].astype(out_dtype)
+  y, *_ = pair = call(forms.PAIR)
+  lost = jnp.isnan(pair[-1])
+
+  def online(y):
+    rows = lost if kind == 'logsumexp' else lost[:, None]
+    return jnp.where(rows, call(forms.ONLINE)[0], y)
+
+  return lax.cond(jnp.any(lost), online, lambda y: y, y).astype(out_dtype)
+
+
+def _call(operands, static: _Static, interpret):
+  """(y, logsumexp (rows, 1)), or the latter alone."""
+  rows, columns = operands[0].shape
+  bm, bn = static.config.rows, static.config.columns
+  phases = 1 if static.kind == 'logsumexp' else 2
+  in_block = pl.BlockSpec((bm, bn), lambda i, phase, j: (i, j))
+  specs = [pl.BlockSpec((bm, 1), lambda i, phase, j: (i, 0))]
+  # Inside shard_map the result varies over the mesh as the input does.
+  shape_of = functools.partial(
+    jax.ShapeDtypeStruct,
+    manual_axis_type=jax.typeof(operands[0]).manual_axis_type,
+  )
+  shapes = [shape_of((rows, 1), jnp.float32)]
+  if phases == 2:
+    specs.insert(0, pl.BlockSpec((bm, bn), lambda i, phase, j: (i, j * phase)))
+    shapes.insert(0, shape_of((rows, columns), static.out_dtype))
+  return pl.pallas_call(
+    functools.partial(_kernel, static=static),
+    grid=(pl.cdiv(rows, bm), phases, pl.cdiv(columns, bn)),
+    in_specs=[in_block] * len(operands),
+    out_specs=specs,
+    out_shape=shapes,
+    scratch_shapes=[pltpu.VMEM((bm, _LANES), jnp.float32)] * 2,
+    compiler_params=pltpu.CompilerParams(
+      dimension_semantics=('parallel', 'arbitrary', 'arbitrary')
+    ),
+    interpret=interpret,
+    name=f'softmax_{static.kind}',
+  )(*operands)
+
+
+def _kernel(x_ref, *refs, static: _Static):
+  where_ref = None
+  if static.masked:
+    where_ref, *refs = refs
+  *y_refs, log_sum_ref, first_ref, second_ref = refs
+  scratch = first_ref, second_ref
+  source = x_ref, where_ref
+  phase, j = pl.program_id(1), pl.program_id(2)
+
+  @pl.when((phase == 0) & (j == 0))
+  def _():
+    first_ref[...], second_ref[...] = static.form.identity(first_ref.shape)
+
+  @pl.when(phase == 0)
+  def _():
+    _sum_block(source, scratch, j, static)
+
+  @pl.when((phase == 0) & (j == pl.num_programs(2) - 1))
+  def _():
+    _join_lanes(scratch, log_sum_ref, static)
+
+  if y_refs:
+
+    @pl.when(phase == 1)
+    def _():
+      _write_block(source, scratch, y_refs[0], j, static)
+
+
+def _sum_block(source, scratch, j, static: _Static):
+  """Adds a block to the sums of its rows."""
+  form = static.form
+  width = config_lib.chunk(static.config)
+
+  def per_tile(rows):
+    def per_chunk(c, state):
+      x, where = _load(source, rows, c, j, static)
+      return form.merge(state, form.part(x, where, 0))
+
+    state = form.state(*(ref[rows, :] for ref in scratch))
+    steps = static.config.columns // width
+    state = lax.fori_loop(0, steps, per_chunk, state)
+    for ref, v in zip(scratch, state, strict=True):
+      ref[rows, :] = v
+
+  _for_tiles(per_tile, static)
+
+
+def _join_lanes(scratch, log_sum_ref, static: _Static):
+  """Replaces the sums of the lanes by that of the row, in every lane."""
+  form = static.form
+
+  def per_tile(rows):
+    lanes = form.state(*(ref[rows, :] for ref in scratch))
+    total = form.state(
+      *(
+        lax.broadcast_in_dim(v, lanes[0].shape, (0,))
+        for v in form.total(lanes, 1)
+      )
+    )
+    for ref, v in zip(scratch, total, strict=True):
+      ref[rows, :] = v
+    log_sum_ref[rows, :] = form.logsumexp(total)[:, :1]
+
+  _for_tiles(per_tile, static)
+
+
+def _write_block(source, scratch, y_ref, j, static: _Static):
+  """Normalises a block."""
+  normalise = getattr(static.form, static.kind)
+  width = config_lib.chunk(static.config)
+
+  def per_tile(rows):
+    total = static.form.state(*(ref[rows, :] for ref in scratch))
+
+    def per_chunk(c, _):
+      x, where = _load(source, rows, c, j, static)
+      y = normalise(x, total, where, 0).astype(y_ref.dtype)
+      start = pl.multiple_of(c * width, _LANES)
+      for s in range(width // _LANES):
+        y_ref[rows, pl.ds(start + s * _LANES, _LANES)] = y[s]
+      return 0
+
+    lax.fori_loop(0, static.config.columns // width, per_chunk, 0)
+
+  _for_tiles(per_tile, static)
+
+
+def _for_tiles(per_tile, static: _Static):
+  def step(r, _):
+    start = pl.multiple_of(r * static.tile, static.tile)
+    per_tile(pl.ds(start, static.tile))
+    return 0
+
+  lax.fori_loop(0, static.config.rows // static.tile, step, 0)
+
+
+def _load(source, rows, c, j, static: _Static):
+  """Chunk `c` of a tile of rows of block `j`, as (slices, rows, lanes).
+
+  Columns beyond the matrix become -inf, which adds nothing.
+  """
+  x_ref, where_ref = source
+  width = config_lib.chunk(static.config)
+  start = pl.multiple_of(c * width, _LANES)
+
+  def slices(ref):
+    return jnp.stack(
+      [
+        ref[rows, pl.ds(start + s * _LANES, _LANES)]
+        for s in range(width // _LANES)
+      ]
+    )
+
+  x = slices(x_ref).astype(jnp.float32)
+  if static.scale != 1.0:
+    x = x * static.scale
+  where = None
+  if where_ref is not None:
+    where = slices(where_ref).astype(jnp.int32) != 0
+  bn = static.config.columns
+  if static.columns % bn:
+    column = lax.broadcasted_iota(jnp.int32, x.shape, 2)
+    column += lax.broadcasted_iota(jnp.int32, x.shape, 0) * _LANES
+    x = jnp.where(column < static.columns - j * bn - start, x, -jnp.inf)
+  return x, where

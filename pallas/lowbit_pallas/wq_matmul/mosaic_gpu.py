@@ -1,0 +1,284 @@
+"""The product on Hopper: weights are decoded in registers.
+
+The transposed result is summed, (64, bm) tiles of w^T x^T: decoded weights are
+the operand of WGMMA that may live in registers, and rows of x, which are few,
+its minor dimension. TMA brings tiles of codes, scales and x into a ring of
+buffers. K is cut into `split_k` parts, so that few columns still fill the
+device; float32 partial results are added in a fixed order.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from lowbit_pallas import _mosaic_gpu
+from lowbit_pallas.arith import block, codec, packing
+from lowbit_pallas.wq_matmul import config as _config
+from lowbit_pallas.wq_matmul import reference
+from lowbit_pallas.wq_matmul.config import Config
+from lowbit_pallas.wq_matmul.prepack import Prepacked
+
+ROWS = 64  # of the weight's columns in a WGMMA
+heuristic = _config.gpu_heuristic
+
+
+def why_not(x_shape, x_dtype, w: Prepacked, config: Config) -> str | None:
+  """Why the kernel refuses, or None.
+
+  Args:
+    x_shape, x_dtype: of x.
+    w: the weight, arrays or `jax.ShapeDtypeStruct`.
+    config: see `config.gpu_heuristic`.
+  """
+  refusal = reference.why_not(x_shape, x_dtype, w, config.schedule)
+  if refusal is not None:
+    return refusal
+  if w.layout != 'nk':
+    return f"the weight has layout {w.layout!r}; prepack it with layout='nk'"
+  if w.tile != config.tile:
+    return f'the weight has tiles of {w.tile} rows, config.tile={config.tile}'
+  lane = w.tile // packing.codes_per_group(w.spec.bits)
+  if lane not in (64, 128):
+    return f'tiles of {w.tile} rows have lanes of {lane}, not 64 or 128'
+  if config.bn != ROWS:
+    return f'config.bn={config.bn}, not {ROWS}'
+  if config.bm % 8 or not 8 <= config.bm <= 256:
+    return f'config.bm={config.bm} is not a multiple of 8 from 8 to 256'
+  if w.steps % config.split_k:
+    return f'config.split_k={config.split_k} does not divide {w.steps} tiles'
+  wide = x_dtype != jnp.bfloat16
+  if wide and not reference.fits_bfloat16(w, config.schedule):
+    return (
+      f'x is {jnp.dtype(x_dtype).name} and bfloat16 does not hold the weights'
+      f' of the schedule {config.schedule!r}'
+    )
+  if w.spec.block % lane == 0:
+    return None
+  if config.schedule == 'post':
+    return f"blocks of {w.spec.block} are not whole lanes of {lane} for 'post'"
+  if not _mosaic_gpu.concatenates():
+    return (
+      f'blocks of {w.spec.block} in lanes of {lane} need concatenation, which'
+      ' Mosaic GPU has from JAX 0.11 on'
+    )
+  return None
+
+
+def run(x, w: Prepacked, *, config: Config | None = None, out_dtype=None):
+  """x @ dequantize(w).
+
+  Args:
+    x: (m, k) in bfloat16, float16 or float32.
+    w: the weight in the layout 'nk'.
+    config: tile sizes; None for `heuristic` with the tile of w.
+    out_dtype: dtype of the result, which is rounded to it once; None for that
+      of x.
+
+  Returns:
+    (m, n).
+  """
+  if config is None:
+    config = heuristic(x.shape[0], w.n, w.k, w.spec, x.dtype, tile=w.tile)
+  refusal = why_not(x.shape, x.dtype, w, config)
+  if refusal is not None:
+    raise NotImplementedError(refusal)
+  out_dtype = x.dtype if out_dtype is None else out_dtype
+  m = x.shape[0]
+  if not (m and w.n and w.steps):
+    return jnp.zeros((m, w.n), out_dtype)
+  operands, _ = reference.operands_of(x, w, config.schedule)
+  parts = _call(operands, w, config)
+  out = parts[0]
+  for part in parts[1:]:
+    out = out + part
+  out = out[: w.n, : operands.shape[0]].T
+  out = reference.sum_of_parts(out, m)
+  if w.scale is not None and not w.spec.block:
+    out = block.times_scale(out, w.scale[0], w.spec.scale)
+  return out.astype(out_dtype)
+
+
+def _call(x, w: Prepacked, config: Config):
+  """Partial results (split_k, n, m), n and m padded to whole tiles."""
+  bm, steps = config.bm, w.steps // config.split_k
+  m, n = _round_up(x.shape[0], bm), _round_up(w.n, ROWS)
+  x = jnp.pad(x, ((0, m - x.shape[0]), (0, 0)))
+  # TMA wants rows of whole 16 bytes, and tiled layouts multiples of 8 columns.
+  planes = w.planes
+  if w.n % 8:
+    planes = jnp.pad(planes, ((0, 0), (0, n - w.n), (0, 0)))
+  per_block = [
+    None if leaf is None else jnp.pad(leaf, ((0, 0), (0, 0), (0, n - w.n)))
+    for leaf in (w.scale if w.spec.block else None, w.zero_point)
+  ]
+  inputs = [x, planes, *[leaf for leaf in per_block if leaf is not None]]
+  body = functools.partial(
+    _kernel,
+    spec=w.spec,
+    steps=steps,
+    tiles_per_block=w.tiles_per_block,
+    has_scale=per_block[0] is not None,
+    config=config,
+  )
+  return _mosaic_gpu.kernel(
+    body,
+    out_type=jax.ShapeDtypeStruct((config.split_k, n, m), jnp.float32),
+    grid=(n // ROWS, config.split_k, m // bm),
+    grid_names=('n', 'part', 'm'),
+    scratch_types=[plgpu.SMEM((ROWS, bm), jnp.float32)],
+  )(*inputs)
+
+
+def _kernel(
+  x, planes, *rest, spec, steps, tiles_per_block, has_scale, config: Config
+):
+  *per_block, out, out_smem = rest
+  column, part, row = (lax.axis_index(a) for a in ('n', 'part', 'm'))
+  count = packing.codes_per_group(spec.bits)
+  lane = config.tile // count
+  first = part * steps
+
+  def block_of(k):
+    return lax.div(first + k, tiles_per_block), 0, column
+
+  in_specs = [
+    _tiled((config.bm, lane), 2, lambda k, j=j: (row, (first + k) * count + j))
+    for j in range(count)
+  ]
+  in_specs += [
+    _tiled((ROWS, lane), 1, lambda k: (column, first + k))
+    for _ in range(planes.shape[0])
+  ]
+  in_specs += [
+    plgpu.BlockSpec((None, leaf.shape[1], ROWS), block_of) for leaf in per_block
+  ]
+
+  def unpack(refs):
+    xs, rest = refs[:count], refs[count:]
+    codes, rest = rest[: planes.shape[0]], list(rest[planes.shape[0] :])
+    scale = rest.pop(0) if has_scale else None
+    zero = rest[0] if rest else None
+    return xs, codes, scale, zero
+
+  def pipeline(step, carry=None):
+    return plgpu.emit_pipeline(
+      step,
+      grid=(steps,),
+      in_specs=in_specs,
+      max_concurrent_steps=min(config.stages, steps),
+      init_carry=carry,
+    )(
+      *[x] * count,
+      *[planes.at[b] for b in range(planes.shape[0])],
+      *per_block,
+    )
+
+  def pre(acc):
+    def step(_, *refs):
+      xs, codes, scale, zero = unpack(refs)
+      weights = _weights(codes, scale, zero, spec, lane)
+      _multiply(acc, weights, xs)
+
+    pipeline(step)
+    return acc[...]
+
+  def post():
+    def step(_, *refs):
+      *refs, total = refs
+      xs, codes, scale, zero = unpack(refs)
+      weights = _weights(codes, None, zero, spec, lane)
+      each = count // scale.shape[0]  # lanes in a block
+      for g in range(scale.shape[0]):
+        mine = slice(g * each, (g + 1) * each)
+
+        def block_sum(acc, mine=mine):
+          _multiply(acc, weights[mine], xs[mine])
+          return acc[...]
+
+        part = pl.run_scoped(block_sum, accumulator)
+        stored = _mosaic_gpu.load(scale.at[g], plgpu.Layout.WGMMA.reduce(1))
+        for factor in block.scale_factors(stored, spec.scale):
+          part = part * _along_rows(factor, part.shape)
+        total = total + part
+      return total
+
+    zeros = jnp.zeros((ROWS, config.bm), jnp.float32)
+    return pipeline(step, plgpu.layout_cast(zeros, plgpu.Layout.WGMMA))
+
+  accumulator = _mosaic_gpu.accumulator((ROWS, config.bm), jnp.float32)
+  by_block = has_scale and config.schedule == 'post'
+  out_smem[...] = post() if by_block else pl.run_scoped(pre, accumulator)
+  plgpu.commit_smem()
+  columns, rows = pl.ds(column * ROWS, ROWS), pl.ds(row * config.bm, config.bm)
+  plgpu.copy_smem_to_gmem(out_smem, out.at[part, columns, rows])
+  plgpu.wait_smem_to_gmem(0)
+
+
+def _multiply(acc, weights, xs):
+  for weight, x in zip(weights, xs, strict=True):
+    plgpu.wgmma(acc, weight, _mosaic_gpu.transpose(x))
+  plgpu.wgmma_wait(0)
+
+
+def _tiled(shape, itemsize: int, index_map):
+  """A block in the swizzled layout that WGMMA and its loads take."""
+  swizzle = min(128, shape[1] * itemsize)
+  transforms = (
+    plgpu.TilingTransform((8, swizzle // itemsize)),
+    plgpu.SwizzleTransform(swizzle),
+  )
+  return plgpu.BlockSpec(shape, index_map, transforms=transforms)
+
+
+def _weights(planes, scale, zero, spec: block.Blocked, lane: int):
+  """Decoded lanes of a tile in bfloat16, (64, lane) in registers."""
+  stream = []
+  for ref in planes:
+    codes = _mosaic_gpu.load(ref, plgpu.Layout.WGMMA_UPCAST_2X)
+    stream.append(plgpu.layout_cast(codes, plgpu.Layout.WGMMA))
+  lanes = packing.planes_to_lanes(stream, spec.bits)
+  tile = lane * len(lanes)
+  out = []
+  for j, code in enumerate(lanes):
+    value = codec.decode_in_kernel(code, spec.element)
+    rows = range(j * lane, (j + 1) * lane)
+    if zero is not None:
+      value = value - _expand(zero, lambda z: (_float(z),), rows, tile)[0]
+    if scale is not None:
+      factors = functools.partial(block.scale_factors, scale=spec.scale)
+      for factor in _expand(scale, factors, rows, tile):
+        value = value * factor
+    out.append(value.astype(jnp.bfloat16))
+  return out
+
+
+def _expand(ref, numbers, rows: range, tile: int):
+  """Arrays (64, rows) of the numbers of their blocks, from (blocks, 64)."""
+  size = tile // ref.shape[0]
+  runs = []
+  for g in range(rows.start // size, -(-rows.stop // size)):
+    stored = _mosaic_gpu.load(ref.at[g], plgpu.Layout.WGMMA.reduce(1))
+    shape = (ROWS, min(size, len(rows)))
+    runs.append([_along_rows(v, shape) for v in numbers(stored)])
+  return [_concatenate(parts) for parts in zip(*runs, strict=True)]
+
+
+def _along_rows(v, shape):
+  v = lax.broadcast_in_dim(v, shape, (0,))
+  return plgpu.layout_cast(v, plgpu.Layout.WGMMA)
+
+
+def _concatenate(parts):
+  return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
+
+
+def _float(code):
+  return code.astype(jnp.int32).astype(jnp.float32)
+
+
+def _round_up(n: int, unit: int) -> int:
+  return -(-n // unit) * unit

@@ -1,0 +1,159 @@
+"""Public operations through TPU kernels in interpret mode, against XLA.
+
+The kernels have tests of their own; here it is about what leads to them.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl.testing import absltest, parameterized
+from jax.experimental.pallas import tpu as pltpu
+
+import lowbit_jax
+from lowbit_jax import formats
+
+U = 2.0**-24
+M, K, N = 5, 256, 40
+
+
+def data(*shape, seed: int = 0) -> np.ndarray:
+  return np.random.RandomState(seed).randn(*shape).astype(np.float32)
+
+
+def interpreted(f, *arguments, **options):
+  with pltpu.force_tpu_interpret_mode():
+    return jax.block_until_ready(f(*arguments, implementation='tpu', **options))
+
+
+def weight(name: str, k: int = K):
+  fmt = formats.get(name)
+  axis = (-2, -1) if fmt.is_tile else -2
+  return lowbit_jax.quantize(data(k, N, seed=1), fmt, axis=axis)
+
+
+def assert_product(got, a, b, rounding: float = 0.0):
+  """Within (k + 8) u sum |a| |b|, as tests/ops/dot_test.py derives it, and the
+  rounding of weights."""
+  a, b = (
+    np.asarray(lowbit_jax.dequantize(v) if is_quantized(v) else v, np.float64)
+    for v in (a, b)
+  )
+  bound = ((a.shape[-1] + 8) * U + rounding) * (np.abs(a) @ np.abs(b)) + 1e-30
+  error = np.abs(np.asarray(got, np.float64) - a @ b)
+  assert np.all(error <= bound), np.max(error / bound)
+
+
+def is_quantized(x) -> bool:
+  return isinstance(x, lowbit_jax.QArray)
+
+
+class DotTest(parameterized.TestCase):
+  # Weights with float scales are rounded to bfloat16 after scaling.
+  @parameterized.parameters(
+    ('mxfp4', 0.0), ('nvfp4', 0.0), ('mxfp6_e2m3', 0.0), ('int4_g32', 2.0**-9),
+    ('uint4_g32', 2.0**-9), ('int8_channel', 0.0), ('int4_tensor', 0.0),
+  )  # fmt: skip
+  def test_weights(self, name, rounding):
+    x = jnp.asarray(data(M, K), jnp.bfloat16)
+    q = weight(name)
+    got = interpreted(lowbit_jax.dot, x, q, preferred_element_type=jnp.float32)
+    assert_product(got, x, q, rounding)
+
+  def test_float32_activations_lose_nothing(self):
+    x, q = data(M, K), weight('nvfp4')
+    assert_product(interpreted(lowbit_jax.dot, x, q), x, q)
+
+  def test_ragged_reduction(self):
+    x, q = data(M, 250), weight('mxfp4', 250)
+    assert_product(interpreted(lowbit_jax.dot, x, q), x, q)
+
+  def test_prepacked(self):
+    x, q = data(M, K), weight('nvfp4')
+    p = lowbit_jax.prepack(q, implementation='tpu')
+    want = interpreted(lowbit_jax.dot, x, q)
+    np.testing.assert_array_equal(interpreted(lowbit_jax.dot, x, p), want)
+
+  def test_einsum_of_several_axes(self):
+    x = data(2, 64, 3, seed=2)
+    q = lowbit_jax.quantize(data(3, 64, 8), formats.mxfp4, axis=1)
+    f = functools.partial(lowbit_jax.einsum, 'bkh,hkn->nb')
+    want = np.einsum('bkh,hkn->nb', x, lowbit_jax.dequantize(q))
+    np.testing.assert_allclose(interpreted(f, x, q), want, rtol=0, atol=1e-4)
+
+  @parameterized.parameters(
+    ('mxfp4', 'mxfp4', 0.0),
+    ('nvfp4', 'nvfp4', 0.0),
+    ('int8_channel', 'int8_channel', 0.0),
+    ('fp8_1x128', 'fp8_128x128', 0.0),
+  )
+  def test_two_quantized_operands(self, left, right, rounding):
+    x = lowbit_jax.quantize(data(M, K), formats.get(left))
+    q = weight(right)
+    note = lowbit_jax.select_implementation(
+      'dot', x, q, implementation='tpu'
+    ).note
+    self.assertIn('block-scaled', note)
+    got = interpreted(lowbit_jax.dot, x, q)
+    assert_product(got, x, q, rounding)
+
+  def test_gradient(self):
+    x, q = data(M, K), weight('mxfp4')
+
+    def loss(x, implementation):
+      y = lowbit_jax.dot(x, q, implementation=implementation)
+      return jnp.sum(jnp.sin(y))
+
+    with pltpu.force_tpu_interpret_mode():
+      got = jax.grad(loss)(x, 'tpu')
+    np.testing.assert_allclose(got, jax.grad(loss)(x, 'xla'), atol=1e-4)
+
+
+class QuantizeTest(parameterized.TestCase):
+  @parameterized.parameters(
+    ('mxfp4', (3, 96)), ('nvfp4', (2, 3, 50)), ('mxfp8_e4m3', (40,)),
+    ('int4_g32', (3, 64)), ('mxfp6_e2m3', (3, 64)),
+  )  # fmt: skip
+  def test_same_bits(self, name, shape):
+    fmt, x = formats.get(name), data(*shape)
+    quantize = functools.partial(lowbit_jax.quantize, fmt=fmt)
+    got, want = interpreted(quantize, x), quantize(x)
+    self.assertEqual(jax.tree.structure(got), jax.tree.structure(want))
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+      np.testing.assert_array_equal(a, b)
+
+  def test_stochastic_rounding_draws_the_same(self):
+    quantize = functools.partial(
+      lowbit_jax.quantize,
+      fmt=formats.mxfp4,
+      scale_rule='rceil',
+      rounding='stochastic',
+      key=jax.random.key(3),
+    )
+    x = data(2, 3, 64)
+    got, want = interpreted(quantize, x), quantize(x)
+    np.testing.assert_array_equal(got.codes, want.codes)
+
+  def test_held_tensor_scale(self):
+    quantize = functools.partial(
+      lowbit_jax.quantize, fmt=formats.nvfp4, tensor_scale=jnp.float32(0.01)
+    )
+    got, want = interpreted(quantize, data(3, 64)), quantize(data(3, 64))
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+      np.testing.assert_array_equal(a, b)
+
+  def test_refusals(self):
+    for name, axis, why in (
+      ('mxfp4', -2, 'along'),
+      ('int8_channel', -1, 'no blocks'),
+      ('uint4_g32', -1, 'zero point'),
+    ):
+      with self.assertRaisesRegex(NotImplementedError, why):
+        lowbit_jax.quantize(
+          data(32, 32), formats.get(name), axis=axis, implementation='tpu'
+        )
+
+
+if __name__ == '__main__':
+  absltest.main()

@@ -1,0 +1,133 @@
+"""Products by kernels under sharded jit, vmap and shard_map, on 8 host devices.
+
+The reference stands for the kernel: only what surrounds it is tested here.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl.testing import absltest, parameterized
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import lowbit_jax
+from lowbit_jax import formats
+from lowbit_jax.ops import _partition
+from lowbit_jax.ops._prepack import blocked
+from lowbit_pallas.wq_matmul import prepack, reference
+
+M, N, K, TILE = 8, 16, 1024, 256
+RUN = functools.partial(
+  reference.run, schedule='pre', out_dtype=np.dtype(np.float32)
+)
+
+
+def product(x, w):
+  return _partition.partitioned(RUN, x, w)
+
+
+def integers(seed: int, shape) -> np.ndarray:
+  """Small integers: float32 sums of their products are exact in any order."""
+  return np.random.RandomState(seed).randint(-3, 4, shape).astype(np.float32)
+
+
+def operands(name: str, layout: str):
+  q = lowbit_jax.quantize(integers(0, (K, N)), formats.get(name), axis=-2)
+  # Powers of two keep shards that are scaled one by one exact.
+  scale = q.scale
+  if scale.dtype == np.float32:
+    scale = jnp.exp2(jnp.round(jnp.log2(scale)))
+  w = prepack.prepack(
+    q.codes, scale, q.zero_point, blocked(q.fmt), tile=TILE, layout=layout
+  )
+  return jnp.asarray(integers(1, (M, K)), jnp.bfloat16), w
+
+
+def place(mesh, x, w, x_spec, planes_spec, scale_spec=None):
+  """Operands on a mesh; specs in the axes (m, k) and (planes, k, n)."""
+  everywhere = NamedSharding(mesh, P())
+  w = jax.device_put(w, jax.tree.map(lambda leaf: everywhere, w))
+  if w.layout == 'nk':
+    planes_spec = P(planes_spec[0], planes_spec[2], planes_spec[1])
+  planes = jax.device_put(w.planes, NamedSharding(mesh, planes_spec))
+  if scale_spec is not None:
+    scale = jax.device_put(w.scale, NamedSharding(mesh, scale_spec))
+    w = dataclasses.replace(w, scale=scale)
+  x = jax.device_put(x, NamedSharding(mesh, x_spec))
+  return x, dataclasses.replace(w, planes=planes)
+
+
+class PartitionTest(parameterized.TestCase):
+  def setUp(self):
+    super().setUp()
+    auto = (jax.sharding.AxisType.Auto,) * 2
+    self.mesh = jax.make_mesh((4, 2), ('d', 't'), axis_types=auto)
+
+  @parameterized.product(
+    name=('mxfp4', 'uint4_g32', 'int8_channel'), layout=('kn', 'nk')
+  )
+  def test_rows_and_columns_stay_split(self, name, layout):
+    x, w = operands(name, layout)
+    want = np.asarray(RUN(x, w))
+    scale = P(None, None, 't')
+    x, w = place(self.mesh, x, w, P('d', None), P(None, None, 't'), scale)
+    f = jax.jit(product)
+    out = f(x, w)
+    np.testing.assert_array_equal(out, want)
+    self.assertEqual(out.sharding.spec, P('d', 't'))
+    text = f.lower(x, w).compile().as_text()
+    for collective in ('all-gather', 'all-reduce', 'collective-permute'):
+      self.assertNotIn(f'{collective}(', text)
+
+  @parameterized.product(
+    name=('mxfp4', 'uint4_g32', 'int8_channel'), layout=('kn', 'nk')
+  )
+  def test_shards_of_k_are_summed(self, name, layout):
+    x, w = operands(name, layout)
+    want = np.asarray(RUN(x, w))
+    x, w = place(self.mesh, x, w, P(None, 'd'), P(None, 'd', None))
+    f = jax.jit(product)
+    np.testing.assert_array_equal(f(x, w), want)
+    text = f.lower(x, w).compile().as_text()
+    self.assertIn('all-reduce(', text)
+    self.assertNotIn('all-gather(', text)
+
+  def test_other_layouts_of_k_are_gathered(self):
+    for x_spec, planes in (
+      (P(None, 'd'), P(None, None, None)),
+      (P(None, None), P(None, 'd', None)),
+      (P(None, 't'), P(None, 'd', None)),
+      (P(None, ('d', 't')), P(None, ('d', 't'), None)),
+    ):
+      x, w = operands('mxfp4', 'kn')
+      want = np.asarray(RUN(x, w))
+      x, w = place(self.mesh, x, w, x_spec, planes)
+      np.testing.assert_array_equal(jax.jit(product)(x, w), want)
+
+  def test_vmap(self):
+    x, w = operands('uint4_g32', 'kn')
+    want = np.asarray(RUN(x, w))
+    xs = jnp.stack([x, 2 * x])
+    ws = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), w)
+    both = np.stack([want, 2 * want])
+    same = np.stack([want, want])
+    for f in (lambda f: f, jax.jit):
+      got = f(jax.vmap(product, in_axes=(0, None)))(xs, w)
+      np.testing.assert_array_equal(got, both)
+      got = f(jax.vmap(product, in_axes=(None, 0)))(x, ws)
+      np.testing.assert_array_equal(got, same)
+      np.testing.assert_array_equal(f(jax.vmap(product))(xs, ws), both)
+
+  def test_shard_map(self):
+    x, w = operands('mxfp4', 'kn')
+    f = jax.shard_map(
+      product, mesh=self.mesh, in_specs=(P('d'), P()), out_specs=P('d')
+    )
+    np.testing.assert_array_equal(jax.jit(f)(x, w), RUN(x, w))
+
+
+if __name__ == '__main__':
+  absltest.main()

@@ -1,0 +1,550 @@
+"""softmax, log_softmax and logsumexp against longdouble.
+
+Bounds in units of u = 2^-24: (10 + h) u by derivation, with h the longest chain
+of additions, and 12 u on the data used here, far below it.
+"""
+
+import functools
+import itertools
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl.testing import absltest, parameterized
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+import lowbit_jax as lowbit
+from lowbit_jax.ops import _dispatch, _softmax
+from lowbit_pallas.softmax import forms, reference
+from tests.pallas.softmax import rows
+
+_COUNT = itertools.count()
+INF = np.inf
+NAN = np.nan
+OPS = {kind: getattr(lowbit, kind) for kind in forms.KINDS}
+JAX_OPS = {
+  'softmax': jax.nn.softmax,
+  'log_softmax': jax.nn.log_softmax,
+  'logsumexp': jax.nn.logsumexp,
+}
+SHAPES = (
+  (1, 1),
+  (1, 2),
+  (3, 5),
+  (7, 127),
+  (8, 128),
+  (9, 129),
+  (5, 1000),
+  (13, 300),
+  (64, 4096),
+  (2, 50257),
+  (1, 131072),
+  (2, 3, 4, 33),
+)
+
+
+def _exact_gradient(kind, x, g, where=None):
+  """Cotangent of x for the cotangent g of the result, in longdouble."""
+  y = rows.exact('softmax', x, where)
+  g = np.asarray(g).astype(rows.LONG)
+  if kind == 'logsumexp':
+    return y * g[..., None]
+  if kind == 'softmax':
+    return y * (g - (y * g).sum(-1, keepdims=True))
+  live = 1.0 if where is None else where
+  g = g * live
+  return live * (g - y * g.sum(-1, keepdims=True))
+
+
+class AccuracyTest(parameterized.TestCase):
+  @parameterized.product(name=rows.NAMES, dtype=tuple(rows.ROUNDING))
+  def test_distributions(self, name, dtype):
+    if name == 'huge' and dtype == 'float16':
+      self.skipTest('beyond float16')
+    x = jnp.asarray(rows.draw(name, (4, 200)), dtype)
+    error = rows.units(
+      lowbit.softmax(x, out_dtype=jnp.float32), rows.exact('softmax', x)
+    )
+    self.assertLessEqual(error, 12)
+
+  @parameterized.parameters(*SHAPES)
+  def test_shapes(self, *shape):
+    x = rows.draw('wide', shape)
+    y = lowbit.softmax(x)
+    self.assertEqual(y.shape, shape)
+    self.assertLessEqual(rows.units(y, rows.exact('softmax', x)), 12)
+    total = np.asarray(y).astype(rows.LONG).sum(-1)
+    bound = (8 + reference.chain(shape[-1])) * rows.U
+    self.assertLessEqual(np.abs(total - 1).max(), bound)
+
+  @parameterized.product(kind=forms.KINDS, axis=(0, 1, -1))
+  def test_axis(self, kind, axis):
+    x = rows.draw('wide', (6, 5, 7))
+    y = OPS[kind](x, axis)
+    want = rows.exact(kind, np.moveaxis(x, axis, -1))
+    if kind != 'logsumexp':
+      want = np.moveaxis(want, -1, axis)
+    np.testing.assert_allclose(
+      y, want.astype(np.float32), rtol=16 * rows.U, atol=16 * rows.U
+    )
+
+  @parameterized.parameters(
+    ('softmax', 'bfloat16', 'auto'),
+    ('log_softmax', 'bfloat16', 'pair'),
+    ('logsumexp', 'float16', 'online'),
+  )
+  def test_half_precision_is_rounded_once(self, kind, dtype, algorithm):
+    x = jnp.asarray(rows.draw('wide', (3, 300)), dtype)
+    y = OPS[kind](x, algorithm=algorithm)
+    self.assertEqual(y.dtype, x.dtype)
+    wide = OPS[kind](x.astype(jnp.float32), algorithm=algorithm)
+    np.testing.assert_array_equal(y, wide.astype(dtype))
+    np.testing.assert_array_equal(
+      OPS[kind](x, algorithm=algorithm, out_dtype=jnp.float32), wide
+    )
+
+  def test_better_than_jax_on_wide_rows(self):
+    x = rows.draw('wide', (64, 4096))
+    want = rows.exact('softmax', x)
+    self.assertLess(rows.units(lowbit.softmax(x), want), 8)
+    self.assertGreater(rows.units(jax.nn.softmax(x), want), 24)
+
+  def test_worked_values(self):
+    y = lowbit.softmax(jnp.array([1000, 1000.5, -1000, 999]))
+    np.testing.assert_array_equal(
+      y, np.float32([0.33149892, 0.54654944, 0, 0.12195165])
+    )
+
+  def test_large_half_precision(self):
+    x = jnp.array([60000.0, 60000.0, -60000.0], jnp.float16)
+    np.testing.assert_array_equal(lowbit.softmax(x), [0.5, 0.5, 0.0])
+    x = jnp.array([3e38, 3e38, 1.0], jnp.bfloat16)
+    np.testing.assert_array_equal(lowbit.softmax(x), [0.5, 0.5, 0.0])
+
+  @parameterized.parameters('softmax', 'logsumexp')
+  def test_temperature(self, kind):
+    x = rows.draw('wide', (4, 50))
+    want = OPS[kind](x * np.float32(1 / np.float32(0.7)))
+    np.testing.assert_array_equal(OPS[kind](x, temperature=0.7), want)
+    traced = jax.jit(lambda t: OPS[kind](x, temperature=t))(0.7)
+    np.testing.assert_array_equal(traced, want)
+    half = jnp.asarray(x, jnp.bfloat16)
+    y = OPS[kind](half, temperature=jnp.float32(0.7))
+    self.assertEqual(y.dtype, jnp.bfloat16)
+
+  def test_gradient_of_temperature(self):
+    x = rows.draw('normal', (8,))
+
+    def f(t):
+      return lowbit.softmax(x, temperature=t)[0]
+
+    slope = (f(jnp.float32(2.01)) - f(jnp.float32(1.99))) / 0.02
+    np.testing.assert_allclose(jax.grad(f)(2.0), slope, rtol=1e-3)
+
+
+class EdgeTest(parameterized.TestCase):
+  def test_dead_entries_are_exactly_zero(self):
+    x = jnp.array([[1.0, -INF, 2.0], [1.0, 3.0, 2.0]])
+    where = jnp.array([[True, True, True], [True, False, True]])
+    y = lowbit.softmax(x, where=where)
+    want = [[0.26894143, 0, 0.7310586]] * 2
+    np.testing.assert_allclose(y, want, rtol=12 * rows.U)
+    np.testing.assert_array_equal(
+      lowbit.log_softmax(x, where=where) == -INF, np.equal(want, 0)
+    )
+
+  @parameterized.parameters(
+    ('auto', False), ('auto', True), ('pair', False), ('online', True)
+  )
+  def test_rows_without_a_number(self, algorithm, masked):
+    cases = {
+      (-INF, -INF, -INF): (NAN, NAN, -INF),
+      (INF, 1.0, 2.0): (NAN, NAN, INF),
+      (INF, -INF, 2.0): (NAN, NAN, INF),
+      (NAN, 1.0, 2.0): (NAN, NAN, NAN),
+      (NAN, INF, -INF): (NAN, NAN, NAN),
+    }
+    x = np.array([*cases, (0.0, 0.0, 0.0)], np.float32)
+    where = None
+    if masked:
+      x = np.concatenate([x, np.full((6, 1), NAN, np.float32)], 1)
+      where = np.array([True] * 3 + [False])
+    for kind, i in (('softmax', 0), ('log_softmax', 1), ('logsumexp', 2)):
+      y = np.asarray(OPS[kind](x, where=where, algorithm=algorithm))
+      y = y if kind == 'logsumexp' else y[:, :3]
+      for row, want in zip(y, cases.values(), strict=False):
+        np.testing.assert_array_equal(row, np.full_like(row, want[i]))
+      self.assertTrue(np.isfinite(y[5]).all())
+
+  @parameterized.product(algorithm=forms.ALGORITHMS)
+  def test_row_masked_as_a_whole(self, algorithm):
+    x = jnp.array([[1.0, NAN], [1.0, 1.0]])
+    where = jnp.array([[False, False], [True, True]])
+    options = {'where': where, 'algorithm': algorithm}
+    y = lowbit.softmax(x, **options)
+    np.testing.assert_array_equal(y, [[0, 0], [0.5, 0.5]])
+    y = lowbit.log_softmax(x, **options)
+    np.testing.assert_array_equal(y[0], [-INF, -INF])
+    self.assertEqual(lowbit.logsumexp(x, **options)[0], -INF)
+
+  def test_agrees_with_jax_on_what_is_not_a_number(self):
+    values = (-INF, -1.0, INF, NAN)
+    x = np.array(np.meshgrid(*[values] * 3), np.float32).reshape(3, -1).T
+    for kind in OPS:
+      y, want = np.asarray(OPS[kind](x)), np.asarray(JAX_OPS[kind](x, axis=-1))
+      for special in (np.isnan, np.isposinf, np.isneginf):
+        np.testing.assert_array_equal(special(y), special(want), kind)
+
+  @parameterized.parameters(*forms.KINDS)
+  def test_empty(self, kind):
+    reduced = kind == 'logsumexp'
+    y = OPS[kind](jnp.zeros((3, 0)))
+    self.assertEqual(y.shape, (3,) if reduced else (3, 0))
+    self.assertTrue((y == -INF).all())
+    y = OPS[kind](jnp.zeros((3, 0), jnp.bfloat16), 0, out_dtype=jnp.float16)
+    self.assertEqual(y.shape, (0,) if reduced else (3, 0))
+    self.assertEqual(y.dtype, jnp.float16)
+
+  def test_pair_beyond_its_domain_is_nan(self):
+    x = jnp.array([22712.0, 22711.0, -22712.0])
+    np.testing.assert_array_equal(
+      lowbit.softmax(x, algorithm='pair'), lowbit.softmax(x)
+    )
+    x = jnp.array([22714.0, 22713.0, -22712.0])
+    self.assertTrue(jnp.isnan(lowbit.softmax(x, algorithm='pair')).all())
+    error = rows.units(lowbit.softmax(x), rows.exact('softmax', x))
+    self.assertLessEqual(error, 12)
+
+  @parameterized.product(kind=forms.KINDS)
+  def test_masks_broadcast(self, kind):
+    x = rows.draw('wide', (3, 4, 5))
+    where = np.array([True, False, True, True, False])
+    full = np.broadcast_to(where, x.shape)
+    np.testing.assert_array_equal(
+      OPS[kind](x, where=where), OPS[kind](x, where=full)
+    )
+    y = OPS[kind](x, 1, where=where[:4, None])
+    want = rows.exact(kind, np.moveaxis(x, 1, -1), where[:4])
+    y = np.asarray(y if kind == 'logsumexp' else np.moveaxis(y, 1, -1))
+    np.testing.assert_allclose(
+      y, want.astype(np.float32), rtol=16 * rows.U, atol=16 * rows.U
+    )
+
+
+class DerivativeTest(parameterized.TestCase):
+  """Gradients are within 16 u of the largest term, and rounded once."""
+
+  @parameterized.product(
+    (
+      {'name': 'wide', 'masked': True, 'dtype': 'bfloat16'},
+      {'name': 'offset', 'masked': False, 'dtype': 'float32'},
+      {'name': 'beyond', 'masked': True, 'dtype': 'float32'},
+    ),
+    kind=forms.KINDS,
+  )
+  def test_reverse_and_forward(self, name, masked, dtype, kind):
+    x = jnp.asarray(rows.draw(name, (3, 40)), dtype)
+    where = np.arange(40) % 3 > 0 if masked else None
+    f = functools.partial(OPS[kind], where=where, out_dtype=jnp.float32)
+    rng = np.random.default_rng(0)
+    shape = (3,) if kind == 'logsumexp' else (3, 40)
+    g = rng.normal(size=shape).astype(np.float32)
+    dx = jnp.asarray(rng.normal(size=x.shape), dtype)
+    got = jax.vjp(f, x)[1](g)[0]
+    self.assertEqual(got.dtype, x.dtype)
+    want = _exact_gradient(kind, x, g, where)
+    size = np.abs(want).max(-1, keepdims=True) + np.abs(g).max()
+    bound = 64 * rows.U * size + rows.ROUNDING[dtype] * np.abs(want)
+    self.assertTrue(
+      (np.abs(np.asarray(got).astype(rows.LONG) - want) <= bound).all()
+    )
+    # <g, J dx> = <J^T g, dx>, with J^T g exact.
+    _, tangent = jax.jvp(f, (x,), (dx,))
+    left = (np.asarray(tangent).astype(rows.LONG) * g).sum()
+    if kind == 'log_softmax' and masked:
+      left = (np.where(where, tangent, 0.0).astype(rows.LONG) * g).sum()
+    right = (want * np.asarray(dx).astype(rows.LONG)).sum()
+    np.testing.assert_allclose(
+      float(left), float(right), atol=1e-4 * float(np.abs(size).max())
+    )
+
+  @parameterized.product(kind=forms.KINDS)
+  def test_hessian(self, kind):
+    x = rows.draw('normal', (5,))
+    # Each entry of the result has its own nonlinear weight.
+    powers = np.arange(1, 2 if kind == 'logsumexp' else 6)
+
+    def f(op, x):
+      return jnp.sum(jnp.sin(powers.astype(x.dtype) * op(x)))
+
+    with jax.enable_x64(True):
+      wide = jnp.asarray(x, jnp.float64)
+      want = jax.hessian(lambda x: f(JAX_OPS[kind], x / 2.5))(wide)
+    op = functools.partial(OPS[kind], temperature=2.5)
+    for outer, inner in (
+      (jax.jacfwd, jax.jacrev),
+      (jax.jacrev, jax.jacrev),
+    ):
+      got = jax.jit(outer(inner(functools.partial(f, op))))(x)
+      np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+
+  @parameterized.product(kind=forms.KINDS)
+  def test_masked_places_have_no_gradient(self, kind):
+    x = jnp.array([[1.0, NAN], [1.0, 2.0]])
+    where = jnp.array([[False, False], [True, False]])
+
+    def f(x):
+      y = OPS[kind](x, where=where)
+      return jnp.where(jnp.isfinite(y), y, 0.0).sum()
+
+    g = jax.grad(f)(x)
+    np.testing.assert_array_equal(g[0], [0, 0])
+    self.assertEqual(g[1, 1], 0)
+    self.assertTrue(np.isfinite(g).all())
+
+  def test_mask_may_be_traced(self):
+    x = rows.draw('normal', (4, 5))
+
+    @jax.jit
+    def f(x, where):
+      return jax.grad(lambda x: lowbit.softmax(x, where=where)[0, 0])(x)
+
+    g = f(x, x > 0)
+    self.assertTrue(np.isfinite(g).all())
+    np.testing.assert_array_equal(g[x <= 0], 0)
+
+
+class TransformTest(parameterized.TestCase):
+  @parameterized.product(kind=forms.KINDS)
+  def test_vmap_scan_and_remat(self, kind):
+    x = rows.draw('wide', (4, 3, 150))
+    x[0] = rows.draw('beyond', (3, 150))
+    want = OPS[kind](x)
+    np.testing.assert_array_equal(jax.vmap(OPS[kind])(x), want)
+    _, scanned = jax.lax.scan(lambda c, x: (c, OPS[kind](x)), 0, x)
+    np.testing.assert_array_equal(scanned, want)
+
+    def loss(op, x):
+      return jnp.sum(jnp.cos(op(x)))
+
+    plain = jax.jit(jax.grad(functools.partial(loss, OPS[kind])))(x)
+    remat = jax.jit(
+      jax.grad(functools.partial(loss, jax.checkpoint(OPS[kind])))
+    )(x)
+    np.testing.assert_allclose(plain, remat, rtol=1e-6, atol=1e-7)
+
+  @parameterized.product(kind=forms.KINDS)
+  def test_shard_map_over_rows(self, kind):
+    x = rows.draw('wide', (16, 300))
+    x[5] = rows.draw('beyond', (1, 300))
+    where = np.random.default_rng(0).random(x.shape) < 0.8
+    mesh = Mesh(np.array(jax.devices()[:8]), ('rows',))
+    f = jax.shard_map(
+      lambda x, where: OPS[kind](x, where=where),
+      mesh=mesh,
+      in_specs=P('rows'),
+      out_specs=P('rows'),
+    )
+    want = OPS[kind](x, where=where)
+    np.testing.assert_array_equal(jax.jit(f)(x, where), want)
+    sharding = jax.NamedSharding(mesh, P('rows'))
+    whole = jax.jit(lambda x, where: OPS[kind](x, where=where))
+    got = whole(*jax.device_put((x, where), sharding))
+    np.testing.assert_array_equal(got, want)
+    self.assertEqual(got.sharding.spec[0], 'rows')
+
+  @parameterized.parameters(*forms.KINDS)
+  def test_rows_do_not_see_each_other(self, kind):
+    columns = 300
+    x = rows.draw('wide', (67, columns))
+    x[11] = rows.draw('beyond', (1, columns))
+    x[12] = NAN
+    x[13] = -INF
+    whole = OPS[kind](x)
+    # XLA compiles every shape anew, so the last bits may differ; kernels are
+    # bitwise the same.
+    close = functools.partial(
+      np.testing.assert_allclose, rtol=32 * rows.U, atol=4 * rows.U
+    )
+    for m in (1, 8):
+      close(OPS[kind](x[:m]), whole[:m])
+    order = np.random.default_rng(0).permutation(67)
+    close(OPS[kind](x[order]), whole[order])
+
+  def test_order_of_columns(self):
+    x = rows.draw('wide', (3, 700))
+    order = np.random.default_rng(0).permutation(700)
+    y, z = lowbit.softmax(x)[:, order], lowbit.softmax(x[:, order])
+    bound = 2 * reference.chain(700) * rows.U
+    np.testing.assert_allclose(y, z, rtol=bound)
+
+
+class DispatchTest(parameterized.TestCase):
+  @parameterized.parameters(*forms.KINDS)
+  def test_choice(self, kind):
+    x = jax.ShapeDtypeStruct((4, 5), jnp.float32)
+    choice = lowbit.select_implementation(kind, x, axis=0)
+    self.assertEqual(choice.implementation, 'xla')
+    self.assertEqual(lowbit.implementations(kind)[-1], 'xla')
+    y = OPS[kind](jnp.ones((4, 5)), implementation=['xla'])
+    np.testing.assert_array_equal(y, OPS[kind](jnp.ones((4, 5))))
+
+  def test_named_implementation_refuses(self):
+    with self.assertRaises((NotImplementedError, ValueError)):
+      lowbit.softmax(jnp.ones((2, 3)), implementation='cuda')
+
+  @parameterized.parameters('tpu', 'mosaic_gpu')
+  def test_kernels_are_passed_over_here(self, name):
+    choice = lowbit.select_implementation('softmax', jnp.ones((2, 512)))
+    self.assertIn('default device', choice.refusals[name])
+
+
+def _as_kernel(seen):
+  """The reference in the place of a kernel for matrices."""
+
+  def run(x, where, **options):
+    seen.append(x.shape)
+    return reference.run(x, where, **options)
+
+  def plan(x, where, call):
+    del x, where
+    by_rows = functools.partial(
+      _softmax._last_axis, _softmax._by_rows(run), call=call
+    )
+    return _dispatch.Plan('', by_rows)
+
+  return mock.patch.dict(_softmax.TABLE, {'tpu': plan})
+
+
+class KernelTest(parameterized.TestCase):
+  """What stands between the public functions and a kernel."""
+
+  def _compare(self, f, *arguments):
+    """f(op options, *arguments), with a kernel and without."""
+    want = f({}, *arguments)
+    seen = []
+    # Compiled programs are kept, so each test asks for this in its own way.
+    names = ['tpu'] * (1 + next(_COUNT))
+    with _as_kernel(seen):
+      got = jax.jit(functools.partial(f, {'implementation': names}))(*arguments)
+    np.testing.assert_allclose(got, want, rtol=16 * rows.U, atol=4 * rows.U)
+    return got, seen
+
+  @parameterized.parameters(*forms.KINDS)
+  def test_kernels_get_matrices(self, kind):
+    x = rows.draw('wide', (2, 5, 3))
+    _, seen = self._compare(
+      lambda options, x: OPS[kind](x, 1, where=x > 0, **options), x
+    )
+    self.assertEqual(set(seen), {(6, 5)})
+
+  def test_vmap_makes_more_rows(self):
+    x = rows.draw('wide', (4, 3, 50))
+    where = x[0] > 0
+
+    def f(options, x):
+      return jax.vmap(lambda x: lowbit.softmax(x, where=where, **options))(x)
+
+    _, seen = self._compare(f, x)
+    self.assertIn((12, 50), seen)
+
+  def test_derivatives(self):
+    x = rows.draw('normal', (4,))
+
+    def f(options, x):
+      return jax.hessian(lambda x: lowbit.softmax(x, **options)[0])(x)
+
+    self._compare(f, x)
+
+  @parameterized.parameters('softmax', 'logsumexp')
+  def test_sharded_rows_stay_where_they_are(self, kind):
+    mesh = Mesh(np.array(jax.devices()[:8]).reshape(4, 2), ('a', 'b'))
+    x = rows.draw('wide', (8, 6, 40))
+    sharded = jax.device_put(x, jax.NamedSharding(mesh, P('a', 'b')))
+    got, seen = self._compare(
+      lambda options, x: OPS[kind](x, **options), sharded
+    )
+    self.assertIn((2 * 3, 40), seen)
+    self.assertEqual(tuple(got.sharding.spec)[:2], ('a', 'b'))
+
+  def test_sharded_columns_are_gathered(self):
+    mesh = Mesh(np.array(jax.devices()[:8]), ('a',))
+    x = rows.draw('wide', (8, 40))
+    sharded = jax.device_put(x, jax.NamedSharding(mesh, P(None, 'a')))
+    self._compare(lambda options, x: lowbit.softmax(x, **options), sharded)
+
+
+ERRORS = (
+  ('no_axis', {'x': np.float32(1)}, ValueError, (r'x.shape=\(\)', 'x\\[None')),
+  ('int', {'x': np.ones(3, int)}, TypeError, ('x.dtype=int', 'cast')),
+  ('complex', {'x': np.ones(3, np.complex64)}, TypeError, ('complex64',)),
+  ('axis', {'axis': 2}, ValueError, ('axis=2', r'\(2, 3\)')),
+  ('axes', {'axis': (0, 1)}, TypeError, (r'axis=\(0, 1\)', 'reshape')),
+  ('where_dtype', {'where': np.ones((2, 3))}, TypeError, ('float', 'bool')),
+  (
+    'where_shape',
+    {'where': np.ones((3, 2), bool)},
+    ValueError,
+    (r'where.shape=\(3, 2\)', r'x.shape=\(2, 3\)'),
+  ),
+  (
+    'where_rank',
+    {'where': np.ones((4, 2, 3), bool)},
+    ValueError,
+    (r'where.shape=\(4, 2, 3\)',),
+  ),
+  ('zero', {'temperature': 0.0}, ValueError, ('temperature=0.0', 'one_hot')),
+  ('negative', {'temperature': -1}, ValueError, ('temperature=-1',)),
+  ('tiny', {'temperature': 1e-45}, ValueError, ('temperature=1e-45',)),
+  ('nan', {'temperature': NAN}, ValueError, ('temperature=nan',)),
+  (
+    'temperatures',
+    {'temperature': np.ones(2, np.float32)},
+    TypeError,
+    ('temperature', r'\(2,\)'),
+  ),
+  ('out', {'out_dtype': jnp.int8}, TypeError, ('out_dtype=int8',)),
+  (
+    'algorithm',
+    {'algorithm': 'fast'},
+    ValueError,
+    ("algorithm='fast'", "'auto', 'pair', 'online'"),
+  ),
+  (
+    'implementation',
+    {'implementation': 'cuda'},
+    ValueError,
+    ("implementation='cuda'", 'mosaic_gpu'),
+  ),
+)
+
+
+class ErrorTest(parameterized.TestCase):
+  @parameterized.named_parameters(*ERRORS)
+  def test_message(self, change, error, words):
+    arguments = {'x': np.ones((2, 3), np.float32), **change}
+    x = arguments.pop('x')
+    for op in OPS.values():
+      for f in (op, lambda x, **kw: jax.jit(functools.partial(op, **kw))(x)):
+        with self.assertRaisesRegex(error, '.*'.join(words)):
+          f(x, **arguments)
+
+
+class MutationTest(absltest.TestCase):
+  """Faults that the checks above must see."""
+
+  def test_mask_forgotten_in_the_derivative(self):
+    x, where = jnp.array([1.0, 2.0, 3.0]), jnp.array([True, True, False])
+    with mock.patch.object(reference, 'run', _forget_mask(reference.run)):
+      y = lowbit.softmax(x, where=where)
+    self.assertNotEqual(y[2], 0)
+
+
+def _forget_mask(run):
+  return lambda x, where, **options: run(x, None, **options)
+
+
+if __name__ == '__main__':
+  absltest.main()

@@ -1,0 +1,192 @@
+"""The TPU softmax kernel, interpreted with races detected.
+
+Interpreted arithmetic is that of XLA:CPU, which fuses multiply-add, so the
+bounds are 8 + h (pair) and 10 + h + 5 per merge (online) in units of
+u = 2^-24. What is not random, masks and special values, must agree exactly with
+the reference.
+"""
+
+import contextlib
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from absl.testing import absltest, parameterized
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from lowbit_pallas.arith import softmax as sm
+from lowbit_pallas.softmax import config, forms, reference, tpu
+from tests.pallas.softmax import rows
+
+NARROW = config.TpuConfig(8, 128)
+CASES = (
+  # One block; ragged blocks in both directions; several chunks to a block.
+  ('one_block', (3, 5), None, 'pair', 'float32', 'wide'),
+  ('ragged', (13, 300), NARROW, 'pair', 'float32', 'offset'),
+  ('ragged_online', (9, 300), NARROW, 'online', 'float32', 'increasing'),
+  ('chunks', (3, 1300), None, 'pair', 'bfloat16', 'wide'),
+  ('half', (3, 129), None, 'online', 'float16', 'wide'),
+)
+SLOW_CASES = tuple(
+  (f'{name}_{algorithm}_{i}', shape, block, algorithm, dtype, name)
+  for name in ('wide', 'uniform1000', 'increasing', 'one_hot')
+  for algorithm in forms.ALGORITHMS
+  for i, (shape, block, dtype) in enumerate(
+    (
+      ((9, 129), None, 'float32'),
+      ((17, 700), config.TpuConfig(16, 256), 'bfloat16'),
+      ((5, 1000), None, 'float16'),
+      ((9, 5000), config.TpuConfig(8, 2048), 'float32'),
+    )
+  )
+)
+
+
+def _run(x, where=None, **options):
+  interpret = pltpu.InterpretParams(detect_races=True)
+  return np.asarray(tpu.run(x, where, interpret=interpret, **options))
+
+
+def _chain(columns: int) -> int:
+  """Slices of a chunk, merges of chunks and lanes."""
+  slices = -(-columns // 128)
+  return min(slices, 16) + slices + 128
+
+
+def _error(y, x, where=None):
+  return rows.units(y, rows.exact('softmax', x, where))
+
+
+class Softmax(parameterized.TestCase):
+  def check(self, shape, block, algorithm, dtype, name):
+    x = jnp.asarray(rows.draw(name, shape), dtype)
+    y = _run(x, algorithm=algorithm, config=block, out_dtype=jnp.float32)
+    want = rows.exact('softmax', x)
+    bound = {'pair': 8, 'online': 10, 'auto': 8}[algorithm] + _chain(shape[1])
+    bound += 5 * -(-shape[1] // 128) if algorithm == 'online' else 0
+    self.assertLessEqual(rows.units(y, want), min(bound, 32))
+
+
+@pytest.mark.slow
+class MatrixTest(Softmax):
+  @parameterized.named_parameters(*SLOW_CASES)
+  def test_softmax(self, *case):
+    self.check(*case)
+
+
+class TpuTest(Softmax):
+  @parameterized.named_parameters(*CASES)
+  def test_softmax(self, *case):
+    self.check(*case)
+
+  @parameterized.parameters(*forms.KINDS)
+  def test_special_rows_under_a_mask(self, kind):
+    x = rows.draw('wide', (8, 300))
+    where = np.random.default_rng(0).random(x.shape) < 0.7
+    where[0] = False
+    x[1, ~where[1]] = np.nan
+    where[2, 7], x[2, 7] = True, np.inf
+    where[3, 290], x[3, 290] = True, np.nan
+    x[4] = -np.inf
+    x[5, ::2] = -np.inf
+    y = _run(
+      x,
+      jnp.asarray(where),
+      kind=kind,
+      config=config.TpuConfig(32, 128),
+      algorithm='pair',
+    )
+    want = np.asarray(
+      jax.jit(reference.run, static_argnames='kind')(
+        jnp.asarray(x), jnp.asarray(where), kind=kind
+      )
+    )
+    for special in (np.isnan, np.isposinf, np.isneginf, lambda v: v == 0.0):
+      np.testing.assert_array_equal(special(y), special(want))
+    finite = np.isfinite(want)
+    np.testing.assert_allclose(y[finite], want[finite], rtol=32 * rows.U)
+
+  def test_auto_decides_row_by_row(self):
+    x = rows.draw('wide', (4, 200))
+    x[2] = rows.draw('beyond', (1, 200))
+    y = _run(x)
+    pair, online = _run(x, algorithm='pair'), _run(x, algorithm='online')
+    self.assertTrue(np.isnan(pair[2]).all())
+    np.testing.assert_array_equal(y[[0, 1, 3]], pair[[0, 1, 3]])
+    np.testing.assert_array_equal(y[2], online[2])
+
+  def test_rows_do_not_see_each_other(self):
+    x = rows.draw('wide', (9, 150))
+    whole = _run(x, algorithm='pair')
+    part = _run(x[3:5], algorithm='pair')
+    np.testing.assert_array_equal(whole[3:5], part)
+
+  def test_half_precision_rounds_once(self):
+    x = jnp.asarray(rows.draw('wide', (5, 150)), jnp.bfloat16)
+    y = _run(x, algorithm='pair')
+    wide = _run(x.astype(jnp.float32), algorithm='pair')
+    np.testing.assert_array_equal(y, wide.astype(y.dtype))
+
+  def test_scale(self):
+    x = rows.draw('wide', (3, 140))
+    y = _run(x, scale=0.5, algorithm='pair')
+    self.assertLessEqual(_error(y, x * np.float32(0.5)), 32)
+
+  def test_refusals(self):
+    for x, words in (
+      (jax.ShapeDtypeStruct((3,), 'float32'), r'x.shape=\(3,\)'),
+      (jax.ShapeDtypeStruct((0, 3), 'float32'), 'empty'),
+      (jax.ShapeDtypeStruct((2, 3), 'int32'), 'x.dtype=int32'),
+    ):
+      self.assertRegex(str(tpu.why_not(x)), words)
+    with self.assertRaisesRegex(NotImplementedError, 'x.dtype=int32'):
+      tpu.run(jnp.ones((2, 3), jnp.int32))
+
+
+class MutationTest(parameterized.TestCase):
+  """Faults that the checks above must see."""
+
+  def _error_with(self, patch, where=None):
+    x = rows.draw('wide', (3, 300))
+    with patch:
+      block = config.TpuConfig(32, 128)
+      y = _run(x, where, algorithm='pair', config=block)
+    return _error(y, x, where)
+
+  def test_nothing_is_wrong(self):
+    where = jnp.asarray(np.arange(300) % 3 > 0)[None].repeat(3, 0)
+    self.assertLess(self._error_with(contextlib.nullcontext(), where), 32)
+
+  def test_last_column_block_dropped(self):
+    sum_block = tpu._sum_block
+
+    def dropped(source, scratch, j, static):
+      pl.when(j < 2)(lambda: sum_block(source, scratch, j, static))
+
+    patch = mock.patch.object(tpu, '_sum_block', dropped)
+    self.assertGreater(self._error_with(patch), 1e3)
+
+  def test_rescale_skipped(self):
+    def merge(a, b):
+      return sm.Pair(a.m + b.m, jnp.maximum(a.n, b.n))
+
+    faulty = forms.PAIR._replace(merge=merge)
+    patch = mock.patch.object(forms, 'PAIR', faulty)
+    self.assertGreater(self._error_with(patch), 1e3)
+
+  def test_mask_forgotten(self):
+    load = tpu._load
+
+    def unmasked(*args):
+      return load(*args)[0], None
+
+    where = jnp.asarray(np.arange(300) % 3 > 0)[None].repeat(3, 0)
+    patch = mock.patch.object(tpu, '_load', unmasked)
+    self.assertGreater(self._error_with(patch, where), 1e3)
+
+
+if __name__ == '__main__':
+  absltest.main()

@@ -1,0 +1,82 @@
+"""The table of kernels is that of the documentation, and each one exists."""
+
+import importlib.util
+import pathlib
+import types
+from unittest import mock
+
+import jax
+from absl.testing import absltest, parameterized
+
+from lowbit_pallas import _support
+
+_PAGE = pathlib.Path(__file__).resolve().parents[2] / 'docs' / 'kernels.md'
+
+
+def table() -> str:
+  """`KERNELS` as the page shows it."""
+  lines = [
+    '| kernel | back end | compiles for | interpreted | ran on |',
+    '|---|---|---|---|---|',
+  ]
+  for k in _support.KERNELS:
+    lines.append(
+      f'| `{k.op}` | `{k.implementation}` | {", ".join(k.targets)} |'
+      f' {"yes" if k.interpreted else "no"} |'
+      f' {", ".join(k.run_on) or "not run"} |'
+    )
+  return '\n'.join(lines)
+
+
+class SupportTest(parameterized.TestCase):
+  def test_page_shows_the_table(self):
+    self.assertIn(table(), _PAGE.read_text('utf-8'), f'\n{table()}')
+
+  @parameterized.parameters(*_support.KERNELS)
+  def test_module(self, op, implementation, targets, interpreted, run_on):
+    del interpreted, run_on
+    name = f'lowbit_pallas.{op}.{implementation}'
+    self.assertIsNotNone(importlib.util.find_spec(name))
+    known = _support.TPUS if implementation == 'tpu' else _support.GPUS
+    self.assertNotEmpty(targets)
+    self.assertContainsSubset(targets, known)
+
+  def test_entries_are_unique(self):
+    pairs = [(k.op, k.implementation) for k in _support.KERNELS]
+    self.assertLen(set(pairs), len(pairs))
+
+  @parameterized.parameters(
+    ('tpu', 'TPU v5 lite', None, 'v5e'),
+    ('tpu', 'TPU v6 lite', None, 'v6e'),
+    ('tpu', 'TPU v2', None, None),
+    ('gpu', 'NVIDIA H100 80GB HBM3', '9.0', 'h100'),
+    ('gpu', 'NVIDIA A100', '8.0', None),
+  )
+  def test_devices(self, platform, kind, capability, want):
+    device = types.SimpleNamespace(platform=platform, device_kind=kind)
+    if capability is not None:
+      device.compute_capability = capability
+    self.assertEqual(_support.target_of(device), want)
+
+  def test_what_is_not_proven_must_be_named(self):
+    device = types.SimpleNamespace(
+      platform='gpu', device_kind='NVIDIA H100', compute_capability='9.0'
+    )
+    with mock.patch.object(jax, 'devices', lambda: [device]):
+      self.assertIn('name it', _support.why_unavailable('mosaic_gpu'))
+      ran = [k._replace(run_on=('h100',)) for k in _support.KERNELS]
+      with mock.patch.object(_support, 'KERNELS', ran):
+        self.assertIsNone(_support.why_unavailable('mosaic_gpu'))
+
+  def test_the_cpu_has_no_kernels_but_code_for_others_can_be_made(self):
+    self.assertEqual(jax.devices()[0].platform, 'cpu')
+    for name in _support.PLATFORMS:
+      self.assertIn('cpu', _support.why_unavailable(name))
+    self.assertIsNone(_support.why_unavailable('xla'))
+    for kernel in _support.KERNELS:
+      self.assertIsNone(_support.why_not(kernel.op, kernel.implementation))
+    self.assertIn('no tpu kernel', _support.why_not('unknown', 'tpu'))
+
+
+if __name__ == '__main__':
+  absltest.main()

@@ -1,0 +1,128 @@
+"""Weights, and products with them in float64 under the same contract."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+
+import lowbit_jax as lowbit
+from lowbit_jax import formats
+from lowbit_jax.numerics._codec import blocked
+from lowbit_pallas.arith.block import Blocked
+from lowbit_pallas.wq_matmul import prepack
+
+U = 2.0**-24
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Weight:
+  """A weight in standard storage with its format."""
+
+  fmt: formats.BlockFormat
+  k: int
+  codes: np.ndarray
+  scale: np.ndarray | None
+  zero_point: np.ndarray | None
+
+  @property
+  def spec(self) -> Blocked:
+    return blocked(self.fmt)
+
+  @property
+  def n(self) -> int:
+    return self.codes.shape[1]
+
+  def prepack(self, tile: int, layout: str = 'kn') -> prepack.Prepacked:
+    leaves = (self.codes, self.scale, self.zero_point)
+    leaves = [None if v is None else jnp.asarray(v) for v in leaves]
+    return prepack.prepack(
+      *leaves, self.spec, tile=tile, k=self.k, layout=layout
+    )
+
+
+def quantized(name: str, k: int, n: int, seed: int = 0) -> Weight:
+  """A quantized N(0, 1) weight without its tensor scale."""
+  w = np.random.default_rng([seed, k, n]).normal(size=(k, n))
+  q = lowbit.quantize(w.astype(np.float32), formats.get(name), axis=0)
+  leaves = (q.codes, q.scale, q.zero_point)
+  return Weight(
+    q.fmt, k, *[None if v is None else np.asarray(v) for v in leaves]
+  )
+
+
+def random_codes(name: str, k: int, n: int, scale, seed: int = 0) -> Weight:
+  """A weight of random codes, every bit pattern, with given scales."""
+  fmt = formats.get(name)
+  rng = np.random.default_rng([seed, k, n])
+  codes = rng.integers(0, 256, (k * fmt.element.bits // 8, n), np.uint8)
+  return Weight(fmt, k, codes, scale, None)
+
+
+def elements(w: Weight) -> np.ndarray:
+  """Float64 (rows, n): values of the codes minus zero points."""
+  bits = w.fmt.element.bits
+  stream = np.unpackbits(w.codes, axis=0, bitorder='little')
+  stream = stream.reshape(-1, bits, w.n).astype(int)
+  codes = (stream << np.arange(bits)[:, None]).sum(1)
+  values = w.fmt.element.values().astype(float)[codes]
+  if w.zero_point is not None:
+    values = values - _rows(w.zero_point.astype(float), len(values))
+  return values
+
+
+def scales(w: Weight) -> np.ndarray:
+  """Float64 (blocks, n): the scales as numbers."""
+  if w.scale is None:
+    return np.ones((1, w.n))
+  if w.scale.dtype == np.uint8:
+    return w.fmt.scale.values().astype(float)[w.scale]
+  return w.scale.astype(float)
+
+
+def product(x, w: Weight, schedule: str):
+  """Float64 y and S, the sum of |x| |w|.
+
+  Weights are rounded as the contract says: in 'pre' the scaled ones to float32,
+  and for bfloat16 x to bfloat16 whatever the schedule.
+  """
+  rounded = np.asarray(x).dtype == ml_dtypes.bfloat16
+  x = np.asarray(x).astype(float)
+  values, scale = elements(w), scales(w)
+  whole = w.fmt.scale is None or not w.fmt.block[0]
+  with np.errstate(all='ignore'):
+    outer = scale
+    if schedule == 'pre' and not whole:
+      values = (values * _rows(scale, len(values))).astype(np.float32)
+      outer = np.ones((1, w.n))
+    if rounded:
+      values = values.astype(np.float32).astype(ml_dtypes.bfloat16)
+    values = values.astype(float) * _rows(outer, len(values))
+    values = values[: w.k]
+    return x @ values, np.abs(x) @ np.abs(values)
+
+
+def check(got, x, w: Weight, schedule: str, *, chain: int | None = None):
+  """Raises AssertionError unless a float32 result is within both bounds.
+
+  |y - y*| <= (2h + 2) u S, h the longest chain of additions: K where the order
+  of sums is unknown. And rms(y - y*) <= 4 u rms(S) for N(0, 1) data.
+  """
+  want, size = product(x, w, schedule)
+  got = np.asarray(got, float)
+  assert got.shape == want.shape, (got.shape, want.shape)
+  h = w.k if chain is None else chain
+  error = np.abs(got - want)
+  worst = (error / np.maximum(size, 1e-300)).max() / U
+  assert (error <= (2 * h + 2) * U * size).all(), f'{worst} u of S, {h=}'
+  rms = np.sqrt((error**2).mean() / (size**2).mean()) / U
+  assert rms <= 4, f'rms error {rms} u'
+
+
+def normal(m: int, k: int, dtype, seed: int = 1):
+  x = np.random.default_rng([seed, m, k]).normal(size=(m, k))
+  return jnp.asarray(x.astype(np.float32)).astype(dtype)
+
+
+def _rows(per_block, rows: int):
+  return np.repeat(per_block, rows // len(per_block), axis=0)

@@ -1,0 +1,314 @@
+"""Tests of the contract of products with quantized weights."""
+
+import functools
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from absl.testing import absltest, parameterized
+
+from lowbit_jax.numerics._codec import spec
+from lowbit_pallas.arith import codec, packing
+from lowbit_pallas.wq_matmul import config, reference
+from tests.pallas.wq_matmul import oracle
+
+FORMATS = (
+  'int4_g32',
+  'int4_g128',
+  'uint4_g32',
+  'mxfp4',
+  'nvfp4',
+  'mxfp8_e4m3',
+  'mxfp6_e2m3',
+  'nf4_g64',
+  'int3_g32',
+  'int5_g32',
+  'int7_g64',
+  'int8_channel',
+)
+
+
+def _run(x, w, schedule, tile=None, layout='kn'):
+  tile = tile or config.tpu_tile(w.k, w.n, w.spec)
+  # Whatever a mutant patches, it must be traced anew.
+  f = lambda x, p: reference.run(x, p, schedule, out_dtype=jnp.float32)
+  return jax.jit(f)(x, w.prepack(tile, layout))
+
+
+class ReferenceTest(parameterized.TestCase):
+  # Kernels are tested with the schedule by heuristic: here, mostly the other.
+  @parameterized.parameters(
+    ('int4_g32', 'post'),
+    ('mxfp8_e4m3', 'post'),
+    ('mxfp6_e2m3', 'pre'),
+    ('nf4_g64', 'post'),
+    ('int5_g32', 'pre'),
+    ('int7_g64', 'post'),
+    ('int8_channel', 'post'),
+  )
+  def test_agrees_with_oracle(self, name, schedule):
+    w = oracle.quantized(name, 544, 24)
+    x = oracle.normal(5, w.k, jnp.bfloat16)
+    oracle.check(_run(x, w, schedule), x, w, schedule)
+
+  @parameterized.parameters(
+    ('int4_g32', 'pre'), ('nvfp4', 'pre'), ('nf4_g64', 'post')
+  )
+  def test_float32(self, name, schedule):
+    w = oracle.quantized(name, 160, 24)
+    x = oracle.normal(5, w.k, jnp.float32)
+    oracle.check(_run(x, w, schedule), x, w, schedule)
+
+  @parameterized.parameters('mxfp4', 'int8_channel')
+  def test_float16(self, name):
+    w = oracle.quantized(name, 160, 8)
+    x = oracle.normal(3, w.k, jnp.float16)
+    oracle.check(_run(x, w, 'post'), x, w, 'post')
+
+  @parameterized.parameters((1, 8, 32), (9, 100, 160), (17, 3, 1024))
+  def test_ragged_shapes(self, m, n, k):
+    w = oracle.quantized('mxfp4', k, n)
+    x = oracle.normal(m, k, jnp.bfloat16)
+    oracle.check(_run(x, w, 'pre'), x, w, 'pre')
+
+  @parameterized.product(
+    name=FORMATS,
+    schedule=reference.SCHEDULES,
+    m=(1, 2, 8, 65, 300),
+    shape=((8, 96), (100, 160), (64, 4096), (4104, 128)),
+  )
+  @pytest.mark.slow
+  def test_shapes(self, name, schedule, m, shape):
+    w = oracle.quantized(name, shape[1], shape[0])
+    x = oracle.normal(m, w.k, jnp.bfloat16)
+    oracle.check(_run(x, w, schedule), x, w, schedule)
+
+  @parameterized.parameters('kn', 'nk')
+  def test_layouts_and_tiles(self, layout):
+    w = oracle.quantized('int4_g32', 320, 8)
+    x = oracle.normal(4, w.k, jnp.bfloat16)
+    for tile in (64, 128):
+      oracle.check(_run(x, w, 'post', tile, layout), x, w, 'post')
+
+  @parameterized.parameters(
+    ('int3_g32', 'pre', 'bfloat16'),
+    ('int3_g32', 'post', 'float32'),
+    ('mxfp6_e2m3', 'pre', 'float32'),
+    ('mxfp6_e2m3', 'post', 'float16'),
+    ('int8_channel', 'pre', 'bfloat16'),
+  )
+  def test_exact_sums_are_exact(self, name, schedule, dtype):
+    # Products are multiples of 2^-4 below 2^10: sums of 96 stay below 2^24.
+    w = oracle.quantized(name, 96, 8)
+    scale = None
+    if w.scale is not None:
+      one = 127 if w.scale.dtype == np.uint8 else 1.0
+      scale = np.full_like(w.scale, one)
+    w = oracle.Weight(w.fmt, w.k, w.codes, scale, w.zero_point)
+    x = np.random.default_rng(3).integers(-8, 9, (6, 96))
+    x = jnp.asarray(x, jnp.dtype(dtype))
+    want, _ = oracle.product(x, w, schedule)
+    np.testing.assert_array_equal(np.asarray(_run(x, w, schedule)), want)
+
+  @parameterized.parameters(
+    'e2m1', 'e2m3', 'e3m2', 'e4m3', 'e4m3fn', 'e4m3fnuz', 'e5m2', 'ue5m3',
+    'e8m0', 'int4', 'nf4',
+  )  # fmt: skip
+  def test_decode_in_kernel_is_decode(self, name):
+    element = oracle.formats.get(name)
+    codes = jnp.arange(256, dtype=jnp.uint32) & ((1 << element.bits) - 1)
+    want, got = (
+      np.asarray(f(codes, spec(element))).view(np.uint32)
+      for f in (codec.decode, codec.decode_in_kernel)
+    )
+    np.testing.assert_array_equal(got, want)
+
+  def test_wide_x_is_exact_in_parts(self):
+    rng = np.random.default_rng(0)
+    bits = rng.integers(0, 2**32, 20000, np.uint32)
+    x = bits.view(np.float32)
+    x = x[(np.abs(x) > 2.0**-102) | ~np.isfinite(x)]
+    parts = np.asarray(reference.bfloat16_parts(jnp.asarray(x)[:, None]))
+    parts = parts.astype(float).reshape(3, -1)
+    with np.errstate(invalid='ignore'):
+      np.testing.assert_array_equal(parts.sum(0), x.astype(float))
+    half = np.arange(2**16, dtype=np.uint16).view(np.float16)
+    parts = np.asarray(reference.bfloat16_parts(jnp.asarray(half)[:, None]))
+    parts = parts.astype(float).reshape(2, -1)
+    with np.errstate(invalid='ignore'):
+      np.testing.assert_array_equal(parts.sum(0), half.astype(float))
+
+  @parameterized.parameters(*reference.SCHEDULES)
+  def test_extreme_scales(self, schedule):
+    # Scale bytes 0 (2^-127), 254 (2^127) and 255 (NaN), one column each; codes
+    # whose product with the scale is a normal number.
+    codes = np.tile(np.array([[0x44], [0x6C]], np.uint8), (8, 4))  # +-2, 4
+    codes[:, 1] = 0x2A  # +-1
+    scale = np.array([[0, 254, 255, 127]], np.uint8)
+    w = oracle.Weight(oracle.formats.get('mxfp4'), 32, codes, scale, None)
+    x = oracle.normal(3, 32, jnp.bfloat16)
+    x = x.at[:, 1::2].set(x[:, ::2] * 2.0**-8)  # no overflow in column 1
+    for column, factor in ((0, 2.0**40), (1, 2.0**-4), (3, 1)):
+      y = x * jnp.bfloat16(factor)
+      got = np.asarray(_run(y, w, schedule), float)
+      want, size = oracle.product(y, w, schedule)
+      self.assertTrue(np.isnan(got[:, 2]).all())
+      error = np.abs(got[:, column] - want[:, column])
+      self.assertTrue((error <= 70 * oracle.U * size[:, column]).all(), column)
+
+  def test_zero_blocks_and_padded_scales(self):
+    # K ends within a tile: what pads it must not poison the sum.
+    k, n = 160, 4
+    w = oracle.quantized('mxfp4', k, n)
+    codes = w.codes.copy()
+    codes[:16] = 0
+    w = oracle.Weight(w.fmt, k, codes, w.scale, None)
+    x = oracle.normal(3, k, jnp.bfloat16)
+    oracle.check(_run(x, w, 'pre'), x, w, 'pre')
+    none = oracle.Weight(w.fmt, k, 0 * codes, w.scale, None)
+    np.testing.assert_array_equal(np.asarray(_run(x, none, 'pre')), 0)
+
+  @parameterized.product(
+    schedule=reference.SCHEDULES, dtype=('bfloat16', 'float32')
+  )
+  def test_inf_and_nan_stay_in_their_rows_and_columns(self, schedule, dtype):
+    scale = np.full((4, 6), 127, np.uint8)
+    scale[2, 5] = 255
+    w = oracle.random_codes('mxfp8_e4m3', 128, 6, scale)
+    codes = np.where(w.codes & 0x7F == 0x7F, 0, w.codes)
+    codes[7, 1] = 0x7F
+    w = oracle.Weight(w.fmt, w.k, codes, scale, None)
+    x = np.asarray(oracle.normal(5, w.k, jnp.float32)).copy()
+    x[1, 3], x[2, 70], x[3, 9] = np.inf, np.nan, -np.inf
+    x = jnp.asarray(x, jnp.dtype(dtype))
+    want, size = oracle.product(x, w, schedule)
+    got = np.asarray(_run(x, w, schedule), float)
+    finite = np.isfinite(want)
+    np.testing.assert_array_equal(got[~finite], want[~finite])
+    error = np.abs(got[finite] - want[finite])
+    self.assertTrue((error <= 2 * w.k * oracle.U * size[finite]).all())
+    self.assertFalse(finite.all() or not finite.any())
+
+  @parameterized.parameters((0, 8, 96), (3, 0, 96), (3, 8, 0))
+  def test_empty(self, m, n, k):
+    w = oracle.Weight(
+      oracle.formats.get('mxfp4'),
+      k,
+      np.zeros((k // 2, n), np.uint8),
+      np.zeros((k // 32, n), np.uint8),
+      None,
+    )
+    out = reference.run(jnp.zeros((m, k), jnp.bfloat16), w.prepack(128), 'pre')
+    self.assertEqual((out.shape, out.dtype), ((m, n), jnp.bfloat16))
+    np.testing.assert_array_equal(np.asarray(out, np.float32), 0)
+
+  def test_rounds_the_result_once(self):
+    w = oracle.quantized('mxfp4', 96, 8)
+    x = oracle.normal(4, 96, jnp.bfloat16)
+    p = w.prepack(128)
+    wide = reference.run(x, p, 'pre', out_dtype=jnp.float32)
+    narrow = reference.run(x, p, 'pre')
+    np.testing.assert_array_equal(
+      np.asarray(narrow), np.asarray(wide).astype(ml_dtypes.bfloat16)
+    )
+
+  def test_refuses(self):
+    p = oracle.quantized('mxfp4', 96, 8).prepack(128)
+    for x, schedule, reason in (
+      (jnp.zeros((2, 95), jnp.bfloat16), 'pre', r'\(m, 96\)'),
+      (jnp.zeros((2, 96), jnp.int8), 'pre', 'int8'),
+      (jnp.zeros((2, 96), jnp.bfloat16), 'mid', 'mid'),
+    ):
+      with self.assertRaisesRegex(ValueError, reason):
+        reference.run(x, p, schedule)
+
+
+def _check(name, schedule):
+  w = oracle.quantized(name, 288, 24)
+  x = oracle.normal(5, w.k, jnp.bfloat16)
+  oracle.check(_run(x, w, schedule, tile=128), x, w, schedule)
+
+
+_check_once = functools.cache(_check)
+
+
+class MutantTest(parameterized.TestCase):
+  """Faults that the check must see."""
+
+  def _catch(self, module, attribute, mutant, name='int4_g32', schedule='post'):
+    _check_once(name, schedule)
+    with mock.patch.object(module, attribute, mutant):
+      with self.assertRaises(AssertionError):
+        _check(name, schedule)
+
+  def test_swapped_nibbles(self):
+    lanes = packing.planes_to_lanes
+    self._catch(packing, 'planes_to_lanes', lambda *a: lanes(*a)[::-1])
+
+  def test_no_sign_extension(self):
+    decode = codec.decode_in_kernel
+    self._catch(
+      codec,
+      'decode_in_kernel',
+      lambda c, f: decode(c, f._replace(signed=False)),
+    )
+
+  @parameterized.product(
+    schedule=reference.SCHEDULES, fault=('group', 'column')
+  )
+  def test_wrong_scale(self, schedule, fault):
+    axis = 0 if fault == 'group' else 1
+    product = reference.tile_product
+
+    def mutant(acc, x, planes, scale, *rest):
+      return product(acc, x, planes, jnp.roll(scale, 1, axis), *rest)
+
+    self._catch(reference, 'tile_product', mutant, schedule=schedule)
+
+  def test_last_tile_skipped(self):
+    operands = reference.operands_of
+
+    def mutant(x, w, schedule):
+      x, wide = operands(x, w, schedule)
+      return x.at[:, (w.steps - 1) * w.tile :].set(0), wide
+
+    self._catch(reference, 'operands_of', mutant)
+
+  def test_zero_point_after_the_scale(self):
+    by_block = reference._by_block
+
+    def mutant(op, value, per_block, *rest):
+      if op is jnp.subtract:
+        mutant.zero = per_block
+        return value
+      value = by_block(op, value, per_block, *rest)
+      return by_block(jnp.subtract, value, mutant.zero, *rest)
+
+    self._catch(
+      reference, '_by_block', mutant, name='uint4_g32', schedule='pre'
+    )
+
+  def test_bfloat16_accumulation(self):
+    product = reference.tile_product
+
+    def mutant(*args):
+      rounded = product(*args).astype(jnp.bfloat16)
+      return rounded.astype(jnp.float32)
+
+    self._catch(reference, 'tile_product', mutant)
+
+  def test_half_decoded_as_zero(self):
+    decode = codec.decode_in_kernel
+
+    def mutant(code, f):
+      value = decode(code, f)
+      return jnp.where(jnp.abs(value) == 0.5, 0.0, value)
+
+    self._catch(codec, 'decode_in_kernel', mutant, name='mxfp4', schedule='pre')
+
+
+if __name__ == '__main__':
+  absltest.main()
