@@ -2,8 +2,8 @@
 
 An implementation is a name and a function `plan(*args, **kwargs)` that either
 returns a `Plan` or raises `NotImplementedError` with the reason why it cannot.
-Without a request, those for other devices than the default one are passed over;
-a named one is planned wherever it is, so that it can be compiled there. This
+Those for other devices than the default one are passed over, unless one is named
+alone: then it is planned wherever it is, so that it can be compiled there. This
 module knows no operation.
 """
 
@@ -61,7 +61,11 @@ def requested(implementation, table: dict[str, Callable]) -> tuple[str, ...]:
   return tuple(names)
 
 
-def _why_unavailable(name: str) -> str | None:
+def _why_unavailable(name: str, implementation) -> str | None:
+  if isinstance(implementation, str):
+    return None
+  if implementation is not None:
+    return _support.why_elsewhere(name)
   why = _support.why_unavailable(name)
   if why is None and name == 'tpu' and jax.device_count() > 1:
     if not jax.sharding.get_abstract_mesh().manual_axes:
@@ -86,7 +90,7 @@ def select(
     if name not in table:
       refusals[name] = f'{op} has no {name!r} implementation'
       continue
-    if implementation is None and (why := _why_unavailable(name)):
+    if why := _why_unavailable(name, implementation):
       refusals[name] = why
       continue
     try:

@@ -180,6 +180,7 @@ def _mode(lhs: QArray, rhs: QArray) -> str | None:
     if all(f.scale is None or not f.block[0] for f in formats):
       return 'integer'
   if all(f.scale is not None and f.scale.bits > 8 for f in formats):
-    return None if lhs.fmt.is_tile else 'fp8_128'
+    right = rhs.fmt.is_tile and not lhs.fmt.is_tile
+    return 'fp8_128' if right else None
   exact = all(_exact_dtype(q) == jnp.bfloat16 for q in (lhs, rhs))
   return 'exact' if exact else None

@@ -248,7 +248,8 @@ def _tilerows(k: int, block: int, target: int) -> int:
 def why_not_tiles(lhs, rhs, dims) -> str | None:
   (_, rhs_k), (lhs_b, _) = dims
   if not isinstance(rhs, QArray):
-    return 'only the left operand is quantized'
+    which = 'only the left' if isinstance(lhs, QArray) else 'no'
+    return f'{which} operand is quantized'
   if lhs_b:
     return 'it has batch dimensions'
   if rhs.fmt.is_tile:

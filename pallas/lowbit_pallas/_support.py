@@ -64,6 +64,14 @@ def find(op: str, implementation: str) -> Kernel | None:
   return None
 
 
+def why_elsewhere(implementation: str) -> str | None:
+  """Why an implementation cannot run on the default device's platform, or None."""
+  device = jax.devices()[0]
+  if device.platform == PLATFORMS.get(implementation, device.platform):
+    return None
+  return f'the default device is a {device.platform}'
+
+
 def why_unavailable(implementation: str) -> str | None:
   """Why the default device does not take an implementation unasked, or None.
 
@@ -71,9 +79,9 @@ def why_unavailable(implementation: str) -> str | None:
   """
   if implementation not in PLATFORMS:
     return None
+  if (why := why_elsewhere(implementation)) is not None:
+    return why
   device = jax.devices()[0]
-  if device.platform != PLATFORMS[implementation]:
-    return f'the default device is a {device.platform}'
   target = target_of(device)
   mine = [k for k in KERNELS if k.implementation == implementation]
   if not all(k.interpreted or target in k.run_on for k in mine):
@@ -91,7 +99,7 @@ def why_not(op: str, implementation: str) -> str | None:
   if kernel is None:
     return f'there is no {implementation} kernel for {op}'
   device = jax.devices()[0]
-  if device.platform != PLATFORMS[implementation]:
+  if why_elsewhere(implementation):
     return None
   if target_of(device) not in kernel.targets:
     return f'{op} has no kernel for {device.device_kind}'

@@ -601,8 +601,8 @@ class SelectTest(parameterized.TestCase):
 
   def test_an_unavailable_one_refuses_loudly(self):
     x, q = data(2, 64), make('mxfp4', 64, 4)
-    for names in ('tpu', 'mosaic_gpu', ['tpu', 'mosaic_gpu']):
-      first = names if isinstance(names, str) else names[0]
+    for names in (['tpu'], ['mosaic_gpu'], ['tpu', 'mosaic_gpu']):
+      first = f'{names[0]}: the default device is a cpu'
       for f in (
         lambda n=names: lowbit_jax.dot(x, q, implementation=n),
         lambda n=names: lowbit_jax.einsum('mk,kn->mn', x, q, implementation=n),
@@ -610,10 +610,14 @@ class SelectTest(parameterized.TestCase):
         lambda n=names: jax.jit(
           lambda x: lowbit_jax.dot(x, q, implementation=n)
         )(x),
-        lambda n=names: lowbit_jax.dot(x, data(64, 4), implementation=n),
       ):
         with self.assertRaisesRegex(NotImplementedError, first):
           f()
+
+  def test_kernels_refuse_dense_weights(self):
+    for name in ('tpu', 'mosaic_gpu'):
+      with self.assertRaisesRegex(NotImplementedError, name):
+        lowbit_jax.dot(data(2, 64), data(64, 4), implementation=name)
 
   def test_unknown_names(self):
     x, q = data(2, 64), make('mxfp4', 64, 4)
