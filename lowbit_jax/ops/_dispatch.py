@@ -2,9 +2,9 @@
 
 An implementation is a name and a function `plan(*args, **kwargs)` that either
 returns a `Plan` or raises `NotImplementedError` with the reason why it cannot.
-Those for other devices than the default one are passed over, unless one is named
-alone: then it is planned wherever it is, so that it can be compiled there. This
-module knows no operation.
+Those for other devices than the default one are passed over, unless one is
+named alone: then it is planned wherever it is, so that it can be compiled
+there. This module knows no operation.
 """
 
 from collections.abc import Callable, Sequence

@@ -65,7 +65,7 @@ def find(op: str, implementation: str) -> Kernel | None:
 
 
 def why_elsewhere(implementation: str) -> str | None:
-  """Why an implementation cannot run on the default device's platform, or None."""
+  """Why the default device's platform cannot run an implementation, or None."""
   device = jax.devices()[0]
   if device.platform == PLATFORMS.get(implementation, device.platform):
     return None
