@@ -2,11 +2,13 @@
 
 A TPU core issues one VLIW bundle a cycle, so the bundles of a kernel body tell
 two versions of a tile apart. They ignore waiting for memory and are no times.
-Needs the extra `aot`. Prints each kernel next to the bfloat16 product of the
-same tile and compares it with the table in benchmarks/static_cost.json.
+Needs the extra `aot`; under a minute. Prints each product next to the bfloat16
+product of the same tile, and softmax for one tile of rows, with the path for
+entries near each other and the guarded one both counted.
 
-  python benchmarks/static_cost.py             fails where a figure rose by 10 %
-  python benchmarks/static_cost.py --update    writes the table
+  python benchmarks/static_cost.py             prints the figures
+  python benchmarks/static_cost.py --check     fails where one rose by 10 %
+  python benchmarks/static_cost.py --update    writes static_cost.json
 """
 
 import functools
@@ -39,7 +41,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec  # noqa: E402
 import _timing  # noqa: E402
 import lowbit_jax as lowbit  # noqa: E402
 
-_UPDATE = flags.DEFINE_bool('update', False, 'Write the table.')
+_UPDATE = flags.DEFINE_bool('update', False, 'Write the committed figures.')
+_CHECK = flags.DEFINE_bool('check', False, 'Compare with them.')
 _TABLE = pathlib.Path(__file__).with_suffix('.json')
 _TOPOLOGY = 'v5e:2x2'
 _RISE = 1.1
@@ -50,6 +53,7 @@ WEIGHTS = (
   'int8_channel', 'int8_g128', 'int4_g128', 'int4_g32', 'mxfp4', 'nvfp4',
   'mxfp8_e4m3', 'mxfp6_e2m3', 'nf4_g64', 'int3_g32', 'int2_g32', 'uint4_g128',
 )  # fmt: skip
+ROWS, COLUMNS = 8, 4096
 
 
 class Cost(NamedTuple):
@@ -133,29 +137,83 @@ def weight_cost(name: str) -> Cost:
   return compiled_cost('wq_matmul', run, x, planes)
 
 
-def main(argv):
-  del argv
+def softmax_cost(kind: str) -> Cost:
+  from lowbit_pallas.softmax import config, tpu
+
+  run = functools.partial(
+    tpu.run,
+    kind=kind,
+    algorithm='pair',
+    config=config.TpuConfig(ROWS, COLUMNS),
+  )
+  x = jax.ShapeDtypeStruct((ROWS, COLUMNS), jnp.float32)
+  return compiled_cost(f'softmax_{kind}', run, x)
+
+
+def all_costs() -> dict[str, Cost]:
   x = jax.ShapeDtypeStruct((M, K), jnp.bfloat16)
   w = jax.ShapeDtypeStruct((K, N), jnp.bfloat16)
-  base = compiled_cost('bf16_product', bf16_product, x, w)
-  costs = {'bf16 product': base}
+  costs = {'bf16 product': compiled_cost('bf16_product', bf16_product, x, w)}
   costs |= {f'{name} product': weight_cost(name) for name in WEIGHTS}
+  kinds = 'softmax', 'log_softmax', 'logsumexp'
+  return costs | {kind: softmax_cost(kind) for kind in kinds}
+
+
+def comparison(
+  known: dict[str, int], figures: dict[str, int]
+) -> tuple[list[list[str]], list[str]]:
+  """Rows of (kernel, committed, now, ratio), and the kernels that fail.
+
+  A kernel fails where its figure rose by more than 10 %, or where only one of
+  the two knows it.
+  """
+  rows, failed = [], []
+  for name in {**known, **figures}:
+    old, new = known.get(name), figures.get(name)
+    if old is None or new is None:
+      ratio, fails = 'missing', True
+    else:
+      ratio, fails = f'{new / old:.2f}', new > _RISE * old
+    if fails:
+      failed.append(name)
+    mark = f'{ratio} FAILED' if fails else ratio
+    rows.append([name, str(old), str(new), mark])
+  return rows, failed
+
+
+def main(argv):
+  del argv
+  costs = all_costs()
+  shutil.rmtree(_DUMP, ignore_errors=True)
+  figures = {name: c.bundles for name, c in costs.items()}
+  if _CHECK.value:
+    rows, failed = comparison(json.loads(_TABLE.read_text()), figures)
+    header = ['kernel', 'committed', 'now', 'ratio']
+    print(_timing.table('bundles, TPU v5e', header, rows))
+    if failed:
+      sys.exit(
+        f'costs rose by more than 10 %: {", ".join(failed)}; if that is wanted,'
+        ' run benchmarks/static_cost.py --update'
+      )
+    return
+  base = figures['bf16 product']
   rows = [
-    [name, str(c.bundles), f'{c.bundles / base.bundles:.2f}', f'{c.mxu:.0%}']
+    [
+      name,
+      str(c.bundles),
+      f'{c.bundles / base:.2f}' if 'product' in name else '',
+      f'{c.mxu:.0%}',
+    ]
     for name, c in costs.items()
   ]
   header = ['kernel', 'bundles', 'relative to bf16', 'bundles with MXU']
-  title = f'bundles of a {BM} x {BN} x {TILE} tile, TPU v5e'
+  title = (
+    f'bundles of a {BM} x {BN} x {TILE} tile and of {ROWS} x {COLUMNS} entries'
+    ' of softmax, TPU v5e'
+  )
   print(_timing.table(title, header, rows))
-  figures = {name: c.bundles for name, c in costs.items()}
   if _UPDATE.value:
     _TABLE.write_text(json.dumps(figures, indent=1) + '\n')
-    return
-  known = json.loads(_TABLE.read_text())
-  risen = [n for n, b in figures.items() if b > _RISE * known.get(n, b)]
-  shutil.rmtree(_DUMP, ignore_errors=True)
-  if risen:
-    sys.exit(f'costs rose by more than 10 %: {", ".join(risen)}')
 
 
 if __name__ == '__main__':

@@ -209,11 +209,12 @@ class Checkpoints:
       seal = json.dumps(_file_digests(path), indent=2) + '\n'
       _report.write_atomically(path / _SEAL, seal.encode())
 
-  def restore(self, template: Any) -> tuple[int, Any]:
-    """Reads the newest checkpoint onto the default device.
+  def restore(self, template: Any, shardings: Any = None) -> tuple[int, Any]:
+    """Reads the newest checkpoint.
 
     Args:
       template: the state's structure, as jax.ShapeDtypeStruct leaves.
+      shardings: where each leaf goes; None for the default device.
 
     Returns:
       The number of steps done and the state; (0, None) if there is none.
@@ -225,8 +226,12 @@ class Checkpoints:
     if not steps:
       return 0, None
     step = steps[-1]
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    target = jax.tree.map(lambda leaf: leaf.update(sharding=device), template)
+    if shardings is None:
+      device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+      shardings = jax.tree.map(lambda _: device, template)
+    target = jax.tree.map(
+      lambda leaf, sharding: leaf.update(sharding=sharding), template, shardings
+    )
     restored = self._restore(step, state=ocp.args.StandardRestore(target))
     state = restored['state']
     if _digest(state) != self._read_info(step):

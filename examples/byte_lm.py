@@ -163,6 +163,7 @@ class Block(nn.Module):
   config: Config
   dot_general: Callable[..., jax.Array] | None = None
   promote_dtype: Callable[..., Any] = linen_promote_dtype
+  dot_general_cls: Callable[[], Any] | None = None
 
   def _dense(self, features: int, name: str, variance: float = 1.0):
     return nn.Dense(
@@ -172,6 +173,7 @@ class Block(nn.Module):
         variance, 'fan_in', 'normal'
       ),
       dot_general=self.dot_general,
+      dot_general_cls=self.dot_general_cls,
       promote_dtype=self.promote_dtype,
       name=name,
     )
@@ -193,27 +195,52 @@ class Block(nn.Module):
     return x + self._dense(width, 'down', small)(nn.gelu(up))
 
 
+class _Repeated(Block):
+  """A block as the body of a scan."""
+
+  def __call__(self, x: jax.Array, _) -> tuple[jax.Array, None]:
+    return super().__call__(x), None
+
+
 class ByteLM(nn.Module):
   """Pre-norm transformer: RMSNorm, rotary attention, GELU MLP, untied head.
 
   Attributes:
     config: sizes.
     dot_general: passed to the Dense layers of the blocks; None is Linen's own.
-    promote_dtype: likewise.
+    promote_dtype: likewise; also `dot_general_cls`.
+    scan: one stacked block instead of several: compiles once, and recomputes
+      activations in the backward pass, which large models need.
   """
 
   config: Config
   dot_general: Callable[..., jax.Array] | None = None
   promote_dtype: Callable[..., Any] = linen_promote_dtype
+  dot_general_cls: Callable[[], Any] | None = None
+  scan: bool = False
 
   @nn.compact
   def __call__(self, tokens: jax.Array) -> jax.Array:
     """Maps int32 (batch, time) bytes to float32 (batch, time, 256) logits."""
     x = nn.Embed(VOCABULARY, self.config.width, name='embed')(tokens)
-    for index in range(self.config.blocks):
-      x = Block(
-        self.config, self.dot_general, self.promote_dtype, name=f'block_{index}'
-      )(x)
+    fields = (
+      self.config,
+      self.dot_general,
+      self.promote_dtype,
+      self.dot_general_cls,
+    )
+    if self.scan:
+      repeated = nn.scan(
+        nn.remat(_Repeated, prevent_cse=False),
+        variable_axes={'params': 0, 'lowbit': 0},
+        split_rngs={'params': True, 'quant': True},
+        in_axes=nn.broadcast,
+        length=self.config.blocks,
+      )
+      x, _ = repeated(*fields, name='blocks')(x, None)
+    else:
+      for index in range(self.config.blocks):
+        x = Block(*fields, name=f'block_{index}')(x)
     head = nn.Dense(
       VOCABULARY,
       use_bias=False,

@@ -1,7 +1,7 @@
 """Low-bit numerics for JAX: exact formats, honest gradients, packed storage.
 
 Submodules that need Flax, or that most programs do not use, load on first use:
-`nn`, `doctor`, `testing`.
+`nn`, `training`, `doctor`, `testing`.
 """
 
 import importlib
@@ -24,6 +24,7 @@ from lowbit_jax.ops import implementations as implementations
 from lowbit_jax.ops import log_softmax as log_softmax
 from lowbit_jax.ops import logsumexp as logsumexp
 from lowbit_jax.ops import prepack as prepack
+from lowbit_jax.ops import qdot as qdot
 from lowbit_jax.ops import quantize as quantize
 from lowbit_jax.ops import quantize_with as quantize_with
 from lowbit_jax.ops import round_to as round_to
@@ -31,11 +32,14 @@ from lowbit_jax.ops import select_implementation as select_implementation
 from lowbit_jax.ops import softmax as softmax
 from lowbit_jax.ops import unpack as unpack
 from lowbit_jax.qarray import QArray as QArray
+from lowbit_jax.recipe import GemmSpec as GemmSpec
+from lowbit_jax.recipe import Policy as Policy
 from lowbit_jax.recipe import QuantSpec as QuantSpec
+from lowbit_jax.recipe import Recipe as Recipe
 
 __version__ = '0.1.0'
 
-_LAZY = ('doctor', 'nn', 'testing')
+_LAZY = ('doctor', 'nn', 'testing', 'training')
 
 
 def __getattr__(name: str):

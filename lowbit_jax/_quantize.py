@@ -155,11 +155,16 @@ class Job(NamedTuple):
     k = jnp.clip(k, 0, fmt.element.code_max)
     return jnp.where(k != k, 0, k).astype(jnp.int32).astype(jnp.uint8)
 
-  def values(self) -> jax.Array:
-    """Dequantized float32 values in the shape of the view."""
+  def values(self, scales: Scales | None = None) -> jax.Array:
+    """Dequantized float32 values in the shape of the view.
+
+    Args:
+      scales: those to multiply by, None for the ones of the quantization.
+    """
     codes = self.codes(self.elements)
     offset = self.elements.offset
-    return _decode(codes, self.fmt, self.scales, offset, self.blocks)
+    scales = self.scales if scales is None else scales
+    return _decode(codes, self.fmt, scales, offset, self.blocks)
 
   def packed(self) -> jax.Array:
     """Packed codes in the shape of the padded array.

@@ -69,18 +69,19 @@ def is_coded(scale: FloatFormat) -> bool:
   return scale.bits <= 8
 
 
-def tensor_scale_from(amax_bits, fmt: BlockFormat):
+def tensor_scale_from(amax_bits, fmt: BlockFormat, target: float | None = None):
   """The float32 scale of a whole tensor from the bits of its finite maximum.
 
-  It maps the maximum to the largest product of element and block scale; with
-  block scales in the order of operations of TransformerEngine, 1 / (top / amax)
-  with two roundings, so that codes agree bit for bit.
+  It maps the maximum to the largest product of element and block scale, or to
+  that of the largest element and the block scale `target`; with block scales in
+  the order of operations of TransformerEngine, 1 / (top / amax) with two
+  roundings, so that codes agree bit for bit.
   """
   amax = fb.from_bits(amax_bits)
   live = amax_bits >= fb.MIN_NORMAL
   if fmt.scale is None:
     return jnp.where(live, amax * jnp.float32(1 / fmt.element.max), 1.0)
-  top = jnp.float32(fmt.element.max * fmt.scale.max)
+  top = jnp.float32(fmt.element.max * (target or fmt.scale.max))
   return jnp.where(live, reciprocal(top / jnp.where(live, amax, 1.0)), 1.0)
 
 

@@ -14,6 +14,7 @@ from lowbit_jax.ops._fake_quant import fake_quant_with as fake_quant_with
 from lowbit_jax.ops._prepack import Prepacked as Prepacked
 from lowbit_jax.ops._prepack import prepack as prepack
 from lowbit_jax.ops._prepack import unpack as unpack
+from lowbit_jax.ops._qdot import qdot as qdot
 from lowbit_jax.ops._quantize import dequantize as dequantize
 from lowbit_jax.ops._quantize import quantize as quantize
 from lowbit_jax.ops._quantize import quantize_with as quantize_with

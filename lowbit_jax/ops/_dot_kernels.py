@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from lowbit_jax import qarray
-from lowbit_jax.formats import FloatFormat, IntFormat
+from lowbit_jax.formats import IntFormat
 from lowbit_jax.numerics._codec import blocked
 from lowbit_jax.ops import _dot_xla, _partition, _prepack
 from lowbit_jax.ops._dispatch import Plan
@@ -101,7 +101,7 @@ class _Product:
     """x (m, k), the weight as the kernel takes it, and the result's shape."""
     x = lhs
     if isinstance(lhs, QArray):
-      x = qarray.dequantize(lhs, _exact_dtype(lhs))
+      x = qarray.dequantize(lhs, _dot_xla.exact_dtype(lhs.fmt))
     if not isinstance(rhs, Prepacked):
       x, matrix, shape = _dot_xla.as_matrices(x, rhs, self.dims)
       return x, _prepack.weight(matrix, self.implementation), shape
@@ -109,18 +109,6 @@ class _Product:
     x = jnp.moveaxis(x, contracted, -1)
     shape = (*x.shape[:-1], rhs.shape[1])
     return x.reshape(-1, x.shape[-1]), rhs.weight, shape
-
-
-def _exact_dtype(q: QArray):
-  """bfloat16 where it holds element times block scale exactly, else float32."""
-  element, scale = q.fmt.element, q.fmt.scale
-  if scale is None or not isinstance(element, FloatFormat | IntFormat):
-    return jnp.float32
-  bits = element.width if isinstance(element, IntFormat) else 1
-  if isinstance(element, FloatFormat):
-    bits += element.mantissa_bits
-  bits += scale.mantissa_bits + (0 if q.fmt.has_exponent_scale else 1)
-  return jnp.bfloat16 if bits <= 8 else jnp.float32
 
 
 def _plan_blocks(implementation: str, lhs, rhs, dims) -> Plan | None:
@@ -182,5 +170,5 @@ def _mode(lhs: QArray, rhs: QArray) -> str | None:
   if all(f.scale is not None and f.scale.bits > 8 for f in formats):
     right = rhs.fmt.is_tile and not lhs.fmt.is_tile
     return 'fp8_128' if right else None
-  exact = all(_exact_dtype(q) == jnp.bfloat16 for q in (lhs, rhs))
+  exact = all(_dot_xla.exact_dtype(f) == jnp.bfloat16 for f in formats)
   return 'exact' if exact else None

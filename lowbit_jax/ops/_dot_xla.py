@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from lowbit_jax import qarray
-from lowbit_jax.formats import BlockFormat, IntFormat
+from lowbit_jax.formats import BlockFormat, FloatFormat, IntFormat
 from lowbit_jax.numerics import _packing, _scaling
 from lowbit_jax.numerics._codec import spec
 from lowbit_jax.ops._dispatch import Plan
@@ -340,3 +340,15 @@ def times(out, *scales):
 
 def _dense(x):
   return qarray.dequantize(x, jnp.float32) if isinstance(x, QArray) else x
+
+
+def exact_dtype(fmt: BlockFormat):
+  """bfloat16 where it holds element times block scale exactly, else float32."""
+  element, scale = fmt.element, fmt.scale
+  if scale is None or not isinstance(element, FloatFormat | IntFormat):
+    return jnp.float32
+  bits = element.width if isinstance(element, IntFormat) else 1
+  if isinstance(element, FloatFormat):
+    bits += element.mantissa_bits
+  bits += scale.mantissa_bits + (0 if fmt.has_exponent_scale else 1)
+  return jnp.bfloat16 if bits <= 8 else jnp.float32

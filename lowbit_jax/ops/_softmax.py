@@ -66,9 +66,9 @@ def softmax(
     temperature: a positive number; or a float32 scalar array, which may be
       traced and differentiated. `x * (1 / temperature)` is taken in float32.
     out_dtype: dtype of the result, of the same three; None for that of `x`.
-    algorithm: 'pair' (two passes, no maximum; NaN for rows with a finite
-      entry beyond 22712), 'online' (for every row), or 'auto', which takes
-      'pair' and, for the rows where it does not hold, 'online'.
+    algorithm: 'pair' (rescales by powers of two alone; NaN for rows with a
+      finite entry beyond 22712), 'online' (for every row), or 'auto', which
+      takes 'pair' and, for the rows where it does not hold, 'online'.
     implementation: None for the best that accepts, a name or a list of names
       from 'tpu', 'mosaic_gpu', 'xla'; a named one that cannot refuses loudly.
 
@@ -187,7 +187,7 @@ def operands(
 def _plan_xla(x, where, call: _Call) -> _dispatch.Plan:
   del x, where
   run = functools.partial(_last_axis, reference.run, call=call)
-  return _dispatch.Plan('fused loops over rows, pair by pair', run)
+  return _dispatch.Plan('maxima, exponentials and quotients of rows', run)
 
 
 def _plan_kernel(implementation: str, note: str, x, where, call: _Call):

@@ -52,8 +52,7 @@ def is_quantized(x) -> bool:
 class DotTest(parameterized.TestCase):
   # Weights with float scales are rounded to bfloat16 after scaling.
   @parameterized.parameters(
-    ('mxfp4', 0.0), ('nvfp4', 0.0), ('mxfp6_e2m3', 0.0), ('int4_g32', 2.0**-9),
-    ('uint4_g32', 2.0**-9), ('int8_channel', 0.0), ('int4_tensor', 0.0),
+    ('mxfp6_e2m3', 0.0), ('uint4_g32', 2.0**-9), ('int4_tensor', 0.0),
   )  # fmt: skip
   def test_weights(self, name, rounding):
     x = jnp.asarray(data(M, K), jnp.bfloat16)
@@ -83,12 +82,11 @@ class DotTest(parameterized.TestCase):
     np.testing.assert_allclose(interpreted(f, x, q), want, rtol=0, atol=1e-4)
 
   @parameterized.parameters(
-    ('mxfp4', 'mxfp4', 0.0),
-    ('nvfp4', 'nvfp4', 0.0),
-    ('int8_channel', 'int8_channel', 0.0),
-    ('fp8_1x128', 'fp8_128x128', 0.0),
+    ('nvfp4', 'nvfp4'),
+    ('int8_channel', 'int8_channel'),
+    ('fp8_1x128', 'fp8_128x128'),
   )
-  def test_two_quantized_operands(self, left, right, rounding):
+  def test_two_quantized_operands(self, left, right):
     x = lowbit_jax.quantize(data(M, K), formats.get(left))
     q = weight(right)
     note = lowbit_jax.select_implementation(
@@ -96,7 +94,7 @@ class DotTest(parameterized.TestCase):
     ).note
     self.assertIn('block-scaled', note)
     got = interpreted(lowbit_jax.dot, x, q)
-    assert_product(got, x, q, rounding)
+    assert_product(got, x, q)
 
   def test_gradient(self):
     x, q = data(M, K), weight('mxfp4')
@@ -112,8 +110,7 @@ class DotTest(parameterized.TestCase):
 
 class QuantizeTest(parameterized.TestCase):
   @parameterized.parameters(
-    ('mxfp4', (3, 96)), ('nvfp4', (2, 3, 50)), ('mxfp8_e4m3', (40,)),
-    ('int4_g32', (3, 64)), ('mxfp6_e2m3', (3, 64)),
+    ('nvfp4', (2, 3, 50)), ('mxfp8_e4m3', (40,)), ('mxfp6_e2m3', (3, 64)),
   )  # fmt: skip
   def test_same_bits(self, name, shape):
     fmt, x = formats.get(name), data(*shape)

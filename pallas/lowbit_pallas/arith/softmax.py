@@ -51,6 +51,10 @@ _LN2 = (
   float.fromhex('-0x1.05C61p-29'),
 )
 
+# The same in two parts to 2.3e-14, the first of 15 significant bits: enough for
+# integers below 2^9.
+_LN2_SHORT = (float.fromhex('0x1.62E4p-1'), float.fromhex('0x1.7F7D1Cp-20'))
+
 # Minimax in relative error for exp on [-ln2/2, ln2/2] with float32
 # coefficients and the constant fixed to 1, degree five (XNNPACK,
 # f32-raddextexp). Polynomial error 1.55u there, 1.66u on |t| <= 0.3476.
@@ -66,10 +70,19 @@ _EXP = (
 # Largest |x| of the pair form: rint(x log2 e) stays below 2^15.
 DOMAIN = 22712.0
 
+# `scaled_exp_near`: largest |x|, for which |n| <= 505, and largest difference
+# of two entries, for which their exponents differ by at most 125.
+_NEAR = 350.0
+_NEAR_SPREAD = 86.0
+
 # Exponents of zero and of infinity: finite, so that differences of exponents
 # are never inf - inf.
 _N_ZERO = -3.0e38
 _N_INF = 3.0e38
+
+# 1.5 2^23: adding it leaves an integer in the low bits, for |n| < 2^22.
+_INTEGER = 12582912.0
+_INTEGER_BITS = 0x4B400000
 
 _INF = float('inf')
 _NAN = float('nan')
@@ -103,7 +116,7 @@ def exact_factor(d: jax.Array) -> jax.Array:
     float32 array.
   """
   d = jnp.minimum(jnp.maximum(d, -127.0), 127.0)
-  return bits.power_of_two(d.astype(jnp.int32))
+  return bits.from_bits(bits.to_bits(d + (_INTEGER + 127.0)) << 23)
 
 
 def ext_exp(x: jax.Array, low: jax.Array | None = None) -> Pair:
@@ -133,10 +146,7 @@ def ext_exp(x: jax.Array, low: jax.Array | None = None) -> Pair:
   t = ((x - n * _LN2[0]) - n * _LN2[1]) - n * _LN2[2]
   if low is not None:
     t = t + low
-  m = _EXP[5] * t + _EXP[4]
-  for c in _EXP[3::-1]:
-    m = m * t + c
-  return Pair(m, n)
+  return Pair(_exp_of_rest(t), n)
 
 
 def identity(shape: tuple[int, ...]) -> Pair:
@@ -171,6 +181,107 @@ def exp_pair(x: jax.Array, where: jax.Array | None = None) -> Pair:
   )
   no_n = jnp.where(x == _INF, _N_INF, jnp.full_like(x, _N_ZERO))
   return Pair(jnp.where(usable, m, zero_inf_nan), jnp.where(usable, n, no_n))
+
+
+def row_exponent(top: jax.Array) -> jax.Array:
+  """Returns the exponent E that `scaled_exp` takes for a row.
+
+  | largest live entry of the row | E                        |
+  |-------------------------------|--------------------------|
+  | finite with |top| <= DOMAIN   | rint(top log2 e) - 1     |
+  | -inf, or no live entry        | -3e38, as in `identity`  |
+  | NaN, +inf or beyond           | 3e38                     |
+
+  Args:
+    top: float32, the largest live entry of each row.
+
+  Returns:
+    float32 array of its shape. One below the largest exponent, so that the
+    sum is at least 1.41 and an entry that underflows is below 2^-126 of it.
+  """
+  n = bits.round_half_even(top * _LOG2_E) - 1.0
+  bad = jnp.where(top == -_INF, _N_ZERO, jnp.full_like(top, _N_INF))
+  return jnp.where(jnp.abs(top) <= DOMAIN, n, bad)
+
+
+def scaled_exp(x: jax.Array, n: jax.Array) -> jax.Array:
+  """Returns exp(x) 2^-E, by `ext_exp` and an exact power of two.
+
+    m_i 2^(n_i - E),   E = `row_exponent` of the row
+
+  Their sum M with E is the pair of the row, and they times 1/M its softmax,
+  so that a row whose maximum is at hand is exponentiated once. Entries are
+  those of `exp_pair`, rescaled: 0 for -inf, NaN for NaN and beyond the domain,
+  inf for +inf.
+
+  Error: 3.4u relative, 2.9u with fused multiply-add; less than 2^-126 is 0.
+
+  Args:
+    x: float32, -inf where masked.
+    n: `row_exponent`, broadcastable with `x`.
+
+  Returns:
+    float32 array of the shape of `x`.
+  """
+  special = jnp.where(jnp.abs(x) < _INF, _NAN, x)
+  special = jnp.where(x == -_INF, 0.0, special)
+  return jnp.where(jnp.abs(x) <= DOMAIN, _scaled(ext_exp(x), n), special)
+
+
+def is_near(top: jax.Array, low: jax.Array) -> jax.Array:
+  """Tells whether `scaled_exp_near` holds for entries in [low, top].
+
+  Where there is a NaN the extremes may be NaN, or -inf and +inf as on XLA:CPU,
+  which is not near, or leave it out, and then it goes the way of a number.
+  """
+  inside = (top <= _NEAR) & (low >= -_NEAR) & (low <= top)
+  return inside & (top - low <= _NEAR_SPREAD)
+
+
+def scaled_exp_near(x: jax.Array, n: jax.Array) -> jax.Array:
+  """`scaled_exp` of entries that are near each other and near zero.
+
+  No guards; ln 2 in two parts, of which the first times n and its difference
+  from x are exact, and the rest rounds as in `ext_exp`; and the exponent is
+  taken from the bits in which adding 1.5 2^23 leaves it. The error is the same.
+
+  Args:
+    x: float32 with `is_near` of its largest and smallest entry.
+    n: `row_exponent`, broadcastable with `x`.
+
+  Returns:
+    float32 array of the shape of `x`; NaN where it is NaN.
+  """
+  shifted = bits.to_bits(x * _LOG2_E + _INTEGER)
+  # As integers, because XLA simplifies (x + c) - c to x.
+  k = (shifted - _INTEGER_BITS).astype(jnp.float32)
+  t = (x - k * _LN2_SHORT[0]) - k * _LN2_SHORT[1]
+  biased = shifted + (127 - n.astype(jnp.int32))
+  return _exp_of_rest(t) * bits.from_bits(biased << 23)
+
+
+def row_pair(m: jax.Array, n: jax.Array) -> Pair:
+  """The sum of a row as a pair with M near 1, which has a small logarithm.
+
+  Args:
+    m: the sum of the `scaled_exp` of the row.
+    n: its `row_exponent`.
+  """
+  return Pair(0.5 * m, n + 1.0)
+
+
+def _exp_of_rest(t: jax.Array) -> jax.Array:
+  """The polynomial for e^t, |t| <= 0.3476."""
+  m = _EXP[5] * t + _EXP[4]
+  for c in _EXP[3::-1]:
+    m = m * t + c
+  return m
+
+
+def _scaled(pair: Pair, n: jax.Array) -> jax.Array:
+  """m_i 2^(n_i - E) for n_i - E < 128; where that is below -126 it is 0."""
+  biased = jnp.maximum(pair.n + ((_INTEGER + 127.0) - n), _INTEGER)
+  return pair.m * bits.from_bits(bits.to_bits(biased) << 23)
 
 
 def in_domain(

@@ -8,8 +8,10 @@ import dataclasses
 
 LANES = 128
 
-# Most columns that a TPU kernel handles at once, in both phases.
+# Most columns that a TPU kernel handles at once: in both phases of a row in
+# pieces, and of a row as a whole, whose steps need fewer registers.
 CHUNK = 2048
+WHOLE_CHUNK = 4096
 
 # Bytes of an input or output block on TPU. Two of each, a mask and scratch
 # stay below the 16 MiB of VMEM that XLA grants a kernel by default.
@@ -41,9 +43,9 @@ class TpuConfig:
       )
 
 
-def chunk(block: TpuConfig) -> int:
-  """Columns of a chunk: as many as divide the block, at most `CHUNK`."""
-  most = min(block.columns, CHUNK)
+def chunk(block: TpuConfig, most: int = CHUNK) -> int:
+  """Columns of a chunk: as many as divide the block, at most `most`."""
+  most = min(block.columns, most)
   return next(w for w in range(most, 0, -LANES) if block.columns % w == 0)
 
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from lowbit_pallas.arith import softmax as sm
 from lowbit_pallas.softmax import forms
 
 LANES = 128
@@ -49,41 +50,80 @@ def run(
   `chain(columns)` and u = 2^-24.
   """
   out_dtype = x.dtype if out_dtype is None else out_dtype
-  x = x.astype(jnp.float32)
-  if scale != 1.0:
-    x = x * scale
+
+  def wide(x):
+    x = x.astype(jnp.float32)
+    return x if scale == 1.0 else x * scale
+
   if algorithm == 'online':
-    return _finish(forms.ONLINE, kind, x, where).astype(out_dtype)
-  total = _total(forms.PAIR, x, where)
-
-  def pair(x, where, total):
-    return _finish(forms.PAIR, kind, x, where, total)
-
-  def by_row(x, where, total):
-    lost = jnp.isnan(total.m)
-    if kind != 'logsumexp':
-      lost = lost[..., None]
-    online = _finish(forms.ONLINE, kind, x, where)
-    return jnp.where(lost, online, pair(x, where, total))
-
-  if algorithm == 'pair':
-    y = pair(x, where, total)
+    return _online(kind, wide(x), where).astype(out_dtype)
+  terms, m, n = _pair(wide(x), where)
+  if kind == 'softmax':
+    y = _normalised(terms, m, where)
+  elif kind == 'log_softmax':
+    y = sm.log_normalise(wide(x), sm.row_pair(m, n), where)
   else:
-    lost = jnp.any(jnp.isnan(total.m))
-    y = lax.cond(lost, by_row, pair, x, where, total)
-  return y.astype(out_dtype)
+    y = sm.logsumexp(sm.row_pair(m, n))
+  y = y.astype(out_dtype)
+  if algorithm == 'pair':
+    return y
+  lost = jnp.isnan(m)
+
+  def by_row(x, y):
+    rows = lost if kind == 'logsumexp' else lost[..., None]
+    return jnp.where(rows, _online(kind, wide(x), where).astype(out_dtype), y)
+
+  return lax.cond(jnp.any(lost), by_row, lambda x, y: y, x, y)
 
 
-def _finish(form, kind, x, where, total=None):
-  total = _total(form, x, where) if total is None else total
+def _pair(x, where):
+  """The scaled exponentials of rows, their sums M and exponents E.
+
+  The maximum comes first, so that no entry has an exponent of its own: XLA
+  makes one loop of the exponentials, and one of their sum.
+  """
+  x = x if where is None else jnp.where(where, x, -jnp.inf)
+  n = sm.row_exponent(jnp.max(x, -1))
+  terms = sm.scaled_exp(x, n[..., None])
+  return terms, _sum(terms), n
+
+
+def _normalised(terms, total, where):
+  inverse = jnp.where(total < jnp.inf, 1.0 / total, jnp.nan)
+  y = terms * inverse[..., None]
+  return y if where is None else jnp.where(where, y, 0.0)
+
+
+def _online(kind, x, where):
+  form = forms.ONLINE
+  state = form.part(_fold(x, -jnp.inf), _fold(where, False), -2)
+  total = form.total(form.total(state, -2), -1)
   if kind == 'logsumexp':
     return form.logsumexp(total)
   return getattr(form, kind)(x, total, where, -1)
 
 
-def _total(form, x, where):
-  state = form.part(_fold(x, -jnp.inf), _fold(where, False), -2)
-  return form.total(form.total(state, -2), -1)
+def _sum(x):
+  """The sum of rows, in short chains: of whole chunks, slices and lanes."""
+  *rows, columns = x.shape
+  slices = columns // LANES
+  chunked = slices - slices % CHAIN
+  lanes = []
+  if chunked:
+    part = x[..., : chunked * LANES].reshape(*rows, -1, CHAIN, LANES)
+    lanes.append(_part_sum(_part_sum(part)))
+  if slices > chunked:
+    part = x[..., chunked * LANES : slices * LANES]
+    lanes.append(_part_sum(part.reshape(*rows, -1, LANES)))
+  sums = [jnp.sum(sum(lanes), -1)] if lanes else []
+  if columns % LANES:
+    sums.append(_part_sum(x[..., slices * LANES :, None])[..., 0])
+  return sum(sums)
+
+
+def _part_sum(x):
+  """A sum along an axis that XLA does not join with the next one."""
+  return lax.optimization_barrier(jnp.sum(x, -2))
 
 
 def _fold(x, fill):

@@ -1,10 +1,14 @@
 """Softmax kernels for TPU.
 
-Grid (row blocks, 2, column blocks). Phase 0 sums a row block's exponentials in
-VMEM scratch, lane by lane, 128 independent sums to a row, and joins the lanes
-at its end; phase 1 normalises. The output block stays parked at column 0
-during phase 0, so nothing is written before there is something to write. A
-block that holds whole rows is read once, others twice.
+Rows that a block holds, in the pair form: one grid step takes the largest entry
+of each row, then the exponentials by it, kept in VMEM, and their sum, then the
+quotients. Blocks whose entries are all near zero need no guards.
+
+Longer rows, and the online form: grid (row blocks, 2, column blocks). Phase 0
+sums a row block's exponentials in VMEM scratch, lane by lane, 128 independent
+sums to a row, and joins the lanes at its end; phase 1 normalises. The output
+block stays parked at column 0 during phase 0, so nothing is written before
+there is something to write.
 """
 
 import functools
@@ -16,6 +20,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from lowbit_pallas.arith import softmax as sm
 from lowbit_pallas.softmax import config as config_lib
 from lowbit_pallas.softmax import forms
 
@@ -31,6 +36,7 @@ class _Static(NamedTuple):
   scale: float
   columns: int
   config: config_lib.TpuConfig
+  chunk: int
   tile: int
   masked: bool
   out_dtype: Any
@@ -104,6 +110,7 @@ def run(
       scale,
       x.shape[1],
       config,
+      config_lib.chunk(config),
       config_lib.sublanes(itemsize),
       where is not None,
       kernel_out,
@@ -127,14 +134,12 @@ def _call(operands, static: _Static, interpret):
   """(y, logsumexp (rows, 1)), or the latter alone."""
   rows, columns = operands[0].shape
   bm, bn = static.config.rows, static.config.columns
+  if static.form is forms.PAIR and columns <= bn:
+    return _call_whole(operands, static, interpret)
   phases = 1 if static.kind == 'logsumexp' else 2
   in_block = pl.BlockSpec((bm, bn), lambda i, phase, j: (i, j))
   specs = [pl.BlockSpec((bm, 1), lambda i, phase, j: (i, 0))]
-  # Inside shard_map the result varies over the mesh as the input does.
-  shape_of = functools.partial(
-    jax.ShapeDtypeStruct,
-    manual_axis_type=jax.typeof(operands[0]).manual_axis_type,
-  )
+  shape_of = _shape_like(operands[0])
   shapes = [shape_of((rows, 1), jnp.float32)]
   if phases == 2:
     specs.insert(0, pl.BlockSpec((bm, bn), lambda i, phase, j: (i, j * phase)))
@@ -152,6 +157,146 @@ def _call(operands, static: _Static, interpret):
     interpret=interpret,
     name=f'softmax_{static.kind}',
   )(*operands)
+
+
+def _shape_like(x):
+  # Inside shard_map the result varies over the mesh as the input does.
+  return functools.partial(
+    jax.ShapeDtypeStruct, manual_axis_type=jax.typeof(x).manual_axis_type
+  )
+
+
+def _call_whole(operands, static: _Static, interpret):
+  """`_call` of the pair form for rows that a block holds."""
+  rows, columns = operands[0].shape
+  bm, bn = static.config.rows, static.config.columns
+  static = static._replace(
+    chunk=config_lib.chunk(static.config, config_lib.WHOLE_CHUNK)
+  )
+  block = pl.BlockSpec((bm, bn), lambda i: (i, 0))
+  specs = [pl.BlockSpec((bm, 1), lambda i: (i, 0))]
+  shape_of = _shape_like(operands[0])
+  shapes = [shape_of((rows, 1), jnp.float32)]
+  scratch = [pltpu.VMEM((bm, _LANES), jnp.float32)] * 2
+  if static.kind != 'logsumexp':
+    specs.insert(0, block)
+    shapes.insert(0, shape_of((rows, columns), static.out_dtype))
+  if static.kind == 'softmax' and static.out_dtype != jnp.float32:
+    scratch.append(pltpu.VMEM((bm, bn), jnp.float32))
+  return pl.pallas_call(
+    functools.partial(_whole_kernel, static=static),
+    grid=(pl.cdiv(rows, bm),),
+    in_specs=[block] * len(operands),
+    out_specs=specs,
+    out_shape=shapes,
+    scratch_shapes=scratch,
+    compiler_params=pltpu.CompilerParams(dimension_semantics=('parallel',)),
+    interpret=interpret,
+    name=f'softmax_{static.kind}',
+  )(*operands)
+
+
+def _whole_kernel(x_ref, *refs, static: _Static):
+  where_ref = None
+  if static.masked:
+    where_ref, *refs = refs
+  y_ref = None
+  if static.kind != 'logsumexp':
+    y_ref, *refs = refs
+  log_sum_ref, first_ref, second_ref, *terms_ref = refs
+  source = x_ref, where_ref
+  terms_ref = terms_ref[0] if terms_ref else y_ref
+  stored = terms_ref if static.kind == 'softmax' else None
+
+  _extremes(source, (first_ref, second_ref), static)
+  top = jnp.max(first_ref[...], axis=1, keepdims=True)
+  near = sm.is_near(jnp.max(first_ref[...]), jnp.min(second_ref[...]))
+  n = sm.row_exponent(top)
+  first_ref[...] = _to_lanes(n)
+
+  @pl.when(near)
+  def _():
+    _sum_terms(
+      sm.scaled_exp_near, source, first_ref, second_ref, stored, static
+    )
+
+  @pl.when(jnp.logical_not(near))
+  def _():
+    _sum_terms(sm.scaled_exp, source, first_ref, second_ref, stored, static)
+
+  m = jnp.sum(second_ref[...], axis=1, keepdims=True)
+  total = sm.row_pair(m, n)
+  log_sum_ref[...] = sm.logsumexp(total)
+  if static.kind == 'softmax':
+    inverse = jnp.where(m < jnp.inf, 1.0 / m, jnp.nan)
+    second_ref[...] = _to_lanes(inverse)
+    _write_quotients(source, terms_ref, second_ref, y_ref, static)
+  elif static.kind == 'log_softmax':
+    first_ref[...], second_ref[...] = map(_to_lanes, (total.n, total.m))
+    _write_block(source, (first_ref, second_ref), y_ref, 0, static)
+
+
+def _to_lanes(v):
+  """(rows, 1) in every lane."""
+  return jnp.broadcast_to(v, (v.shape[0], _LANES))
+
+
+def _extremes(source, scratch, static: _Static):
+  """The largest and the smallest live entries of the rows, lane by lane."""
+
+  def per_chunk(rows, c, state):
+    x = _live(source, rows, c, static)
+    top, low = state
+    return jnp.maximum(top, jnp.max(x, 0)), jnp.minimum(low, jnp.min(x, 0))
+
+  _over_chunks(per_chunk, (-jnp.inf, jnp.inf), scratch, static)
+
+
+def _sum_terms(exp, source, n_ref, sum_ref, terms_ref, static: _Static):
+  """Sums `exp(x, n)` lane by lane and stores it."""
+
+  def per_chunk(rows, c, state):
+    terms = exp(_live(source, rows, c, static), n_ref[rows, :])
+    if terms_ref is not None:
+      _store(terms, terms_ref, rows, c, static)
+    return (state[0] + jnp.sum(terms, 0),)
+
+  _over_chunks(per_chunk, (0.0,), (sum_ref,), static)
+
+
+def _write_quotients(source, terms_ref, inverse_ref, y_ref, static: _Static):
+  """Multiplies stored exponentials by the inverse sum of their row."""
+
+  def per_chunk(rows, c, state):
+    y = _slices(terms_ref, rows, c, static) * inverse_ref[rows, :]
+    if static.masked:
+      _, where = _load(source, rows, c, 0, static)
+      y = jnp.where(where, y, 0.0)
+    _store(y, y_ref, rows, c, static)
+    return state
+
+  _over_chunks(per_chunk, (), (), static)
+
+
+def _over_chunks(per_chunk, init, scratch, static: _Static):
+  """Folds `per_chunk(rows, chunk, state)` over a block, into scratch."""
+  steps = static.config.columns // static.chunk
+
+  def per_tile(rows):
+    state = tuple(jnp.full((static.tile, _LANES), v, jnp.float32) for v in init)
+    state = lax.fori_loop(
+      0, steps, lambda c, state: per_chunk(rows, c, state), state
+    )
+    for ref, v in zip(scratch, state, strict=True):
+      ref[rows, :] = v
+
+  _for_tiles(per_tile, static)
+
+
+def _live(source, rows, c, static: _Static):
+  """A chunk with -inf in masked places."""
+  x, where = _load(source, rows, c, 0, static)
+  return x if where is None else jnp.where(where, x, -jnp.inf)
 
 
 def _kernel(x_ref, *refs, static: _Static):
@@ -185,7 +330,6 @@ def _kernel(x_ref, *refs, static: _Static):
 def _sum_block(source, scratch, j, static: _Static):
   """Adds a block to the sums of its rows."""
   form = static.form
-  width = config_lib.chunk(static.config)
 
   def per_tile(rows):
     def per_chunk(c, state):
@@ -193,7 +337,7 @@ def _sum_block(source, scratch, j, static: _Static):
       return form.merge(state, form.part(x, where, 0))
 
     state = form.state(*(ref[rows, :] for ref in scratch))
-    steps = static.config.columns // width
+    steps = static.config.columns // static.chunk
     state = lax.fori_loop(0, steps, per_chunk, state)
     for ref, v in zip(scratch, state, strict=True):
       ref[rows, :] = v
@@ -223,20 +367,17 @@ def _join_lanes(scratch, log_sum_ref, static: _Static):
 def _write_block(source, scratch, y_ref, j, static: _Static):
   """Normalises a block."""
   normalise = getattr(static.form, static.kind)
-  width = config_lib.chunk(static.config)
 
   def per_tile(rows):
     total = static.form.state(*(ref[rows, :] for ref in scratch))
 
     def per_chunk(c, _):
       x, where = _load(source, rows, c, j, static)
-      y = normalise(x, total, where, 0).astype(y_ref.dtype)
-      start = pl.multiple_of(c * width, _LANES)
-      for s in range(width // _LANES):
-        y_ref[rows, pl.ds(start + s * _LANES, _LANES)] = y[s]
+      y = normalise(x, total, where, 0)
+      _store(y, y_ref, rows, c, static)
       return 0
 
-    lax.fori_loop(0, static.config.columns // width, per_chunk, 0)
+    lax.fori_loop(0, static.config.columns // static.chunk, per_chunk, 0)
 
   _for_tiles(per_tile, static)
 
@@ -256,26 +397,39 @@ def _load(source, rows, c, j, static: _Static):
   Columns beyond the matrix become -inf, which adds nothing.
   """
   x_ref, where_ref = source
-  width = config_lib.chunk(static.config)
-  start = pl.multiple_of(c * width, _LANES)
-
-  def slices(ref):
-    return jnp.stack(
-      [
-        ref[rows, pl.ds(start + s * _LANES, _LANES)]
-        for s in range(width // _LANES)
-      ]
-    )
-
-  x = slices(x_ref).astype(jnp.float32)
+  start = c * static.chunk
+  x = _slices(x_ref, rows, c, static).astype(jnp.float32)
   if static.scale != 1.0:
     x = x * static.scale
   where = None
   if where_ref is not None:
-    where = slices(where_ref).astype(jnp.int32) != 0
+    where = _slices(where_ref, rows, c, static).astype(jnp.int32) != 0
   bn = static.config.columns
   if static.columns % bn:
     column = lax.broadcasted_iota(jnp.int32, x.shape, 2)
     column += lax.broadcasted_iota(jnp.int32, x.shape, 0) * _LANES
     x = jnp.where(column < static.columns - j * bn - start, x, -jnp.inf)
   return x, where
+
+
+def _slices(ref, rows, c, static: _Static):
+  """Chunk `c` of a tile of rows, as (slices, rows, lanes)."""
+  chunk, lanes = _chunk(ref, rows, c, static)
+  return jnp.stack([chunk[:, at] for at in lanes])
+
+
+def _store(values, ref, rows, c, static: _Static):
+  """Writes what `_slices` reads."""
+  chunk, lanes = _chunk(ref, rows, c, static)
+  for s, at in enumerate(lanes):
+    chunk[:, at] = values[s].astype(ref.dtype)
+
+
+def _chunk(ref, rows, c, static: _Static):
+  """Chunk `c` of a tile of rows, and where its slices are.
+
+  One address to a chunk: those of the slices differ from it by constants.
+  """
+  start = pl.multiple_of(c * static.chunk, _LANES)
+  slices = [pl.ds(s, _LANES) for s in range(0, static.chunk, _LANES)]
+  return ref.at[rows, pl.ds(start, static.chunk)], slices

@@ -203,6 +203,52 @@ class GuardTest(absltest.TestCase):
     self.assertTrue(np.isfinite(_exp_pair(np.array([edge, -edge])).m).all())
 
 
+class ScaledExpTest(parameterized.TestCase):
+  """exp(x) 2^-E of rows whose maximum is known."""
+
+  def _errors(self, f, x):
+    n = sm.row_exponent(jnp.max(x))
+    terms = np.asarray(jax.jit(f)(x, n)).astype(LONG)
+    exact = np.exp(x.astype(LONG) - LONG(n) * LN2)
+    small = exact < LONG(2) ** -125
+    self.assertLessEqual(
+      float(np.abs(terms - exact)[small].max(initial=0)), 2.0**-126
+    )
+    return float(np.abs(terms[~small] / exact[~small] - 1).max()) / U
+
+  @parameterized.parameters(1.0, 88.0, 1e4, DOMAIN)
+  def test_error_is_below_the_bound(self, limit):
+    x = np.random.default_rng(1).uniform(-limit, limit, 100_000)
+    self.assertLessEqual(self._errors(sm.scaled_exp, np.float32(x)), 3.4)
+
+  @parameterized.parameters(-350.0, -86.0, -1.0, 0.0, 264.0)
+  def test_near_error_is_below_the_bound(self, low):
+    x = np.random.default_rng(2).uniform(low, low + 86, 100_000)
+    x = np.float32(np.append(x, [low, low + 86]))
+    self.assertTrue(sm.is_near(x.max(), x.min()))
+    self.assertLessEqual(self._errors(sm.scaled_exp_near, x), 3.4)
+
+  def test_is_near(self):
+    for top, low in (
+      (350.5, 300.0), (-300.0, -350.5), (50.0, -40.0), (INF, 0.0),
+      (0.0, -INF), (NAN, 0.0), (0.0, NAN), (-INF, INF), (-INF, -INF),
+    ):  # fmt: skip
+      self.assertFalse(sm.is_near(jnp.float32(top), jnp.float32(low)))
+
+  def test_special_entries(self):
+    x = np.array([-INF, INF, NAN, 3e4, -3e4, 1.0], np.float32)
+    for top in (1.0, INF):
+      terms = sm.scaled_exp(x, sm.row_exponent(jnp.float32(top)))
+      np.testing.assert_array_equal(terms[:5], [0, INF, NAN, NAN, NAN])
+      self.assertEqual(terms[5] > 1, top == 1.0)
+
+  def test_row_exponent(self):
+    top = jnp.array([1000, -INF, NAN, INF, 3e4, -3e4], jnp.float32)
+    np.testing.assert_array_equal(
+      sm.row_exponent(top), np.float32([1442, -3e38, 3e38, 3e38, 3e38, 3e38])
+    )
+
+
 class MergeTest(parameterized.TestCase):
   def _pairs(self, seed, size=2000, spread=40):
     rng = np.random.default_rng(seed)

@@ -118,6 +118,43 @@ class TpuTest(Softmax):
     np.testing.assert_array_equal(y[[0, 1, 3]], pair[[0, 1, 3]])
     np.testing.assert_array_equal(y[2], online[2])
 
+  @parameterized.parameters(
+    ('wide', 8, True),
+    ('one_hot', 8, True),
+    # Beyond |x| <= 350, and entries that lie too far apart.
+    ('offset', 8, False),
+    ('uniform50', 8, False),
+    ('wide', 9, None),
+  )
+  def test_guards_are_left_out_where_entries_are_near(self, name, m, near):
+    x = rows.draw(name, (m, 256))
+    seen = []
+    is_near = sm.is_near
+
+    def look(top, low):
+      answer = is_near(top, low)
+      jax.debug.callback(lambda v: seen.append(bool(v)), answer)
+      return answer
+
+    with mock.patch.object(sm, 'is_near', look):
+      y = _run(x, algorithm='pair', config=config.TpuConfig(8, 256))
+    if near is not None:
+      self.assertEqual(seen, [near])
+    self.assertLessEqual(_error(y, x), 24)
+
+  @parameterized.parameters('nan', 'inf', 'all_dead', 'dead')
+  def test_special_rows_in_a_whole_block(self, name):
+    x = rows.draw('wide', (8, 128))
+    if name == 'all_dead':
+      x[3] = -np.inf
+    else:
+      x[3, 5] = {'nan': np.nan, 'inf': np.inf, 'dead': -np.inf}[name]
+    for kind in forms.KINDS:
+      y = _run(x, algorithm='pair', kind=kind)
+      want = np.asarray(reference.run(jnp.asarray(x), kind=kind))
+      for special in (np.isnan, np.isposinf, np.isneginf):
+        np.testing.assert_array_equal(special(y), special(want), err_msg=kind)
+
   def test_rows_do_not_see_each_other(self):
     x = rows.draw('wide', (9, 150))
     whole = _run(x, algorithm='pair')
@@ -149,10 +186,10 @@ class TpuTest(Softmax):
 class MutationTest(parameterized.TestCase):
   """Faults that the checks above must see."""
 
-  def _error_with(self, patch, where=None):
+  def _error_with(self, patch, where=None, columns=128):
     x = rows.draw('wide', (3, 300))
     with patch:
-      block = config.TpuConfig(32, 128)
+      block = config.TpuConfig(32, columns)
       y = _run(x, where, algorithm='pair', config=block)
     return _error(y, x, where)
 
@@ -176,6 +213,28 @@ class MutationTest(parameterized.TestCase):
     faulty = forms.PAIR._replace(merge=merge)
     patch = mock.patch.object(forms, 'PAIR', faulty)
     self.assertGreater(self._error_with(patch), 1e3)
+
+  @parameterized.named_parameters(
+    ('columns_not_visited', '_over_chunks'),
+    ('half_of_what_rows_need', '_to_lanes'),
+    ('stored_with_an_error', '_store'),
+  )
+  def test_whole_rows(self, name):
+    faults = {
+      '_over_chunks': lambda f: (
+        lambda body, init, scratch, static: f(
+          body, init, scratch, static._replace(chunk=static.chunk * 3)
+        )
+      ),
+      '_to_lanes': lambda f: lambda v: f(0.5 * v),
+      '_store': lambda f: lambda v, *a: f(jnp.abs(v) + 1e-3, *a),
+    }
+    patch = mock.patch.object(tpu, name, faults[name](getattr(tpu, name)))
+    self.assertGreater(self._error_with(patch, columns=384), 1e3)
+
+  def test_whole_rows_without_a_fault(self):
+    error = self._error_with(contextlib.nullcontext(), columns=384)
+    self.assertLess(error, 24)
 
   def test_mask_forgotten(self):
     load = tpu._load

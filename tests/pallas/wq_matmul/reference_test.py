@@ -41,11 +41,8 @@ def _run(x, w, schedule, tile=None, layout='kn'):
 class ReferenceTest(parameterized.TestCase):
   # Kernels are tested with the schedule by heuristic: here, mostly the other.
   @parameterized.parameters(
-    ('int4_g32', 'post'),
-    ('mxfp8_e4m3', 'post'),
     ('mxfp6_e2m3', 'pre'),
     ('nf4_g64', 'post'),
-    ('int5_g32', 'pre'),
     ('int7_g64', 'post'),
     ('int8_channel', 'post'),
   )
@@ -54,21 +51,18 @@ class ReferenceTest(parameterized.TestCase):
     x = oracle.normal(5, w.k, jnp.bfloat16)
     oracle.check(_run(x, w, schedule), x, w, schedule)
 
-  @parameterized.parameters(
-    ('int4_g32', 'pre'), ('nvfp4', 'pre'), ('nf4_g64', 'post')
-  )
+  @parameterized.parameters(('nvfp4', 'pre'), ('nf4_g64', 'post'))
   def test_float32(self, name, schedule):
     w = oracle.quantized(name, 160, 24)
     x = oracle.normal(5, w.k, jnp.float32)
     oracle.check(_run(x, w, schedule), x, w, schedule)
 
-  @parameterized.parameters('mxfp4', 'int8_channel')
-  def test_float16(self, name):
-    w = oracle.quantized(name, 160, 8)
+  def test_float16(self):
+    w = oracle.quantized('mxfp4', 160, 8)
     x = oracle.normal(3, w.k, jnp.float16)
     oracle.check(_run(x, w, 'post'), x, w, 'post')
 
-  @parameterized.parameters((1, 8, 32), (9, 100, 160), (17, 3, 1024))
+  @parameterized.parameters((1, 8, 32), (17, 3, 1024))
   def test_ragged_shapes(self, m, n, k):
     w = oracle.quantized('mxfp4', k, n)
     x = oracle.normal(m, k, jnp.bfloat16)
@@ -94,10 +88,8 @@ class ReferenceTest(parameterized.TestCase):
       oracle.check(_run(x, w, 'post', tile, layout), x, w, 'post')
 
   @parameterized.parameters(
-    ('int3_g32', 'pre', 'bfloat16'),
     ('int3_g32', 'post', 'float32'),
     ('mxfp6_e2m3', 'pre', 'float32'),
-    ('mxfp6_e2m3', 'post', 'float16'),
     ('int8_channel', 'pre', 'bfloat16'),
   )
   def test_exact_sums_are_exact(self, name, schedule, dtype):
@@ -171,9 +163,7 @@ class ReferenceTest(parameterized.TestCase):
     none = oracle.Weight(w.fmt, k, 0 * codes, w.scale, None)
     np.testing.assert_array_equal(np.asarray(_run(x, none, 'pre')), 0)
 
-  @parameterized.product(
-    schedule=reference.SCHEDULES, dtype=('bfloat16', 'float32')
-  )
+  @parameterized.parameters(('pre', 'float32'), ('post', 'bfloat16'))
   def test_inf_and_nan_stay_in_their_rows_and_columns(self, schedule, dtype):
     scale = np.full((4, 6), 127, np.uint8)
     scale[2, 5] = 255

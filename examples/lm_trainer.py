@@ -1,0 +1,539 @@
+"""Training of the byte-level model in low bits, on one device or a mesh.
+
+`Settings` say everything that decides the result; `train` goes through the
+steps with checkpoints, a log and monitors. A step is a pure function of the
+state and the batch, and a batch one of (seed, step), so an interrupted run that
+goes on ends in the same bits as one that was not interrupted.
+"""
+
+import csv
+import dataclasses
+import io
+import json
+import math
+import pathlib
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tqdm
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import _checkpoints
+import _report
+import byte_lm
+from lowbit_jax.recipe import Policy
+from lowbit_jax.training import linen as low
+from lowbit_jax.training import optimizers, recipes, scaling
+
+AXES = ('data', 'fsdp', 'model')
+# Columns of these lie on 'model' and of the others their rows, so that each
+# block of a layer pair needs one reduction.
+_COLUMNS = ('qkv', 'up', 'head')
+_ROWS = ('out', 'down')
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+  """Everything that decides a run.
+
+  Attributes:
+    model: sizes, steps, learning rate and seed.
+    recipe: name of the recipe of the linear layers of all blocks.
+    exempt_first: blocks at the start that stay in float32.
+    exempt_last: blocks at the end that do.
+    optimizer: a name from `OPTIMIZERS`.
+    accumulate: microbatches whose gradients make one step.
+    scan: whether the blocks are one stacked block, as in `byte_lm.ByteLM`.
+  """
+
+  model: byte_lm.Config = byte_lm.Config()
+  recipe: str = 'mxfp8'
+  exempt_first: int = 0
+  exempt_last: int = 0
+  optimizer: str = 'adamw'
+  accumulate: int = 1
+  scan: bool = False
+
+  def __post_init__(self):
+    recipes.get(self.recipe)
+    if self.optimizer not in OPTIMIZERS:
+      raise byte_lm.ConfigError(
+        f'optimizer={self.optimizer!r} is not one of {", ".join(OPTIMIZERS)}'
+      )
+    if self.accumulate < 1 or self.model.batch % self.accumulate:
+      raise byte_lm.ConfigError(
+        f'accumulate={self.accumulate} must divide batch={self.model.batch}'
+      )
+    if self.scan and (self.exempt_first or self.exempt_last):
+      raise byte_lm.ConfigError(
+        'scan makes all blocks alike: drop exempt_first and exempt_last'
+      )
+
+
+class TrainState(NamedTuple):
+  """Parameters, held tensor scales, optimizer state, steps done (int32)."""
+
+  params: Any
+  lowbit: Any
+  optimizer: Any
+  step: jax.Array
+
+
+class Metrics(NamedTuple):
+  """What a step reports; `finite` has one flag for each parameter."""
+
+  loss: jax.Array
+  gradient_norm: jax.Array
+  finite: jax.Array
+
+
+class NonFiniteError(Exception):
+  """A loss or gradient is NaN or infinite; the message names it."""
+
+
+def schedule(config: byte_lm.Config):
+  """Warm-up for an eighth of the steps, then a cosine to 10 %."""
+  warmup = config.steps // 8
+  peak = config.learning_rate
+  return optax.warmup_cosine_decay_schedule(
+    0.0 if warmup else peak, peak, warmup, config.steps, 0.1 * peak
+  )
+
+
+def _matrices(params):
+  return jax.tree.map(lambda p: p.ndim > 1, params)
+
+
+def _adamw8(config: byte_lm.Config) -> optax.GradientTransformation:
+  return optax.chain(
+    optax.clip_by_global_norm(1.0),
+    optimizers.adamw(
+      schedule(config), b2=0.95, weight_decay=0.1, mask=_matrices
+    ),
+  )
+
+
+def _stable_spam(config: byte_lm.Config) -> optax.GradientTransformation:
+  return optimizers.stable_spam(schedule(config), b2=0.95)
+
+
+def _muon(config: byte_lm.Config) -> optax.GradientTransformation:
+  return optax.chain(
+    optax.clip_by_global_norm(1.0),
+    optimizers.muon(schedule(config), weight_decay=0.1),
+  )
+
+
+OPTIMIZERS = {
+  'adamw': byte_lm.optimizer,
+  'adamw8': _adamw8,
+  'stable_spam': _stable_spam,
+  'muon': _muon,
+}
+
+
+def policy(settings: Settings) -> Policy:
+  """Which layers train by the recipe."""
+  return Policy(
+    recipes.get(settings.recipe),
+    first=settings.exempt_first,
+    last=settings.exempt_last,
+    blocks=settings.model.blocks,
+  )
+
+
+def model(settings: Settings, fraction: float = 0.0, quantized: bool = True):
+  """The network after `fraction` of the training, or the one in float32."""
+  chosen = policy(settings) if quantized else None
+  return byte_lm.ByteLM(
+    settings.model,
+    dot_general_cls=low.dot_general_cls(chosen, fraction),
+    scan=settings.scan,
+  )
+
+
+def init(settings: Settings) -> TrainState:
+  """The state before the first step."""
+  tokens = jnp.zeros((1, settings.model.context), jnp.int32)
+  key = jax.random.key(settings.model.seed)
+  variables = model(settings).init({'params': key, 'quant': key}, tokens)
+  params = variables['params']
+  return TrainState(
+    params,
+    variables.get(low.COLLECTION, {}),
+    OPTIMIZERS[settings.optimizer](settings.model).init(params),
+    jnp.zeros((), jnp.int32),
+  )
+
+
+def make_step(
+  settings: Settings, fraction: float = 0.0
+) -> Callable[[TrainState, jax.Array], tuple[TrainState, Metrics]]:
+  """The `(state, windows) -> (state, metrics)` of one step, not jitted."""
+  network = model(settings, fraction)
+  transform = OPTIMIZERS[settings.optimizer](settings.model)
+
+  def loss_fn(params, lowbit, windows, key):
+    logits, updated = network.apply(
+      {'params': params, low.COLLECTION: lowbit},
+      windows[:, :-1],
+      rngs={'quant': key},
+      mutable=[low.COLLECTION],
+    )
+    loss = byte_lm.cross_entropy(logits, windows[:, 1:])
+    return loss, updated.get(low.COLLECTION, {})
+
+  gradient = jax.value_and_grad(loss_fn, has_aux=True)
+
+  def step(state: TrainState, windows: jax.Array):
+    key = jax.random.key(settings.model.seed)
+    key = jax.random.fold_in(key, state.step)
+    n = settings.accumulate
+
+    def part(carry, microbatch):
+      lowbit, total, sums = carry
+      index, windows = microbatch
+      (loss, lowbit), g = gradient(
+        state.params, lowbit, windows, jax.random.fold_in(key, index)
+      )
+      return (lowbit, total + loss, jax.tree.map(jnp.add, sums, g)), None
+
+    if n == 1:
+      (loss, lowbit), g = gradient(state.params, state.lowbit, windows, key)
+    else:
+      zeros = jax.tree.map(jnp.zeros_like, state.params)
+      parts = windows.reshape(-1, n, windows.shape[-1]).swapaxes(0, 1)
+      (lowbit, loss, g), _ = jax.lax.scan(
+        part, (state.lowbit, jnp.float32(0), zeros), (jnp.arange(n), parts)
+      )
+      loss, g = loss / n, jax.tree.map(lambda x: x / n, g)
+    finite = [jnp.isfinite(x).all() for x in (loss, *jax.tree.leaves(g))]
+    updates, optimizer = transform.update(g, state.optimizer, state.params)
+    params = optax.apply_updates(state.params, updates)
+    metrics = Metrics(loss, optax.tree.norm(g), jnp.stack(finite))
+    lowbit = scaling.advance(lowbit)
+    return TrainState(params, lowbit, optimizer, state.step + 1), metrics
+
+  return step
+
+
+def make_mesh(description: str) -> Mesh:
+  """A mesh from text such as 'data=4,fsdp=2'; axes left out have size 1.
+
+  Raises:
+    ConfigError: for unknown axes, and sizes that are not the device count.
+  """
+  sizes = dict.fromkeys(AXES, 1)
+  for part in filter(None, description.split(',')):
+    name, _, size = part.partition('=')
+    if name not in sizes or not size.isdecimal() or int(size) < 1:
+      raise byte_lm.ConfigError(
+        f'mesh={description!r}: {part!r} is not AXIS=SIZE with an axis of'
+        f' {AXES}'
+      )
+    sizes[name] = int(size)
+  if math.prod(sizes.values()) != jax.device_count():
+    raise byte_lm.ConfigError(
+      f'mesh={description!r} has {math.prod(sizes.values())} places for'
+      f' {jax.device_count()} devices'
+    )
+  return jax.make_mesh(
+    tuple(sizes.values()), AXES, (jax.sharding.AxisType.Auto,) * len(AXES)
+  )
+
+
+def state_shardings(state: TrainState, mesh: Mesh) -> TrainState:
+  """Where each leaf of a state lies, by the layer that its path names.
+
+  Kernels are split over 'fsdp' and 'model', optimizer states as the parameters
+  they belong to. An axis that a size does not divide stays whole.
+  """
+
+  def place(path, leaf):
+    names = [getattr(key, 'key', getattr(key, 'name', '')) for key in path]
+    spec = (None, None)
+    if any(name in _COLUMNS for name in names):
+      spec = ('fsdp', 'model')
+    elif any(name in _ROWS for name in names):
+      spec = ('model', 'fsdp')
+    elif 'embed' in names:
+      spec = (None, 'fsdp')
+    spec = (None,) * (len(leaf.shape) - 2) + spec[: len(leaf.shape)]
+    whole = len(leaf.shape) < 2
+    sizes = () if whole else zip(spec, leaf.shape, strict=True)
+    return NamedSharding(
+      mesh, P(*(a if a and n % mesh.shape[a] == 0 else None for a, n in sizes))
+    )
+
+  return jax.tree_util.tree_map_with_path(place, state)
+
+
+def put_batch(windows: np.ndarray, mesh: Mesh) -> jax.Array:
+  """A batch on the mesh; every process knows all of it and gives its part."""
+  sharding = NamedSharding(mesh, P(('data', 'fsdp')))
+  return jax.make_array_from_callback(
+    windows.shape, sharding, lambda index: windows[index]
+  )
+
+
+class Record(NamedTuple):
+  """One line of the log; snr_db is empty between monitored steps."""
+
+  step: int
+  loss: float
+  gradient_norm: float
+  snr_db: float | None = None
+
+
+def make_monitor(settings: Settings) -> Callable[..., jax.Array]:
+  """A jitted measure of how much of the gradient survives quantization.
+
+  Returns:
+    A function of (state, windows) to the signal-to-noise ratio of the gradient
+    of each parameter in dB, 10 log10(|g|^2 / |g_q - g|^2), with g in float32.
+    Below 4.8 dB, |g| < sqrt(3) |noise|, training by quantized gradients stalls
+    ('FP4 All the Way', 2025).
+  """
+  networks = model(settings), model(settings, quantized=False)
+
+  def gradient(network, state, windows, key):
+    def loss(params):
+      variables = {'params': params, low.COLLECTION: state.lowbit}
+      logits = network.apply(variables, windows[:, :-1], rngs={'quant': key})
+      return byte_lm.cross_entropy(logits, windows[:, 1:])
+
+    return jax.grad(loss)(state.params)
+
+  @jax.jit
+  def monitor(state, windows):
+    key = jax.random.key(settings.model.seed)
+    rough, exact = (gradient(n, state, windows, key) for n in networks)
+
+    def ratio(g, h):
+      noise = jnp.sum(jnp.square(g - h))
+      return 10 * jnp.log10(jnp.sum(jnp.square(h)) / noise)
+
+    return jax.tree.map(ratio, rough, exact)
+
+  return monitor
+
+
+def train(
+  settings: Settings,
+  corpus: byte_lm.Corpus,
+  checkpoints: _checkpoints.Checkpoints | None = None,
+  *,
+  mesh: Mesh | None = None,
+  save_every: int = 40,
+  monitor_every: int = 0,
+  log: pathlib.Path | None = None,
+) -> tuple[TrainState, list[Record]]:
+  """Trains from the newest checkpoint on, with a progress bar.
+
+  Args:
+    settings: of the run.
+    corpus: whose training part is read.
+    checkpoints: where the state is kept; None for nowhere.
+    mesh: devices; None for one.
+    save_every: steps between checkpoints; the last step is always saved.
+    monitor_every: steps between measures of the gradient, 0 for none.
+    log: CSV file that goes with the checkpoints.
+
+  Returns:
+    The last state and the log.
+
+  Raises:
+    NonFiniteError: if a loss or gradient is not finite. The state before is
+      that of the last checkpoint.
+  """
+  config = settings.model
+  mesh = make_mesh(f'data={jax.device_count()}') if mesh is None else mesh
+  shapes = jax.eval_shape(lambda: init(settings))
+  shardings = state_shardings(shapes, mesh)
+  start, state = 0, None
+  if checkpoints is not None:
+    start, state = checkpoints.restore(shapes, shardings)
+  if state is None:
+    state = jax.jit(lambda: init(settings), out_shardings=shardings)()
+  records = _read_log(log, start)
+  monitor = make_monitor(settings) if monitor_every else None
+  names = [
+    jax.tree_util.keystr(path, simple=True, separator='/')
+    for path, _ in jax.tree_util.tree_leaves_with_path(shapes.params)
+  ]
+  bar = tqdm.tqdm(
+    total=config.steps,
+    initial=start,
+    desc=settings.recipe,
+    unit='step',
+    mininterval=byte_lm.progress_interval(),
+    disable=start == config.steps or jax.process_index() > 0,
+  )
+  with bar:
+    for step, run in _steps(settings, shardings, start):
+      windows = put_batch(byte_lm.train_batch(corpus, config, step), mesh)
+      snr = None
+      if monitor_every and step % monitor_every == 0:
+        ratios = jax.tree.leaves(monitor(state, windows))
+        snr = float(np.median([float(r) for r in ratios]))
+      state, metrics = run(state, windows)
+      _check_finite(metrics, names, step)
+      record = Record(
+        step, float(metrics.loss), float(metrics.gradient_norm), snr
+      )
+      records.append(record)
+      bar.set_postfix(loss=f'{record.loss:.3f}', refresh=False)
+      bar.update()
+      done = step + 1
+      if checkpoints is not None and (
+        done % save_every == 0 or done == config.steps
+      ):
+        _write_log(log, records)
+        checkpoints.save(done, state)
+  return state, records
+
+
+def _steps(settings, shardings, start: int) -> Iterator[tuple[int, Callable]]:
+  """(step, its compiled function); a function lasts until recipes switch."""
+  steps, starts = settings.model.steps, (0.0, *policy(settings).starts)
+  current, run = None, None
+  for step in range(start, steps):
+    fraction = max(s for s in starts if step / steps >= s)
+    if fraction != current:
+      current = fraction
+      run = jax.jit(
+        make_step(settings, fraction),
+        in_shardings=(shardings, None),
+        out_shardings=(shardings, None),
+        donate_argnums=0,
+      )
+    yield step, run
+
+
+def _check_finite(metrics: Metrics, names, step: int) -> None:
+  finite = np.asarray(metrics.finite)
+  if finite.all():
+    return
+  flags = zip(('loss', *names), finite, strict=True)
+  bad = [name for name, ok in flags if not ok]
+  raise NonFiniteError(
+    f'step {step}: not finite: {", ".join(bad[:4])}'
+    + (f' and {len(bad) - 4} more' if len(bad) > 4 else '')
+    + '. Lower --learning_rate, or take a recipe of more range.'
+  )
+
+
+def make_loss(network) -> Callable[..., jax.Array]:
+  """The jitted map of (state, windows) to one loss per window."""
+
+  @jax.jit
+  def loss(state, windows):
+    variables = {'params': state.params, low.COLLECTION: state.lowbit}
+    key = jax.random.key(0)
+    logits = network.apply(variables, windows[:, :-1], rngs={'quant': key})
+    return jax.vmap(byte_lm.cross_entropy)(logits, windows[:, 1:])
+
+  return loss
+
+
+def evaluate(
+  settings: Settings,
+  state: TrainState,
+  corpus: byte_lm.Corpus,
+  count: int,
+  quantized: bool = True,
+) -> np.ndarray:
+  """Losses (count,) of held-out windows, float64 nats per byte.
+
+  Args:
+    settings: of the run.
+    state: of the trained model.
+    corpus: whose held-out part is read.
+    count: windows, a multiple of the batch.
+    quantized: whether with the forward products of the recipe or in float32.
+  """
+  config = settings.model
+  windows = byte_lm.held_out_windows(corpus, config.context, count)
+  loss = make_loss(model(settings, 1.0, quantized))
+  parts = np.split(windows, range(config.batch, count, config.batch))
+  return np.concatenate([np.asarray(loss(state, w), np.float64) for w in parts])
+
+
+def identity(settings: Settings, corpus: byte_lm.Corpus) -> dict[str, Any]:
+  """What decides the trained weights, as JSON values."""
+  values = dataclasses.asdict(settings)
+  return values.pop('model') | values | {'corpus': corpus.digest}
+
+
+def _read_log(path: pathlib.Path | None, start: int) -> list[Record]:
+  """The records before `start`; later ones are of steps that are repeated."""
+  if path is None or start == 0 or not path.exists():
+    return []
+  with path.open(newline='') as file:
+    rows = list(csv.DictReader(file))
+  records = [
+    Record(
+      int(row['step']),
+      float(row['loss']),
+      float(row['gradient_norm']),
+      float(row['snr_db']) if row['snr_db'] else None,
+    )
+    for row in rows
+  ]
+  return [record for record in records if record.step < start]
+
+
+def _write_log(path: pathlib.Path | None, records: list[Record]) -> None:
+  if path is None or jax.process_index() > 0:
+    return
+  text = io.StringIO()
+  writer = csv.writer(text, lineterminator='\n')
+  writer.writerow(Record._fields)
+  writer.writerows(
+    ['' if v is None else repr(v) for v in record] for record in records
+  )
+  _report.write_atomically(path, text.getvalue().encode())
+
+
+def write_summary(path: pathlib.Path, summary: dict[str, Any]) -> None:
+  """Saves a summary as JSON, whole or not at all."""
+  text = json.dumps(summary, indent=2, default=str) + '\n'
+  _report.write_atomically(path, text.encode())
+
+
+def write_curve(path: pathlib.Path, records: list[Record], title: str) -> None:
+  """Saves a plot of loss and gradient norm against steps as PNG."""
+  from matplotlib.backends.backend_agg import FigureCanvasAgg
+  from matplotlib.figure import Figure
+
+  figure = Figure(figsize=(8, 6), layout='constrained')
+  FigureCanvasAgg(figure)
+  steps = [r.step for r in records]
+  losses = np.array([r.loss for r in records])
+  upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
+  upper.plot(steps, losses, color='0.75', lw=0.8, label='step')
+  width = max(1, len(records) // 25)
+  if len(records) >= 2 * width:
+    mean = np.convolve(losses, np.ones(width) / width, 'valid')
+    upper.plot(steps[width - 1 :], mean, color='tab:blue', label='running mean')
+  upper.set_ylabel('training loss, nats per byte')
+  upper.set_title(title, fontsize=11)
+  upper.legend(frameon=False)
+  lower.semilogy(steps, [r.gradient_norm for r in records], color='tab:blue')
+  lower.set_ylabel('gradient norm')
+  lower.set_xlabel('step')
+  monitored = [(r.step, r.snr_db) for r in records if r.snr_db is not None]
+  if monitored:
+    twin = lower.twinx()
+    twin.plot(*zip(*monitored, strict=True), 'o', ms=3, color='tab:orange')
+    twin.set_ylabel('gradient SNR, dB', color='tab:orange')
+  for axes in (upper, lower):
+    axes.grid(alpha=0.25)
+  image = io.BytesIO()
+  figure.savefig(image, format='png', dpi=150)
+  _report.write_atomically(path, image.getvalue())

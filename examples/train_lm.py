@@ -1,0 +1,222 @@
+"""Trains a small byte-level language model in low bits and shows its curve.
+
+The model learns the source text of the Python standard library (nothing is
+downloaded). All products of the linear layers of its blocks, forward and
+backward, follow a recipe; the held-out loss is that of the quantized forward
+pass, next to that of the same weights in float32.
+
+  python examples/train_lm.py
+  python examples/train_lm.py --recipe=nvfp4 --exempt_last=1 --monitor_every=20
+  python examples/train_lm.py --recipe=mxfp4_sr_rht --optimizer=muon --steps=110
+
+Several devices, here eight that a CPU pretends to have:
+
+  XLA_FLAGS=--xla_force_host_platform_device_count=8 \
+    python examples/train_lm.py --mesh=data=2,fsdp=2,model=2
+
+Several processes, each with its devices (the same command in each, with its own
+--process):
+
+  python examples/train_lm.py --coordinator=localhost:1234 --processes=2 \
+    --process=0 --mesh=data=2
+
+Checkpoints go to WORKDIR/checkpoints every --save_every steps. The same command
+goes on from the newest one, and on the same devices an interrupted run ends in
+the same bits as an uninterrupted one. The log goes to WORKDIR/log.csv, a
+summary to WORKDIR/summary.json and the curve to WORKDIR/curve.png.
+"""
+
+import importlib.util
+import pathlib
+import sys
+import time
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from absl import app, flags, logging
+
+import _checkpoints
+import byte_lm
+import lm_trainer
+from lowbit_jax import doctor
+from lowbit_jax.recipe import QuantSpec
+from lowbit_jax.training import recipes
+
+_MODEL = byte_lm.Config()
+_DEFAULTS = lm_trainer.Settings()
+
+_WORKDIR = flags.DEFINE_string(
+  'workdir', 'train_lm_out', 'Directory of checkpoints and results.'
+)
+_RECIPE = flags.DEFINE_enum(
+  'recipe', _DEFAULTS.recipe, recipes.names(), 'Recipe of the linear layers.'
+)
+_EXEMPT_FIRST = flags.DEFINE_integer(
+  'exempt_first', 0, 'Blocks at the start in float32.', lower_bound=0
+)
+_EXEMPT_LAST = flags.DEFINE_integer(
+  'exempt_last', 0, 'Blocks at the end in float32.', lower_bound=0
+)
+_OPTIMIZER = flags.DEFINE_enum(
+  'optimizer', _DEFAULTS.optimizer, tuple(lm_trainer.OPTIMIZERS), 'Optimizer.'
+)
+_ACCUMULATE = flags.DEFINE_integer(
+  'accumulate', 1, 'Microbatches per step.', lower_bound=1
+)
+_SCAN = flags.DEFINE_bool(
+  'scan', False, 'Compile one block for all, and recompute its activations.'
+)
+_STEPS = flags.DEFINE_integer('steps', _MODEL.steps, 'Steps.', lower_bound=1)
+_SEED = flags.DEFINE_integer(
+  'seed', 0, 'Seed of weights, data order and random rounding.', lower_bound=0
+)
+_LEARNING_RATE = flags.DEFINE_float(
+  'learning_rate', _MODEL.learning_rate, 'Peak of the schedule.'
+)
+_WIDTH = flags.DEFINE_integer('width', _MODEL.width, 'Model width.')
+_HEADS = flags.DEFINE_integer('heads', _MODEL.heads, 'Attention heads.')
+_BLOCKS = flags.DEFINE_integer('blocks', _MODEL.blocks, 'Blocks.')
+_CONTEXT = flags.DEFINE_integer('context', _MODEL.context, 'Bytes per window.')
+_BATCH = flags.DEFINE_integer('batch', _MODEL.batch, 'Windows per step.')
+_MESH = flags.DEFINE_string(
+  'mesh',
+  '',
+  'Devices by axis, as data=4,fsdp=2,model=1; empty for all on data.',
+)
+_COORDINATOR = flags.DEFINE_string(
+  'coordinator', '', 'host:port of process 0, for several processes.'
+)
+_PROCESSES = flags.DEFINE_integer('processes', 1, 'How many processes.')
+_PROCESS = flags.DEFINE_integer('process', 0, 'Index of this process.')
+_SAVE_EVERY = flags.DEFINE_integer(
+  'save_every', 40, 'Steps between checkpoints.', lower_bound=1
+)
+_MONITOR_EVERY = flags.DEFINE_integer(
+  'monitor_every',
+  0,
+  'Steps between comparisons with the gradient in float32; 0 for none.',
+  lower_bound=0,
+)
+_EVAL_WINDOWS = flags.DEFINE_integer(
+  'eval_windows', 256, 'Held-out windows.', lower_bound=1
+)
+
+
+def settings() -> lm_trainer.Settings:
+  """The run that the flags describe."""
+  model = byte_lm.Config(
+    width=_WIDTH.value,
+    heads=_HEADS.value,
+    blocks=_BLOCKS.value,
+    context=_CONTEXT.value,
+    batch=_BATCH.value,
+    steps=_STEPS.value,
+    learning_rate=_LEARNING_RATE.value,
+    seed=_SEED.value,
+  )
+  return lm_trainer.Settings(
+    model,
+    recipe=_RECIPE.value,
+    exempt_first=_EXEMPT_FIRST.value,
+    exempt_last=_EXEMPT_LAST.value,
+    optimizer=_OPTIMIZER.value,
+    accumulate=_ACCUMULATE.value,
+    scan=_SCAN.value,
+  )
+
+
+def _print_weights(run: lm_trainer.Settings, state) -> None:
+  """What the recipe's weight format does to the trained weights."""
+  spec = recipes.get(run.recipe).fwd.rhs
+  if not isinstance(spec, QuantSpec) or spec.fmt.is_tile or run.scan:
+    return
+  kernels = {
+    f'{block}/{layer}': part[layer]['kernel']
+    for block, part in sorted(state.params.items())
+    if block.startswith('block_')
+    for layer in ('qkv', 'out', 'up', 'down')
+  }
+  print(doctor.report(kernels, spec.fmt, axis=-2))
+
+
+def _evaluate(run, state, corpus) -> dict[str, float]:
+  """Mean held-out losses, printed."""
+  own, plain = (
+    lm_trainer.evaluate(run, state, corpus, _EVAL_WINDOWS.value, quantized)
+    for quantized in (True, False)
+  )
+  error = float(np.std(own, ddof=1) / len(own) ** 0.5) if len(own) > 1 else 0.0
+  print(
+    f'held-out loss, nats per byte: {own.mean():.4f} +- {error:.4f} with the'
+    f' forward products of {run.recipe}, {plain.mean():.4f} in float32'
+  )
+  return {'loss': own.mean(), 'standard_error': error, 'float32': plain.mean()}
+
+
+def train(run: lm_trainer.Settings, workdir: pathlib.Path) -> None:
+  """Trains, evaluates, and saves log, summary and curve."""
+  started = time.perf_counter()
+  corpus = byte_lm.load_corpus()
+  mesh = lm_trainer.make_mesh(_MESH.value or f'data={jax.device_count()}')
+  checkpoints = _checkpoints.Checkpoints(
+    workdir / 'checkpoints', lm_trainer.identity(run, corpus)
+  )
+  try:
+    state, records = lm_trainer.train(
+      run,
+      corpus,
+      checkpoints,
+      mesh=mesh,
+      save_every=_SAVE_EVERY.value,
+      monitor_every=_MONITOR_EVERY.value,
+      log=workdir / 'log.csv',
+    )
+  except KeyboardInterrupt:
+    saved = checkpoints.steps()
+    kept = f'step {saved[-1]} is kept' if saved else 'nothing was saved yet'
+    print(f'\ninterrupted: {kept} in {workdir}', file=sys.stderr)
+    raise
+  finally:
+    checkpoints.close()
+  losses = _evaluate(run, state, corpus)
+  if jax.process_index() > 0:
+    return
+  if jax.process_count() == 1:
+    _print_weights(run, state)
+  lm_trainer.write_summary(
+    workdir / 'summary.json', lm_trainer.identity(run, corpus) | losses
+  )
+  if importlib.util.find_spec('matplotlib') is None:
+    print('no plot, because matplotlib is not installed')
+  else:
+    title = f'{run.recipe}, {run.optimizer}: held-out loss {losses["loss"]:.4f}'
+    lm_trainer.write_curve(workdir / 'curve.png', records, title)
+  print(f'saved log, summary and curve in {workdir}')
+  print(f'total time {time.perf_counter() - started:.0f} s')
+
+
+def main(argv: Sequence[str]) -> int:
+  if len(argv) > 1:
+    raise app.UsageError(f'Unexpected argument {argv[1]!r}; use flags.')
+  logging.set_verbosity(logging.FATAL)
+  if _COORDINATOR.value:
+    jax.distributed.initialize(
+      _COORDINATOR.value, _PROCESSES.value, _PROCESS.value
+    )
+  try:
+    train(settings(), pathlib.Path(_WORKDIR.value))
+  except (
+    byte_lm.ConfigError,
+    lm_trainer.NonFiniteError,
+    _checkpoints.CheckpointError,
+  ) as error:
+    print(f'train_lm: {error}', file=sys.stderr)
+    return 1
+  except KeyboardInterrupt:
+    return 130
+  return 0
+
+
+if __name__ == '__main__':
+  app.run(main)

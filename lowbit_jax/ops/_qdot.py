@@ -1,0 +1,417 @@
+"""The training product: a linear layer whose three products are quantized.
+
+With x (M, K), w (K, N) and Q_s the quantizer of site s of a `Recipe`,
+
+  y  = Q(x) Q(w)          fwd
+  dx = Q(dy) Q(w)^T       dgrad, times the derivative of fwd's quantizer of x
+  dw = Q(x)^T Q(dy)       wgrad, times the derivative of fwd's quantizer of w
+
+each quantizer in blocks along the axis that its product reduces. A Hadamard
+rotation R of both operands along that axis cancels, (a R)(R^T b) = a b, before
+rounding. Products accumulate in float32; tensor scales and the inverse of
+prescales multiply the float32 result, so that operands stay exact in bfloat16.
+
+Where a kernel takes the operands it gets them packed; elsewhere they are
+rounded in place, which gives the same numbers without the packing.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from lowbit_jax import _quantize as core
+from lowbit_jax import qarray
+from lowbit_jax.numerics import _rounding, _scaling
+from lowbit_jax.numerics._codec import as_float_array
+from lowbit_jax.ops import _dispatch, _dot, _dot_xla
+from lowbit_jax.ops._fake_quant import fake_quant
+from lowbit_jax.qarray import QArray
+from lowbit_jax.recipe import GemmSpec, QuantSpec, Recipe
+from lowbit_pallas.arith import bits as fb
+from lowbit_pallas.arith import hadamard
+
+_FIXED_SIGNS = (0x243F6A88, 0x85A308D3)  # any two words
+_FWD, _DGRAD, _WGRAD = range(3)
+_SIGNS = 2
+
+
+class _Call(NamedTuple):
+  """Everything about a call that is not an array."""
+
+  recipe: Recipe
+  precision: Any
+  implementation: Any
+
+
+class _Quantized(NamedTuple):
+  """A quantization that is not yet run, and the dtype it stands for."""
+
+  job: core.Job
+  dtype: jnp.dtype
+
+  def packed(self) -> QArray:
+    return core.pack(self.job, self.dtype)
+
+  def values(self):
+    """Values without the tensor scale, and that scale."""
+    blocks, fmt, scales, _, _ = self.job
+    half = self.dtype == jnp.bfloat16
+    dtype = _dot_xla.exact_dtype(fmt) if half else jnp.float32
+    view = self.job.values(scales._replace(tensor_scale=None))
+    outer = scales.tensor_scale
+    outer = None if outer is None else outer.reshape(())
+    return core.restore(view, blocks, dtype), outer
+
+
+def qdot(
+  x,
+  w,
+  recipe: Recipe,
+  *,
+  key=None,
+  tensor_amax=(None, None),
+  precision=None,
+  implementation=None,
+) -> jax.Array:
+  """x @ w as a recipe trains it, with quantized products in both directions.
+
+  Args:
+    x: activations (..., K), float16, bfloat16 or float32. Leading axes count as
+      one axis of tokens M, which blocks and rotations pad with zeros.
+    w: weight (K, N).
+    recipe: what is done to the six operands.
+    key: PRNG key, if the recipe draws random bits. Give each call its own, and
+      give it as an argument, so that scan and remat replay it.
+    tensor_amax: largest magnitudes of x and w from which tensor scales follow,
+      where they are held (see `training.scaling`); None for those of the data,
+      which rotated operands always take.
+    precision: as in `lax.dot_general`, for operands that are not quantized.
+    implementation: as in `dot`.
+
+  Returns:
+    (..., N) in the promoted dtype of x and w.
+
+  The derivative is the one above; reverse mode only.
+
+  Raises:
+    ValueError: for shapes that do not fit, a missing key, or an axis that a
+      rotation does not divide.
+
+  Examples:
+    >>> import jax, jax.numpy as jnp
+    >>> import lowbit_jax as lowbit
+    >>> from lowbit_jax.recipe import GemmSpec, QuantSpec, Recipe
+    >>> spec = QuantSpec(lowbit.formats.mxfp8_e4m3, 'rceil')
+    >>> gemm = GemmSpec(spec, spec)
+    >>> recipe = Recipe('mxfp8', gemm, gemm, gemm)
+    >>> lowbit.qdot(jnp.ones((2, 64)), jnp.ones((64, 8)), recipe).shape
+    (2, 8)
+  """
+  if not isinstance(recipe, Recipe):
+    raise TypeError(
+      f'recipe={recipe!r} must be a Recipe, such as'
+      " lowbit_jax.training.recipes.get('mxfp8')"
+    )
+  x, w = as_float_array(x), as_float_array(w)
+  _check(x, w, recipe, key)
+  if isinstance(implementation, list):
+    implementation = tuple(implementation)
+  call = _Call(recipe, precision, implementation)
+  key = key if recipe.needs_key else None
+  rows = x.reshape(-1, x.shape[-1])
+  y = _compiled(call, rows, w, key, tuple(tensor_amax))
+  return y.reshape(*x.shape[:-1], w.shape[1])
+
+
+def matrices(lhs, rhs, dimension_numbers):
+  """Operands of `lax.dot_general` without batch dimensions as x and w of a
+  linear layer.
+
+  Args:
+    lhs: array.
+    rhs: array.
+    dimension_numbers: `((lhs_contracting, rhs_contracting), ((), ()))`.
+
+  Returns:
+    x (..., K), w (K, N), and the shape of the result; `x @ w` holds its entries
+    in order.
+  """
+  (left, right), batch = dimension_numbers
+  if any(map(tuple, batch)):
+    raise ValueError(
+      f'dimension_numbers={dimension_numbers} have batch dimensions; a training'
+      ' product has none: use jax.vmap'
+    )
+  free = [
+    [d for d in range(t.ndim) if d not in c]
+    for t, c in ((lhs, left), (rhs, right))
+  ]
+  x = lhs.transpose(*free[0], *left)
+  shape = x.shape[: len(free[0])]
+  x = x.reshape(*shape, -1)
+  w = rhs.transpose(*right, *free[1])
+  columns = w.shape[len(right) :]
+  return x, w.reshape(x.shape[-1], -1), (*shape, *columns)
+
+
+def _check(x, w, recipe: Recipe, key) -> None:
+  if x.ndim < 1 or w.ndim != 2 or x.shape[-1] != w.shape[0]:
+    raise ValueError(
+      f'x.shape={x.shape} and w.shape={w.shape} must be (..., K) and (K, N)'
+    )
+  if recipe.needs_key and key is None:
+    raise ValueError(
+      f'recipe {recipe.name!r} draws random bits: pass key=jax.random.key(..),'
+      ' folded with the step and the layer'
+    )
+  for name, gemm, size in (
+    ('fwd', recipe.fwd, w.shape[0]),
+    ('dgrad', recipe.dgrad, w.shape[1]),
+  ):
+    if gemm.hadamard and size % gemm.hadamard:
+      raise ValueError(
+        f'{name}.hadamard={gemm.hadamard} does not divide the axis of size'
+        f' {size} that the product reduces; use a power of two that divides'
+        f' {size & -size}'
+      )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _qdot(call: _Call, x, w, key, tensor_amax):
+  return _forward(call, x, w, key, tensor_amax)[0]
+
+
+def _forward(call: _Call, x, w, key, tensor_amax):
+  recipe, gemm = call.recipe, call.recipe.fwd
+  keys = _keys(key, gemm, _FWD)
+  rotate = _rotation(gemm, keys)
+  saves = recipe.residuals != 'high_precision'
+  operands, pulls = [], []
+  for t, spec, axis, k, amax in zip(
+    (rotate(x, 1), rotate(w, 0)),
+    (gemm.lhs, gemm.rhs),
+    (1, 0),
+    keys,
+    tensor_amax,
+    strict=False,
+  ):
+    operand, pull = t, None
+    if _has_derivative(spec):
+      simulate = functools.partial(_simulated, spec, axis, k)
+      operand, pull = jax.vjp(simulate, t)
+    elif spec is not None:
+      operand = _quantized(t, spec, axis, k, None if gemm.hadamard else amax)
+      operand = operand.packed() if saves else operand
+    operands.append(operand)
+    pulls.append(pull)
+  dtype = jnp.promote_types(x.dtype, w.dtype)
+  y = _product(call, gemm, operands, (1, 0), dtype)
+  saved = tuple(operands) if saves else (x, w)
+  likes = jnp.zeros((), x.dtype), jnp.zeros((), w.dtype)
+  return y, (saved, tuple(pulls), key, tensor_amax, likes)
+
+
+def _backward(call: _Call, residual, dy):
+  saved, pulls, key, (amax_x, amax_w), likes = residual
+  x, w = saved
+  fwd, dgrad, wgrad = call.recipe.gemms
+  dx = _gradient(
+    call, _DGRAD, (dy, dgrad.lhs, 1, None), (w, dgrad.rhs, 1, amax_w), key
+  )
+  dw = _gradient(
+    call, _WGRAD, (x, wgrad.lhs, 0, amax_x), (dy, wgrad.rhs, 0, None), key
+  )
+  rotate = _rotation(fwd, _keys(key, fwd, _FWD))
+  is_rotated = call.recipe.residuals == 'forward'
+  out = []
+  for g, pull, axis, like in zip((dx, dw), pulls, (1, 0), likes, strict=True):
+    if pull is not None:
+      # The quantizer and its derivative live in the rotated space.
+      g = g if is_rotated else rotate(g, axis)
+      (g,) = pull(g.astype(like.dtype))
+    if pull is not None or is_rotated:
+      g = rotate(g, axis, inverse=True)
+    out.append(g.astype(like.dtype))
+  return *out, None, (None, None)
+
+
+_qdot.defvjp(_forward, _backward)
+_compiled = jax.jit(_qdot, static_argnums=0, inline=True)
+
+
+def _gradient(call: _Call, which: int, lhs, rhs, key):
+  """A backward product in float32; operands are (array, spec, axis, amax)."""
+  gemm = call.recipe.gemms[which]
+  keys = _keys(key, gemm, which)
+  rotate = _rotation(gemm, keys)
+  operands = []
+  for (t, spec, axis, amax), k in zip((lhs, rhs), keys, strict=False):
+    if isinstance(t, QArray) and spec is None:
+      operands.append(t)
+      continue
+    if isinstance(t, QArray):
+      t = qarray.dequantize(t)
+    t = rotate(t, axis)
+    if isinstance(spec, QuantSpec):
+      t = _quantized(t, spec, axis, k, None if gemm.hadamard else amax)
+    elif spec is not None:
+      t = _simulated(spec, axis, k, t)
+    operands.append(t)
+  return _product(call, gemm, operands, (lhs[2], rhs[2]), jnp.float32)
+
+
+def _product(call: _Call, gemm: GemmSpec, operands, axes, dtype) -> jax.Array:
+  """The contraction of arrays, QArrays and quantizations along `axes`."""
+  dims = (((axes[0],), (axes[1],)), ((), ()))
+  if _takes_kernel(call, operands, dims):
+    a, b = map(_packed, operands)
+    y = _dot.dot_general(
+      a,
+      b,
+      dims,
+      precision=call.precision,
+      preferred_element_type=jnp.float32,
+      implementation=call.implementation,
+    )
+  else:
+    (a, outer_a), (b, outer_b) = map(_values, operands)
+    common = jnp.promote_types(a.dtype, b.dtype)
+    y = lax.dot_general(
+      a.astype(common),
+      b.astype(common),
+      dims,
+      precision=call.precision,
+      preferred_element_type=jnp.float32,
+    )
+    y = _dot_xla.times(y, outer_a, outer_b)
+  scale = _prescale(gemm.lhs) * _prescale(gemm.rhs)
+  y = y if scale == 1 else y * jnp.float32(1 / scale)
+  return y.astype(dtype)
+
+
+def _takes_kernel(call: _Call, operands, dims) -> bool:
+  """Whether an implementation other than XLA takes the packed operands."""
+  if all(isinstance(operand, jax.Array) for operand in operands):
+    return False
+  shapes = jax.eval_shape(lambda: [_packed(operand) for operand in operands])
+  choice, _ = _dispatch.select(
+    'dot_general',
+    _dot.TABLE,
+    call.implementation,
+    *shapes,
+    dims,
+    call.precision,
+  )
+  return choice.implementation != 'xla'
+
+
+def _packed(operand):
+  return operand.packed() if isinstance(operand, _Quantized) else operand
+
+
+def _values(operand):
+  """An array, and the tensor scale that multiplies the result or None."""
+  if isinstance(operand, _Quantized):
+    return operand.values()
+  if isinstance(operand, QArray):
+    operand, outer = _dot_xla.without_tensor_scale(operand)
+    return qarray.dequantize(operand), outer
+  return operand, None
+
+
+def _quantized(t, spec: QuantSpec, axis: int, key, amax=None) -> _Quantized:
+  fmt = spec.fmt
+  scale = None
+  if fmt.tensor_scale and (amax is not None or spec.target is not None):
+    scale = _tensor_scale(t, spec, amax)
+  needs = spec.needs_key
+  how = core.Rounding(spec.rounding, key if needs else None, spec.random_bits)
+  axes = qarray.block_axes(fmt, _axes(spec, axis), t.ndim)
+  job = core.from_data(t, fmt, axes, spec.scale_rule, how, scale)
+  if spec.prescale != 1:
+    x = job.elements.x * jnp.float32(spec.prescale)
+    job = job._replace(elements=job.elements._replace(x=x))
+  return _Quantized(job, t.dtype)
+
+
+def _simulated(spec, axis: int, key, t) -> jax.Array:
+  """A quantizer as a function with a derivative."""
+  if not isinstance(spec, QuantSpec):
+    return spec(t, axis, key)
+  return fake_quant(
+    t,
+    spec.fmt,
+    axis=_axes(spec, axis),
+    scale_rule=spec.scale_rule,
+    rounding=spec.rounding,
+    key=key if spec.needs_key else None,
+    random_bits=spec.random_bits,
+    backward=spec.backward,
+  )
+
+
+def _tensor_scale(x, spec: QuantSpec, amax):
+  """The tensor scale of a matrix from a held or its own largest magnitude."""
+  if amax is None:
+    magnitude = jnp.abs(x.astype(jnp.float32))
+    amax = jnp.max(jnp.where(jnp.isfinite(magnitude), magnitude, 0), initial=0)
+  else:
+    amax = jnp.asarray(amax, jnp.float32).reshape(())
+  return _scaling.tensor_scale_from(fb.to_bits(amax), spec.fmt, spec.target)
+
+
+def _axes(spec: QuantSpec, axis: int):
+  return (axis, 1 - axis) if spec.fmt.is_tile else axis
+
+
+def _has_derivative(spec) -> bool:
+  """Whether a quantizer's derivative is more than the identity."""
+  if isinstance(spec, QuantSpec):
+    return spec.backward != 'identity'
+  return spec is not None
+
+
+def _prescale(spec) -> float:
+  return spec.prescale if isinstance(spec, QuantSpec) else 1.0
+
+
+def _keys(key, gemm: GemmSpec, which: int):
+  """Keys of the left side, the right side and the signs; None where unused."""
+  if not gemm.needs_key:
+    return None, None, None
+  return tuple(jax.random.fold_in(key, 3 * which + i) for i in range(3))
+
+
+def _rotation(gemm: GemmSpec, keys):
+  """A function (x, axis, inverse=False) that rotates a matrix along an axis."""
+
+  def rotate(x, axis: int, inverse: bool = False):
+    if not gemm.hadamard:
+      return x
+    pad = -x.shape[axis] % gemm.hadamard
+    if pad:
+      x = jnp.pad(x, [(0, pad if i == axis else 0) for i in range(2)])
+    flip = _signs(gemm, keys[_SIGNS], x.dtype)
+    x = x if flip is None or inverse else _flipped(x, flip, axis)
+    x = hadamard.hadamard(x, gemm.hadamard, axis)
+    return _flipped(x, flip, axis) if flip is not None and inverse else x
+
+  return rotate
+
+
+def _signs(gemm: GemmSpec, key, dtype):
+  """One sign for each place of a block of the rotation, None for no signs."""
+  if gemm.signs == 'none':
+    return None
+  words = jnp.array(_FIXED_SIGNS, jnp.uint32)
+  if gemm.signs == 'per_call':
+    words = _rounding.key_words(key)
+  return hadamard.random_signs(words, gemm.hadamard, dtype)
+
+
+def _flipped(x, signs, axis: int):
+  signs = jnp.tile(signs, x.shape[axis] // signs.size)
+  return x * jnp.expand_dims(signs, 1 - axis)

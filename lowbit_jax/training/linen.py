@@ -1,0 +1,143 @@
+"""Linen: recipes in the linear layers of any model.
+
+A recipe, or a policy of several, goes in as `dot_general_cls`:
+
+  linen.Dense(8, dot_general_cls=linen.dot_general_cls(recipe))
+
+or, for a model that is not yours, `with quantized(policy): model.apply(...)`.
+Layers keep the names and shapes of their parameters.
+"""
+
+import contextlib
+import functools
+from collections.abc import Callable
+
+import jax
+from flax import linen as flax_linen
+
+from lowbit_jax import ops
+from lowbit_jax.nn.linen import RNG
+from lowbit_jax.ops import _qdot
+from lowbit_jax.recipe import Policy, Recipe
+from lowbit_jax.training import scaling
+
+COLLECTION = 'lowbit'
+
+
+class QDotGeneral(flax_linen.Module):
+  """A `dot_general` that trains by a recipe.
+
+  Random bits come from the rng stream 'quant', needed only if the recipe draws
+  some. Held tensor scales live in the collection 'lowbit', which `apply` must
+  have in `mutable` to note what it saw; `scaling.advance` turns it to the next
+  step. In `nn.scan`, give both an axis: `variable_axes={'params': 0, 'lowbit':
+  0}, split_rngs={'params': True, 'quant': True}`.
+
+  Attributes:
+    recipe: a recipe, a policy that picks one by the path of the layer, or None.
+    fraction: how much of the training is done, for recipes that switch.
+  """
+
+  recipe: Recipe | Policy | None = None
+  fraction: float = 0.0
+
+  @flax_linen.compact
+  def __call__(
+    self,
+    lhs,
+    rhs,
+    dimension_numbers,
+    precision=None,
+    preferred_element_type=None,
+    **kwargs,
+  ) -> jax.Array:
+    recipe = recipe_at(self.recipe, self.path[:-1], self.fraction)
+    if recipe is None:
+      return jax.lax.dot_general(
+        lhs,
+        rhs,
+        dimension_numbers,
+        precision=precision,
+        preferred_element_type=preferred_element_type,
+        **kwargs,
+      )
+    check_keywords(kwargs)
+    x, w, shape = _qdot.matrices(lhs, rhs, dimension_numbers)
+    key = None
+    if recipe.forward_needs_key or self.has_rng(RNG):
+      key = self.make_rng(RNG) if recipe.needs_key else None
+    elif recipe.needs_key:  # Evaluation: the forward product draws nothing.
+      recipe = recipe.forward_only()
+    state = scaling.init_dot(recipe)
+    if state == (None, None):
+      y = ops.qdot(x, w, recipe, key=key, precision=precision)
+    else:
+      scales = self.variable(COLLECTION, 'scales', lambda: state)
+      y, noted = scaling.qdot(
+        x, w, recipe, scales.value, key=key, precision=precision
+      )
+      if self.is_mutable_collection(COLLECTION) and not self.is_initializing():
+        scales.value = noted
+    y = y.reshape(shape)
+    dtype = preferred_element_type
+    return y if dtype is None else y.astype(dtype)
+
+
+def dot_general_cls(
+  recipe: Recipe | Policy | None, fraction: float = 0.0
+) -> Callable[[], QDotGeneral]:
+  """For the `dot_general_cls` argument of Dense, DenseGeneral and attention."""
+  return functools.partial(QDotGeneral, recipe, fraction)
+
+
+@contextlib.contextmanager
+def quantized(recipe: Recipe | Policy | None, fraction: float = 0.0):
+  """Dense and DenseGeneral layers train by `recipe` inside this context.
+
+  Layers that have a `dot_general` of their own keep it. Tracing must happen
+  inside, initialization too if the recipe holds tensor scales.
+
+  Args:
+    recipe: a recipe, or a policy that picks one by the path of the layer.
+    fraction: as in `QDotGeneral`.
+  """
+  make = dot_general_cls(recipe, fraction)
+
+  def intercept(call, args, kwargs, context):
+    module = context.module
+    if (
+      context.method_name != '__call__'
+      or not isinstance(module, flax_linen.Dense | flax_linen.DenseGeneral)
+      or module.dot_general is not None
+      or module.dot_general_cls is not None
+    ):
+      return call(*args, **kwargs)
+    object.__setattr__(module, 'dot_general_cls', make)
+    try:
+      return call(*args, **kwargs)
+    finally:
+      object.__setattr__(module, 'dot_general_cls', None)
+
+  with flax_linen.intercept_methods(intercept):
+    yield
+
+
+def recipe_at(recipe, path, fraction: float) -> Recipe | None:
+  """The recipe of the layer at `path`."""
+  if isinstance(recipe, Policy):
+    return recipe.at('/'.join(map(str, path)), fraction)
+  if isinstance(recipe, Recipe):
+    return recipe.at(fraction)
+  if recipe is None:
+    return None
+  raise TypeError(
+    f'recipe={recipe!r} must be a Recipe, a Policy or None; by name it is'
+    ' lowbit_jax.training.recipes.get(name)'
+  )
+
+
+def check_keywords(kwargs) -> None:
+  """Refuses keywords of `lax.dot_general` that a training product lacks."""
+  given = {k: v for k, v in kwargs.items() if v is not None}
+  if given:
+    raise TypeError(f'a training product has no keywords {sorted(given)}')

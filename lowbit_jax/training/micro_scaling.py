@@ -1,0 +1,693 @@
+"""MicroScaling: every choice of a block-scaled 4-bit quantizer, in float32.
+
+For studies of how to train in 4 bits. A block x has the statistic Z(x), its
+largest magnitude or a smooth version of it, and Q rounds to an element format
+with the largest number F. With the exact scale S = Z / F,
+
+  f_j = S_d Q(v_j),   v_j = x_j / S_p,
+
+where S_d decodes and S_p quantizes. Both are the stored scale, but with
+payload='unrounded' S_p is S. Stored is u_q = q(u), where q rounds to the scale
+format, in one of two forms; t is the tensor scale, or 1:
+
+  decode   u = S / t,   S_d = t u_q
+  encode   u = t / S,   S_d = t / u_q
+
+The encode form stores the multiplier s = 1 / S, as the study below does;
+hardware stores the decode form. The tensor scale t = g / (F T), with g the
+largest Z, gives the block of g the code u = T in the decode form and 1 / T in
+the encode form. T is the largest number of the scale format, or 1 where the
+format has the exponent range of float32. The forms differ most there: in E4M3
+1 / 448 is a subnormal of one bit, so the largest blocks get the worst scales.
+
+Derivative, for a cotangent g_j of f_j. Q' and q' are surrogates for the
+derivatives of the rounders, zero almost everywhere:
+
+  dx_i = g_i Q'(v_i) S_d / S_p + (dL/dS / F) dZ/dx_i + dL/dt dt/dx_i
+
+  dL/dS = D sum_j g_j Q(v_j) - P (S_d / S_p) sum_j g_j v_j Q'(v_j)
+  D = dS_d/dS = q'(u)   decode,   q'(u) (S_d / S)^2   encode
+  P = dS_p/dS = D, or 1 for payload='unrounded'
+
+  dL/dt = sum over blocks of dS_d/dt (sum_j g_j Q(v_j) - sum_j g_j v_j Q'(v_j)),
+          the second sum without its part for payload='unrounded'
+  dS_d/dt = u_q - q'(u) u   decode,   (1 - q'(u) u / u_q) / u_q   encode
+
+For S_p = S_d and s_q = 1 / S_d this is, in either form, the published
+
+  df_j/dx_i = delta_ij Q'(s_q x_j)
+              + (ds_q/dx_i) (s_q x_j Q'(s_q x_j) - Q(s_q x_j)) / s_q^2.
+
+Q' = q' = 1 and Z = |x_k| give the absmax-aware straight-through estimator, with
+exact scales dx_k = g_k + (sign(x_k) / F) sum_j g_j (Q(v_j) - v_j) and
+dx_i = g_i elsewhere; dZ = 0 gives the plain one, dx = g.
+
+Sources: "Elucidating the Design Space of FP4 training" (2025), whose option
+names are kept; NVIDIA, "Pretraining LLMs with NVFP4" (2025), for the decode
+form; Wang et al., "Optimizing LLM training using FP4" (2025), for `Dge`.
+"""
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from lowbit_jax import _quantize as core
+from lowbit_jax import formats, qarray
+from lowbit_jax.formats import BlockFormat, FloatFormat
+from lowbit_jax.numerics import _rounding, _scaling
+from lowbit_jax.numerics._codec import as_float_array, spec
+from lowbit_pallas.arith import bits as fb
+from lowbit_pallas.arith import codec
+
+ue8m3 = FloatFormat('ue8m3', 8, 3, 127, 'ieee', signed=False)
+
+# The scale formats of the study, by its names. `ideal` scales are not rounded.
+SCALES = {
+  'E8M0': formats.e8m0,
+  'E4M3': formats.e4m3fn,
+  'E5M2': formats.e5m2,
+  'UE5M3': formats.ue5m3,
+  'E8M3': ue8m3,
+  'BF16': formats.bfloat16,
+  'ideal': formats.float32,
+}
+SCALE_ROUNDINGS = ('rne', 'up', 'down', 'zero', 'stochastic')
+SCALE_FORMS = ('decode', 'encode')
+ZERO_SCALES = ('nearest_subnormal', 'to_one')
+PAYLOADS = ('rounded', 'unrounded')
+TENSOR_SCALES = ('off', 'current')
+TENSOR_SCALE_GRADS = ('ignore', 'absmax', 'full')
+ROUNDINGS = ('nearest_even', 'stochastic')
+STAT_GRADS = ('ste', 'absmax', 'hardsoftmax', 'softsoftmax')
+
+_TOP = 2.0**127
+
+
+def _check_positive(name: str, value: float) -> None:
+  if not value > 0:
+    raise ValueError(f'{name}={value!r} must be positive')
+
+
+def _check_order(low: float, high: float) -> None:
+  if not 0 <= low <= high:
+    raise ValueError(f'{low=} and {high=} must satisfy 0 <= low <= high')
+
+
+class Lattice(NamedTuple):
+  """The numbers of a format as surrogates see them.
+
+  Attributes:
+    numbers: its description; exponents that make subnormal float32 are cut off.
+    span: (-span, span) is where a rounder lives, None for scales, whose lattice
+      repeats from binade to binade.
+  """
+
+  numbers: codec.Float
+  span: float | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Ste:
+  """The straight-through estimator, Q' = 1 everywhere."""
+
+  def slope(self, v, lattice: Lattice):
+    del lattice
+    return jnp.ones_like(v)
+
+
+@dataclasses.dataclass(frozen=True)
+class Dge:
+  """The differentiable gradient estimator.
+
+    Q'(v) = min((1 / k) |2 (v - m) / delta|^(1/k - 1), ceiling)
+
+  in the bin [m - delta/2, m + delta/2) between neighbours of the lattice. Its
+  mean over a bin is .593 for the defaults, and 3 near every midpoint.
+
+  Attributes:
+    power: k, at least 1; 1 is the straight-through estimator.
+    ceiling: largest slope.
+  """
+
+  power: float = 5.0
+  ceiling: float = 3.0
+
+  def __post_init__(self):
+    if not self.power >= 1:
+      raise ValueError(f'power={self.power!r} must be at least 1')
+    _check_positive('ceiling', self.ceiling)
+
+  def slope(self, v, lattice: Lattice):
+    distance = jnp.abs(2 * _position(v, lattice) - 1)
+    slope = distance ** (1 / self.power - 1) / self.power
+    return jnp.minimum(slope, self.ceiling)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sigmoid:
+  """A logistic step in every bin, clipped.
+
+    Q'(v) = clip(12 sigma(u) (1 - sigma(u)) / T, low, high),
+    u = 12 (v - m) / (delta T)
+
+  Attributes:
+    temperature: T.
+    low: smallest slope.
+    high: largest slope.
+  """
+
+  temperature: float = 1.0
+  low: float = 0.3
+  high: float = 1.5
+
+  def __post_init__(self):
+    _check_positive('temperature', self.temperature)
+    _check_order(self.low, self.high)
+
+  def slope(self, v, lattice: Lattice):
+    u = 12 * (_position(v, lattice) - 0.5) / self.temperature
+    sigma = jax.nn.sigmoid(u)
+    slope = 12 * sigma * (1 - sigma) / self.temperature
+    return jnp.clip(slope, self.low, self.high)
+
+
+@dataclasses.dataclass(frozen=True)
+class Spline:
+  """Slope of the linear interpolant of the rounder between knots, clipped.
+
+  The knots are `points` numbers spaced evenly over [-F, F] for elements, and
+  over a binade for scales.
+
+  Attributes:
+    points: number of knots.
+    low: smallest slope.
+    high: largest slope.
+  """
+
+  points: int = 40
+  low: float = 0.3
+  high: float = 1.5
+
+  def __post_init__(self):
+    if self.points < 2:
+      raise ValueError(f'points={self.points!r} must be at least 2')
+    _check_order(self.low, self.high)
+
+  def slope(self, v, lattice: Lattice):
+    pieces = self.points - 1
+    if lattice.span is None:
+      # Every binade is like [1, 2), on which the rounder has steps of 2^-m.
+      steps = 2.0**lattice.numbers.mantissa_bits
+      h = 1 / pieces
+      left = jnp.floor(_in_steps(v, lattice.numbers) / (steps * h)) * h
+      ends = (fb.round_half_even(a * steps) / steps for a in (left, left + h))
+    else:
+      h = 2 * lattice.span / pieces
+      i = jnp.clip(jnp.floor((v + lattice.span) / h), 0, pieces - 1)
+      left = i * h - lattice.span
+      ends = (_nearest(a, lattice.numbers) for a in (left, left + h))
+    low, high = ends
+    slope = (high - low) / h
+    return jnp.clip(slope, self.low, self.high)
+
+
+Surrogate = Ste | Dge | Sigmoid | Spline
+SURROGATES = {
+  'ste': Ste(),
+  'dge': Dge(),
+  'spline': Spline(),
+  'sigmoid': Sigmoid(),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class MicroScaling:
+  """A quantizer `(x, axis, key=None) -> x_hat` with every choice open.
+
+  The defaults are NVFP4, bit for bit but for blocks whose scale rounds to 0,
+  which NVFP4 makes zero. Combinations in which an option would do nothing are
+  refused.
+
+  Attributes:
+    element: format of the elements, a `FloatFormat`.
+    block: elements that share a scale, or (b, b) for tiles.
+    scale: format of the scales, a value such as those of `SCALES`; its sign is
+      not used, and numbers below 2^-126 do not exist.
+    scale_form: 'decode' stores Z / F, 'encode' its inverse.
+    scale_round: 'rne' to nearest, ties to even; 'up', 'down' and 'zero' (down,
+      as scales are positive) of the number that is stored; 'stochastic'.
+    zero_scale: what a scale becomes that rounds to 0.
+    payload: whether elements are rounded in units of the stored scale or of
+      the exact one.
+    tensor_scale: 'current' for scales relative to the largest one.
+    tensor_scale_grad: gradient of the tensor scale, which goes to the largest
+      magnitude of the tensor. 'ignore' for none, 'absmax' with q' = 1, 'full'
+      with that of `scale_grad`.
+    rounding: of elements, 'nearest_even' or 'stochastic'.
+    step_grad: Q', a surrogate or its name with default parameters: 'ste',
+      'dge', 'spline' or 'sigmoid'. Beyond the largest element it is that at the
+      largest element.
+    stat_grad: dZ/dx. 'ste' is 0; 'absmax' is sign(x) at the maximum, shared by
+      ties; 'hardsoftmax' is softmax(alpha |x|) sign(x). 'softsoftmax' is the
+      same and the derivative of Z = logsumexp(alpha |x|) / alpha, which it also
+      uses for Z.
+    scale_grad: q', as `step_grad`, on the lattice of scales.
+    alpha: sharpness of the two softmax choices, in units of 1 / x.
+    allow_underflow: accept scales of at most 4 exponent bits without a tensor
+      scale. They reach down to 2^-9: blocks below that are lost.
+  """
+
+  element: FloatFormat = formats.e2m1
+  block: int | tuple[int, int] = 16
+  scale: FloatFormat = formats.e4m3fn
+  scale_form: str = 'decode'
+  scale_round: str = 'rne'
+  zero_scale: str = 'nearest_subnormal'
+  payload: str = 'rounded'
+  tensor_scale: str = 'current'
+  tensor_scale_grad: str = 'ignore'
+  rounding: str = 'nearest_even'
+  step_grad: Surrogate | str = 'ste'
+  stat_grad: str = 'ste'
+  scale_grad: Surrogate | str = 'ste'
+  alpha: float = 1.0
+  allow_underflow: bool = False
+
+  def __post_init__(self):
+    for name in ('element', 'scale'):
+      if not isinstance(getattr(self, name), FloatFormat):
+        raise TypeError(
+          f'{name}={getattr(self, name)!r} must be a FloatFormat, a value such'
+          ' as lowbit_jax.formats.e2m1'
+        )
+    if self.element.bits > 8 or not (self.element.zero and self.element.signed):
+      raise ValueError(
+        f'element={self.element} must have a sign, a zero and at most 8 bits'
+      )
+    sizes = self.block if isinstance(self.block, tuple) else (self.block,)
+    if len(sizes) > 2 or not all(isinstance(b, int) and b > 0 for b in sizes):
+      raise ValueError(
+        f'block={self.block!r} must be a positive int, or two for tiles'
+      )
+    for name, allowed in (
+      ('scale_form', SCALE_FORMS),
+      ('scale_round', SCALE_ROUNDINGS),
+      ('zero_scale', ZERO_SCALES),
+      ('payload', PAYLOADS),
+      ('tensor_scale', TENSOR_SCALES),
+      ('tensor_scale_grad', TENSOR_SCALE_GRADS),
+      ('rounding', ROUNDINGS),
+      ('stat_grad', STAT_GRADS),
+    ):
+      if getattr(self, name) not in allowed:
+        raise ValueError(
+          f'{name}={getattr(self, name)!r} is not one of {allowed}'
+        )
+    for name in ('step_grad', 'scale_grad'):
+      object.__setattr__(self, name, _surrogate(name, getattr(self, name)))
+    _check_positive('alpha', self.alpha)
+    self._check_combination()
+
+  def _check_combination(self):
+    ideal = self.scale == formats.float32
+    if self.tensor_scale == 'off':
+      narrow = self.scale.zero and self.scale.exponent_bits <= 4
+      if narrow and not self.allow_underflow:
+        raise ValueError(
+          f'scale={self.scale} without a tensor scale reaches down to'
+          f' {self.scale.min_subnormal:.2g} only, below which blocks become'
+          " zero: use tensor_scale='current', a scale of more range (ue5m3,"
+          ' e8m0), or allow_underflow=True to study just that'
+        )
+      if self.tensor_scale_grad != 'ignore':
+        raise ValueError(
+          f'tensor_scale_grad={self.tensor_scale_grad!r} needs'
+          " tensor_scale='current'"
+        )
+    if self.tensor_scale_grad != 'ignore' and self.stat_grad not in (
+      'ste',
+      'absmax',
+    ):
+      raise ValueError(
+        f'tensor_scale_grad={self.tensor_scale_grad!r} follows the largest'
+        f' magnitude, stat_grad={self.stat_grad!r} does not: use'
+        " tensor_scale_grad='ignore'"
+      )
+    if ideal:
+      for name, value in (
+        ('scale_round', 'rne'),
+        ('payload', 'rounded'),
+        ('tensor_scale', 'off'),
+        ('scale_grad', Ste()),
+      ):
+        if getattr(self, name) != value:
+          raise ValueError(
+            f'{name}={getattr(self, name)!r} has no effect on scales that are'
+            f' not rounded: leave it at {value!r}'
+          )
+    if (ideal or not self.scale.zero) and self.zero_scale == 'to_one':
+      raise ValueError(
+        f"zero_scale='to_one' has no effect: no scale rounds to 0 in"
+        f' {self.scale}'
+      )
+    used = self.stat_grad != 'ste' or self.tensor_scale_grad == 'full'
+    if self.scale_grad != Ste() and not used:
+      raise ValueError(
+        f'scale_grad={self.scale_grad} has no effect where scales have no'
+        " gradient: choose a stat_grad other than 'ste'"
+      )
+
+  @property
+  def needs_key(self) -> bool:
+    """Whether the rounding draws random bits."""
+    return 'stochastic' in (self.rounding, self.scale_round)
+
+  def __call__(self, x, axis: int = -1, key=None) -> jax.Array:
+    """The quantized values of `x` in its shape and dtype.
+
+    Args:
+      x: float16, bfloat16 or float32 of any rank but 0.
+      axis: the block axis; tiles take it and the other of the last two. Sizes
+        that blocks do not divide are padded with zeros inside.
+      key: a JAX random key; without `needs_key` it is not used.
+
+    Returns:
+      Values; a block that holds Inf or NaN is NaN.
+
+    Raises:
+      TypeError, ValueError: for dtypes, axes and keys that do not fit.
+
+    The derivative is that at the top of this module; reverse mode only.
+    """
+    if self.needs_key and key is None:
+      raise ValueError(f'{self.rounding=} needs key=jax.random.key(seed)')
+    key = key if self.needs_key else None
+    x = core.check_array(as_float_array(x), self._format)
+    block_axis = axis
+    if isinstance(self.block, tuple):
+      block_axis = _tile_axes(axis, x.ndim)
+    axes = qarray.block_axes(self._format, block_axis, x.ndim)
+    return _compiled(x, key, self, axes)
+
+  @property
+  def _slopes(self) -> tuple[Surrogate, Surrogate]:
+    """Q' and q'."""
+    return (
+      _surrogate('step_grad', self.step_grad),
+      _surrogate('scale_grad', self.scale_grad),
+    )
+
+  @property
+  def _format(self) -> BlockFormat:
+    block = self.block if isinstance(self.block, tuple) else (self.block,)
+    return BlockFormat('micro_scaling', self.element, block, self.scale)
+
+  @property
+  def _target(self) -> float:
+    return 1.0 if self.scale.exponent_bits >= 8 else self.scale.max
+
+  @property
+  def _scale_has_gradient(self) -> bool:
+    return self.stat_grad != 'ste' or self.tensor_scale_grad != 'ignore'
+
+  @property
+  def _is_plain(self) -> bool:
+    return (
+      self.step_grad == Ste()
+      and self.payload == 'rounded'
+      and not self._scale_has_gradient
+    )
+
+
+class _Forward(NamedTuple):
+  """What the derivative needs, in the axes of the view of blocks."""
+
+  x: Any  # of the view
+  v: Any  # x / S_p
+  q: Any  # Q(v)
+  exact: Any  # S
+  decode: Any  # S_d
+  payload: Any  # S_p
+  u: Any
+  u_q: Any
+  t: Any  # tensor scale, or None
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _quantize(x, key, how: MicroScaling, axes):
+  return _run(x, key, how, axes)[0]
+
+
+def _forward(x, key, how, axes):
+  y, saved = _run(x, key, how, axes)
+  return y, None if how._is_plain else saved
+
+
+def _run(x, key, how: MicroScaling, axes):
+  """y, and the values that it was made of."""
+  fmt = how._format
+  blocks = core.split(x.astype(jnp.float32), fmt, axes)
+  view = blocks.view
+  bits = _scaling.magnitude_bits(view)
+  amax_bits = _scaling.block_max(bits, blocks.inner)
+  bad = amax_bits >= fb.INF
+  view = jnp.where(bad, 0, view)
+  # Subnormal maxima count as zero, as everywhere in the library.
+  dead = bad | (amax_bits < fb.MIN_NORMAL)
+  z = jnp.where(dead, 0, fb.from_bits(amax_bits))
+  t = top = None
+  if how.stat_grad == 'softsoftmax':
+    scores = _scores(view, how, blocks)
+    z = jax.nn.logsumexp(scores, axis=blocks.inner, keepdims=True) / how.alpha
+    z = top = jnp.where(dead, 0, z)
+  if how.tensor_scale == 'current':
+    if top is None:
+      top = jnp.where(bits < fb.INF, fb.from_bits(bits), 0)
+    t = _tensor_scale(jnp.max(top, initial=0), how)
+
+  largest = how.element.max
+  exact = z * jnp.float32(1 / largest)
+  key_scale = None
+  if how.scale_round == 'stochastic':
+    key_scale = jax.random.fold_in(key, 1)
+  if how.scale_form == 'decode':
+    factor = jnp.float32(1 / largest)
+    if t is not None:
+      factor = _scaling.reciprocal(t) * factor
+    u = z * factor
+    u_q = _stored(u, how, key_scale)
+    decode = u_q if t is None else u_q * t
+    inverse = _scaling.reciprocal(decode)
+  else:
+    u = jnp.minimum(_scaling.reciprocal(z) * jnp.float32(largest), _TOP)
+    inverse = u
+    if t is not None:
+      u = u * t
+    u_q = _stored(u, how, key_scale)
+    decode = _scaling.reciprocal(u_q)
+    decode = decode if t is None else decode * t
+    if how.payload == 'rounded':
+      inverse = u_q if t is None else u_q * _scaling.reciprocal(t)
+  payload = decode
+  if how.payload == 'unrounded':
+    payload, inverse = exact, _scaling.reciprocal(exact)
+
+  v = view * inverse
+  random = None
+  if how.rounding == 'stochastic':
+    random = _rounding.random_words(key, x.shape)
+    random = core.split(random, fmt, axes).view
+  rule = _rounding.rule(how.rounding, random)
+  element = spec(how.element)
+  q = codec.decode(codec.encode(v, element, rule), element)
+  # In the order of dequantization: element, block scale, tensor scale.
+  y = q * (u_q if how.scale_form == 'decode' else decode)
+  if how.scale_form == 'decode' and t is not None:
+    y = y * t
+  y = jnp.where(bad, jnp.float32(jnp.nan), y)
+  saved = _Forward(view, v, q, exact, decode, payload, u, u_q, t)
+  return core.restore(y, blocks, x.dtype), saved
+
+
+def _backward(how: MicroScaling, axes, saved, g):
+  if saved is None:
+    return g, None
+  blocks = core.split(g.astype(jnp.float32), how._format, axes)
+  view, f = blocks.view, saved
+  slope = how._slopes[0].slope(f.v, Lattice(spec(how.element), how.element.max))
+  ratio = jnp.float32(1)
+  if how.payload == 'unrounded':
+    ratio = f.decode * _scaling.reciprocal(f.payload)
+  dx = view * slope * ratio
+  if how._scale_has_gradient:
+    dx = dx + _through_scales(how, f, blocks, slope, ratio)
+  return core.restore(dx, blocks, g.dtype), None
+
+
+_quantize.defvjp(_forward, _backward)
+_compiled = jax.jit(_quantize, static_argnums=(2, 3), inline=True)
+
+
+def _through_scales(how: MicroScaling, f: _Forward, blocks, slope, ratio):
+  """(dL/dS / F) dZ/dx + dL/dt dt/dx."""
+  inner, largest = blocks.inner, how.element.max
+  d_decode = jnp.sum(blocks.view * f.q, axis=inner, keepdims=True)
+  d_payload = -ratio * jnp.sum(
+    blocks.view * f.v * slope, axis=inner, keepdims=True
+  )
+  q_slope = jnp.ones_like(f.u)
+  if how.scale_grad != Ste():
+    q_slope = how._slopes[1].slope(f.u, Lattice(_scale_spec(how.scale), None))
+
+  dx = jnp.zeros_like(f.x)
+  if how.stat_grad != 'ste':
+    form = jnp.float32(1)
+    if how.scale_form == 'encode':
+      form = jnp.square(f.decode * _scaling.reciprocal(f.exact))
+    rounded = q_slope * form
+    d_exact = d_decode * rounded
+    d_exact += d_payload * (rounded if how.payload == 'rounded' else 1)
+    dx += d_exact / largest * _direction(f.x, how, blocks)
+  if how.tensor_scale_grad != 'ignore':
+    if how.tensor_scale_grad == 'absmax':
+      q_slope = jnp.float32(1)
+    if how.scale_form == 'decode':
+      d_t = f.u_q - q_slope * f.u
+    else:
+      inverse = _scaling.reciprocal(f.u_q)
+      d_t = (1 - q_slope * f.u * inverse) * inverse
+    d_scale = d_decode + (d_payload if how.payload == 'rounded' else 0)
+    d_g = jnp.sum(d_scale * d_t) / (largest * how._target)
+    dx += d_g * _at_max(f.x, tuple(range(f.x.ndim)))
+  return dx
+
+
+def _direction(x, how: MicroScaling, blocks):
+  """dZ/dx in the axes of the view."""
+  if how.stat_grad == 'absmax':
+    return _at_max(x, blocks.inner)
+  scores = _scores(x, how, blocks)
+  return jax.nn.softmax(scores, axis=blocks.inner) * jnp.sign(x)
+
+
+def _at_max(x, axes):
+  """sign(x) at the largest magnitude over `axes`, shared by ties."""
+  magnitude = jnp.abs(x)
+  amax = jnp.max(magnitude, axis=axes, keepdims=True, initial=0)
+  there = (magnitude == amax) & (amax > 0)
+  count = jnp.sum(there, axis=axes, keepdims=True).astype(jnp.float32)
+  return jnp.where(there, jnp.sign(x) * _scaling.reciprocal(count), 0)
+
+
+def _scores(x, how: MicroScaling, blocks):
+  """alpha |x|, -inf in the padding."""
+  scores = jnp.float32(how.alpha) * jnp.abs(x)
+  if not any(blocks.pad):
+    return scores
+  shape = list(blocks.shape)
+  for axis, pad in zip(blocks.axes, blocks.pad, strict=True):
+    shape[axis] -= pad
+  inside = core.split(jnp.ones(shape), how._format, blocks.axes).view
+  # Whole blocks of padding keep finite scores.
+  inside = (inside > 0) | ~jnp.any(inside > 0, blocks.inner, keepdims=True)
+  return jnp.where(inside, scores, -jnp.inf)
+
+
+def _tensor_scale(top, how: MicroScaling):
+  """t = g / (F T), with the roundings of 1 / (F T / g)."""
+  live = top >= jnp.float32(2.0**-126)
+  full = jnp.float32(how.element.max * how._target)
+  scale = _scaling.reciprocal(full / jnp.where(live, top, 1))
+  return jnp.where(live, scale, 1)
+
+
+def _stored(u, how: MicroScaling, key):
+  """u_q: the stored number."""
+  if how.scale == formats.float32:
+    return u
+  f = _scale_spec(how.scale)
+  rule = _SCALE_RULES.get(how.scale_round)
+  if rule is None:
+    rule = codec.stochastic(_rounding.random_words(key, u.shape), 23)
+  u_q = codec.decode_float(codec.encode_float(u, f, rule, dtype=jnp.int32), f)
+  if how.scale.zero:
+    least = 2.0 ** (f.emin - f.mantissa_bits)
+    zero = 1.0 if how.zero_scale == 'to_one' else least
+    u_q = jnp.where(u_q == 0, jnp.float32(zero), u_q)
+  return u_q
+
+
+def _up(t, odd=None):
+  del odd
+  return -fb.floor(-t)
+
+
+def _down(t, odd=None):
+  del odd
+  return fb.floor(t)
+
+
+_SCALE_RULES = {
+  'rne': codec.nearest_even,
+  'up': _up,
+  'down': _down,
+  'zero': _down,
+}
+
+
+@functools.cache
+def _scale_spec(scale: FloatFormat) -> codec.Float:
+  """The positive numbers of a format from which 2^-126 and less are cut off."""
+  m = scale.mantissa_bits
+  emin = max(scale.emin, m - 126)
+  cut = emin - scale.emin
+  return codec.Float(
+    exponent_bits=scale.exponent_bits,
+    mantissa_bits=m,
+    emin=emin,
+    code_max=scale.code_max - (cut << m),
+    inf_code=None,
+    nan_code=None,
+    signed=False,
+    subnormals=scale.zero,
+    negative_zero=False,
+  )
+
+
+def _in_steps(v, f: codec.Float):
+  """|v| in units of the distance of neighbours in its binade."""
+  b = fb.to_bits(v) & fb.MAGNITUDE
+  e = jnp.maximum(b >> 23, f.emin + 127)
+  return fb.from_bits(b) * fb.from_bits((254 + f.mantissa_bits - e) << 23)
+
+
+def _position(v, lattice: Lattice):
+  """Where |v| is in its bin, in [0, 1)."""
+  if lattice.span is not None:
+    v = jnp.clip(v, -lattice.span, lattice.span)
+  t = _in_steps(v, lattice.numbers)
+  return t - fb.floor(t)
+
+
+def _nearest(v, f: codec.Float):
+  return codec.decode_float(codec.encode_float(v, f), f)
+
+
+def _tile_axes(axis: int, ndim: int) -> tuple[int, int]:
+  if not isinstance(axis, int) or axis % ndim < ndim - 2:
+    raise ValueError(f'{axis=} of a tile must be one of the last two')
+  axis = axis % ndim - ndim
+  return axis, -3 - axis
+
+
+def _surrogate(name: str, value) -> Surrogate:
+  if isinstance(value, Surrogate):
+    return value
+  if value not in SURROGATES:
+    raise ValueError(
+      f'{name}={value!r} is neither a surrogate nor one of {(*SURROGATES,)}'
+    )
+  return SURROGATES[value]

@@ -1,0 +1,108 @@
+"""NNX: recipes in the linear layers of any model."""
+
+import jax
+from flax import nnx as flax_nnx
+
+from lowbit_jax import ops
+from lowbit_jax.ops import _qdot
+from lowbit_jax.recipe import Policy, Recipe
+from lowbit_jax.training import scaling
+from lowbit_jax.training.linen import check_keywords, recipe_at
+
+
+class LowBit(flax_nnx.Variable):
+  """State of held tensor scales; not a Param."""
+
+
+class QDotGeneral(flax_nnx.Module):
+  """A `dot_general` that trains by a recipe, for Linear and LinearGeneral.
+
+  Args:
+    recipe: a recipe or None.
+    rngs: source of a stream of keys, forked from its stream 'quant'; needed
+      only if the recipe draws random bits.
+  """
+
+  def __init__(
+    self, recipe: Recipe | None, *, rngs: flax_nnx.Rngs | None = None
+  ):
+    if recipe is not None and recipe.needs_key and rngs is None:
+      raise ValueError(
+        f'recipe {recipe.name!r} draws random bits: pass rngs=nnx.Rngs(quant=0)'
+      )
+    self.recipe = recipe
+    draws = recipe is not None and recipe.needs_key
+    self.rngs = rngs.fork() if draws else None
+    state = scaling.DotScales(None, None)
+    if recipe is not None:
+      state = scaling.init_dot(recipe)
+    self.scales = None if state == (None, None) else LowBit(state)
+
+  def __call__(
+    self,
+    lhs,
+    rhs,
+    dimension_numbers,
+    precision=None,
+    preferred_element_type=None,
+    out_sharding=None,
+    **kwargs,
+  ) -> jax.Array:
+    if self.recipe is None:
+      return jax.lax.dot_general(
+        lhs,
+        rhs,
+        dimension_numbers,
+        precision=precision,
+        preferred_element_type=preferred_element_type,
+        out_sharding=out_sharding,
+        **kwargs,
+      )
+    check_keywords({'out_sharding': out_sharding, **kwargs})
+    x, w, shape = _qdot.matrices(lhs, rhs, dimension_numbers)
+    key = None if self.rngs is None else self.rngs.quant()
+    options = {'key': key, 'precision': precision}
+    if self.scales is None:
+      y = ops.qdot(x, w, self.recipe, **options)
+    else:
+      y, noted = scaling.qdot(
+        x, w, self.recipe, self.scales.get_value(), **options
+      )
+      self.scales.set_value(noted)
+    y = y.reshape(shape)
+    dtype = preferred_element_type
+    return y if dtype is None else y.astype(dtype)
+
+
+def quantize(
+  model,
+  recipe: Recipe | Policy,
+  *,
+  rngs: flax_nnx.Rngs | None = None,
+  fraction: float = 0.0,
+) -> None:
+  """Gives every Linear and LinearGeneral of a model its recipe, in place.
+
+  Args:
+    model: an NNX module. Layers that have a `dot_general` of their own keep it,
+      unless it is a QDotGeneral.
+    recipe: a recipe, or a policy that picks one by the path of the layer.
+    rngs: as in `QDotGeneral`.
+    fraction: how much of the training is done, for recipes that switch.
+  """
+  for path, module in flax_nnx.iter_modules(model):
+    if not isinstance(module, flax_nnx.Linear | flax_nnx.LinearGeneral):
+      continue
+    mine = isinstance(module.dot_general, QDotGeneral)
+    if module.dot_general not in (None, jax.lax.dot_general) and not mine:
+      continue
+    chosen = recipe_at(recipe, path, fraction)
+    if chosen is not None or mine:
+      module.dot_general = flax_nnx.data(QDotGeneral(chosen, rngs=rngs))
+
+
+def advance(model) -> None:
+  """Turns all held tensor scales of a model to the next step, in place."""
+  for _, module in flax_nnx.iter_modules(model):
+    if isinstance(module, QDotGeneral) and module.scales is not None:
+      module.scales.set_value(scaling.advance(module.scales.get_value()))

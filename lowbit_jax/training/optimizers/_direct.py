@@ -1,0 +1,127 @@
+"""Training quantized weights without a copy in high precision.
+
+The parameters are QArrays and nothing else: w <- SR(w - lr u), where stochastic
+rounding keeps on average what is less than a step.
+
+    params = quantize_params(...)                     # QArrays
+    tx = direct(optax.adamw(1e-3))
+    state = tx.init(params)
+    grads = jax.grad(loss)(dequantized(params))
+    updates, state = tx.update(grads, state, params)
+    params = apply_updates(params, updates, key)      # a new key in every step
+"""
+
+import zlib
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lowbit_jax import ops, qarray
+from lowbit_jax.qarray import QArray, is_qarray
+from lowbit_jax.training.optimizers._common import path_name
+
+
+def dequantized(params):
+  """The tree with the values of its QArrays, which gradients are taken at."""
+  return jax.tree.map(
+    lambda x: qarray.dequantize(x) if is_qarray(x) else x,
+    params,
+    is_leaf=is_qarray,
+  )
+
+
+def direct(
+  inner: optax.GradientTransformation,
+) -> optax.GradientTransformationExtraArgs:
+  """Lets an optimizer see QArrays among the parameters as their values.
+
+  Args:
+    inner: an optax transformation.
+
+  Returns:
+    One whose `init` and `update` take parameters with QArrays, and gradients
+    with respect to `dequantized(params)`.
+  """
+  inner = optax.with_extra_args_support(inner)
+
+  def init(params):
+    return inner.init(dequantized(params))
+
+  def update(updates, state, params=None, **extra_args):
+    values = None if params is None else dequantized(params)
+    return inner.update(updates, state, values, **extra_args)
+
+  return optax.GradientTransformationExtraArgs(init, update)
+
+
+def apply_updates(
+  params,
+  updates,
+  key: jax.Array,
+  *,
+  scales: Literal['current', 'held'] = 'current',
+):
+  """w + u, stochastically rounded to the format of w.
+
+  The mean over keys is w + u exactly (to 2^-24 of a step) where nothing
+  saturates. With 'current' float32 scales and E8M0 scales, which take the rule
+  'rceil' here, nothing does.
+
+  Args:
+    params: tree of QArrays and float arrays; the latter are added to as usual.
+    updates: tree of float arrays of the shapes of the parameters.
+    key: PRNG key, a new one for every step. Each leaf draws its own numbers,
+      according to its path.
+    scales: 'current' for new scales from w + u, 'held' for those that w has:
+      then a code changes with probability |u| / step and weights cannot leave
+      the range of their block, nor a block of zeros leave zero.
+
+  Returns:
+    A tree like `params`, with QArrays of the same formats and layouts.
+  """
+  if scales not in ('current', 'held'):
+    raise ValueError(f"scales={scales!r} is not one of ('current', 'held')")
+
+  def apply(path, w, u):
+    if not is_qarray(w):
+      return optax.apply_updates(w, u)
+    if jnp.shape(u) != w.shape:
+      raise ValueError(
+        f'updates of {path_name(path)} have shape {jnp.shape(u)}, the parameter'
+        f' has {w.shape}; take gradients at dequantized(params)'
+      )
+    leaf_key = jax.random.fold_in(key, zlib.crc32(path_name(path).encode()))
+    return _rounded(w, u, leaf_key, scales)
+
+  return jax.tree_util.tree_map_with_path(
+    apply, params, updates, is_leaf=is_qarray
+  )
+
+
+def _rounded(w: QArray, u, key, scales: str) -> QArray:
+  value = qarray.dequantize(w, jnp.float32) + u.astype(jnp.float32)
+  fmt = w.fmt
+  if scales == 'held':
+    new = ops.quantize_with(
+      value,
+      w.scale,
+      fmt,
+      axis=w.axis,
+      tensor_scale=w.tensor_scale,
+      zero_point=w.zero_point,
+      rounding='stochastic',
+      key=key,
+    )
+  else:
+    rule = 'rceil' if fmt.has_exponent_scale else None
+    new = ops.quantize(
+      value,
+      fmt,
+      axis=w.axis,
+      scale_rule=rule,
+      rounding='stochastic',
+      key=key,
+    )
+  return new.astype(w.dtype)

@@ -1,0 +1,104 @@
+"""Dynamic loss scaling, which float16 gradients need.
+
+Small gradients underflow in float16. The loss is multiplied by a scale, the
+gradients are divided by it in float32, and the scale follows the data: twice as
+large after 2000 finite steps, half as large after one that is not finite, which
+is skipped.
+
+    def loss(params): ...
+      return scale_loss(value, state)
+
+Source: Micikevicius et al., Mixed Precision Training (2018).
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lowbit_jax.training.optimizers._common import check_steps
+
+
+class LossScaleState(NamedTuple):
+  """The scale, finite steps since it changed, the state of the optimizer."""
+
+  loss_scale: jax.Array
+  finite_steps: jax.Array
+  inner: optax.OptState
+
+
+def dynamic_loss_scale(
+  inner: optax.GradientTransformation,
+  *,
+  initial: float = 2.0**15,
+  period: int = 2000,
+  factor: float = 2.0,
+  largest: float = 2.0**24,
+) -> optax.GradientTransformationExtraArgs:
+  """Wraps an optimizer that is given gradients of the scaled loss.
+
+  Args:
+    inner: the whole optimizer; it sees float32 gradients of the loss itself.
+    initial: first scale, a power of two so that scaling is exact.
+    period: finite steps after which the scale grows.
+    factor: by which it grows and shrinks; it stays between 1 and `largest`.
+    largest: see `factor`.
+
+  Returns:
+    A transformation that skips a step whose gradients are not finite: updates
+    of zero, the state of `inner` as it was.
+  """
+  check_steps('period', period)
+  if not factor > 1:
+    raise ValueError(f'factor={factor!r} must be larger than 1, such as 2.0')
+  if not 1 <= initial <= largest:
+    raise ValueError(
+      f'initial={initial!r} must be between 1 and largest={largest!r}'
+    )
+  inner = optax.with_extra_args_support(inner)
+
+  def init(params):
+    return LossScaleState(
+      jnp.asarray(initial, jnp.float32),
+      jnp.zeros([], jnp.int32),
+      inner.init(params),
+    )
+
+  def update(updates, state, params=None, **extra_args):
+    scale = state.loss_scale
+    finite = all_finite(updates)
+    # Not in float16, where the quotient may underflow again.
+    grads = jax.tree.map(lambda g: g.astype(jnp.float32) / scale, updates)
+    updates, new = inner.update(grads, state.inner, params, **extra_args)
+    updates = jax.tree.map(lambda u: jnp.where(finite, u, 0), updates)
+    new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state.inner)
+    steps = jnp.where(finite, state.finite_steps + 1, 0)
+    grows = steps >= period
+    up = jnp.minimum(scale * factor, largest)
+    down = jnp.maximum(scale / factor, 1)
+    scale = jnp.where(finite, jnp.where(grows, up, scale), down)
+    return updates, LossScaleState(scale, jnp.where(grows, 0, steps), new)
+
+  return optax.GradientTransformationExtraArgs(init, update)
+
+
+def scale_loss(loss: jax.Array, state) -> jax.Array:
+  """The loss times the scale of an optimizer state, in the dtype of the loss.
+
+  Args:
+    loss: a number.
+    state: a state that holds one of `dynamic_loss_scale`, at any depth.
+  """
+  scale = optax.tree.get(state, 'loss_scale')
+  if scale is None:
+    raise ValueError(
+      'state has no loss_scale; make it with dynamic_loss_scale(...).init'
+    )
+  return loss * scale.astype(loss.dtype)
+
+
+def all_finite(tree) -> jax.Array:
+  """Whether no array of a tree holds NaN or Inf, as a boolean array."""
+  leaves = [jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree)]
+  return jnp.all(jnp.stack(leaves)) if leaves else jnp.asarray(True)

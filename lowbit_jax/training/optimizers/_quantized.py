@@ -1,0 +1,182 @@
+"""Optimizers whose state is kept in a few bits."""
+
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from lowbit_jax.formats import BlockFormat
+from lowbit_jax.training.optimizers import _codecs
+from lowbit_jax.training.optimizers._common import (
+  check_steps,
+  is_embedding,
+  path_name,
+)
+
+# Fields of the states of optax that hold averages of squares.
+_SECOND = ('nu', 'nu_max', 'sum_of_squares')
+
+Moment = str | BlockFormat | None
+
+
+def quantized_state(
+  inner: optax.GradientTransformation,
+  *,
+  first: Moment = 'dyn8',
+  second: Moment = 'dyn8',
+  block: int | None = None,
+  min_size: int = 4096,
+  exclude: Callable[[str, jax.Array], bool] | None = is_embedding,
+) -> optax.GradientTransformationExtraArgs:
+  """Keeps the moments of an optimizer in few bits: decode, update, encode.
+
+  A leaf of the state of `inner` is encoded if it has the path (below the field
+  of the state) and the shape of a parameter, holds floats, and has at least
+  `min_size` elements. Fields nu, nu_max and sum_of_squares are second moments;
+  all others, such as mu and trace, first moments. The arithmetic of `inner` is
+  that of its own dtypes.
+
+  Args:
+    inner: an optax transformation, such as `optax.scale_by_adam()`.
+    first: codec of first moments: 'lin8', 'dyn8', 'e4m3', 'e5m2', 'coat',
+      'lin4' or 'de4', a block format such as `formats.mxfp8_e4m3`, or None to
+      leave them as they are.
+    second: codec of second moments; also 'rank1_lin4' and 'rank1_de4'. What is
+      not zero never becomes zero, in blocks whose largest is 2^-90 or more.
+    block: elements per scale of the named codecs; None for 256 with 'lin8' and
+      'dyn8' and 128 with others.
+    min_size: leaves with fewer elements are left as they are.
+    exclude: predicate of a path such as 'block_0/kernel' and a parameter;
+      leaves where it is true are left as they are. By default embeddings; None
+      for no exception.
+
+  Returns:
+    A transformation whose state is that of `inner` with quantized leaves:
+    QArrays, or pairs of a QArray and float scales for 'coat' and 'rank1_...'.
+    It is a pytree of arrays of fixed shapes and dtypes.
+
+  Raises:
+    ValueError: for unknown codecs and sizes.
+
+  Examples:
+    >>> import jax.numpy as jnp
+    >>> import optax
+    >>> tx = quantized_state(optax.scale_by_adam(), second='e5m2')
+    >>> tx.init({'w': jnp.zeros((64, 128))}).nu['w'].nbytes
+    8448
+  """
+  check_steps('min_size', min_size, 0)
+  if block is not None:
+    check_steps('block', block)
+  codecs = {}
+  for name, value in (('first', first), ('second', second)):
+    if value is not None:
+      codecs[name] = _codecs.find(value, name == 'second', name, block)
+  inner = optax.with_extra_args_support(inner)
+
+  def init(params):
+    shapes = {
+      path: leaf
+      for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+      if leaf.size >= min_size
+      and leaf.ndim
+      and not (exclude is not None and exclude(path_name(path), leaf))
+    }
+
+    def encode(path, x):
+      suffixes = (path[i:] for i in range(len(path) + 1))
+      param = next((shapes[s] for s in suffixes if s in shapes), None)
+      codec = codecs.get(_role(path))
+      if (
+        param is None
+        or codec is None
+        or jnp.shape(x) != param.shape
+        or not jnp.issubdtype(x.dtype, jnp.floating)
+      ):
+        return x
+      return _codecs.encode(x, codec, _role(path) == 'second')
+
+    return jax.tree_util.tree_map_with_path(encode, inner.init(params))
+
+  def update(updates, state, params=None, **extra_args):
+    decoded = jax.tree.map(
+      lambda x: _codecs.decode(x) if _codecs.is_encoded(x) else x,
+      state,
+      is_leaf=_codecs.is_encoded,
+    )
+    updates, new = inner.update(updates, decoded, params, **extra_args)
+
+    def encode(path, old, x):
+      if not _codecs.is_encoded(old):
+        return x
+      return _codecs.encode_like(old, x, _role(path) == 'second')
+
+    state = jax.tree_util.tree_map_with_path(
+      encode, state, new, is_leaf=_codecs.is_encoded
+    )
+    return updates, state
+
+  return optax.GradientTransformationExtraArgs(init, update)
+
+
+def adamw(
+  learning_rate: optax.ScalarOrSchedule,
+  b1: float = 0.9,
+  b2: float = 0.999,
+  eps: float = 1e-8,
+  weight_decay: float = 1e-4,
+  mask=None,
+  *,
+  nesterov: bool = False,
+  first: Moment = 'dyn8',
+  second: Moment = 'dyn8',
+  min_size: int = 4096,
+  exclude: Callable[[str, jax.Array], bool] | None = is_embedding,
+) -> optax.GradientTransformationExtraArgs:
+  """AdamW with moments of 8 bits, as `optax.adamw` otherwise.
+
+  Args:
+    learning_rate: a number or a schedule; also `b1`, `b2`, `eps`,
+      `weight_decay`, `mask` and `nesterov`, as in `optax.adamw`.
+    first: as in `quantized_state`; also `second`, `min_size`, `exclude`.
+  """
+  return optax.chain(
+    quantized_state(
+      optax.scale_by_adam(b1, b2, eps, nesterov=nesterov),
+      first=first,
+      second=second,
+      min_size=min_size,
+      exclude=exclude,
+    ),
+    optax.add_decayed_weights(weight_decay, mask),
+    optax.scale_by_learning_rate(learning_rate),
+  )
+
+
+def adamw_4bit(
+  learning_rate: optax.ScalarOrSchedule, **options
+) -> optax.GradientTransformationExtraArgs:
+  """AdamW with moments of 4 bits: 'de4', and 'rank1_lin4' for the second.
+
+  Args:
+    learning_rate: a number or a schedule.
+    **options: the other arguments of `adamw`.
+  """
+  options = {'first': 'de4', 'second': 'rank1_lin4'} | options
+  return adamw(learning_rate, **options)
+
+
+def state_bytes(state) -> int:
+  """Bytes of all arrays of a state, or of its `jax.eval_shape`."""
+  return sum(
+    math.prod(x.shape) * np.dtype(x.dtype).itemsize
+    for x in jax.tree.leaves(state)
+  )
+
+
+def _role(path) -> str:
+  names = {getattr(key, 'name', None) for key in path}
+  return 'second' if names & set(_SECOND) else 'first'

@@ -1,0 +1,169 @@
+"""Tensor scales that are held or delayed, as explicit state.
+
+A `QuantSpec` with `tensor_scaling` takes its tensor scale not from the largest
+magnitude a_t of the current step but from
+
+  delayed        max(a_(t-1), ..., a_(t-L)),  L = window
+  sample, hold   a_r, r the latest of steps 0, D, 2D, ...,  D = every
+
+and saturates beyond. A step reads its states, notes what it saw, and
+`advance` turns the page once the step is done:
+
+  y, state = scaling.qdot(x, w, recipe, state, key=key)   # as often as needed
+  state = scaling.advance(state)                           # once per step
+
+What is noted is a maximum, so microbatches, weights that several layers share
+and recomputation leave the same state. In the first step, and where a history
+holds nothing but zeros or infinities, the current magnitude counts.
+"""
+
+import dataclasses
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from lowbit_jax import ops
+from lowbit_jax.recipe import QuantSpec, Recipe, TensorScaling
+
+
+@functools.partial(
+  jax.tree_util.register_dataclass,
+  data_fields=('history', 'amax', 'count', 'seen'),
+  meta_fields=('scaling',),
+)
+@dataclasses.dataclass(frozen=True)
+class ScaleState:
+  """The state of one tensor scale, or of a stack of them; a pytree.
+
+  Attributes:
+    history: float32 (..., window), largest magnitudes, newest first.
+    amax: float32, the magnitude in force; 0 where there is none yet.
+    count: int32, steps done.
+    seen: float32, the largest magnitude noted in the current step.
+    scaling: how it proceeds.
+  """
+
+  history: jax.Array
+  amax: jax.Array
+  count: jax.Array
+  seen: jax.Array
+  scaling: TensorScaling
+
+  def note(self, amax) -> tuple['ScaleState', jax.Array]:
+    """The state that has seen `amax`, and the magnitude to quantize with."""
+    state = dataclasses.replace(self, seen=jnp.maximum(self.seen, amax))
+    renewed = self.amax == 0
+    if self.scaling.every > 1:
+      renewed |= self.count % self.scaling.every == 0
+    return state, jnp.where(renewed, amax, self.amax)
+
+  def advanced(self) -> 'ScaleState':
+    """The state of the next step."""
+    older = self.history[..., :-1]
+    history = jnp.concatenate([self.seen[..., None], older], axis=-1)
+    top = jnp.max(history, axis=-1)
+    keep = (top == 0) | ~jnp.isfinite(top)
+    if self.scaling.every > 1:
+      keep |= self.count % self.scaling.every != 0
+    return ScaleState(
+      history,
+      jnp.where(keep, self.amax, top),
+      self.count + 1,
+      jnp.zeros_like(self.seen),
+      self.scaling,
+    )
+
+
+class DotScales(NamedTuple):
+  """States of the tensor scales of one product, None where there is none."""
+
+  x: ScaleState | None
+  w: ScaleState | None
+
+
+def init(scaling: TensorScaling) -> ScaleState:
+  """The state before the first step."""
+  zero = jnp.zeros((), jnp.float32)
+  history = jnp.zeros((scaling.window,), jnp.float32)
+  return ScaleState(history, zero, jnp.zeros((), jnp.int32), zero, scaling)
+
+
+def init_dot(recipe: Recipe) -> DotScales:
+  """States for the operands of a recipe that hold their tensor scales."""
+
+  def state(*sites):
+    for spec in sites:
+      if isinstance(spec, QuantSpec) and spec.tensor_scaling is not None:
+        return init(spec.tensor_scaling)
+    return None
+
+  return DotScales(
+    state(recipe.fwd.lhs, recipe.wgrad.lhs),
+    state(recipe.fwd.rhs, recipe.dgrad.rhs),
+  )
+
+
+def qdot(
+  x, w, recipe: Recipe, state: DotScales, *, key=None, **options
+) -> tuple[jax.Array, DotScales]:
+  """`ops.qdot` with held tensor scales.
+
+  Args:
+    x: activations (..., K).
+    w: weight (K, N).
+    recipe: whose QuantSpecs with `tensor_scaling` read the state; gradients
+      take current scales.
+    state: from `init_dot(recipe)`, or as the previous call returned it.
+    key: as in `ops.qdot`; also further options.
+
+  Returns:
+    The product and the state that has noted these operands. Under vmap or
+    shard_map merge noted states by `merge`.
+  """
+  states, used = [], []
+  for t, s in zip((x, w), state, strict=True):
+    if s is None:
+      states.append(None)
+      used.append(None)
+      continue
+    noted, amax = s.note(largest(t))
+    states.append(noted)
+    used.append(amax)
+  y = ops.qdot(x, w, recipe, key=key, tensor_amax=tuple(used), **options)
+  return y, DotScales(*states)
+
+
+def largest(x) -> jax.Array:
+  """The largest finite magnitude, float32, without gradient."""
+  magnitude = jnp.abs(jax.lax.stop_gradient(x).astype(jnp.float32))
+  finite = jnp.where(jnp.isfinite(magnitude), magnitude, 0)
+  return jnp.max(finite, initial=0)
+
+
+def merge(a, b):
+  """One tree of states that has noted what two copies of it have.
+
+  Args:
+    a: tree of states after one part of a step, such as a microbatch.
+    b: the same states after another part.
+  """
+  return _map(
+    lambda s, t: dataclasses.replace(s, seen=jnp.maximum(s.seen, t.seen)), a, b
+  )
+
+
+def advance(states):
+  """All states of a tree, turned to the next step; other leaves stay."""
+  return _map(ScaleState.advanced, states)
+
+
+def _map(f, tree, *rest):
+  def is_state(leaf):
+    return isinstance(leaf, ScaleState)
+
+  def apply(leaf, *others):
+    return f(leaf, *others) if is_state(leaf) else leaf
+
+  return jax.tree.map(apply, tree, *rest, is_leaf=is_state)

@@ -1,0 +1,233 @@
+"""Tests of examples/fp4_design_space.py and examples/_tasks.py."""
+
+import csv
+import importlib.util
+import json
+import math
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl.testing import absltest, parameterized
+
+_ROOT = pathlib.Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(_ROOT / 'examples'))
+
+# pylint: disable=wrong-import-position
+import _checkpoints  # noqa: E402
+import _tasks  # noqa: E402
+import byte_lm  # noqa: E402
+import fp4_design_space as study  # noqa: E402
+
+_RUN = {'task': 'regression', 'setting': 'base', 'seeds': 2, 'steps': 3}
+
+
+class SettingsTest(parameterized.TestCase):
+  def test_all_settings_are_different_recipes(self):
+    changes = [study.parse(text) for text in study.SETTINGS]
+    self.assertEqual([study._label(c) for c in changes], list(study.SETTINGS))
+    # The optimizer and the loss scale are no part of a recipe.
+    same = {'optimizer', 'loss_scale'}
+    recipes = [study.make_recipe(c) for c in changes if not same & c.keys()]
+    products = {(r.fwd, r.dgrad, r.wgrad) for r in recipes}
+    self.assertLen(products, len(recipes))
+
+  def test_every_value_is_swept(self):
+    for name, values in study.CHOICES.items():
+      swept = {study.parse(text).get(name) for text in study.SETTINGS}
+      # These are the same number, or a matter of size.
+      left = {'full', 'zero', 'auto', '16', '32', '64'}
+      self.assertEmpty(set(values[1:]) - swept - left, name)
+
+  def test_sites(self):
+    recipe = study.make_recipe(
+      study.parse('sr=grads+hadamard=wgrad+step_grad=dge')
+    )
+    sites = [s for g in recipe.gemms for s in (g.lhs, g.rhs)]
+    self.assertEqual([s.needs_key for s in sites], [0, 0, 1, 0, 0, 1])
+    self.assertEqual([g.hadamard for g in recipe.gemms], [0, 0, 16])
+    plain = study.micro_scaling.Ste()
+    self.assertEqual([s.step_grad == plain for s in sites], [0, 0, 1, 1, 1, 1])
+
+  def test_blocks_of_power_of_two_scales_are_longer(self):
+    for text, block in (('base', 16), ('scale=E8M0', 32), ('block=64', 64)):
+      recipe = study.make_recipe(study.parse(text))
+      self.assertEqual(recipe.fwd.lhs.block, block)
+
+  @parameterized.parameters(
+    ('rounding=up', 'scale_round'),
+    ('sr=sometimes', 'grads_x'),
+    ('scale=ideal', "tensor_scale.*leave it at 'off'"),
+    ('scale_grad=dge', 'stat_grad'),
+  )
+  def test_refuses_and_lists_what_is_valid(self, text, message):
+    with self.assertRaisesRegex(byte_lm.ConfigError, message):
+      study.parse(text)
+
+  @parameterized.parameters(
+    ('base', 5, 1),
+    ('tensor_scale=off', 4, 0),
+    ('sr=grads', 5 + 2 / 6, 1),
+    ('hadamard=all', 5 + 4, 1),
+    ('step_grad=dge', 5 + 1, 1),
+    ('stat_grad=absmax', 5 + 2 / 3, 1),
+  )
+  def test_overhead(self, text, operations, passes):
+    cost = study.overhead(study.parse(text))
+    self.assertAlmostEqual(cost.operations, operations)
+    self.assertEqual(cost.passes, passes)
+
+
+class TasksTest(parameterized.TestCase):
+  @parameterized.parameters('regression', 'diffusion', 'digits')
+  def test_float32_learns(self, name):
+    if name == 'digits' and importlib.util.find_spec('sklearn') is None:
+      self.skipTest('scikit-learn is not installed')
+    task = _tasks.TASKS[name]()
+    linear = jnp.matmul
+    params = task.init(0)
+    before = float(task.loss(params, task.held_out(), linear))
+    (after,) = study.train_seeds(task, None, 1, 60)
+    self.assertLess(after, 0.9 * before)
+    jax.tree.map(np.testing.assert_array_equal, params, task.init(0))
+    jax.tree.map(
+      np.testing.assert_array_equal, task.batches(1, 2), task.batches(1, 2)
+    )
+
+  def test_language_model_goes_through_the_linear_layer(self):
+    task = _tasks.TASKS['lm']()
+    calls = []
+
+    def linear(x, w):
+      calls.append(w.shape)
+      return x @ w
+
+    windows = task.held_out()[:2, :9]
+    loss = jax.jit(lambda params: task.loss(params, windows, linear))
+    loss = float(loss(task.init(0)))
+    self.assertAlmostEqual(loss, math.log(256), delta=1.5)
+    self.assertLen(calls, 8)
+
+
+class StoreTest(absltest.TestCase):
+  def setUp(self):
+    super().setUp()
+    self.directory = pathlib.Path(
+      self.enterContext(tempfile.TemporaryDirectory())
+    )
+    self.store = study.Store(self.directory / 'runs')
+
+  def test_round_trip(self):
+    self.assertIsNone(self.store.load(_RUN))
+    self.store.save(_RUN, [0.5, math.nan])
+    np.testing.assert_array_equal(self.store.load(_RUN), [0.5, math.nan])
+
+  def test_other_sweeps_and_damage_are_refused(self):
+    self.store.save(_RUN, [0.5, 0.25])
+    with self.assertRaisesRegex(_checkpoints.CheckpointError, 'another sweep'):
+      self.store.load(_RUN | {'seeds': 3})
+    (path,) = (self.directory / 'runs').iterdir()
+    path.write_text(path.read_text()[:20])
+    with self.assertRaisesRegex(_checkpoints.CheckpointError, 'damaged'):
+      self.store.load(_RUN)
+
+
+class TableTest(absltest.TestCase):
+  LOSSES = {
+    'float32': [1.0, 2.0],
+    'base': [1.2, 2.4],
+    'tensor_scale=off': [1.5, 2.5],
+    'sr=all': [1.3, 2.4],
+    'step_grad=dge': [math.nan, 2.0],
+  }
+
+  def rows(self):
+    settings = {n: study.parse(n) for n in self.LOSSES if n != 'float32'}
+    return study.make_rows('digits', self.LOSSES, settings)
+
+  def test_gaps_are_paired_and_the_front_is_not_beaten(self):
+    rows = {row.setting: row for row in self.rows()}
+    self.assertAlmostEqual(rows['base'].gap, 0.3)
+    self.assertAlmostEqual(rows['base'].standard_error, 0.1)
+    front = [name for name, row in rows.items() if row.on_front]
+    self.assertEqual(front, ['base', 'tensor_scale=off'])
+
+  def test_plot(self):
+    if importlib.util.find_spec('matplotlib') is None:
+      self.skipTest('matplotlib is not installed')
+    directory = self.enterContext(tempfile.TemporaryDirectory())
+    path = pathlib.Path(directory) / 'plot.png'
+    study.write_plot(path, {'digits': self.rows(), 'lm': self.rows()})
+    self.assertEqual(path.read_bytes()[:8], b'\x89PNG\r\n\x1a\n')
+
+
+class ScriptTest(absltest.TestCase):
+  """Runs the script as its users do, at toy size."""
+
+  _FLAGS = (
+    '--workdir=out',
+    '--tasks=regression',
+    '--seeds=2',
+    '--steps=3',
+  )
+
+  def _run(self, *flags):
+    paths = [*filter(None, sys.path), str(_ROOT), str(_ROOT / 'pallas')]
+    done = subprocess.run(
+      [
+        sys.executable,
+        str(_ROOT / 'examples' / 'fp4_design_space.py'),
+        *self._FLAGS,
+        *flags,
+      ],
+      cwd=self.cwd,
+      env=os.environ | {'PYTHONPATH': os.pathsep.join(paths)},
+      capture_output=True,
+      text=True,
+      timeout=300,
+    )
+    self.assertNotIn('Traceback', done.stderr)
+    return done
+
+  def test_trains_reports_and_resumes(self):
+    self.cwd = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory()))
+    done = self._run('--settings=base')
+    self.assertEqual(done.returncode, 0, done.stderr)
+    self.assertIn('float32', done.stdout)
+    rows = self._table()
+    self.assertEqual(list(rows), ['float32', 'base'])
+    self.assertEqual(float(rows['float32']['gap']), 0)
+    self.assertNotEqual(float(rows['base']['gap']), 0)
+    record = self.cwd / 'out' / 'runs' / 'regression_base.json'
+    losses = json.loads(record.read_text())['losses']
+    self.assertAlmostEqual(
+      float(rows['base']['loss']), float(np.mean(losses)), places=5
+    )
+
+    # What is there is not trained again; what is missing comes back the same.
+    record.unlink()
+    with mock.patch.object(
+      study, 'train_seeds', wraps=study.train_seeds
+    ) as train:
+      study.run(['regression'], {'base': {}}, 2, 3, self.cwd / 'out')
+    train.assert_called_once()
+    self.assertEqual(self._table(), rows)
+    self.assertEqual(json.loads(record.read_text())['losses'], losses)
+
+    done = self._run('--settings=hadamard=some')
+    self.assertEqual(done.returncode, 1)
+    self.assertIn('none, fwd, bwd, all, wgrad', done.stderr)
+
+  def _table(self):
+    with open(self.cwd / 'out' / 'table.csv', newline='') as file:
+      return {row['setting']: row for row in csv.DictReader(file)}
+
+
+if __name__ == '__main__':
+  absltest.main()

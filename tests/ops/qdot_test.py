@@ -1,0 +1,424 @@
+"""The training product against its definition, in float64."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl.testing import absltest, parameterized
+
+import lowbit_jax as lowbit
+from lowbit_jax import formats
+from lowbit_jax.recipe import GemmSpec, QuantSpec, Recipe
+from lowbit_jax.training import recipes
+from lowbit_pallas.arith import hadamard
+
+U = 2.0**-24
+M, K, N = 50, 128, 64
+KEY = jax.random.key(7)
+
+
+def data(*shape, seed: int = 0, dtype=jnp.float32) -> jax.Array:
+  x = np.random.RandomState(seed).randn(*shape).astype(np.float32)
+  return jnp.asarray(x, dtype)
+
+
+def everywhere(spec: QuantSpec) -> Recipe:
+  gemm = GemmSpec(spec, spec)
+  return Recipe('test', gemm, gemm, gemm)
+
+
+def run(recipe: Recipe, x, w, dy, key=KEY, **options):
+  """y, dx, dw."""
+  f = functools.partial(lowbit.qdot, recipe=recipe, key=key, **options)
+  y, pull = jax.vjp(lambda x, w: f(x, w), x, w)
+  return y, *pull(dy)
+
+
+def quantized(t, spec, axis: int, key):
+  """A site's values in float64, by the public fake_quant."""
+  if spec is None:
+    return np.asarray(t, np.float64)
+  axis = (axis, 1 - axis) if spec.fmt.is_tile else axis
+  options = {
+    'axis': axis,
+    'rounding': spec.rounding,
+    'random_bits': spec.random_bits,
+    'key': key if spec.needs_key else None,
+  }
+  t = jnp.float32(t)
+  if spec.prescale == 1:
+    y = lowbit.fake_quant(t, spec.fmt, scale_rule=spec.scale_rule, **options)
+  else:
+    q = lowbit.quantize(t, spec.fmt, axis=axis, scale_rule=spec.scale_rule)
+    y = lowbit.fake_quant_with(t * spec.prescale, q.scale, spec.fmt, **options)
+  return np.asarray(y, np.float64) / spec.prescale
+
+
+def rotated(t, gemm: GemmSpec, axis: int, key):
+  """A site's operand after the rotation of its product, in float32."""
+  if not gemm.hadamard:
+    return t
+  pad = [
+    (0, -n % gemm.hadamard if i == axis else 0) for i, n in enumerate(t.shape)
+  ]
+  t = jnp.pad(t, pad)
+  words = jnp.array([0x243F6A88, 0x85A308D3], jnp.uint32)
+  if gemm.signs == 'per_call':
+    words = jax.random.key_data(key)
+  if gemm.signs != 'none':
+    signs = hadamard.random_signs(words, gemm.hadamard)
+    signs = jnp.tile(signs, t.shape[axis] // gemm.hadamard)
+    t = t * jnp.expand_dims(signs, 1 - axis)
+  return hadamard.hadamard(t, gemm.hadamard, axis)
+
+
+def product(gemm: GemmSpec, which: int, a, axis_a: int, b, axis_b: int):
+  """sum of products, and of their magnitudes, of two sites in float64."""
+  keys = [jax.random.fold_in(KEY, 3 * which + i) for i in range(3)]
+  a = quantized(rotated(a, gemm, axis_a, keys[2]), gemm.lhs, axis_a, keys[0])
+  b = quantized(rotated(b, gemm, axis_b, keys[2]), gemm.rhs, axis_b, keys[1])
+  a = a if axis_a else a.T
+  b = b.T if axis_b else b
+  return a @ b, np.abs(a) @ np.abs(b)
+
+
+def assert_products(recipe: Recipe, x, w, dy):
+  """All three within the rounding of float32 sums: (k + 8) u sum |a| |b|."""
+  y, dx, dw = run(recipe, x, w, dy)
+  for got, which, gemm, args in (
+    (y, 0, recipe.fwd, (x, 1, w, 0)),
+    (dx, 1, recipe.dgrad, (dy, 1, w, 1)),
+    (dw, 2, recipe.wgrad, (x, 0, dy, 0)),
+  ):
+    want, size = product(gemm, which, *args)
+    bound = (args[0].shape[args[1]] + 8) * U * size + 1e-30
+    error = np.abs(np.asarray(got, np.float64) - want)
+    assert np.all(error <= bound), (which, np.max(error / bound))
+
+
+class DefinitionTest(parameterized.TestCase):
+  @parameterized.parameters(
+    'mxfp4_sr_rht', 'mxfp4_nv', 'mxfp4_bwd', 'nvfp4', 'fp8_current',
+    'fp8_block', 'switchback', 'mxfp4_rotated',
+  )  # fmt: skip
+  def test_recipes(self, name):
+    recipe = recipes.get(name)
+    assert_products(recipe, data(M, K), data(K, N, seed=1), data(M, N, seed=2))
+
+  def test_signs_of_every_call(self):
+    spec = QuantSpec(formats.mxfp4, 'rceil')
+    gemm = GemmSpec(spec, spec, 32, 'per_call')
+    recipe = Recipe('test', gemm, gemm, gemm)
+    x, w, dy = data(M, K), data(K, N, seed=1), data(M, N, seed=2)
+    assert_products(recipe, x, w, dy)
+    other = run(recipe, x, w, dy, key=jax.random.key(8))
+    self.assertFalse(np.array_equal(other[0], run(recipe, x, w, dy)[0]))
+
+  def test_nothing_quantized_is_the_plain_product(self):
+    x, w, dy = data(3, 5), data(5, 4, seed=1), data(3, 4, seed=2)
+    y, pull = jax.vjp(jnp.matmul, x, w)
+    for got, want in zip(
+      run(Recipe('none'), x, w, dy), (y, *pull(dy)), strict=True
+    ):
+      np.testing.assert_allclose(got, want, rtol=0, atol=16 * U * 5 * 9)
+
+  def test_leading_axes_are_tokens(self):
+    recipe = recipes.get('mxfp4_rtn')
+    x, w, dy = data(2, 25, K), data(K, N, seed=1), data(2, 25, N, seed=2)
+    y, dx, dw = run(recipe, x, w, dy)
+    flat = run(recipe, x.reshape(M, K), w, dy.reshape(M, N))
+    np.testing.assert_array_equal(y.reshape(M, N), flat[0])
+    np.testing.assert_array_equal(dx.reshape(M, K), flat[1])
+    np.testing.assert_array_equal(dw, flat[2])
+
+  def test_tokens_are_padded_with_zeros(self):
+    recipe = recipes.get('mxfp4_sr_rht')
+    wgrad = dataclasses.replace(recipe.wgrad, rhs=recipe.wgrad.lhs)
+    recipe = Recipe('test', recipe.fwd, GemmSpec(), wgrad)
+    x, w, dy = data(M, K), data(K, N, seed=1), data(M, N, seed=2)
+    more = [jnp.pad(t, [(0, 14), (0, 0)]) for t in (x, dy)]
+    _, _, dw = run(recipe, x, w, dy)
+    np.testing.assert_array_equal(dw, run(recipe, more[0], w, more[1])[2])
+
+  def test_tiles_serve_both_directions(self):
+    tile = QuantSpec(formats.get('mxfp4_32x32'))
+    recipe = Recipe('test', GemmSpec(None, tile), GemmSpec(None, tile))
+    w = data(K, N, seed=1)
+    y, dx, _ = run(recipe, jnp.eye(K), w, jnp.zeros((K, N)))
+    _, dx, _ = run(recipe, jnp.zeros((N, K)), w, jnp.eye(N))
+    np.testing.assert_array_equal(y, dx.T)
+
+  def test_blocks_along_one_axis_do_not(self):
+    spec = QuantSpec(formats.nvfp4)
+    recipe = Recipe('test', GemmSpec(None, spec), GemmSpec(None, spec))
+    w = data(K, N, seed=1)
+    y = run(recipe, jnp.eye(K), w, jnp.zeros((K, N)))[0]
+    dx = run(recipe, jnp.zeros((N, K)), w, jnp.eye(N))[1]
+    self.assertLess(np.mean(np.asarray(y) == np.asarray(dx).T), 0.5)
+
+  def test_rotation_alone_changes_nothing(self):
+    gemm = GemmSpec(hadamard=32, signs='fixed')
+    x, w, dy = data(M, K), data(K, N, seed=1), data(M, N, seed=2)
+    got = run(Recipe('test', gemm, gemm, gemm), x, w, dy)
+    want = run(Recipe('none'), x, w, dy)
+    for a, b in zip(got, want, strict=True):
+      error = np.linalg.norm(np.subtract(a, b)) / np.linalg.norm(b)
+      self.assertBetween(error, 1e-9, 1e-6)
+
+  @parameterized.parameters('nvfp4_rtn', 'fp8_block')
+  def test_half_precision_adds_one_rounding(self, name):
+    recipe = recipes.get(name)
+    x, w = (
+      data(M, K, dtype=jnp.bfloat16),
+      data(K, N, seed=1, dtype=jnp.bfloat16),
+    )
+    dy = data(M, N, seed=2, dtype=jnp.bfloat16)
+    y, dx, dw = run(recipe, x, w, dy)
+    self.assertEqual({t.dtype for t in (y, dx, dw)}, {jnp.dtype(jnp.bfloat16)})
+    want, size = product(recipe.fwd, 0, x, 1, w, 0)
+    bound = (K + 8) * U * size + 2.0**-8 * np.abs(want)
+    self.assertTrue(np.all(np.abs(np.asarray(y, np.float64) - want) <= bound))
+
+
+class StochasticTest(parameterized.TestCase):
+  @parameterized.parameters('mxfp4_sr_rht', 'mxfp4_bwd', 'mxfp4_nv', 'tetrajet')
+  def test_gradients_have_no_bias(self, name):
+    """The mean over keys approaches the product of what is not random.
+
+    With scales that are rounded to E4M3 (nvfp4) block maxima saturate, which
+    has a bias; with those of 'rceil', or 3/4 x, nothing does.
+    """
+    recipe = recipes.get(name)
+    x, w, dy = data(64, 64), data(64, 64, seed=1), data(64, 64, seed=2)
+    if recipe.residuals == 'requantized':
+      x = jnp.asarray(quantized(x, recipe.fwd.lhs, 1, None), jnp.float32)
+      w = jnp.asarray(quantized(w, recipe.fwd.rhs, 0, None), jnp.float32)
+    n = 200
+    keys = jax.random.split(jax.random.key(3), n)
+    each = jax.jit(jax.vmap(lambda key: run(recipe, x, w, dy, key=key)[1:]))(
+      keys
+    )
+    for got, gemm, which, args in (
+      (each[0], recipe.dgrad, 1, (dy, 1, w, 1)),
+      (each[1], recipe.wgrad, 2, (x, 0, dy, 0)),
+    ):
+      still = dataclasses.replace(
+        gemm, lhs=_still(gemm.lhs), rhs=_still(gemm.rhs)
+      )
+      want, _ = product(still, which, *args)
+      got = np.asarray(got, np.float64)
+      # 64 * 64 entries: the largest of that many normal numbers is below 5.
+      limit = 5 * got.std(0, ddof=1) / n**0.5 + 1e-5
+      self.assertLess(np.mean(np.abs(got.mean(0) - want) > limit), 1e-3)
+
+  def test_rounding_to_nearest_has_one(self):
+    """The test above can fail: MXFP4 shrinks what it rounds to nearest."""
+    recipe = recipes.get('mxfp4_rtn')
+    x, w, dy = data(64, 64), data(64, 64, seed=1), data(64, 64, seed=2)
+    dx = np.asarray(run(recipe, x, w, dy)[1], np.float64)
+    want = np.asarray(dy, np.float64) @ np.asarray(w, np.float64).T
+    self.assertLess(np.vdot(dx, want) / np.vdot(want, want), 0.99)
+
+  def test_the_key_alone_decides(self):
+    recipe = recipes.get('nvfp4')
+    args = data(M, K), data(K, N, seed=1), data(M, N, seed=2)
+    first, again = run(recipe, *args), run(recipe, *args)
+    other = run(recipe, *args, key=jax.random.key(1))
+    for a, b in zip(first, again, strict=True):
+      np.testing.assert_array_equal(a, b)
+    np.testing.assert_array_equal(first[0], other[0])
+    self.assertFalse(np.array_equal(first[1], other[1]))
+    self.assertFalse(np.array_equal(first[2], other[2]))
+
+
+def _still(spec):
+  """None for a random site: its expectation is the operand itself."""
+  return None if spec is not None and spec.needs_key else spec
+
+
+class ResidualTest(parameterized.TestCase):
+  def test_codes_serve_both_directions(self):
+    recipe = recipes.get('jetfire_int8')
+    x, w, dy = data(M, K), data(K, N, seed=1), data(M, N, seed=2)
+    _, dx, dw = run(recipe, x, w, dy)
+    qx = quantized(x, recipe.fwd.lhs, 1, None)
+    qw = quantized(w, recipe.fwd.rhs, 0, None)
+    g = quantized(dy, recipe.dgrad.lhs, 1, None)
+    np.testing.assert_allclose(dx, g @ qw.T, atol=1e-3)
+    np.testing.assert_allclose(dw, qx.T @ g, atol=1e-3)
+
+  def test_what_is_saved(self):
+    x, w = data(256, 128), data(128, 256, seed=1)
+    sizes = {}
+    for name in ('jetfire_int8', 'tetrajet', 'mxfp8'):
+      f = functools.partial(lowbit.qdot, recipe=recipes.get(name), key=KEY)
+      _, pull = jax.vjp(lambda x, w, f=f: f(x, w), x, w)
+      leaves = jax.tree.leaves(pull)
+      sizes[name] = sum(t.nbytes for t in leaves if hasattr(t, 'nbytes'))
+    full = 2 * 4 * 256 * 128
+    self.assertLess(sizes['jetfire_int8'], 0.27 * full)
+    self.assertLess(sizes['tetrajet'], 0.14 * full)
+    self.assertBetween(sizes['mxfp8'], full, 1.01 * full)
+
+  def test_requantized(self):
+    """TetraJet: the backward products see what the forward product saw."""
+    recipe = recipes.get('tetrajet')
+    nearest = dataclasses.replace(recipe.dgrad.rhs, rounding='nearest_even')
+    gemm = GemmSpec(nearest, nearest)
+    recipe = dataclasses.replace(recipe, dgrad=gemm, wgrad=gemm)
+    x, w, dy = data(M, K), data(K, N, seed=1), data(M, N, seed=2)
+    _, dx, _ = run(recipe, x, w, dy)
+    seen = quantized(w, recipe.fwd.rhs, 0, None)
+    want, size = product(gemm, 1, dy, 1, jnp.asarray(seen, jnp.float32), 1)
+    self.assertTrue(np.all(np.abs(dx - want) <= (N + 8) * U * size))
+
+
+class DerivativeTest(parameterized.TestCase):
+  @parameterized.parameters('clipped', 'trust', 'absmax')
+  def test_of_the_quantizer_multiplies_the_product(self, backward):
+    spec = QuantSpec(formats.mxfp4, backward=backward)
+    recipe = Recipe('test', GemmSpec(spec, spec))
+    x, w, dy = data(M, K), data(K, N, seed=1), data(M, N, seed=2)
+    _, dx, dw = run(recipe, x, w, dy)
+
+    def pulled(t, axis, g):
+      f = functools.partial(
+        lowbit.fake_quant, fmt=spec.fmt, axis=axis, backward=backward
+      )
+      return jax.vjp(lambda t: f(t), t)[1](g)[0]
+
+    plain = run(Recipe('none'), x, w, dy)
+    np.testing.assert_allclose(dx, pulled(x, 1, plain[1]), atol=2e-4)
+    np.testing.assert_allclose(dw, pulled(w, 0, plain[2]), atol=2e-4)
+    self.assertGreater(np.abs(dx - plain[1]).max(), 0.1)
+
+  def test_masks_lie_in_the_rotated_space(self):
+    """Quartet: rotate the cotangent, mask, rotate back."""
+    spec = QuantSpec(formats.mxfp4, backward='trust')
+    recipe = Recipe('test', GemmSpec(spec, None, 32))
+    x, w, dy = data(M, K), data(K, N, seed=1), data(M, N, seed=2)
+
+    def f(x):
+      x = hadamard.hadamard(x, 32, 1)
+      x = lowbit.fake_quant(x, spec.fmt, axis=1, backward='trust')
+      return x @ hadamard.hadamard(w, 32, 0)
+
+    _, dx, _ = run(recipe, x, w, dy)
+    np.testing.assert_allclose(dx, jax.vjp(f, x)[1](dy)[0], atol=3e-4)
+
+  def test_any_hashable_function_quantizes(self):
+    recipe = Recipe('test', GemmSpec(_Halved(), None))
+    x, w, dy = data(3, 8), data(8, 4, seed=1), data(3, 4, seed=2)
+    y, dx, _ = run(recipe, x, w, dy)
+    np.testing.assert_allclose(y, x / 2 @ w, atol=1e-5)
+    np.testing.assert_allclose(dx, dy @ w.T / 2, atol=1e-5)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Halved:
+  needs_key = False
+
+  def __call__(self, x, axis, key=None):
+    return x / 2
+
+
+class CompositionTest(parameterized.TestCase):
+  RECIPE = recipes.get('nvfp4')
+
+  def setUp(self):
+    super().setUp()
+    self.x, self.w = data(M, K), data(K, N, seed=1)
+    self.dy = data(M, N, seed=2)
+    self.want = run(self.RECIPE, self.x, self.w, self.dy)
+
+  def assert_same(self, got):
+    for a, b in zip(got, self.want, strict=True):
+      np.testing.assert_array_equal(a, b)
+
+  def test_remat_replays_the_same_bits(self):
+    f = jax.checkpoint(
+      lambda x, w, key: lowbit.qdot(x, w, self.RECIPE, key=key)
+    )
+    y, pull = jax.vjp(lambda x, w: f(x, w, KEY), self.x, self.w)
+    self.assert_same((y, *pull(self.dy)))
+
+  def test_vmap_over_keys_and_rows(self):
+    keys = jax.random.split(jax.random.key(1), 3)
+    rows = jnp.stack([self.x, 2 * self.x, self.x - 1])
+
+    def f(x, key):
+      return run(self.RECIPE, x, self.w, self.dy, key=key)
+
+    batch = jax.vmap(f)(rows, keys)
+    for i in range(3):
+      for a, b in zip(batch, f(rows[i], keys[i]), strict=True):
+        np.testing.assert_allclose(a[i], b, rtol=0, atol=1e-4)
+
+  def test_scan_over_layers(self):
+    w = data(2, K, K, seed=3)
+    keys = jax.random.split(KEY, 2)
+
+    def layer(x, wk):
+      return lowbit.qdot(x, wk[0], self.RECIPE, key=wk[1]), None
+
+    def scanned(w):
+      return jnp.sum(jax.lax.scan(layer, self.x, (w, keys))[0] ** 2)
+
+    def unrolled(w):
+      x = self.x
+      for i in range(2):
+        x, _ = layer(x, (w[i], keys[i]))
+      return jnp.sum(x**2)
+
+    got, want = jax.grad(scanned)(w), jax.grad(unrolled)(w)
+    np.testing.assert_allclose(
+      got, want, rtol=0.05, atol=1e-3 * np.abs(want).max()
+    )
+
+  def test_held_magnitudes(self):
+    recipe, args = recipes.get('fp8_current'), (self.x, self.w, self.dy)
+    amax = jnp.abs(self.x).max(), jnp.abs(self.w).max()
+    want = run(recipe, *args)
+    got = run(recipe, *args, tensor_amax=amax)
+    for a, b in zip(got, want, strict=True):
+      np.testing.assert_array_equal(a, b)
+    other = run(recipe, *args, tensor_amax=(3.1 * amax[0], None))
+    self.assertFalse(np.array_equal(other[0], want[0]))
+
+
+class RefusalTest(parameterized.TestCase):
+  def test_keys(self):
+    with self.assertRaisesRegex(ValueError, "'nvfp4' draws random bits.*key="):
+      lowbit.qdot(data(M, K), data(K, N), recipes.get('nvfp4'))
+
+  def test_rotations_divide(self):
+    gemm = GemmSpec(hadamard=64)
+    for recipe, name in (
+      (Recipe('test', fwd=gemm), 'fwd'),
+      (Recipe('test', dgrad=gemm), 'dgrad'),
+    ):
+      with self.assertRaisesRegex(
+        ValueError, f'{name}.hadamard=64.*divides 32'
+      ):
+        lowbit.qdot(data(M, 96), data(96, 96), recipe)
+
+  def test_shapes(self):
+    for w in (data(K + 1, N), data(K), data(1, K, N)):
+      with self.assertRaisesRegex(ValueError, 'w.shape'):
+        lowbit.qdot(data(M, K), w, recipes.get('mxfp8'))
+
+  def test_recipes(self):
+    with self.assertRaisesRegex(TypeError, "recipes.get\\('mxfp8'\\)"):
+      lowbit.qdot(data(M, K), data(K, N), 'mxfp8')
+
+  def test_batch_dimensions(self):
+    from lowbit_jax.ops import _qdot
+
+    with self.assertRaisesRegex(ValueError, 'batch dimensions.*vmap'):
+      _qdot.matrices(data(2, 3, 4), data(2, 4, 5), (((2,), (1,)), ((0,), (0,))))
+
+
+if __name__ == '__main__':
+  absltest.main()

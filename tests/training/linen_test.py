@@ -1,0 +1,177 @@
+"""Recipes in unmodified Linen models."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl.testing import absltest, parameterized
+from flax import linen
+
+import lowbit_jax as lowbit
+from lowbit_jax.recipe import Policy
+from lowbit_jax.training import linen as low
+from lowbit_jax.training import recipes, scaling
+
+X = jax.random.normal(jax.random.key(0), (2, 3, 32))
+RNGS = {'params': jax.random.key(1), 'quant': jax.random.key(2)}
+
+
+class Mlp(linen.Module):
+  recipe: object = None
+
+  @linen.compact
+  def __call__(self, x):
+    cls = low.dot_general_cls(self.recipe)
+    x = linen.Dense(64, dot_general_cls=cls, name='up')(x)
+    return linen.Dense(32, dot_general_cls=cls, name='down')(linen.relu(x))
+
+
+def loss(model, variables, mutable=(), **rngs):
+  y, updated = model.apply(variables, X, rngs=rngs, mutable=list(mutable))
+  return jnp.sum(y**2), updated
+
+
+class LinenTest(parameterized.TestCase):
+  def test_is_qdot(self):
+    recipe = recipes.get('mxfp8')
+    layer = linen.Dense(
+      16, use_bias=False, dot_general_cls=low.dot_general_cls(recipe)
+    )
+    variables = layer.init(RNGS, X)
+    want = lowbit.qdot(X, variables['params']['kernel'], recipe)
+    np.testing.assert_array_equal(layer.apply(variables, X), want)
+
+  def test_several_contracted_axes(self):
+    recipe = recipes.get('mxfp8')
+    layer = linen.DenseGeneral(
+      (4, 8),
+      axis=(-2, -1),
+      use_bias=False,
+      dot_general_cls=low.dot_general_cls(recipe),
+    )
+    variables = layer.init(RNGS, X)
+    kernel = variables['params']['kernel']
+    want = lowbit.qdot(X.reshape(2, 96), kernel.reshape(96, 32), recipe)
+    np.testing.assert_array_equal(
+      layer.apply(variables, X), want.reshape(2, 4, 8)
+    )
+
+  def test_parameters_are_those_of_the_plain_model(self):
+    shapes = functools.partial(jax.tree.map, jnp.shape)
+    plain = Mlp().init(RNGS, X)
+    model = Mlp(recipes.get('fp8_delayed')).init(RNGS, X)
+    self.assertEqual(shapes(plain['params']), shapes(model['params']))
+    self.assertEqual(set(model), {'params', 'lowbit'})
+    self.assertEqual(set(plain), {'params'})
+
+  def test_policy_goes_by_path(self):
+    recipe = recipes.get('mxfp4_rtn')
+    variables = Mlp().init(RNGS, X)
+    both = Mlp(Policy(recipe)).apply(variables, X)
+    one = Mlp(Policy(recipe, (('down', None),))).apply(variables, X)
+    none = Mlp(Policy(None)).apply(variables, X)
+    np.testing.assert_array_equal(none, Mlp().apply(variables, X))
+    self.assertFalse(np.array_equal(both, one))
+    self.assertFalse(np.array_equal(one, none))
+
+  def test_random_bits_come_from_the_stream(self):
+    model = Mlp(recipes.get('mxfp4_sr_rht'))
+    variables = model.init(RNGS, X)
+    grad = jax.grad(lambda v, key: loss(model, v, quant=key)[0])
+    a, b, c = (
+      grad(variables, jax.random.key(seed))['params']['up']['kernel']
+      for seed in (5, 5, 6)
+    )
+    np.testing.assert_array_equal(a, b)
+    self.assertFalse(np.array_equal(a, c))
+
+  def test_evaluation_needs_no_stream(self):
+    model = Mlp(recipes.get('mxfp4_sr_rht'))
+    variables = model.init(RNGS, X)
+    want = model.apply(variables, X, rngs={'quant': jax.random.key(9)})
+    np.testing.assert_array_equal(model.apply(variables, X), want)
+
+  def test_held_scales_are_noted(self):
+    model = Mlp(recipes.get('fp8_delayed'))
+    variables = model.init(RNGS, X)
+    _, updated = loss(model, variables, ['lowbit'])
+    before = variables['lowbit']['up']['QDotGeneral_0']['scales'].x
+    after = updated['lowbit']['up']['QDotGeneral_0']['scales'].x
+    self.assertEqual(float(before.seen), 0)
+    self.assertEqual(float(after.seen), float(jnp.abs(X).max()))
+    turned = scaling.advance(updated['lowbit'])
+    state = turned['up']['QDotGeneral_0']['scales'].x
+    self.assertEqual(float(state.amax), float(jnp.abs(X).max()))
+    self.assertEqual(int(state.count), 1)
+
+  def test_shared_layers_note_the_larger(self):
+    class Shared(linen.Module):
+      @linen.compact
+      def __call__(self, x):
+        cls = low.dot_general_cls(recipes.get('fp8_delayed'))
+        layer = linen.Dense(32, dot_general_cls=cls)
+        return layer(layer(x) * 0.01)
+
+    model = Shared()
+    variables = model.init(RNGS, X)
+    _, updated = loss(model, variables, ['lowbit'])
+    (state,) = jax.tree.leaves(
+      updated['lowbit'], is_leaf=lambda s: isinstance(s, scaling.DotScales)
+    )
+    self.assertEqual(float(state.x.seen), float(jnp.abs(X).max()))
+
+  def test_scan_stacks_states(self):
+    class Body(linen.Module):
+      @linen.compact
+      def __call__(self, x, _):
+        cls = low.dot_general_cls(recipes.get('fp8_delayed'))
+        return linen.Dense(32, dot_general_cls=cls)(x), None
+
+    scanned = linen.scan(
+      linen.remat(Body, prevent_cse=False),
+      variable_axes={'params': 0, 'lowbit': 0},
+      split_rngs={'params': True, 'quant': True},
+      length=3,
+    )()
+    variables = scanned.init(RNGS, X, None)
+
+    def f(params):
+      (y, _), updated = scanned.apply(
+        {'params': params, 'lowbit': variables['lowbit']},
+        X,
+        None,
+        mutable=['lowbit'],
+      )
+      return jnp.sum(y**2), updated
+
+    grads, updated = jax.grad(f, has_aux=True)(variables['params'])
+    self.assertTrue(all(np.isfinite(g).all() for g in jax.tree.leaves(grads)))
+    states = jax.tree.leaves(
+      updated['lowbit'], is_leaf=lambda s: isinstance(s, scaling.ScaleState)
+    )
+    self.assertEqual(states[0].seen.shape, (3,))
+    self.assertTrue(bool((states[0].seen > 0).all()))
+
+  def test_models_of_others(self):
+    model = linen.MultiHeadDotProductAttention(num_heads=4)
+    variables = model.init(RNGS, X)
+    plain = model.apply(variables, X)
+    policy = Policy(recipes.get('mxfp4_rtn'), (('out', None),))
+    with low.quantized(policy):
+      y = model.apply(variables, X)
+    self.assertFalse(np.array_equal(y, plain))
+    np.testing.assert_array_equal(model.apply(variables, X), plain)
+
+  def test_refusals(self):
+    with self.assertRaisesRegex(TypeError, 'recipes.get'):
+      Mlp('mxfp8').init(RNGS, X)
+    layer = low.QDotGeneral(recipes.get('mxfp8'))
+    with self.assertRaisesRegex(TypeError, 'out_sharding'):
+      layer.apply(
+        {}, X, jnp.ones((32, 4)), (((2,), (0,)), ((), ())), out_sharding=1
+      )
+
+
+if __name__ == '__main__':
+  absltest.main()

@@ -1,0 +1,84 @@
+"""Recipes in unmodified NNX models."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl.testing import absltest
+from flax import nnx
+
+import lowbit_jax as lowbit
+from lowbit_jax.recipe import Policy
+from lowbit_jax.training import nnx as low
+from lowbit_jax.training import recipes
+
+X = jax.random.normal(jax.random.key(0), (6, 32))
+
+
+class Mlp(nnx.Module):
+  def __init__(self, rngs):
+    self.up = nnx.Linear(32, 64, rngs=rngs)
+    self.down = nnx.Linear(64, 32, rngs=rngs)
+
+  def __call__(self, x):
+    return self.down(nnx.relu(self.up(x)))
+
+
+def model(recipe=None, **options) -> Mlp:
+  out = Mlp(nnx.Rngs(1))
+  if recipe is not None:
+    low.quantize(out, recipe, **options)
+  return out
+
+
+@nnx.jit
+def step(m, x):
+  def loss(m):
+    return jnp.sum(m(x) ** 2)
+
+  value, grads = nnx.value_and_grad(loss, argnums=nnx.DiffState(0, nnx.Param))(
+    m
+  )
+  low.advance(m)
+  return value, grads
+
+
+class NnxTest(absltest.TestCase):
+  def test_is_qdot(self):
+    layer = nnx.Linear(32, 8, use_bias=False, rngs=nnx.Rngs(0))
+    low.quantize(layer, recipes.get('mxfp8'))
+    want = lowbit.qdot(X, layer.kernel[...], recipes.get('mxfp8'))
+    np.testing.assert_array_equal(layer(X), want)
+
+  def test_policy_goes_by_path(self):
+    recipe = recipes.get('mxfp4_rtn')
+    plain, both = model()(X), model(recipe)(X)
+    one = model(Policy(recipe, (('down', None),)))(X)
+    self.assertFalse(np.array_equal(both, one))
+    self.assertFalse(np.array_equal(one, plain))
+    off = model(recipe)
+    low.quantize(off, Policy(None))
+    np.testing.assert_array_equal(off(X), plain)
+
+  def test_keys_advance(self):
+    m = model(recipes.get('mxfp4_sr_rht'), rngs=nnx.Rngs(quant=3))
+    _, first = step(m, X)
+    _, second = step(m, X)
+    self.assertFalse(
+      np.array_equal(first.up.kernel[...], second.up.kernel[...])
+    )
+
+  def test_held_scales(self):
+    m = model(recipes.get('fp8_delayed'))
+    step(m, X)
+    state = m.up.dot_general.scales.get_value().x
+    self.assertEqual(float(state.amax), float(jnp.abs(X).max()))
+    self.assertEqual(int(state.count), 1)
+    self.assertNotIn('scales', str(nnx.state(m, nnx.Param)))
+
+  def test_random_recipes_need_a_stream(self):
+    with self.assertRaisesRegex(ValueError, 'rngs=nnx.Rngs'):
+      model(recipes.get('nvfp4'))
+
+
+if __name__ == '__main__':
+  absltest.main()

@@ -1,0 +1,330 @@
+"""Muon: equality with optax, what goes where, muP, momentum of 8 bits."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from absl.testing import absltest, parameterized
+from optax.contrib import MuonDimensionNumbers
+
+import lowbit_jax
+from lowbit_jax.training import optimizers
+
+
+def params():
+  random = np.random.RandomState(0)
+  shapes = {
+    'embed': {'table': (10, 8)},
+    'block': {'kernel': (8, 24), 'bias': (24,)},
+    'down': {'kernel': (24, 8)},
+    'lm_head': {'kernel': (8, 10)},
+  }
+  return jax.tree.map(
+    lambda s: jnp.asarray(random.randn(*s), jnp.float32),
+    shapes,
+    is_leaf=lambda x: isinstance(x, tuple),
+  )
+
+
+def gradients(seed: int, like):
+  random = np.random.RandomState(seed)
+  return jax.tree.map(
+    lambda x: jnp.asarray(random.randn(*x.shape), x.dtype), like
+  )
+
+
+def run(tx, w, steps: int = 3):
+  """Updates of every step."""
+  state, out = tx.init(w), []
+  update = jax.jit(tx.update)
+  for step in range(steps):
+    updates, state = update(gradients(step, w), state, w)
+    out.append(updates)
+    w = optax.apply_updates(w, updates)
+  return out, state
+
+
+def norm2(x) -> float:
+  return float(np.linalg.norm(np.asarray(x, np.float64), 2))
+
+
+class OptaxTest(parameterized.TestCase):
+  @parameterized.product(
+    nesterov=(True, False), scale=(('max1', None), ('rms', 0.2))
+  )
+  def test_equals_optax_where_both_apply(self, nesterov, scale):
+    ours, consistent_rms = scale
+
+    def dimensions(tree):
+      return jax.tree_util.tree_map_with_path(
+        lambda path, x: optimizers.hidden_matrices(
+          jax.tree_util.keystr(path, simple=True, separator='/'), x
+        ),
+        tree,
+      )
+
+    theirs = optax.contrib.muon(
+      0.02,
+      weight_decay=0.1,
+      nesterov=nesterov,
+      consistent_rms=consistent_rms,
+      muon_weight_dimension_numbers=dimensions,
+    )
+    adam = optax.adamw(0.02, weight_decay=0.0, nesterov=nesterov)
+    mine = optimizers.muon(
+      0.02, 0.1, other=adam, nesterov=nesterov, shape_scale=ours
+    )
+    for a, b in zip(
+      run(mine, params())[0], run(theirs, params())[0], strict=True
+    ):
+      jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6),
+        a,
+        b,
+      )
+
+  def test_equals_optax_on_axes_of_kernels(self):
+    axes = MuonDimensionNumbers((0, 2), 3)
+    w = {'w': gradients(1, jnp.zeros((4, 2, 3, 5)))}
+    theirs = optax.contrib.muon(
+      0.02, muon_weight_dimension_numbers=lambda p: {'w': axes}
+    )
+    mine = optimizers.muon(0.02, dimensions=lambda path, leaf: axes)
+    for a, b in zip(run(mine, w)[0], run(theirs, w)[0], strict=True):
+      np.testing.assert_allclose(a['w'], b['w'], atol=1e-6)
+
+  def test_unscaled_momentum_has_the_same_direction(self):
+    w = {'w': jnp.zeros((8, 24))}
+    tx = optimizers.scale_by_muon(beta=0.5, nesterov=False, shape_scale='none')
+    c = np.zeros((8, 24))
+    state = tx.init(w)
+    for step in range(4):
+      g = gradients(step, w)
+      c = 0.5 * c + np.asarray(g['w'], np.float64)
+      expected = optimizers.newton_schulz(jnp.asarray(c, jnp.float32))
+      actual, state = tx.update(g, state)
+      np.testing.assert_allclose(actual['w'], expected, atol=2e-5)
+
+
+class PartsTest(parameterized.TestCase):
+  @parameterized.parameters(
+    ('block_0/attention/query/kernel', (8, 8), True),
+    ('block_0/multihead/out', (8, 8), True),
+    ('heads/kernel', (8, 8), True),
+    ('block_0/bias', (8,), False),
+    ('conv/kernel', (3, 3, 8, 8), False),
+    ('embed/embedding', (8, 8), False),
+    ('token_embedder', (8, 8), False),
+    ('transformer/wte', (8, 8), False),
+    ('lm_head/kernel', (8, 8), False),
+    ('head', (8, 8), False),
+    ('logits/kernel', (8, 8), False),
+    ('unembed', (8, 8), False),
+    ('classifier/kernel', (8, 8), False),
+  )
+  def test_hidden_matrices(self, path, shape, expected):
+    leaf = jax.ShapeDtypeStruct(shape, jnp.float32)
+    axes = optimizers.hidden_matrices(path, leaf)
+    self.assertEqual(axes is not None, expected)
+
+  def test_other_leaves_are_those_of_adamw(self):
+    tx = optimizers.muon(0.02, weight_decay=0.1)
+    adam = optax.adamw(0.02, weight_decay=0.0)
+    ours, theirs = run(tx, params())[0][-1], run(adam, params())[0][-1]
+    for get in (
+      lambda t: t['embed']['table'],
+      lambda t: t['block']['bias'],
+      lambda t: t['lm_head']['kernel'],
+    ):
+      np.testing.assert_allclose(get(ours), get(theirs), rtol=1e-6)
+    self.assertFalse(
+      np.allclose(ours['down']['kernel'], theirs['down']['kernel'], atol=1e-3)
+    )
+
+  @parameterized.parameters(
+    ('mup', lambda i, o: math.sqrt(o / i)),
+    ('max1', lambda i, o: math.sqrt(max(1, o / i))),
+    ('rms', lambda i, o: 0.2 * math.sqrt(max(i, o))),
+    ('none', lambda i, o: 1.0),
+  )
+  def test_shape_scale(self, name, factor):
+    for shape in ((8, 24), (24, 8)):
+      w = {'w': gradients(0, jnp.zeros(shape))}
+      tx = optimizers.scale_by_muon(
+        shape_scale=name, coefficients='quintic_theory', steps=20
+      )
+      o, _ = tx.update(w, tx.init(w))
+      s = np.linalg.svd(o['w'], compute_uv=False)
+      np.testing.assert_allclose(s, factor(*shape), rtol=1e-4)
+
+  def test_randomized(self):
+    w = {'a': gradients(0, jnp.zeros((48, 64)))}
+    w['b'] = w['a']
+
+    def updates(seed):
+      tx = optimizers.muon(
+        1.0, polar='randomized', rank=10, oversample=2, seed=seed
+      )
+      return run(tx, w)[0]
+
+    ours = updates(0)
+    first = ours[0]
+    s = np.linalg.svd(first['a'], compute_uv=False)
+    self.assertEqual(np.sum(s > 1e-4), 12)
+    # Root mean square of a full factor: sqrt(48 / 12) sqrt(12 / (48 64)), with
+    # the singular values of seven steps close to one.
+    rms = np.sqrt(np.mean(np.square(first['a']))) / math.sqrt(64 / 48)
+    self.assertBetween(rms, 0.9 / 8, 1.05 / 8)
+    # Equal leaves draw their own sketches, which repeat.
+    self.assertFalse(np.allclose(first['a'], first['b']))
+    for a, b in zip(ours, updates(0), strict=True):
+      jax.tree.map(np.testing.assert_array_equal, a, b)
+    self.assertFalse(np.allclose(first['a'], updates(1)[0]['a']))
+
+  @parameterized.parameters(('lin8', 2e-3), ('e4m3', 2e-2))
+  def test_momentum_of_8_bits(self, codec, loss):
+    w = {'w': gradients(9, jnp.zeros((64, 96)))}
+    low = optimizers.muon(0.02, momentum=codec, min_size=0)
+    full = optimizers.muon(0.02)
+    ours, state = run(low, w, 6)
+    theirs, _ = run(full, w, 6)
+    mu = state.inner_states['muon'].inner_state[0].mu['w']
+    self.assertIsInstance(mu, lowbit_jax.QArray)
+    self.assertLess(mu.bits_per_element, 8.5)
+    a, b = ours[-1]['w'], theirs[-1]['w']
+    cosine = np.vdot(a, b) / (np.linalg.norm(a) * np.linalg.norm(b))
+    self.assertGreater(cosine, 1 - loss)
+    self.assertLess(cosine, 1 - 1e-7)
+
+  def test_errors(self):
+    muon = optimizers.muon
+    for make, message in (
+      (lambda: muon(1.0, polar='svd'), "polar='svd'.*newton_schulz"),
+      (lambda: muon(1.0, shape_scale='x'), "shape_scale='x'.*mup"),
+      (lambda: muon(1.0, beta=1.0), 'beta=1.0'),
+      (lambda: muon(1.0, rank=0), 'rank=0'),
+      (lambda: muon(1.0, momentum='int8'), "momentum='int8'"),
+    ):
+      with self.assertRaisesRegex(ValueError, message):
+        make()
+    tx = optimizers.scale_by_muon()
+    w = {'bias': jnp.ones(3)}
+    with self.assertRaisesRegex(ValueError, 'bias of shape.*other='):
+      tx.update(w, tx.init(w))
+    tx = muon(1.0, dimensions=lambda p, x: MuonDimensionNumbers(0, -2))
+    w = {'w': jnp.ones((3, 3))}
+    with self.assertRaisesRegex(ValueError, 'twice'):
+      tx.update(w, tx.init(w), w)
+
+
+class MuPTest(parameterized.TestCase):
+  @parameterized.parameters((64, 256), (256, 64), (128, 128))
+  def test_initial_norm(self, d_in, d_out):
+    w = optimizers.mup_normal()(jax.random.key(0), (d_in, d_out))
+    # The norm of a Gaussian matrix is within a few n^(-2/3) of its limit.
+    self.assertAlmostEqual(norm2(w) / math.sqrt(d_out / d_in), 1, delta=0.1)
+
+  @parameterized.parameters(0.0, 0.1)
+  def test_bound_of_the_norm(self, decay):
+    shape, lr, steps = (32, 128), 0.05, 60
+    unit = math.sqrt(shape[1] / shape[0])
+    w = {'w': optimizers.mup_normal()(jax.random.key(1), shape)}
+    tx = optimizers.muon(lr, decay, shape_scale='mup')
+    state = tx.init(w)
+    bound = norm2(w['w'])
+    update = jax.jit(tx.update)
+    # Gradients of one direction, for which the bound is nearly met.
+    g = gradients(3, w)
+    for _ in range(steps):
+      updates, state = update(g, state, w)
+      step = updates['w'] + lr * decay * w['w']
+      bound = (1 - lr * decay) * bound + norm2(step)
+      self.assertLessEqual(norm2(step), lr * unit * 1.21)
+      w = optax.apply_updates(w, updates)
+    norm = norm2(w['w'])
+    self.assertLessEqual(norm, bound * (1 + 1e-5))
+    self.assertGreater(norm, 0.3 * bound)
+    if decay:
+      self.assertLessEqual(norm, unit * max(1.21 / decay, 1.2))
+
+  def test_same_rate_for_all_widths(self):
+    """Hidden activations and norms do not grow with the width for 'mup'."""
+    norms = {
+      name: [trained_norm(width, name) for width in (32, 128)]
+      for name in ('mup', 'rms')
+    }
+    small, large = norms['mup']
+    self.assertLess(large, 3.5)
+    self.assertLess(large, 1.5 * small)
+    small, large = norms['rms']
+    self.assertGreater(large, 1.5 * small)
+
+  def test_head_scale(self):
+    tx = optimizers.mup_head_scale(4)
+    w = params()
+    u, _ = tx.update(w, tx.init(w), w)
+    np.testing.assert_array_equal(
+      u['lm_head']['kernel'], w['lm_head']['kernel'] * 0.5
+    )
+    np.testing.assert_array_equal(u['embed']['table'], w['embed']['table'])
+    np.testing.assert_array_equal(u['down']['kernel'], w['down']['kernel'])
+    with self.assertRaisesRegex(ValueError, 'base_width=0'):
+      optimizers.mup_head_scale(0)
+
+  def test_activation_cap(self):
+    random = np.random.RandomState(0)
+    x = jnp.asarray(random.randn(50, 16), jnp.float32)
+    update = jnp.asarray(random.randn(16, 64), jnp.float32)
+
+    def rms(x):
+      return float(jnp.sqrt(jnp.mean(x**2)))
+
+    capped = optimizers.activation_cap(update, x, 0.1)
+    self.assertAlmostEqual(rms(x @ capped) / rms(x), 0.1 * 2, delta=1e-5)
+    same = optimizers.activation_cap(update, x, 100.0)
+    np.testing.assert_array_equal(same, update)
+    zero = optimizers.activation_cap(update * 0, x, 0.1)
+    np.testing.assert_array_equal(zero, 0)
+    with self.assertRaisesRegex(ValueError, 'x.shape'):
+      optimizers.activation_cap(update, x.T, 0.1)
+
+
+def trained_norm(width: int, shape_scale: str) -> float:
+  """Largest ||W||_2 / sqrt(d_out / d_in) of a small MLP after training."""
+  sizes = (32, width, width // 4, width, 8)
+  keys = jax.random.split(jax.random.key(0), len(sizes) - 1)
+  w = {
+    f'layer_{i}': optimizers.mup_normal()(key, sizes[i : i + 2])
+    for i, key in enumerate(keys)
+  }
+  teacher = jax.random.normal(jax.random.key(1), (32, 8)) / math.sqrt(32)
+  tx = optimizers.muon(0.05, beta=0.9, shape_scale=shape_scale)
+
+  def loss(w, x):
+    y = x
+    for i in range(len(w)):
+      y = y @ w[f'layer_{i}']
+      y = jax.nn.relu(y) if i < len(w) - 1 else y
+    return jnp.mean(jnp.square(y - jnp.tanh(x @ teacher)))
+
+  @jax.jit
+  def train(w):
+    def step(carry, key):
+      w, state = carry
+      g = jax.grad(loss)(w, jax.random.normal(key, (64, 32)))
+      updates, state = tx.update(g, state, w)
+      return (optax.apply_updates(w, updates), state), None
+
+    keys = jax.random.split(jax.random.key(2), 60)
+    return jax.lax.scan(step, (w, tx.init(w)), keys)[0][0]
+
+  return max(
+    norm2(x) / math.sqrt(x.shape[1] / x.shape[0]) for x in train(w).values()
+  )
+
+
+if __name__ == '__main__':
+  absltest.main()

@@ -1,0 +1,146 @@
+"""StableSPAM against its equations in float64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from absl.testing import absltest, parameterized
+
+from lowbit_jax.training import optimizers
+
+SHAPES = {'a': (7, 5), 'b': (11,)}
+EVERY = 4
+
+
+def gradient(step: int) -> dict[str, np.ndarray]:
+  """Normal gradients with a spike in every third step."""
+  random = np.random.RandomState(step)
+  g = {k: random.randn(*shape) for k, shape in SHAPES.items()}
+  if step % 3 == 2:
+    g['a'][1, 2] = 50.0
+    g['b'] *= 30.0
+  return {k: v.astype(np.float32) for k, v in g.items()}
+
+
+class Oracle:
+  """The equations, one tensor, float64."""
+
+  def __init__(self, b1=0.9, b2=0.999, gamma1=0.7, gamma2=0.9, theta=0.999):
+    self.b1, self.b2 = b1, b2
+    self.gamma1, self.gamma2, self.theta = gamma1, gamma2, theta
+    self.t = self.peak = self.norm = self.square = 0
+    self.m = self.v = self.k = 0
+
+  def clip(self, g, t):
+    top = np.abs(g).max()
+    self.peak = self.theta * self.peak + (1 - self.theta) * top
+    limit = self.peak / (1 - self.theta**t)
+    return np.where(np.abs(g) > limit, g * limit / top, g)
+
+  def normalize(self, g, t, gamma1):
+    n = np.sqrt(np.sum(g**2))
+    self.norm = gamma1 * self.norm + (1 - gamma1) * n
+    self.square = self.gamma2 * self.square + (1 - self.gamma2) * n**2
+    m = self.norm / (1 - gamma1**t)
+    v = self.square / (1 - self.gamma2**t)
+    return g / n * m / (np.sqrt(v) + 1e-8)
+
+  def step(self, g, decay=1.0):
+    g = g.astype(np.float64)
+    t = self.t = self.t + 1
+    g = self.clip(g, t)
+    g = self.normalize(g, t, self.gamma1 * decay)
+    if (t - 1) % EVERY == 0:
+      self.m = self.v = self.k = 0
+    self.k += 1
+    b1 = self.b1 * decay
+    self.m = b1 * self.m + (1 - b1) * g
+    self.v = self.b2 * self.v + (1 - self.b2) * g**2
+    m = self.m / (1 - b1**self.k)
+    v = self.v / (1 - self.b2**self.k)
+    return -0.1 * m / (np.sqrt(v) + 1e-8)
+
+
+class StableSpamTest(parameterized.TestCase):
+  @parameterized.parameters(None, 10)
+  def test_equations(self, decay_steps):
+    tx = optimizers.stable_spam(0.1, every=EVERY, decay_steps=decay_steps)
+    w = jax.tree.map(jnp.asarray, gradient(0))
+    state = tx.init(w)
+    update = jax.jit(tx.update)
+    oracles = {k: Oracle() for k in SHAPES}
+    for step in range(3 * EVERY + 1):
+      g = gradient(step)
+      decay = 1.0
+      if decay_steps:
+        phase = min(step, decay_steps) / decay_steps
+        decay = (3 + np.cos(np.pi * phase)) / 4
+      updates, state = update(g, state, w)
+      for k, u in updates.items():
+        expected = oracles[k].step(g[k], decay)
+        # float32 sums and powers: theta^t loses 1e-4 of 1 - theta^t at t = 1.
+        np.testing.assert_allclose(u, expected, rtol=2e-4, atol=1e-6)
+
+  def test_clips_only_what_exceeds_the_usual_maximum(self):
+    tx = optimizers.adaclip(0.5)
+    g = jnp.array([1.0, -0.5])
+    out, state = tx.update(g, tx.init(g))
+    np.testing.assert_array_equal(out, g)
+    out, _ = tx.update(jnp.array([8.0, -5.5, 4.0]), state)
+    # M = .5 (.5 1) + .5 8 = 4.25, M^ = 4.25 / .75 = 17 / 3
+    limit = 17 / 3
+    np.testing.assert_allclose(out, [limit, -5.5, 4.0], rtol=1e-6)
+
+  def test_zeros_stay_zeros(self):
+    g = jnp.zeros((3, 3))
+    tx = optax.chain(optimizers.adaclip(), optimizers.adagn())
+    out, _ = tx.update(g, tx.init(g))
+    np.testing.assert_array_equal(out, g)
+
+  def test_keeps_dtypes_of_gradients(self):
+    g = jnp.ones((3, 3), jnp.bfloat16)
+    tx = optax.chain(optimizers.adaclip(), optimizers.adagn())
+    self.assertEqual(tx.update(g, tx.init(g))[0].dtype, jnp.bfloat16)
+
+  def test_reset_restarts_the_moments_and_their_correction(self):
+    inner = optax.scale_by_adam()
+    tx = optimizers.momentum_reset(inner, 3)
+    w = jnp.ones(5)
+    state = tx.init(w)
+    for step in range(9):
+      g = jnp.asarray(np.random.RandomState(step).randn(5), jnp.float32)
+      if step % 3 == 0:
+        expected_state = inner.init(w)
+      expected, expected_state = inner.update(g, expected_state)
+      actual, state = tx.update(g, state, w)
+      np.testing.assert_array_equal(actual, expected)
+      jax.tree.map(np.testing.assert_array_equal, state.inner, expected_state)
+
+  def test_reset_of_quantized_moments(self):
+    tx = optimizers.momentum_reset(
+      optimizers.quantized_state(
+        optax.scale_by_adam(), first='e4m3', second='e5m2', min_size=0
+      ),
+      2,
+    )
+    w = jnp.ones((4, 64))
+    state = tx.init(w)
+    for _ in range(3):
+      updates, state = jax.jit(tx.update)(w, state, w)
+    self.assertEqual(int(state.steps), 1)
+    np.testing.assert_allclose(updates, 1.0, rtol=1e-5)
+
+  @parameterized.parameters(
+    (lambda: optimizers.adaclip(1.0), 'theta=1.0'),
+    (lambda: optimizers.adagn(gamma2=-0.1), 'gamma2=-0.1'),
+    (lambda: optimizers.adagn(gamma1=2.0), 'gamma1=2.0'),
+    (lambda: optimizers.momentum_reset(optax.identity(), 0), 'every=0'),
+    (lambda: optimizers.stable_spam(0.1, decay_steps=0), 'decay_steps=0'),
+  )
+  def test_errors_name_the_argument(self, make, message):
+    with self.assertRaisesRegex(ValueError, message):
+      make()
+
+
+if __name__ == '__main__':
+  absltest.main()

@@ -1,0 +1,161 @@
+"""LSQ and PACT: the worked examples, their rules, and training with them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from absl.testing import absltest, parameterized
+
+from lowbit_jax.training import qat
+from lowbit_jax.training.qat import Lsq, Pact
+
+W = np.float32([-1.3, -0.42, -0.05, 0.11, 0.26, 0.9])
+
+
+class LsqTest(parameterized.TestCase):
+  def params(self, lsq, step):
+    step = np.float32(step)
+    if lsq.parameter == 'log':
+      return {'log_step': jnp.log(step)}
+    return {'step': jnp.asarray(step)}
+
+  @parameterized.parameters('log', 'clipped')
+  def test_worked_example(self, parameter):
+    lsq = Lsq(3, parameter=parameter)
+    params = self.params(lsq, 0.2)
+    # One cotangent at a time: the derivative of each element by the step.
+    jacobian = jax.jacrev(lsq)(params, W)
+    (ds,) = jax.tree.leaves(jacobian)
+    ds = ds / 0.2 if parameter == 'log' else ds  # d log s = ds / s
+    want = np.array([-4, 0.1, 0.25, 0.45, -0.3, 3])
+    scale = 1 / np.sqrt(6 * 3)
+    self.assertAlmostEqual(scale, 0.2357, places=4)
+    np.testing.assert_allclose(ds, want * scale, rtol=2e-5)
+    y, vjp = jax.vjp(lsq, params, W)
+    np.testing.assert_allclose(y, [-0.8, -0.4, 0, 0.2, 0.2, 0.6], rtol=1e-6)
+    np.testing.assert_array_equal(vjp(np.ones_like(W))[1], [0, 1, 1, 1, 1, 0])
+
+  def test_initial_step(self):
+    for lsq in (Lsq(3), Lsq(3, parameter='clipped')):
+      self.assertAlmostEqual(float(lsq.step(lsq.init(W))), 0.5850, places=4)
+
+  def test_one_step_per_output(self):
+    w = np.random.default_rng(0).standard_normal((16, 3)).astype(np.float32)
+    w *= np.float32([0.1, 1, 10])
+    lsq = Lsq(4, axis=-2)
+    params = lsq.init(w)
+    self.assertEqual(params['log_step'].shape, (1, 3))
+    single = Lsq(4)
+    y, vjp = jax.vjp(lsq, params, w)
+    ds = vjp(w)[0]['log_step']
+    for j in range(3):
+      own = single.init(w[:, j])
+      want, vjp = jax.vjp(single, own, w[:, j])
+      np.testing.assert_allclose(y[:, j], want, rtol=1e-6)
+      np.testing.assert_allclose(
+        ds[0, j], vjp(w[:, j])[0]['log_step'], rtol=1e-4
+      )
+
+  def test_unsigned_range(self):
+    lsq = Lsq(2, signed=False)
+    y = lsq(self.params(lsq, 0.5), np.float32([-1, 0.3, 0.9, 9]))
+    np.testing.assert_allclose(y, [0, 0.5, 1.0, 1.5], rtol=1e-6)
+
+  def test_clipped_step_stays_positive_and_can_grow_back(self):
+    lsq = Lsq(3, parameter='clipped')
+    params = {'step': jnp.float32(-0.1)}
+    self.assertEqual(float(lsq.step(params)), qat.LEAST_STEP)
+    slope = jax.grad(lambda p: jnp.sum(lsq(p, W) * np.sign(W)))(params)
+    self.assertGreater(float(slope['step']), 0)
+
+  def test_training_lowers_the_error(self):
+    w = np.random.default_rng(1).standard_normal(256).astype(np.float32)
+    lsq = Lsq(3)
+    params = lsq.init(w) | {}
+    params = {'log_step': params['log_step'] + 1.0}  # e times too large
+
+    @jax.jit
+    def error(params):
+      return jnp.mean((lsq(params, w) - w) ** 2)
+
+    optimizer = optax.adam(0.05)
+    state, before = optimizer.init(params), error(params)
+    gradient = jax.jit(jax.grad(error))
+    for _ in range(60):
+      updates, state = optimizer.update(gradient(params), state)
+      params = optax.apply_updates(params, updates)
+    # The best step of 3 bits for a Gaussian has an error of .037.
+    self.assertLess(float(error(params)), 0.045)
+    self.assertGreater(float(before), 0.09)
+
+  def test_dtype_is_kept(self):
+    lsq = Lsq(4)
+    w = jnp.asarray(W, jnp.bfloat16)
+    y, vjp = jax.vjp(lsq, lsq.init(w), w)
+    self.assertEqual(y.dtype, jnp.bfloat16)
+    ds, dw = vjp(y)
+    self.assertEqual(
+      (ds['log_step'].dtype, dw.dtype), (jnp.float32, jnp.bfloat16)
+    )
+
+
+class PactTest(absltest.TestCase):
+  X = np.float32([-1, 0.3, 1.2, 2.5])
+
+  def test_worked_example(self):
+    pact, params = Pact(2), {'alpha': jnp.float32(1.5)}
+    y, vjp = jax.vjp(pact, params, self.X)
+    np.testing.assert_allclose(y, [0, 0.5, 1.0, 1.5], rtol=1e-6)
+    jacobian = jax.jacrev(pact)(params, self.X)['alpha']
+    np.testing.assert_array_equal(jacobian, [0, 0, 0, 1])
+    np.testing.assert_array_equal(
+      vjp(np.full(4, 2, np.float32))[1], [0, 2, 2, 0]
+    )
+
+  def test_penalty(self):
+    pact = Pact(4, decay=0.1)
+    params = pact.init(3.0)
+    self.assertAlmostEqual(float(pact.penalty(params)), 0.9, places=6)
+    slope = jax.grad(pact.penalty)(params)['alpha']
+    self.assertAlmostEqual(float(slope), 0.6, places=6)
+
+  def test_alpha_below_zero_is_finite(self):
+    pact = Pact(2)
+    y, vjp = jax.vjp(pact, {'alpha': jnp.float32(-1)}, self.X)
+    self.assertTrue(np.isfinite(y).all())
+    self.assertTrue(np.isfinite(vjp(y)[1]).all())
+
+
+class ArgumentsTest(parameterized.TestCase):
+  @parameterized.parameters(
+    (lambda: Lsq(1), 'bits=1 must be an int in 2..16'),
+    (lambda: Lsq(0, signed=False), 'in 1..16'),
+    (lambda: Lsq(4, parameter='exp'), 'parameter='),
+    (lambda: Lsq(4)({'step': 1.0}, W), 'log_step'),
+    (lambda: Pact(0), 'bits=0'),
+    (lambda: Pact(2, -1.0), 'decay=-1.0'),
+    (lambda: Pact(2).init(0.0), 'alpha=0.0'),
+  )
+  def test_refuses(self, call, message):
+    with self.assertRaisesRegex(ValueError, message):
+      call()
+
+  def test_decay_mask_leaves_steps_alone(self):
+    params = {
+      'dense': {'kernel': W, 'quantizer': Lsq(4).init(W)},
+      'other': Lsq(4, parameter='clipped').init(W),
+      'pact': Pact(2).init(),
+    }
+    mask = qat.decay_mask(params)
+    self.assertEqual(
+      mask,
+      {
+        'dense': {'kernel': True, 'quantizer': {'log_step': False}},
+        'other': {'step': False},
+        'pact': {'alpha': True},
+      },
+    )
+
+
+if __name__ == '__main__':
+  absltest.main()

@@ -1,0 +1,62 @@
+"""Named recipes: each runs, and each branch of the field has one."""
+
+import importlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl.testing import absltest, parameterized
+
+import lowbit_jax as lowbit
+from lowbit_jax.training import recipes
+
+# Norm of the error of y, dx and dw over that of the exact product of normal
+# numbers; several times what a format's own noise explains, and far from the
+# 1.0 of a gradient that is zero.
+LIMITS = {'binaryconnect': 20.0, 'dorefa': 2.0, 'xnor': 1.2, 'bitnet158': 0.8}
+
+
+def gradients(name: str):
+  x = jax.random.normal(jax.random.key(0), (40, 128))
+  w = jax.random.normal(jax.random.key(1), (128, 128)) / 11
+  recipe = recipes.get(name)
+  f = lambda x, w: lowbit.qdot(x, w, recipe, key=jax.random.key(2))
+  y, pull = jax.vjp(f, x, w)
+  dy = jax.random.normal(jax.random.key(3), y.shape)
+  return (y, *pull(dy)), (x @ w, dy @ w.T, x.T @ dy)
+
+
+class RecipesTest(parameterized.TestCase):
+  @parameterized.parameters(*recipes.names())
+  def test_gradients_point_the_right_way(self, name):
+    for got, want in zip(*gradients(name), strict=True):
+      self.assertTrue(bool(jnp.isfinite(got).all()))
+      error = np.linalg.norm(got - want) / np.linalg.norm(want)
+      self.assertLess(error, LIMITS.get(name, 0.85))
+      cosine = np.vdot(got, want) / np.linalg.norm(got) / np.linalg.norm(want)
+      self.assertGreater(cosine, 0.5)
+
+  @parameterized.parameters(*recipes.names())
+  def test_has_its_name(self, name):
+    self.assertEqual(recipes.get(name).name, name)
+    self.assertEqual(hash(recipes.get(name)), hash(recipes.get(name)))
+
+  def test_unknown_names_list_the_known(self):
+    with self.assertRaisesRegex(ValueError, "'mxfp9'.*mxfp8.*nvfp4"):
+      recipes.get('mxfp9')
+
+  def test_every_branch_has_an_example(self):
+    self.assertLen(recipes.TAXONOMY, 8)
+    for branch, names in recipes.TAXONOMY.items():
+      self.assertNotEmpty(names, branch)
+      for name in names:
+        if '.' in name:
+          module, _, attribute = name.rpartition('.')
+          module = importlib.import_module(f'lowbit_jax.training.{module}')
+          self.assertTrue(callable(getattr(module, attribute)), name)
+        else:
+          recipes.get(name)
+
+
+if __name__ == '__main__':
+  absltest.main()

@@ -1,0 +1,523 @@
+"""Tests of lowbit_jax.training.s2ft against dense products and gradients."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from absl.testing import absltest, parameterized
+
+from lowbit_jax import formats, ops, qarray
+from lowbit_jax.training import s2ft
+
+_EPS = 2.0**-24
+
+
+def _normal(seed: int, *shape: int) -> jax.Array:
+  generator = np.random.default_rng(seed)
+  return jnp.asarray(generator.standard_normal(shape), jnp.float32)
+
+
+def _float64(x) -> np.ndarray:
+  return np.asarray(x, np.float64)
+
+
+def _leaves(q):
+  return [np.asarray(leaf) for leaf in jax.tree.leaves(q)]
+
+
+class SelectTest(parameterized.TestCase):
+  def test_counts_and_range(self):
+    chosen = s2ft.select(jax.random.key(0), 7, 33, 0.1)
+    self.assertLen(chosen, 7)
+    self.assertEqual(sum(map(len, chosen)), int(0.1 * 7 * 33))
+    for units in chosen:
+      self.assertTrue(np.all(np.diff(units) > 0))
+      self.assertTrue(np.all((units >= 0) & (units < 33)))
+
+  def test_multiple_rounds_each_layer_up(self):
+    key = jax.random.key(1)
+    plain = s2ft.select(key, 20, 64, 0.08)
+    rounded = s2ft.select(key, 20, 64, 0.08, multiple=16)
+    for few, many in zip(plain, rounded, strict=True):
+      self.assertLen(many, -(-len(few) // 16) * 16)
+      self.assertTrue(set(few) <= set(many))
+
+  def test_draw_is_uniform_over_pairs(self):
+    keys = jax.random.split(jax.random.key(2), 120)
+    counts = np.zeros((3, 8))
+    layers = np.zeros(3)
+    for key in keys:
+      for layer, units in enumerate(s2ft.select(key, 3, 8, 0.25)):
+        counts[layer, units] += 1
+        layers[layer] += len(units) == 2
+    # Each pair is in with probability 1/4: the largest of 24 counts deviates
+    # by 4.5 deviations with probability 2e-4.
+    self.assertLess(np.max(np.abs(counts - 30)), 4.5 * np.sqrt(120 * 3 / 16))
+    # Layers share one draw of six: two of them are in a given layer with
+    # probability C(8, 2) C(16, 4) / C(24, 6), not always.
+    p = 28 * 1820 / 134596
+    spread = np.sqrt(p * (1 - p) / 120)
+    self.assertLess(np.max(np.abs(layers / 120 - p)), 4.5 * spread)
+
+  def test_same_key_same_units(self):
+    a = s2ft.select(jax.random.key(3), 4, 16, 0.3)
+    b = s2ft.select(jax.random.key(3), 4, 16, 0.3)
+    c = s2ft.select(jax.random.key(4), 4, 16, 0.3)
+    self.assertEqual([list(x) for x in a], [list(x) for x in b])
+    self.assertNotEqual([list(x) for x in a], [list(x) for x in c])
+
+  def test_all_or_none(self):
+    key = jax.random.key(0)
+    self.assertEqual([len(u) for u in s2ft.select(key, 2, 8, 0.0)], [0, 0])
+    self.assertEqual([len(u) for u in s2ft.select(key, 2, 8, 1.0)], [8, 8])
+
+  def test_errors(self):
+    key = jax.random.key(0)
+    with self.assertRaisesRegex(ValueError, 'ratio=1.5'):
+      s2ft.select(key, 2, 8, 1.5)
+    with self.assertRaisesRegex(ValueError, 'multiple=3 must divide units=8'):
+      s2ft.select(key, 2, 8, 0.5, multiple=3)
+    with self.assertRaisesRegex(ValueError, 'layers=0'):
+      s2ft.select(key, 0, 8, 0.5)
+
+
+class ArrangeTest(parameterized.TestCase):
+  def test_order_of_the_parts(self):
+    order, sink, source = s2ft.arrange(8, sink=[6, 1, 3], source=[3, 0, 6])
+    np.testing.assert_array_equal(order, [1, 3, 6, 0, 2, 4, 5, 7])
+    self.assertEqual((sink, source), ((0, 3), (1, 4)))
+
+  @parameterized.parameters(0, 1, 2)
+  def test_slices_are_the_selections(self, seed):
+    generator = np.random.default_rng(seed)
+    sink = generator.permutation(32)[:8]
+    source = generator.permutation(32)[:5]
+    order, (a, b), (c, d) = s2ft.arrange(32, sink, source)
+    self.assertEqual(sorted(order), list(range(32)))
+    self.assertEqual(sorted(order[a:b]), sorted(sink))
+    self.assertEqual(sorted(order[c:d]), sorted(source))
+
+  def test_errors(self):
+    with self.assertRaisesRegex(ValueError, 'sink='):
+      s2ft.arrange(4, sink=[4])
+    with self.assertRaisesRegex(ValueError, 'source='):
+      s2ft.arrange(4, source=[1, 1])
+
+
+def _mlp(weights, x):
+  weights = jax.tree.map(_float64, weights)
+  gate = x @ weights['gate'] + weights['bias']
+  return gate / (1 + np.exp(-gate)) * (x @ weights['up']) @ weights['down']
+
+
+def _attention(q, k, v, o, x, head_dim):
+  """Causal attention in float64, query head i on key-value head i // group."""
+
+  def heads(w):
+    y = x @ _float64(w['kernel']) + _float64(w['bias'])
+    return y.reshape(*x.shape[:2], -1, head_dim)
+
+  q, k, v = heads(q), heads(k), heads(v)
+  group = q.shape[2] // k.shape[2]
+  k, v = np.repeat(k, group, axis=2), np.repeat(v, group, axis=2)
+  scores = np.exp(np.einsum('bthd,bshd->bhts', q, k) / np.sqrt(head_dim))
+  scores = np.tril(scores)
+  scores /= scores.sum(axis=-1, keepdims=True)
+  mixed = np.einsum('bhts,bshd->bthd', scores, v)
+  return mixed.reshape(*x.shape[:2], -1) @ _float64(o)
+
+
+class PermuteTest(parameterized.TestCase):
+  def test_mlp_output_is_unchanged(self):
+    x = _float64(_normal(0, 5, 24))
+    weights = {
+      'up': _normal(1, 24, 64),
+      'gate': _normal(2, 24, 64),
+      'bias': _normal(3, 64),
+      'down': _normal(4, 64, 24) / 8,
+    }
+    order, _, _ = s2ft.arrange(64, sink=[5, 40, 41, 9])
+    sources = {name: weights[name] for name in ('up', 'gate', 'bias')}
+    sources, down = s2ft.co_permute(sources, weights['down'], order)
+    moved = _mlp(sources | {'down': down}, x)
+    expected = _mlp(weights, x)
+    np.testing.assert_allclose(
+      moved, expected, atol=1e-13 * np.abs(expected).max(), rtol=0
+    )
+    first = np.array([5, 9, 40, 41])
+    np.testing.assert_array_equal(down[:4], weights['down'][first])
+    np.testing.assert_array_equal(
+      sources['gate'][:, :4], weights['gate'][:, first]
+    )
+    wrong = _mlp(sources | {'down': weights['down']}, x)
+    self.assertGreater(np.abs(wrong - expected).max(), 0.1)
+
+  @parameterized.parameters((4, 4), (8, 2), (4, 1))
+  def test_attention_output_is_unchanged(self, heads, kv_heads):
+    n, head_dim = 24, 8
+    x = _float64(_normal(0, 2, 6, n))
+
+    def dense(seed, count):
+      width = count * head_dim
+      return {
+        'kernel': _normal(seed, n, width) / 5,
+        'bias': _normal(seed + 10, width),
+      }
+
+    q, k, v = dense(1, heads), dense(2, kv_heads), dense(3, kv_heads)
+    o = _normal(4, heads * head_dim, n) / 5
+    order = np.roll(np.arange(kv_heads), 1)
+    moved = s2ft.co_permute_heads(q, k, v, o, order, head_dim=head_dim)
+    expected = _attention(q, k, v, o, x, head_dim)
+    np.testing.assert_allclose(
+      _attention(*moved, x, head_dim),
+      expected,
+      atol=1e-13 * np.abs(expected).max(),
+      rtol=0,
+    )
+    if kv_heads > 1:
+      self.assertGreater(np.abs(moved[3] - o).max(), 0.1)
+
+  def test_errors(self):
+    with self.assertRaisesRegex(ValueError, 'not a permutation'):
+      s2ft.expand([0, 0, 1], 2)
+    with self.assertRaisesRegex(ValueError, r'shape \(3, 4\) has no axis -1'):
+      s2ft.co_permute(jnp.ones((3, 4)), (), [0, 1, 2])
+    q = ops.quantize(jnp.ones((32, 32)), formats.mxfp4, axis=-2)
+    with self.assertRaisesRegex(TypeError, 'quantize it then'):
+      s2ft.co_permute(q, (), np.arange(32))
+    with self.assertRaisesRegex(ValueError, 'o has 30 rows'):
+      o = jnp.ones((30, 4))
+      s2ft.co_permute_heads(o.T, o.T, o.T, o, [1, 0], head_dim=8)
+
+
+_TILES = 'nvfp4_16x16'
+_FORMATS = ('mxfp4', 'nvfp4', 'int4_g32', 'uint4_g32', 'mxfp6_e2m3')
+
+
+class SplitTest(parameterized.TestCase):
+  @parameterized.parameters(*_FORMATS)
+  def test_rest_has_the_codes_of_the_whole(self, name):
+    w, fmt = _normal(0, 128, 48), formats.get(name)
+    part, frozen = s2ft.split(w, fmt, 32, 96)
+    whole = ops.quantize(w, fmt, axis=-2)
+    np.testing.assert_array_equal(part, w[32:96])
+    for a, b in ((0, 32), (96, 128)):
+      for x, y in zip(_leaves(frozen[a:b]), _leaves(whole[a:b]), strict=True):
+        np.testing.assert_array_equal(x, y)
+    np.testing.assert_array_equal(qarray.dequantize(frozen)[32:96], 0)
+
+  @parameterized.parameters('mxfp4', 'nvfp4', 'int4_channel')
+  def test_columns(self, name):
+    w, fmt = _normal(0, 64, 48), formats.get(name)
+    part, frozen = s2ft.split(w, fmt, 5, 12, kind='source')
+    whole = qarray.dequantize(ops.quantize(w, fmt, axis=-2))
+    dense = np.asarray(qarray.dequantize(frozen))
+    np.testing.assert_array_equal(part, w[:, 5:12])
+    np.testing.assert_array_equal(dense[:, 5:12], 0)
+    np.testing.assert_array_equal(dense[:, :5], whole[:, :5])
+    np.testing.assert_array_equal(dense[:, 12:], whole[:, 12:])
+
+  def test_straddling_blocks_are_refused(self):
+    w = jnp.ones((128, 48))
+    with self.assertRaisesRegex(ValueError, 'multiples of 32.*multiple'):
+      s2ft.split(w, formats.mxfp4, 0, 40)
+    with self.assertRaisesRegex(ValueError, 'one scale for the whole axis'):
+      s2ft.split(w, formats.int4_channel, 0, 32)
+    with self.assertRaisesRegex(ValueError, 'within the 128 rows'):
+      s2ft.split(w, formats.mxfp4, 96, 160)
+    with self.assertRaisesRegex(ValueError, "kind='rows'"):
+      s2ft.split(w, formats.mxfp4, 0, 32, kind='rows')
+    _, frozen = s2ft.split(jnp.ones((100, 8)), formats.mxfp4, 96, 100)
+    self.assertEqual(frozen.shape, (100, 8))
+
+
+def _problem(kind: str, start: int, stop: int, dtype=jnp.float32):
+  """x, slice, frozen and the dense matrix that they stand for."""
+  w = _normal(1, 96, 40)
+  part, frozen = s2ft.split(w, formats.mxfp4, start, stop, kind=kind)
+  dense = np.array(qarray.dequantize(frozen), np.float64)
+  inside = slice(start, stop)
+  dense[inside if kind == 'sink' else (slice(None), inside)] += _float64(part)
+  return _normal(2, 3, 7, 96).astype(dtype), part, frozen, dense
+
+
+class DotTest(parameterized.TestCase):
+  @parameterized.parameters(
+    ('sink', 0, 32), ('sink', 32, 96), ('source', 0, 8), ('source', 11, 40)
+  )
+  def test_value_and_gradients_are_those_of_the_dense_matrix(
+    self, kind, start, stop
+  ):
+    x, part, frozen, dense = _problem(kind, start, stop)
+    dy = _normal(3, 3, 7, 40)
+
+    def f(x, part):
+      return s2ft.s2ft_dot(x, part, frozen, start=start, kind=kind)
+
+    y, pull = jax.vjp(f, x, part)
+    dx, d_part = pull(dy)
+    x64, dy64 = _float64(x).reshape(21, 96), _float64(dy).reshape(21, 40)
+    full = x64.T @ dy64
+    inside = slice(start, stop)
+    wanted = full[inside] if kind == 'sink' else full[:, inside]
+
+    def close(found, expected, a, b):
+      # A sum of k products in float32: k eps times the sum of magnitudes.
+      bound = (a.shape[1] + 2) * _EPS * (np.abs(a) @ np.abs(b))
+      found = _float64(found).reshape(expected.shape)
+      self.assertTrue(np.all(np.abs(found - expected) <= bound))
+
+    close(y, x64 @ dense, x64, dense)
+    close(dx, dy64 @ dense.T, dy64, dense.T)
+    slack = (21 + 2) * _EPS * (np.abs(x64.T) @ np.abs(dy64))
+    slack = slack[inside] if kind == 'sink' else slack[:, inside]
+    self.assertTrue(np.all(np.abs(_float64(d_part) - wanted) <= slack))
+
+  @parameterized.parameters('sink', 'source')
+  def test_jit_and_bfloat16(self, kind):
+    x, part, frozen, dense = _problem(kind, 0, 32, jnp.bfloat16)
+    part, frozen = part.astype(jnp.bfloat16), frozen.astype(jnp.bfloat16)
+
+    @jax.jit
+    def f(x, part):
+      return s2ft.s2ft_dot(x, part, frozen, kind=kind)
+
+    y, pull = jax.vjp(f, x, part)
+    dx, d_part = pull(y)
+    self.assertEqual((y.dtype, dx.dtype, d_part.dtype), (jnp.bfloat16,) * 3)
+    # bfloat16 of D, and of both parts and the sum of y: 4 roundings of 2^-9.
+    bound = 4 * 2.0**-9 * (np.abs(_float64(x)) @ np.abs(dense)) + 1e-6
+    self.assertTrue(np.all(np.abs(_float64(y) - _float64(x) @ dense) <= bound))
+
+  def _residuals(self, f, *args):
+    """Shapes of what f saves for its backward pass, by size."""
+    _, pull = jax.vjp(f, *args)
+    return [leaf.shape for leaf in jax.tree.leaves(pull)]
+
+  def test_sink_saves_its_slice_of_x_only(self):
+    x, part, frozen, _ = _problem('sink', 0, 32)
+    for f in (s2ft.s2ft_dot, jax.jit(s2ft.s2ft_dot)):
+      shapes = self._residuals(lambda x, part: f(x, part, frozen), x, part)
+      large = [shape for shape in shapes if np.prod(shape) >= 21 * 33]
+      codes = [leaf.shape for leaf in jax.tree.leaves(frozen)]
+      self.assertIn((3, 7, 32), shapes)
+      self.assertNotIn(x.shape, shapes)
+      self.assertTrue(set(large) <= {*codes, part.shape}, large)
+
+  def test_dense_product_saves_all_of_x(self):
+    x, _, _, dense = _problem('sink', 0, 32)
+    w = jnp.asarray(dense, jnp.float32)
+    self.assertIn(x.shape, self._residuals(lambda x, w: x @ w, x, w))
+
+  def test_chain_saves_slices_only(self):
+    """Two layers under jit: no full activation stays beside relu's mask."""
+    x, part, frozen, _ = _problem('sink', 0, 32)
+    up = ops.quantize(_normal(5, 96, 96), formats.mxfp4, axis=-2)
+
+    def f(part):
+      hidden = ops.dot(x, up)
+      return s2ft.s2ft_dot(hidden, part, frozen)
+
+    shapes = self._residuals(jax.jit(f), part)
+    self.assertIn((3, 7, 32), shapes)
+    self.assertNotIn((3, 7, 96), shapes)
+
+  def test_rounded_x_enters_the_frozen_product_only(self):
+    x, part, frozen, _ = _problem('sink', 0, 32)
+    rounded = ops.fake_quant(x, formats.mxfp4)
+    y = s2ft.s2ft_dot(x, part, frozen, rounded_x=rounded)
+    expected = _float64(rounded) @ _float64(qarray.dequantize(frozen))
+    expected += _float64(x[..., :32]) @ _float64(part)
+    np.testing.assert_allclose(y, expected, atol=1e-4, rtol=0)
+
+    def f(x):
+      rounded = ops.fake_quant(x, formats.mxfp4)
+      return jnp.sum(s2ft.s2ft_dot(x, part, frozen, rounded_x=rounded))
+
+    def g(x):
+      return jnp.sum(s2ft.s2ft_dot(x, part, frozen))
+
+    np.testing.assert_array_equal(jax.grad(f)(x), jax.grad(g)(x))
+
+  def test_float_base(self):
+    x, part = _normal(0, 4, 64), _normal(1, 16, 8)
+    w = _normal(2, 64, 8)
+    y = s2ft.s2ft_dot(x, part, w, start=8)
+    np.testing.assert_allclose(y, x @ w.at[8:24].add(part), atol=1e-4, rtol=0)
+
+  def test_shapes_are_checked(self):
+    x, part, frozen, _ = _problem('sink', 0, 32)
+    with self.assertRaisesRegex(ValueError, 'within the 96 rows'):
+      s2ft.s2ft_dot(x, part, frozen, start=80)
+    with self.assertRaisesRegex(ValueError, r'slice_.shape=\(32, 39\)'):
+      s2ft.s2ft_dot(x, part[:, 1:], frozen)
+    with self.assertRaisesRegex(ValueError, r'x.shape=\(3, 7, 95\)'):
+      s2ft.s2ft_dot(x[..., 1:], part, frozen)
+    with self.assertRaisesRegex(ValueError, 'rounded_x.shape'):
+      s2ft.s2ft_dot(x, part, frozen, rounded_x=x[0])
+
+
+class MergeTest(parameterized.TestCase):
+  @parameterized.parameters(
+    *((name, 'sink') for name in (*_FORMATS, _TILES)),
+    ('mxfp4', 'source'),
+    (_TILES, 'source'),
+  )
+  def test_untrained_slice_merges_into_the_plain_quantization(self, name, kind):
+    w, fmt = _normal(0, 128, 48), formats.get(name)
+    part, frozen = s2ft.split(
+      w, fmt, 16 * 2, 16 * 3 if kind == 'source' else 96, kind=kind
+    )
+    merged = s2ft.merge(part, frozen, start=32, kind=kind)
+    axis = (-2, -1) if fmt.is_tile else -2
+    whole = ops.quantize(w, fmt, axis=axis)
+    for x, y in zip(_leaves(merged.weights), _leaves(whole), strict=True):
+      np.testing.assert_array_equal(x, y)
+    qarray.validate(merged.weights)
+    inside = slice(32, 48 if kind == 'source' else 96)
+    at = (slice(None), inside) if kind == 'source' else inside
+    error = _float64(qarray.dequantize(whole)[at]) - _float64(w[at])
+    relative = np.linalg.norm(error) / np.linalg.norm(w[at])
+    self.assertLess(abs(float(merged.error) / relative - 1), 1e-5)
+
+  def test_frozen_codes_stay(self):
+    part, frozen = s2ft.split(_normal(0, 128, 8), formats.mxfp4, 32, 64)
+    merged = s2ft.merge(3 * part, frozen, start=32).weights
+    for a, b in ((0, 32), (64, 128)):
+      for x, y in zip(_leaves(merged[a:b]), _leaves(frozen[a:b]), strict=True):
+        np.testing.assert_array_equal(x, y)
+    expected = ops.quantize(3 * part, formats.mxfp4, axis=-2)
+    for x, y in zip(_leaves(merged[32:64]), _leaves(expected), strict=True):
+      np.testing.assert_array_equal(x, y)
+
+  def test_one_block_is_the_whole_matrix(self):
+    part, frozen = s2ft.split(_normal(0, 32, 8), formats.mxfp4, 0, 32)
+    merged = s2ft.merge(part, frozen).weights
+    expected = ops.quantize(part, formats.mxfp4, axis=-2)
+    for x, y in zip(_leaves(merged), _leaves(expected), strict=True):
+      np.testing.assert_array_equal(x, y)
+
+  @parameterized.parameters((32, 64), (64, 100))
+  def test_padded_matrix(self, start, stop):
+    w = _normal(0, 100, 8)
+    part, frozen = s2ft.split(w, formats.mxfp4, start, stop)
+    merged = s2ft.merge(part, frozen, start=start).weights
+    expected = ops.quantize(w, formats.mxfp4, axis=-2)
+    for x, y in zip(_leaves(merged), _leaves(expected), strict=True):
+      np.testing.assert_array_equal(x, y)
+
+  @parameterized.parameters('sink', 'source')
+  def test_adapter_beside_the_base(self, kind):
+    w = _normal(0, 96, 64)
+    x = _normal(1, 5, 96)
+    order = np.random.default_rng(0).permutation(96 if kind == 'sink' else 64)
+    axis = 0 if kind == 'sink' else 1
+    moved = jnp.take(w, order, axis=axis)
+    base = ops.quantize(moved, formats.mxfp4, axis=-2)
+    part, frozen = s2ft.split(moved, formats.mxfp4, 0, 32, kind=kind)
+    part = part + 0.1 * _normal(2, *part.shape)
+    adapter = s2ft.make_adapter(part, frozen, base, order, kind=kind)
+    beside = s2ft.s2ft_dot(
+      x, adapter.delta, base, start=adapter.start, kind=adapter.kind
+    )
+    expected = s2ft.s2ft_dot(x, part, frozen, kind=kind)
+    np.testing.assert_allclose(beside, expected, atol=1e-4, rtol=0)
+    # In the order of the float matrix the fused rows are the trained ones.
+    values = qarray.dequantize(base)
+    values = np.asarray(qarray.dequantize(base))
+    original = jnp.asarray(np.take(values, np.argsort(order), axis=axis))
+    fused = np.take(np.asarray(s2ft.fuse(original, adapter)), order, axis=axis)
+    inside = slice(0, 32)
+    at = inside if kind == 'sink' else (slice(None), inside)
+    np.testing.assert_allclose(fused[at], part, atol=1e-6, rtol=0)
+    rest = np.delete(fused - values, np.arange(32), axis=axis)
+    np.testing.assert_array_equal(rest, 0)
+
+  def test_adapter_is_a_pytree(self):
+    adapter = s2ft.Adapter(jnp.arange(4), jnp.ones((2, 3)), 1, 'sink')
+    doubled = jax.jit(lambda a: jax.tree.map(lambda x: 2 * x, a))(adapter)
+    self.assertEqual((doubled.start, doubled.kind), (1, 'sink'))
+    np.testing.assert_array_equal(doubled.delta, 2)
+
+  def test_order_must_fit(self):
+    part, frozen = s2ft.split(_normal(0, 64, 8), formats.mxfp4, 0, 32)
+    with self.assertRaisesRegex(ValueError, 'order has 16 entries'):
+      s2ft.make_adapter(part, frozen, frozen, np.arange(8), width=2)
+    found = s2ft.make_adapter(part, frozen, frozen, np.arange(8), width=8)
+    self.assertEqual(found.order.shape, (64,))
+
+
+class MemoryTest(absltest.TestCase):
+  def test_stated_figures(self):
+    """The table at the top of the module."""
+    h, ffn, kv = 4096, 14336, 1024
+    shapes = [(h, h), (h, kv), (h, kv), (h, h), (h, ffn), (h, ffn), (ffn, h)]
+    full = sum(a * b for a, b in shapes)
+    lora = sum(16 * (a + b) for a, b in shapes)
+    trained = 448 * h
+    self.assertEqual((full, lora, trained), (218103808, 1310720, 1835008))
+    self.assertEqual(
+      [round(16 * n / 1e6) for n in (full, lora, trained)], [3490, 21, 29]
+    )
+    self.assertEqual(h + h + h + ffn, 26624)
+
+  def test_optimizer_state_is_that_of_the_slice(self):
+    part, _ = s2ft.split(_normal(0, 128, 16), formats.mxfp4, 0, 32)
+    state = optax.adam(1e-3).init({'down': part})
+    sizes = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    self.assertEqual(sizes, 2 * part.nbytes + 4)  # two moments and a count
+
+
+class TrainTest(absltest.TestCase):
+  def test_mlp_learns_a_shifted_target(self):
+    width, hidden, fmt = 32, 128, formats.mxfp4
+    up, down = _normal(0, width, hidden) / 6, _normal(1, hidden, width) / 11
+    target_up = up
+    target_down = down + 0.03 * _normal(2, hidden, width)
+    x = _normal(3, 256, width)
+    target = jax.nn.relu(x @ target_up) @ target_down
+
+    (chosen,) = s2ft.select(jax.random.key(4), 1, hidden, 0.25, multiple=32)
+    order, (a, b), _ = s2ft.arrange(hidden, sink=chosen)
+    up, down = s2ft.co_permute(up, down, order)
+    up_frozen = ops.quantize(up, fmt, axis=-2)
+    part, frozen = s2ft.split(down, fmt, a, b)
+    before = [leaf.copy() for leaf in _leaves((up_frozen, frozen))]
+    tx = optax.adam(2e-2)
+
+    def loss_fn(part):
+      rows = jax.nn.relu(ops.dot(x, up_frozen))
+      y = s2ft.s2ft_dot(rows, part, frozen, start=a)
+      return jnp.mean(jnp.square(y - target))
+
+    @jax.jit
+    def step(part, state):
+      loss, gradient = jax.value_and_grad(loss_fn)(part)
+      updates, state = tx.update(gradient, state)
+      return optax.apply_updates(part, updates), state, loss
+
+    state, losses = tx.init(part), []
+    for _ in range(100):
+      part, state, loss = step(part, state)
+      losses.append(float(loss))
+    # Least squares gives the best that the slice can do.
+    rows = _float64(jax.nn.relu(ops.dot(x, up_frozen)))
+    rest = _float64(target) - rows @ _float64(qarray.dequantize(frozen))
+    best = np.linalg.lstsq(rows[:, a:b], rest, rcond=None)[0]
+    floor = np.mean((rest - rows[:, a:b] @ best) ** 2)
+    self.assertLess(losses[-1] - floor, 0.1 * (losses[0] - floor))
+    self.assertLess(losses[-1], 0.8 * losses[0])
+    after = _leaves((up_frozen, frozen))
+    for old, new in zip(before, after, strict=True):
+      np.testing.assert_array_equal(old, new)
+
+    merged = s2ft.merge(part, frozen, start=a)
+    y = ops.dot(jax.nn.relu(ops.dot(x, up_frozen)), merged.weights)
+    merged_loss = float(jnp.mean(jnp.square(y - target)))
+    self.assertGreater(merged_loss, losses[-1])
+    self.assertLess(float(merged.error), 0.2)
+
+
+if __name__ == '__main__':
+  absltest.main()
