@@ -164,6 +164,12 @@ class Block(nn.Module):
   dot_general: Callable[..., jax.Array] | None = None
   promote_dtype: Callable[..., Any] = linen_promote_dtype
   dot_general_cls: Callable[[], Any] | None = None
+  activations: jax.sharding.Sharding | None = None
+
+  def _placed(self, x: jax.Array) -> jax.Array:
+    if self.activations is None:
+      return x
+    return jax.lax.with_sharding_constraint(x, self.activations)
 
   def _dense(self, features: int, name: str, variance: float = 1.0):
     return nn.Dense(
@@ -183,6 +189,7 @@ class Block(nn.Module):
     """Maps (batch, time, width) to the same shape."""
     width, heads = self.config.width, self.config.heads
     small = 0.5 / self.config.blocks
+    x = self._placed(x)
     qkv = self._dense(3 * width, 'qkv')(nn.RMSNorm(name='attention_norm')(x))
     q, k, v = jnp.split(
       qkv.reshape(*x.shape[:2], 3 * heads, width // heads), 3, axis=2
@@ -191,8 +198,9 @@ class Block(nn.Module):
       _rotate(q), _rotate(k), v, is_causal=True
     )
     x += self._dense(width, 'out', small)(mixed.reshape(x.shape))
+    x = self._placed(x)
     up = self._dense(4 * width, 'up')(nn.RMSNorm(name='mlp_norm')(x))
-    return x + self._dense(width, 'down', small)(nn.gelu(up))
+    return self._placed(x + self._dense(width, 'down', small)(nn.gelu(up)))
 
 
 class _Repeated(Block):
@@ -209,6 +217,8 @@ class ByteLM(nn.Module):
     config: sizes.
     dot_general: passed to the Dense layers of the blocks; None is Linen's own.
     promote_dtype: likewise; also `dot_general_cls`.
+    activations: where (batch, time, width) lies between the layers, so that a
+      partitioner gathers weights and not batches; None to leave it open.
     scan: one stacked block instead of several: compiles once, and recomputes
       activations in the backward pass, which large models need.
   """
@@ -217,6 +227,7 @@ class ByteLM(nn.Module):
   dot_general: Callable[..., jax.Array] | None = None
   promote_dtype: Callable[..., Any] = linen_promote_dtype
   dot_general_cls: Callable[[], Any] | None = None
+  activations: jax.sharding.Sharding | None = None
   scan: bool = False
 
   @nn.compact
@@ -228,6 +239,7 @@ class ByteLM(nn.Module):
       self.dot_general,
       self.promote_dtype,
       self.dot_general_cls,
+      self.activations,
     )
     if self.scan:
       repeated = nn.scan(

@@ -147,12 +147,19 @@ def policy(settings: Settings) -> Policy:
   )
 
 
-def model(settings: Settings, fraction: float = 0.0, quantized: bool = True):
+def model(
+  settings: Settings,
+  fraction: float = 0.0,
+  *,
+  quantized: bool = True,
+  mesh: Mesh | None = None,
+):
   """The network after `fraction` of the training, or the one in float32."""
   chosen = policy(settings) if quantized else None
   return byte_lm.ByteLM(
     settings.model,
     dot_general_cls=low.dot_general_cls(chosen, fraction),
+    activations=None if mesh is None else _batch_sharding(mesh),
     scan=settings.scan,
   )
 
@@ -172,10 +179,10 @@ def init(settings: Settings) -> TrainState:
 
 
 def make_step(
-  settings: Settings, fraction: float = 0.0
+  settings: Settings, fraction: float = 0.0, mesh: Mesh | None = None
 ) -> Callable[[TrainState, jax.Array], tuple[TrainState, Metrics]]:
   """The `(state, windows) -> (state, metrics)` of one step, not jitted."""
-  network = model(settings, fraction)
+  network = model(settings, fraction, mesh=mesh)
   transform = OPTIMIZERS[settings.optimizer](settings.model)
 
   def loss_fn(params, lowbit, windows, key):
@@ -261,8 +268,6 @@ def state_shardings(state: TrainState, mesh: Mesh) -> TrainState:
       spec = ('fsdp', 'model')
     elif any(name in _ROWS for name in names):
       spec = ('model', 'fsdp')
-    elif 'embed' in names:
-      spec = (None, 'fsdp')
     spec = (None,) * (len(leaf.shape) - 2) + spec[: len(leaf.shape)]
     whole = len(leaf.shape) < 2
     sizes = () if whole else zip(spec, leaf.shape, strict=True)
@@ -275,10 +280,13 @@ def state_shardings(state: TrainState, mesh: Mesh) -> TrainState:
 
 def put_batch(windows: np.ndarray, mesh: Mesh) -> jax.Array:
   """A batch on the mesh; every process knows all of it and gives its part."""
-  sharding = NamedSharding(mesh, P(('data', 'fsdp')))
   return jax.make_array_from_callback(
-    windows.shape, sharding, lambda index: windows[index]
+    windows.shape, _batch_sharding(mesh), lambda index: windows[index]
   )
+
+
+def _batch_sharding(mesh: Mesh) -> NamedSharding:
+  return NamedSharding(mesh, P(('data', 'fsdp')))
 
 
 class Record(NamedTuple):
@@ -375,7 +383,7 @@ def train(
     disable=start == config.steps or jax.process_index() > 0,
   )
   with bar:
-    for step, run in _steps(settings, shardings, start):
+    for step, run in _steps(settings, mesh, shardings, start):
       windows = put_batch(byte_lm.train_batch(corpus, config, step), mesh)
       snr = None
       if monitor_every and step % monitor_every == 0:
@@ -398,7 +406,9 @@ def train(
   return state, records
 
 
-def _steps(settings, shardings, start: int) -> Iterator[tuple[int, Callable]]:
+def _steps(
+  settings, mesh, shardings, start: int
+) -> Iterator[tuple[int, Callable]]:
   """(step, its compiled function); a function lasts until recipes switch."""
   steps, starts = settings.model.steps, (0.0, *policy(settings).starts)
   current, run = None, None
@@ -407,7 +417,7 @@ def _steps(settings, shardings, start: int) -> Iterator[tuple[int, Callable]]:
     if fraction != current:
       current = fraction
       run = jax.jit(
-        make_step(settings, fraction),
+        make_step(settings, fraction, mesh),
         in_shardings=(shardings, None),
         out_shardings=(shardings, None),
         donate_argnums=0,
@@ -459,7 +469,7 @@ def evaluate(
   """
   config = settings.model
   windows = byte_lm.held_out_windows(corpus, config.context, count)
-  loss = make_loss(model(settings, 1.0, quantized))
+  loss = make_loss(model(settings, 1.0, quantized=quantized))
   parts = np.split(windows, range(config.batch, count, config.batch))
   return np.concatenate([np.asarray(loss(state, w), np.float64) for w in parts])
 

@@ -17,6 +17,7 @@ from lowbit_jax.formats import BlockFormat
 from lowbit_jax.numerics import _rounding, _scaling
 from lowbit_jax.ops import _dispatch, _quantize_kernels
 from lowbit_jax.qarray import QArray
+from lowbit_jax.transforms import Hadamard
 
 
 class Options(NamedTuple):
@@ -30,6 +31,7 @@ class Options(NamedTuple):
   full_shape: tuple[int, ...] | None
   backward: str = 'identity'
   implementation: str | tuple[str, ...] | None = None
+  rotation: int = 0
 
 
 class Extras(NamedTuple):
@@ -38,6 +40,7 @@ class Extras(NamedTuple):
   key: jax.Array | None
   start: tuple
   tensor_scale: jax.Array | None
+  signs: jax.Array | None = None
 
 
 def quantize(
@@ -51,6 +54,7 @@ def quantize(
   random_bits: int = 23,
   tensor_scale=None,
   origin=None,
+  rotation: Hadamard | None = None,
   implementation=None,
 ) -> QArray:
   """Quantizes an array into packed codes and stored scales.
@@ -76,8 +80,12 @@ def quantize(
       that have one.
     origin: `(start, full_shape)` where x is a slice of a larger array, so that
       random bits agree with those of the whole; for `shard_map`.
+    rotation: `transforms.Hadamard` along the block axis that x goes through
+      first, in the same pass where a kernel does it; the result stands for the
+      rotated array.
     implementation: None for the best that accepts, a name or a list of names
-      from 'tpu', 'mosaic_gpu', 'xla'; all give the same bits.
+      from 'tpu', 'mosaic_gpu', 'xla'; all give the same bits, except that sums
+      of a rotation have an order of their own.
 
   Returns:
     A QArray of the shape and dtype of `x`. A block that holds NaN or Inf is
@@ -112,6 +120,7 @@ def operands(
   random_bits=23,
   tensor_scale=None,
   origin=None,
+  rotation=None,
   implementation=None,
 ):
   """Arguments of `quantize`, checked: (x, extras, options)."""
@@ -132,8 +141,27 @@ def operands(
     random_bits,
     full_shape,
     implementation=implementation,
+    rotation=_check_rotation(rotation, x, axes),
   )
-  return x, Extras(key, start, tensor_scale), options
+  signs = None if rotation is None else rotation.signs
+  return x, Extras(key, start, tensor_scale, signs), options
+
+
+def _check_rotation(rotation: Hadamard | None, x, axes) -> int:
+  """The block of a rotation along the block axis, 0 for none."""
+  if rotation is None:
+    return 0
+  if not isinstance(rotation, Hadamard):
+    raise TypeError(
+      f'rotation={rotation!r} must be a transforms.Hadamard; apply other'
+      ' transforms before'
+    )
+  if axes != (rotation.axis,):
+    raise ValueError(
+      f'rotation.axis={rotation.axis} must be the block axis, {axes}'
+    )
+  jax.eval_shape(rotation.apply, jax.ShapeDtypeStruct(x.shape, x.dtype))
+  return rotation.block
 
 
 def quantize_with(
@@ -189,6 +217,9 @@ def _plan_xla(x, extras: Extras, options: Options) -> _dispatch.Plan:
   del x
 
   def run(x):
+    if options.rotation:
+      (axis,) = options.axes
+      x = Hadamard(options.rotation, axis, extras.signs).apply(x)
     fmt, axes, rule = options.fmt, options.axes, options.rule
     how = rounding_of(options, extras)
     job = core.from_data(x, fmt, axes, rule, how, extras.tensor_scale)

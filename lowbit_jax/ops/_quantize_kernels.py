@@ -17,6 +17,7 @@ from lowbit_jax.numerics._codec import blocked
 from lowbit_jax.ops import _partition
 from lowbit_jax.ops._dispatch import Plan
 from lowbit_jax.qarray import QArray
+from lowbit_jax.transforms import Hadamard
 from lowbit_pallas import _support
 
 
@@ -36,7 +37,11 @@ def plan(implementation: str, x, extras, options) -> Plan:
   kernel = importlib.import_module(f'lowbit_pallas.quantize.{implementation}')
   config = importlib.import_module('lowbit_pallas.quantize.config')
   task = config.Task(
-    blocked(options.fmt), options.rule, options.rounding, options.random_bits
+    blocked(options.fmt),
+    options.rule,
+    options.rounding,
+    options.random_bits,
+    options.rotation,
   )
   matrix = math.prod(x.shape[:-1]), x.shape[-1]
   why = kernel.why_not(matrix, x.dtype, task)
@@ -70,6 +75,9 @@ def _run(implementation, kernel, task, x, extras, options) -> QArray:
   arguments = {}
   if fmt.tensor_scale:
     arguments['tensor_scale'] = _tensor_scale(x, extras, options)
+  if extras.signs is not None:
+    n, signs = x.shape[-1], jnp.asarray(extras.signs, jnp.float32)
+    arguments['signs'] = jnp.tile(signs, n // signs.size)
   if options.rounding == 'stochastic':
     arguments['key_words'] = _rounding.key_words(extras.key)
   origin = None
@@ -108,6 +116,8 @@ def _run(implementation, kernel, task, x, extras, options) -> QArray:
 def _tensor_scale(x, extras, options) -> jax.Array:
   if extras.tensor_scale is not None:
     return jnp.asarray(extras.tensor_scale, jnp.float32).reshape(())
+  if options.rotation:
+    x = Hadamard(options.rotation, -1, extras.signs).apply(x)
   job = core.from_data(
     x, options.fmt, options.axes, options.rule, core.Rounding()
   )

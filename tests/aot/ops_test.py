@@ -8,7 +8,7 @@ import pytest
 from absl.testing import absltest, parameterized
 
 import lowbit_jax
-from lowbit_jax import formats
+from lowbit_jax import formats, transforms
 from lowbit_pallas import _support
 from tests.aot import targets
 
@@ -62,6 +62,8 @@ def operations():
       lowbit_jax.quantize, fmt=formats.get(name), implementation='tpu'
     )
     yield f'quantize_{name}', f, (X,)
+    rotated = functools.partial(f, rotation=transforms.Hadamard(32))
+    yield f'rotate_and_quantize_{name}', rotated, (X,)
 
 
 class OpsTest(parameterized.TestCase):

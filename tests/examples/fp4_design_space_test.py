@@ -23,7 +23,9 @@ sys.path.insert(0, str(_ROOT / 'examples'))
 import _checkpoints  # noqa: E402
 import _tasks  # noqa: E402
 import byte_lm  # noqa: E402
-import fp4_design_space as study  # noqa: E402
+from tests.examples import scripts  # noqa: E402
+
+study = scripts.load('fp4_design_space')
 
 _RUN = {'task': 'regression', 'setting': 'base', 'seeds': 2, 'steps': 3}
 

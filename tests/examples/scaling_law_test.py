@@ -19,11 +19,13 @@ sys.path.insert(0, str(_ROOT / 'examples'))
 # pylint: disable=wrong-import-position
 import _checkpoints  # noqa: E402
 import byte_lm  # noqa: E402
-import scaling_law  # noqa: E402
 from lowbit_jax.training import laws  # noqa: E402
+from tests.examples import scripts  # noqa: E402
+
+scaling_law = scripts.load('scaling_law')
 
 
-def _sweep(steps=(2, 4)) -> scaling_law.Sweep:
+def _sweep(steps=(2, 4)):
   settings = scaling_law.make_settings([16], steps, ['e2m1'], [4], 1)
   return scaling_law.Sweep(settings, 8, 2, 1e-3, 6)
 

@@ -12,7 +12,7 @@ from absl.testing import absltest, parameterized
 from jax.experimental.pallas import tpu as pltpu
 
 import lowbit_jax
-from lowbit_jax import formats
+from lowbit_jax import formats, transforms
 
 U = 2.0**-24
 M, K, N = 5, 256, 40
@@ -139,6 +139,36 @@ class QuantizeTest(parameterized.TestCase):
     got, want = interpreted(quantize, data(3, 64)), quantize(data(3, 64))
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
       np.testing.assert_array_equal(a, b)
+
+  @parameterized.parameters('mxfp4', 'nvfp4')
+  def test_rotation(self, name):
+    fmt, x = formats.get(name), data(24, 128)
+    for signs in (None, 128, 32):
+      rotation = transforms.Hadamard(32)
+      if signs is not None:
+        rotation = transforms.random_hadamard(jax.random.key(1), signs, 32)
+      quantize = functools.partial(
+        lowbit_jax.quantize, fmt=fmt, rotation=rotation
+      )
+      got, want = interpreted(quantize, x), quantize(x)
+      np.testing.assert_array_equal(
+        want.codes, lowbit_jax.quantize(rotation.apply(x), fmt).codes
+      )
+      # Sums of another order: an element next to a tie may go either way.
+      got, want = map(lowbit_jax.dequantize, (got, want))
+      self.assertLess(np.mean(np.asarray(got) != np.asarray(want)), 0.01)
+
+  def test_rotations_fit(self):
+    x = data(4, 96)
+    for rotation, why in (
+      (transforms.Hadamard(64), 'multiple of block=64'),
+      (transforms.Hadamard(32, -2), 'must be the block axis'),
+      (transforms.Hadamard(32, -1, jnp.ones(48)), 'fit neither'),
+    ):
+      with self.assertRaisesRegex(ValueError, why):
+        lowbit_jax.quantize(x, formats.mxfp4, rotation=rotation)
+    with self.assertRaisesRegex(TypeError, 'must be a transforms.Hadamard'):
+      lowbit_jax.quantize(x, formats.mxfp4, rotation=32)
 
   def test_refusals(self):
     for name, axis, why in (
