@@ -165,6 +165,7 @@ class Block(nn.Module):
   promote_dtype: Callable[..., Any] = linen_promote_dtype
   dot_general_cls: Callable[[], Any] | None = None
   activations: jax.sharding.Sharding | None = None
+  attention: Callable[..., jax.Array] = jax.nn.dot_product_attention
 
   def _placed(self, x: jax.Array) -> jax.Array:
     if self.activations is None:
@@ -194,9 +195,7 @@ class Block(nn.Module):
     q, k, v = jnp.split(
       qkv.reshape(*x.shape[:2], 3 * heads, width // heads), 3, axis=2
     )
-    mixed = jax.nn.dot_product_attention(
-      _rotate(q), _rotate(k), v, is_causal=True
-    )
+    mixed = self.attention(_rotate(q), _rotate(k), v, is_causal=True)
     x += self._dense(width, 'out', small)(mixed.reshape(x.shape))
     x = self._placed(x)
     up = self._dense(4 * width, 'up')(nn.RMSNorm(name='mlp_norm')(x))
@@ -219,6 +218,7 @@ class ByteLM(nn.Module):
     promote_dtype: likewise; also `dot_general_cls`.
     activations: where (batch, time, width) lies between the layers, so that a
       partitioner gathers weights and not batches; None to leave it open.
+    attention: mixes values, in place of `jax.nn.dot_product_attention`.
     scan: one stacked block instead of several: compiles once, and recomputes
       activations in the backward pass, which large models need.
   """
@@ -228,6 +228,7 @@ class ByteLM(nn.Module):
   promote_dtype: Callable[..., Any] = linen_promote_dtype
   dot_general_cls: Callable[[], Any] | None = None
   activations: jax.sharding.Sharding | None = None
+  attention: Callable[..., jax.Array] = jax.nn.dot_product_attention
   scan: bool = False
 
   @nn.compact
@@ -240,6 +241,7 @@ class ByteLM(nn.Module):
       self.promote_dtype,
       self.dot_general_cls,
       self.activations,
+      self.attention,
     )
     if self.scan:
       repeated = nn.scan(

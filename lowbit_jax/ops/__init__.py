@@ -11,6 +11,9 @@ from lowbit_jax.ops._dot import dot_general as dot_general
 from lowbit_jax.ops._dot import einsum as einsum
 from lowbit_jax.ops._fake_quant import fake_quant as fake_quant
 from lowbit_jax.ops._fake_quant import fake_quant_with as fake_quant_with
+from lowbit_jax.ops._lmul import lmul as lmul
+from lowbit_jax.ops._lmul import lmul_attention as lmul_attention
+from lowbit_jax.ops._lmul import lmul_dot as lmul_dot
 from lowbit_jax.ops._prepack import Prepacked as Prepacked
 from lowbit_jax.ops._prepack import prepack as prepack
 from lowbit_jax.ops._prepack import unpack as unpack

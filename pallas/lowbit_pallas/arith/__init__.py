@@ -3,6 +3,6 @@
 Every function takes arrays and static values and returns arrays. There is one
 home for each piece: `codec` (element codes), `scale` (exact scales), `packing`
 (sub-byte storage), `block` (codes with their scales), `hash` (counter-based
-random bits), `hadamard`, and `softmax` (the (mantissa, exponent) algebra of the
-two-pass softmax).
+random bits), `hadamard`, `lmul` (products by integer addition), and `softmax`
+(the (mantissa, exponent) algebra of the two-pass softmax).
 """

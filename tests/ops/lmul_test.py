@@ -1,0 +1,328 @@
+"""lmul, lmul_dot and lmul_attention."""
+
+import functools
+import math
+from unittest import mock
+
+import jax
+import jax.extend.core as jex
+import jax.numpy as jnp
+import numpy as np
+from absl.testing import absltest, parameterized
+
+import lowbit_jax
+from lowbit_jax import formats
+from lowbit_jax.ops import _lmul
+from lowbit_jax.ops._lmul import lmul, lmul_attention, lmul_dot
+from lowbit_pallas.arith import lmul as arith
+
+U = 2.0**-24
+FORMATS = (formats.float32, formats.bfloat16, formats.e4m3fn, formats.e5m2)
+OPTIONS = (
+  {},
+  {'reading': 'formula'},
+  {'fmt': formats.bfloat16},
+  {'fmt': formats.e4m3fn},
+  {'fmt': formats.e5m2, 'reading': 'formula'},
+  {'mantissa_bits': 3},
+)
+
+
+def _normal(seed: int, *shape: int) -> np.ndarray:
+  return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def _exact_sum(x, y, axis: int, **options) -> tuple[np.ndarray, np.ndarray]:
+  """The float64 sum of L-Mul products, and that of their magnitudes."""
+  products = np.asarray(lmul(x, y, **options), np.float64)
+  return products.sum(axis), np.abs(products).sum(axis)
+
+
+class ElementsTest(parameterized.TestCase):
+  @parameterized.parameters(
+    (1, 1, 1.0625, 1.0625),
+    (1.5, 1.5, 2.125, 2.0625),
+    (1.25, 1.25, 1.5625, 1.5625),
+    (1.75, 1.75, 3.125, 2.5625),
+    (-3, 5, -14.5, -14.5),
+    (2, 2, 4.25, 4.25),
+    (0, 5, 0, 0),
+    (1e30, -1e30, -3.4028235e38, -3.4028235e38),
+    (1e-30, 1e-30, 0, 0),
+    (1e-45, 1e38, 0, 0),
+    (math.inf, -2, -math.inf, -math.inf),
+    (math.inf, 0, math.nan, math.nan),
+    (math.nan, 1, math.nan, math.nan),
+  )
+  def test_by_hand(self, x, y, integer, formula):
+    x, y = jnp.float32(x), jnp.float32(y)
+    want = np.float32([integer, formula])
+    got = [lmul(x, y, reading=reading) for reading in arith.READINGS]
+    np.testing.assert_array_equal(got, want)
+
+  def test_worst_case(self):
+    # Where the mantissas sum to the carry: 2 against (47/32)^2.
+    x = jnp.float32(47 / 32)
+    self.assertEqual(lmul(x, x), 2)
+    rng = np.random.default_rng(0)
+    x, y = rng.uniform(1, 2, (2, 200_000)).astype(np.float32)
+    error = np.asarray(lmul(x, y), np.float64) / (x.astype(float) * y) - 1
+    bound = 1 - 2 * (32 / 47) ** 2
+    self.assertLessEqual(np.abs(error).max(), bound)
+    self.assertGreater(np.abs(error).max(), bound - 0.002)
+
+  @parameterized.parameters(*FORMATS)
+  def test_rounds_operands_to_the_format(self, fmt):
+    x, y = _normal(1, 2, 1000)
+    layout = _lmul._LAYOUTS[fmt]
+    a, b = (arith.to_codes(jnp.asarray(v), layout) for v in (x, y))
+    want = arith.from_codes(arith.multiply(a, b, layout), layout)
+    np.testing.assert_array_equal(lmul(x, y, fmt=fmt), want)
+
+  def test_narrow_float32_is_a_narrow_format(self):
+    # Inside the range of E4M3, its codes are float32 with 3 mantissa bits.
+    x, y = np.exp2(np.random.default_rng(2).uniform(-2, 2, (2, 1000)))
+    x, y = x.astype(np.float32), y.astype(np.float32)
+    for reading in arith.READINGS:
+      wide = lmul(x, y, mantissa_bits=3, reading=reading)
+      narrow = lmul(x, y, fmt=formats.e4m3fn, reading=reading)
+      if reading == 'formula':  # a format of 3 bits rounds the product
+        wide = lowbit_jax.round_to(wide, formats.e4m3fn)
+      np.testing.assert_array_equal(wide, narrow)
+
+  def test_dtypes(self):
+    x, y = (jnp.asarray(v) for v in _normal(3, 2, 100))
+    narrow = lmul(x.astype(jnp.bfloat16), y.astype(jnp.bfloat16))
+    self.assertEqual(narrow.dtype, jnp.bfloat16)
+    np.testing.assert_array_equal(
+      narrow.astype(jnp.float32), lmul(x, y, fmt=formats.bfloat16)
+    )
+    mixed = lmul(x.astype(jnp.bfloat16), y)
+    self.assertEqual(mixed.dtype, jnp.float32)
+    half = lmul(x.astype(jnp.float16), y.astype(jnp.float16))
+    self.assertEqual(half.dtype, jnp.float16)
+
+  @parameterized.product(options=OPTIONS, wrap=(jax.jit, jax.vmap))
+  def test_jit_and_vmap_give_the_same_bits(self, options, wrap):
+    x, y = _normal(4, 2, 7, 9)
+    run = functools.partial(lmul, **options)
+    np.testing.assert_array_equal(wrap(run)(x, y), run(x, y))
+
+  @parameterized.parameters(*OPTIONS)
+  def test_derivative_is_that_of_the_product(self, **options):
+    x, y, dx, dy = _normal(5, 4, 3, 5)
+    y, dy = y[:1], dy[:1]  # broadcasts
+    run = functools.partial(lmul, **options)
+    out, tangent = jax.jvp(run, (x, y), (dx, dy))
+    np.testing.assert_array_equal(out, run(x, y))
+    exact = jax.jvp(jnp.multiply, (x, y), (dx, dy))[1]
+    np.testing.assert_allclose(tangent, exact, rtol=0, atol=1e-6)
+    for argument in (0, 1):
+      got = jax.grad(lambda x, y: run(x, y).sum(), argument)(x, y)
+      want = jax.grad(lambda x, y: (x * y).sum(), argument)(x, y)
+      np.testing.assert_allclose(got, want, rtol=8 * U)
+    second = jax.grad(jax.grad(lambda x: run(x, x)))(jnp.float32(3.0))
+    self.assertEqual(second, 2)
+
+
+class DotTest(parameterized.TestCase):
+  @parameterized.product(
+    options=OPTIONS,
+    tile=(1, 100, 1 << 20),
+    shapes=(((5, 33), (33, 7)), ((2, 1, 4, 10), (3, 10, 6)), ((1, 1), (1, 1))),
+  )
+  def test_is_the_sum_of_products(self, options, tile, shapes):
+    x, y = (_normal(i, *shape) for i, shape in enumerate(shapes))
+    with mock.patch.object(_lmul, '_TILE', tile):
+      got = _lmul._dot(
+        jnp.asarray(x),
+        jnp.asarray(y),
+        _lmul._Options(**{**dict.fromkeys(('fmt', 'mantissa_bits')),
+                          'reading': 'integer', **options}).for_operands(x, y),
+      )  # fmt: skip
+    want, scale = _exact_sum(x[..., None], y[..., None, :, :], -2, **options)
+    depth = x.shape[-1]
+    self.assertEqual(got.shape, want.shape)
+    np.testing.assert_array_less(np.abs(got - want), depth * U * scale + 1e-30)
+
+  def test_memory_is_a_tile(self):
+    def sizes(jaxpr):
+      for eqn in jaxpr.eqns:
+        yield from (v.aval.size for v in eqn.outvars)
+        for inner in eqn.params.values():
+          if isinstance(inner, jex.Jaxpr | jex.ClosedJaxpr):
+            yield from sizes(getattr(inner, 'jaxpr', inner))
+
+    x, y = np.zeros((256, 4096), np.float32), np.zeros((4096, 256), np.float32)
+    jaxpr = jax.make_jaxpr(lmul_dot)(x, y).jaxpr
+    self.assertEqual(max(sizes(jaxpr)), 1 << 20)  # operands have as many
+    compiled = jax.jit(lmul_dot).lower(x, y).compile()
+    temporary = compiled.memory_analysis().temp_size_in_bytes
+    self.assertLess(temporary, 6 * 4 << 20)  # codes of x and y, slabs, a tile
+
+  def test_nothing(self):
+    x = jnp.zeros((3, 0))
+    np.testing.assert_array_equal(lmul_dot(x, x.T), np.zeros((3, 3)))
+    self.assertEqual(lmul_dot(x.T, jnp.zeros((3, 2))).shape, (0, 2))
+
+  def test_infinity_and_nan_stay_in_their_row(self):
+    x = np.ones((3, 5), np.float32)
+    x[0, 1], x[1, 2] = np.inf, np.nan
+    y = lmul_dot(x, np.ones((5, 2), np.float32))
+    np.testing.assert_array_equal(
+      y, [[np.inf] * 2, [np.nan] * 2, [5 * 1.0625] * 2]
+    )
+
+  def test_bfloat16_is_rounded_once(self):
+    x, y = (jnp.asarray(_normal(i, 64, 64), jnp.bfloat16) for i in (0, 1))
+    got = lmul_dot(x, y)
+    wide = lmul_dot(
+      x.astype(jnp.float32), y.astype(jnp.float32), fmt=formats.bfloat16
+    )
+    np.testing.assert_array_equal(got, wide.astype(jnp.bfloat16))
+
+  @parameterized.parameters(*OPTIONS)
+  def test_derivative_is_that_of_the_product(self, **options):
+    x, dx = _normal(6, 2, 2, 3, 5)
+    y, dy = _normal(7, 2, 5, 4)  # broadcasts
+    run = functools.partial(lmul_dot, **options)
+    exact = functools.partial(jnp.matmul, precision='highest')
+    out, tangent = jax.jvp(run, (x, y), (dx, dy))
+    np.testing.assert_array_equal(out, run(x, y))
+    want = jax.jvp(exact, (x, y), (dx, dy))[1]
+    np.testing.assert_allclose(tangent, want, rtol=0, atol=1e-5)
+    cotangent = _normal(8, *out.shape)
+    for got, want in zip(
+      jax.vjp(run, x, y)[1](cotangent),
+      jax.vjp(exact, x, y)[1](cotangent),
+      strict=True,
+    ):
+      np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)
+
+
+def _attention(q, k, v, live, **options):
+  """The same in float64 around the products."""
+  q, k, v = (a.swapaxes(1, 2) for a in (q, k, v))
+  logits, _ = _exact_sum(q[..., :, None, :], k[..., None, :, :], -1, **options)
+  logits = np.where(live, logits / math.sqrt(q.shape[-1]), -np.inf)
+  weights = np.exp(logits - logits.max(-1, keepdims=True))
+  weights /= weights.sum(-1, keepdims=True)
+  out, _ = _exact_sum(
+    weights.astype(np.float32)[..., None], v[..., None, :, :], -2, **options
+  )
+  return out.swapaxes(1, 2)
+
+
+class AttentionTest(parameterized.TestCase):
+  @parameterized.product(
+    options=({}, {'reading': 'formula'}, {'mantissa_bits': 23}),
+    case=('plain', 'causal', 'mask', 'both'),
+  )
+  def test_against_float64(self, options, case):
+    q, v = _normal(9, 2, 6, 3, 8), _normal(10, 2, 6, 3, 4)
+    k = _normal(11, 2, 6, 3, 8)
+    mask = np.random.default_rng(12).random((2, 1, 6, 6)) < 0.7
+    mask |= np.eye(6, dtype=bool)
+    live = np.ones((6, 6), bool)
+    arguments = {}
+    if case in ('causal', 'both'):
+      arguments['is_causal'], live = True, np.tri(6, dtype=bool) & live
+    if case in ('mask', 'both'):
+      arguments['mask'], live = mask, live & mask
+    got = lmul_attention(q, k, v, **arguments, **options)
+    want = _attention(q, k, v, live, **options)
+    # Logits are off by 8 u sum |q k| / sqrt(8), below 60 u; weights by that and
+    # 16 u of the softmax; L-Mul doubles a relative error at most.
+    self.assertLess(np.abs(got - want).max(), 200 * U * np.abs(v).max())
+
+  def test_is_near_the_exact_one_and_the_bits_matter(self):
+    q, k, v = _normal(13, 3, 2, 32, 2, 16)
+    exact = jax.nn.dot_product_attention(q, k, v, is_causal=True)
+
+    def error(**options):
+      got = lmul_attention(q, k, v, is_causal=True, **options)
+      return float(jnp.linalg.norm(got - exact) / jnp.linalg.norm(exact))
+
+    self.assertLess(error(), 0.05)
+    self.assertLess(error(), error(reading='formula'))
+    self.assertLess(error(mantissa_bits=5), error(mantissa_bits=2))
+
+  def test_masked_rows_are_zero(self):
+    q, k, v = _normal(14, 3, 1, 4, 1, 8)
+    mask = np.array([1, 0, 1, 1], bool)[:, None]
+    out, vjp = jax.vjp(lambda *a: lmul_attention(*a, mask=mask), q, k, v)
+    self.assertEqual(np.abs(out[0, 1]).max(), 0)
+    for gradient in vjp(jnp.ones_like(out)):
+      self.assertTrue(np.isfinite(gradient).all())
+
+  def test_forward_and_reverse_derivatives_agree(self):
+    q, k, v, dq, dk, dv = _normal(15, 6, 1, 5, 2, 8)
+    run = functools.partial(lmul_attention, is_causal=True)
+    out, tangent = jax.jvp(run, (q, k, v), (dq, dk, dv))
+    cotangent = _normal(16, *out.shape)
+    backward = jax.vjp(run, q, k, v)[1](cotangent)
+    left = float(jnp.vdot(tangent, cotangent))
+    right = sum(
+      float(jnp.vdot(g, d)) for g, d in zip(backward, (dq, dk, dv), strict=True)
+    )
+    self.assertAlmostEqual(left, right, delta=1e-4)
+    self.assertGreater(abs(left), 0.1)
+
+  def test_dtype_of_the_query(self):
+    q, k, v = jnp.asarray(_normal(17, 3, 1, 4, 1, 8), jnp.bfloat16)
+    out = lmul_attention(q, k, v)
+    self.assertEqual(out.dtype, jnp.bfloat16)
+    wide = (a.astype(jnp.float32) for a in (q, k, v))
+    wide = lmul_attention(*wide, fmt=formats.bfloat16)
+    np.testing.assert_array_equal(out, wide.astype(jnp.bfloat16))
+
+
+class ErrorsTest(parameterized.TestCase):
+  X = jnp.ones((2, 2))
+
+  @parameterized.parameters(
+    ({'fmt': formats.e2m1}, ValueError, 'fmt=.*float32, bfloat16, e4m3fn'),
+    ({'fmt': 'e4m3fn'}, ValueError, "fmt='e4m3fn'"),
+    ({'mantissa_bits': 0}, ValueError, 'mantissa_bits=0.*1 ... 23'),
+    ({'mantissa_bits': 2.0}, TypeError, 'mantissa_bits=2.0'),
+    (
+      {'fmt': formats.e5m2, 'mantissa_bits': 3},
+      ValueError,
+      'mantissa_bits=3.*1 ... 2 of e5m2',
+    ),
+    ({'reading': 'exact'}, ValueError, "reading='exact'.*integer"),
+  )
+  def test_options(self, options, error, message):
+    for run in (lmul, lmul_dot):
+      with self.assertRaisesRegex(error, message):
+        run(self.X, self.X, **options)
+    x = jnp.ones((1, 2, 1, 2))
+    with self.assertRaisesRegex(error, message):
+      lmul_attention(x, x, x, **options)
+
+  def test_operands(self):
+    with self.assertRaisesRegex(TypeError, 'x has dtype int32'):
+      lmul(jnp.ones(2, jnp.int32), self.X)
+    with self.assertRaisesRegex(ValueError, r'x.shape=\(3,\).*broadcast'):
+      lmul(jnp.ones(3), self.X)
+    with self.assertRaisesRegex(ValueError, r'\(\.\.\., m, k\)'):
+      lmul_dot(self.X, jnp.ones((3, 2)))
+    with self.assertRaisesRegex(ValueError, r'\(\.\.\., m, k\)'):
+      lmul_dot(self.X, jnp.ones(2))
+    with self.assertRaisesRegex(ValueError, 'broadcast'):
+      lmul_dot(jnp.ones((2, 2, 2)), jnp.ones((3, 2, 2)))
+
+  def test_attention(self):
+    x = jnp.ones((1, 4, 2, 8))
+    with self.assertRaisesRegex(ValueError, 'add axes'):
+      lmul_attention(x[0], x, x)
+    with self.assertRaisesRegex(ValueError, 'repeat them'):
+      lmul_attention(x, x[:, :, :1], x[:, :, :1])
+    with self.assertRaisesRegex(TypeError, 'mask.dtype'):
+      lmul_attention(x, x, x, mask=jnp.ones((4, 4)))
+    with self.assertRaisesRegex(ValueError, 'mask.shape'):
+      lmul_attention(x, x, x, mask=jnp.ones((3, 4), bool))
+
+
+if __name__ == '__main__':
+  absltest.main()
