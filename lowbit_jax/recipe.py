@@ -194,12 +194,18 @@ class QuantSpec:
 class Quantizer(Protocol):
   """Anything else that quantizes, as a hashable value.
 
-  Its own derivative is its straight-through rule.
+  Its own derivative is its rule. `is_straight_through` may be missing, which
+  counts as false.
   """
 
   @property
   def needs_key(self) -> bool:
     """Whether it draws random bits."""
+    ...
+
+  @property
+  def is_straight_through(self) -> bool:
+    """Whether its derivative is the identity, so that none is taken."""
     ...
 
   def __call__(self, x, axis: int, key) -> Any:
@@ -257,6 +263,11 @@ class Recipe:
       are: the derivative of quantization-aware training. Both save codes
       instead of numbers. Blocks along one axis cannot serve the other, so
       'forward' needs tiles, or scales of whole tensors or rows.
+    center: whether x is taken relative to its mean over all tokens of a call,
+      x w = (x - m) w + m w with the row m w in high precision, in forward and
+      backward products alike. Features whose mean is far from zero, as behind a
+      GELU, then no longer fix the scales of their blocks. The rounding of a
+      token depends on the others of its batch.
     switches: ((fraction, recipe), ...) in ascending order: from that fraction
       of the training on another recipe takes over, see `at`.
 
@@ -273,6 +284,7 @@ class Recipe:
   dgrad: GemmSpec = GemmSpec()
   wgrad: GemmSpec = GemmSpec()
   residuals: str = 'high_precision'
+  center: bool = False
   switches: tuple[tuple[float, 'Recipe'], ...] = ()
 
   def __post_init__(self):
@@ -299,6 +311,12 @@ class Recipe:
           "residuals='requantized' saves what the forward product used, which"
           ' is rotated; drop fwd.hadamard'
         )
+    lhs = self.fwd.lhs
+    if self.center and isinstance(lhs, QuantSpec) and lhs.tensor_scaling:
+      raise ValueError(
+        'center=True with tensor_scaling on fwd.lhs: the magnitude that is held'
+        ' is that of x, not of its distance from the mean; drop one of them'
+      )
     starts = [start for start, _ in self.switches]
     if starts != sorted(starts) or not all(0 < s <= 1 for s in starts):
       raise ValueError(
@@ -329,7 +347,9 @@ class Recipe:
 
   def forward_only(self) -> 'Recipe':
     """The same forward product with a derivative in high precision."""
-    return Recipe(f'{self.name}, forward only', fwd=self.fwd)
+    return Recipe(
+      f'{self.name}, forward only', fwd=self.fwd, center=self.center
+    )
 
 
 @dataclasses.dataclass(frozen=True)

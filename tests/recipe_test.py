@@ -168,6 +168,14 @@ class RefusalTest(parameterized.TestCase):
       lambda: QuantSpec(formats.mxfp4, tensor_scaling=TensorScaling()),
       'needs a format with a tensor scale',
     ),
+    (
+      lambda: Recipe(
+        'a',
+        GemmSpec(QuantSpec(formats.nvfp4, tensor_scaling=TensorScaling())),
+        center=True,
+      ),
+      'center=True with tensor_scaling',
+    ),
     (lambda: TensorScaling(window=0), 'window=0'),
     (lambda: TensorScaling(window=4, every=2), 'use every=1'),
     (lambda: Policy(None, last=2), 'needs blocks='),

@@ -6,7 +6,8 @@ With x (M, K), w (K, N) and Q_s the quantizer of site s of a `Recipe`,
   dx = Q(dy) Q(w)^T       dgrad, times the derivative of fwd's quantizer of x
   dw = Q(x)^T Q(dy)       wgrad, times the derivative of fwd's quantizer of w
 
-each quantizer in blocks along the axis that its product reduces. A Hadamard
+each quantizer in blocks along the axis that its product reduces. With
+`Recipe.center`, x here is its distance from the mean of the tokens. A Hadamard
 rotation R of both operands along that axis cancels, (a R)(R^T b) = a b, before
 rounding. Products accumulate in float32; tensor scales and the inverse of
 prescales multiply the float32 result, so that operands stay exact in bfloat16.
@@ -122,8 +123,19 @@ def qdot(
   call = _Call(recipe, precision, implementation)
   key = key if recipe.needs_key else None
   rows = x.reshape(-1, x.shape[-1])
-  y = _compiled(call, rows, w, key, tuple(tensor_amax))
+  product = functools.partial(
+    _compiled, call, w=w, key=key, tensor_amax=tuple(tensor_amax)
+  )
+  y = _centered(product, rows, w, precision) if recipe.center else product(rows)
   return y.reshape(*x.shape[:-1], w.shape[1])
+
+
+def _centered(product, x, w, precision) -> jax.Array:
+  """(x - m) w + m w with m the mean of the rows, the second in float32."""
+  mean = jnp.mean(x, axis=0, keepdims=True, dtype=jnp.float32)
+  y = product((x - mean).astype(x.dtype))
+  row = jnp.matmul(mean, w.astype(jnp.float32), precision=precision)
+  return (y + row).astype(y.dtype)
 
 
 def matrices(lhs, rhs, dimension_numbers):
@@ -202,9 +214,11 @@ def _forward(call: _Call, x, w, key, tensor_amax):
     if _has_derivative(spec):
       simulate = functools.partial(_simulated, spec, axis, k)
       operand, pull = jax.vjp(simulate, t)
-    elif spec is not None:
+    elif isinstance(spec, QuantSpec):
       operand = _quantized(t, spec, axis, k, None if gemm.hadamard else amax)
       operand = operand.packed() if saves else operand
+    elif spec is not None:
+      operand = spec(t, axis, k)
     operands.append(operand)
     pulls.append(pull)
   dtype = jnp.promote_types(x.dtype, w.dtype)
@@ -371,7 +385,7 @@ def _has_derivative(spec) -> bool:
   """Whether a quantizer's derivative is more than the identity."""
   if isinstance(spec, QuantSpec):
     return spec.backward != 'identity'
-  return spec is not None
+  return spec is not None and not getattr(spec, 'is_straight_through', False)
 
 
 def _prescale(spec) -> float:

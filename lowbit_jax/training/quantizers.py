@@ -282,6 +282,60 @@ class OutlierCompensated:
 
 
 @dataclasses.dataclass(frozen=True)
+class RowScaled(_Deterministic):
+  """A block format with one more scale c for each row, by least squares.
+
+    x_hat = q(c x) / c,  c = 2^(i / candidates),  0 <= i < candidates
+
+  with q to nearest and i the one of the least squared error along `axis`. Where
+  the scales of blocks are powers of two, c decides where in its binade the row
+  lies. Codes and block scales are those of the format; c does not vary along
+  the axis that a product reduces, so that its inverse multiplies the result.
+  dx = g.
+
+  Attributes:
+    inner: a `QuantSpec` that rounds to nearest, straight through.
+    candidates: values of c within a factor of two.
+  """
+
+  inner: QuantSpec
+  candidates: int = 4
+
+  def __post_init__(self):
+    spec = self.inner
+    if not isinstance(spec, QuantSpec):
+      raise TypeError(f'inner={spec!r} must be a QuantSpec')
+    plain = spec.rounding == 'nearest_even' and spec.backward == 'identity'
+    if not plain or spec.fmt.is_tile or spec.prescale != 1:
+      raise ValueError(
+        f'inner={spec} must round to nearest with backward="identity", no'
+        ' prescale, and blocks along one axis'
+      )
+    if not isinstance(self.candidates, int) or self.candidates < 2:
+      raise ValueError(f'candidates={self.candidates!r} must be an int above 1')
+
+  @property
+  def is_straight_through(self) -> bool:
+    return True
+
+  def __call__(self, x, axis: int = -1, key=None) -> jax.Array:
+    del key
+    x, dtype = _widened(x)
+    t = lax.stop_gradient(x)
+    best = least = None
+    for i in range(self.candidates):
+      c = jnp.float32(2.0 ** (i / self.candidates))
+      y = apply(self.inner, t * c, axis) * (1 / c)
+      error = jnp.sum(jnp.square(y - t), axis, keepdims=True)
+      if best is None:
+        best, least = y, error
+      else:
+        best = jnp.where(error < least, y, best)
+        least = jnp.minimum(error, least)
+    return _straight(best, x).astype(dtype)
+
+
+@dataclasses.dataclass(frozen=True)
 class FixedPoint:
   """Fixed point without a scale: multiples of 2^-f on [-2^(i-1), 2^(i-1) -
   2^-f].

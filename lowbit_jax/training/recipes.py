@@ -98,11 +98,11 @@ def _mxfp4_sr_rht() -> Recipe:
 
 
 def _mxfp4_rotated() -> Recipe:
-  """Ours: MXFP4 at all six sites, every product rotated with random signs.
+  """MXFP4 at all six sites, every product rotated with fixed random signs.
 
   What is rounded to nearest takes the better of the neighbouring scales
   ('mse'), gradients are rounded stochastically under scales that never
-  saturate. The rotation of the forward product closes most of the gap.
+  saturate.
   """
   nearest = _spec('mxfp4', 'mse')
   gradient = _spec('mxfp4', 'rceil', rounding='stochastic')
@@ -112,6 +112,24 @@ def _mxfp4_rotated() -> Recipe:
     GemmSpec(gradient, nearest, 32, 'fixed'),
     GemmSpec(nearest, gradient, 32, 'fixed'),
   )
+
+
+def _mxfp4_centered() -> Recipe:
+  """As mxfp4_rotated, activations relative to their mean over the tokens."""
+  return dataclasses.replace(_mxfp4_rotated(), center=True)
+
+
+def _mxfp4_row_scaled() -> Recipe:
+  """As mxfp4_rotated, with a float32 scale for each token and each output in
+  the forward product, applied to its result."""
+  scaled = quantizers.RowScaled(_spec('mxfp4', 'mse'))
+  forward = GemmSpec(scaled, scaled, 32, 'fixed')
+  return dataclasses.replace(_mxfp4_rotated(), fwd=forward)
+
+
+def _mxfp4_lowbit() -> Recipe:
+  """Ours: mxfp4_rotated with centered activations and row scales."""
+  return dataclasses.replace(_mxfp4_row_scaled(), center=True)
 
 
 def _mxfp4_nv() -> Recipe:
@@ -338,6 +356,9 @@ _RECIPES = {
   'mxfp4_forward': _mxfp4_forward,
   'mxfp4_sr_rht': _mxfp4_sr_rht,
   'mxfp4_rotated': _mxfp4_rotated,
+  'mxfp4_centered': _mxfp4_centered,
+  'mxfp4_row_scaled': _mxfp4_row_scaled,
+  'mxfp4_lowbit': _mxfp4_lowbit,
   'mxfp4_nv': _mxfp4_nv,
   'mxfp4_bwd': _mxfp4_bwd,
   'nvfp4': _nvfp4,

@@ -40,6 +40,8 @@ def quantized(t, spec, axis: int, key):
   """A site's values in float64, by the public fake_quant."""
   if spec is None:
     return np.asarray(t, np.float64)
+  if not isinstance(spec, QuantSpec):
+    return np.asarray(spec(t, axis, key), np.float64)
   axis = (axis, 1 - axis) if spec.fmt.is_tile else axis
   options = {
     'axis': axis,
@@ -101,11 +103,42 @@ def assert_products(recipe: Recipe, x, w, dy):
 class DefinitionTest(parameterized.TestCase):
   @parameterized.parameters(
     'mxfp4_sr_rht', 'mxfp4_nv', 'mxfp4_bwd', 'nvfp4', 'fp8_current',
-    'fp8_block', 'switchback', 'mxfp4_rotated',
+    'fp8_block', 'switchback', 'mxfp4_rotated', 'mxfp4_row_scaled',
   )  # fmt: skip
   def test_recipes(self, name):
     recipe = recipes.get(name)
     assert_products(recipe, data(M, K), data(K, N, seed=1), data(M, N, seed=2))
+
+  def test_centered(self):
+    recipe = recipes.get('mxfp4_lowbit')
+    x, w, dy = data(M, K) + 1, data(K, N, seed=1), data(M, N, seed=2)
+    mean = np.asarray(jnp.mean(x, 0, keepdims=True), np.float64)
+    centered, wide = x - jnp.mean(x, 0, keepdims=True), np.float64(w)
+    y, dx, dw = run(recipe, x, w, dy)
+
+    want, size = product(recipe.fwd, 0, centered, 1, w, 0)
+    bound = (K + 8) * U * (size + np.abs(mean) @ np.abs(wide))
+    np.testing.assert_array_less(np.abs(y - (want + mean @ wide)), bound)
+
+    total = np.asarray(dy, np.float64).sum(0, keepdims=True)
+    want, size = product(recipe.wgrad, 2, centered, 0, dy, 0)
+    bound = (M + 8) * U * (size + np.abs(mean).T @ np.sum(np.abs(dy), 0)[None])
+    np.testing.assert_array_less(np.abs(dw - (want + mean.T @ total)), bound)
+
+    g, size = product(recipe.dgrad, 1, dy, 1, w, 1)
+    want = g - g.mean(0) + total @ wide.T / M
+    size = size + size.mean(0) + np.abs(total) @ np.abs(wide).T / M
+    bound = (M + N + 8) * U * size
+    np.testing.assert_array_less(np.abs(dx - want), bound)
+
+  def test_centering_helps_where_the_mean_is_large(self):
+    x, w = data(M, K) + 4, data(K, N, seed=1)
+    exact = np.float64(x) @ np.float64(w)
+    errors = [
+      np.linalg.norm(lowbit.qdot(x, w, recipes.get(name), key=KEY) - exact)
+      for name in ('mxfp4_centered', 'mxfp4_rotated')
+    ]
+    self.assertLess(errors[0], 0.5 * errors[1])
 
   def test_signs_of_every_call(self):
     spec = QuantSpec(formats.mxfp4, 'rceil')

@@ -20,6 +20,7 @@ from lowbit_jax.training.quantizers import (
   OutlierCompensated,
   Quartet,
   Quest,
+  RowScaled,
   Sign,
 )
 
@@ -34,6 +35,7 @@ EVERY = (
   Quartet(),
   Quest(),
   OutlierCompensated(MXFP4),
+  RowScaled(MXFP4),
   FixedPoint(3, 4),
   FixedPoint(3, 4, 'nearest_even'),
   MicroScaling(rounding='stochastic'),
@@ -259,6 +261,30 @@ class OutlierCompensatedTest(parameterized.TestCase):
     self.assertLess(better, 0.8 * plain)
 
 
+class RowScaledTest(parameterized.TestCase):
+  def test_takes_the_best_candidate_of_each_row(self):
+    x = normal((16, 64), 14)
+    y, dx = pulled_back(RowScaled(MXFP4, 3), x, x)
+    np.testing.assert_array_equal(dx, x)
+    scales = np.float32(2.0 ** (np.arange(3) / 3))
+    every = np.stack([quantizers.apply(MXFP4, x * c) / c for c in scales])
+    errors = np.sum((every.astype(np.float64) - x) ** 2, -1)
+    self.assertGreater(len(set(errors.argmin(0))), 1)
+    got = np.sum((np.asarray(y, np.float64) - x) ** 2, -1)
+    np.testing.assert_allclose(got, errors.min(0), rtol=1e-5)
+
+  def test_does_not_depend_on_where_in_a_binade_the_data_lies(self):
+    x = normal((256, 32), 15)
+    errors = [
+      np.mean((RowScaled(MXFP4, 8)(x * c) / c - x) ** 2)
+      for c in np.float32([1, 1.25, 1.5, 1.75])
+    ]
+    self.assertLess(max(errors) / min(errors), 1.02)
+    self.assertLess(
+      max(errors), 0.9 * np.mean((quantizers.apply(MXFP4, x) - x) ** 2)
+    )
+
+
 class FixedPointTest(parameterized.TestCase):
   def test_lattice_and_saturation(self):
     x = np.float32([-9, -4, -0.3, 0.26, 3.7, 3.8, 9])
@@ -333,6 +359,13 @@ class ArgumentsTest(parameterized.TestCase):
     (lambda: OutlierCompensated(None), TypeError, 'inner=None'),
     (lambda: OutlierCompensated('mxfp4'), TypeError, 'inner='),
     (lambda: OutlierCompensated(MXFP4, 99), ValueError, 'quantile=99'),
+    (lambda: RowScaled(None), TypeError, 'inner=None'),
+    (
+      lambda: RowScaled(QuantSpec(formats.mxfp4, rounding='stochastic')),
+      ValueError,
+      'round to nearest',
+    ),
+    (lambda: RowScaled(MXFP4, 1), ValueError, 'candidates=1'),
     (lambda: FixedPoint(20, 8), ValueError, '1..24'),
     (lambda: FixedPoint(3, 2, 'up'), ValueError, "rounding='up'"),
     (lambda: FixedPoint(3, 2)(np.float32([1])), ValueError, 'needs key'),
