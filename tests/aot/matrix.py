@@ -43,10 +43,10 @@ _BLOCK_MODES = {
 
 def _spills(out) -> str:
   """The verdict on what `gpu_report` returned; a reason is passed through."""
-  if out is None or isinstance(out, str):
-    return out or YES
+  if isinstance(out, str):
+    return out
   _, report = out
-  spilled = max(report['spill_stores'], 0) + max(report['spill_loads'], 0)
+  spilled = report['spill_stores'] + report['spill_loads']
   return f'FAILED: {spilled} bytes of spills' if spilled else YES
 
 

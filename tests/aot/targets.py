@@ -94,6 +94,9 @@ def gpu_report(target: str, f, *arguments) -> tuple[str, dict[str, int]]:
   Returns:
     PTX, and {'registers', 'spill_stores', 'spill_loads'}: the largest of each
     over the kernels of `f`.
+
+  Raises:
+    RuntimeError: if `ptxas` did not report each of them.
   """
   with tempfile.TemporaryDirectory() as directory:
     dump = {
@@ -113,7 +116,13 @@ def gpu_report(target: str, f, *arguments) -> tuple[str, dict[str, int]]:
     log = '\n'.join(p.read_text() for p in files if p.suffix == '.ptxas')
 
   def largest(pattern: str) -> int:
-    return max((int(n) for n in re.findall(pattern, log)), default=-1)
+    found = [int(n) for n in re.findall(pattern, log)]
+    if not found:
+      raise RuntimeError(
+        f'ptxas reported no {pattern!r}: nothing is known about the registers'
+        ' of this kernel; one that a process compiles twice is reported once'
+      )
+    return max(found)
 
   return ptx, {
     'registers': largest(r'Used (\d+) registers'),
