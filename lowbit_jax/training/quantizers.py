@@ -322,16 +322,13 @@ class RowScaled(_Deterministic):
     del key
     x, dtype = _widened(x)
     t = lax.stop_gradient(x)
-    best = least = None
+    best, least = t, jnp.float32(jnp.inf)
     for i in range(self.candidates):
       c = jnp.float32(2.0 ** (i / self.candidates))
       y = apply(self.inner, t * c, axis) * (1 / c)
       error = jnp.sum(jnp.square(y - t), axis, keepdims=True)
-      if best is None:
-        best, least = y, error
-      else:
-        best = jnp.where(error < least, y, best)
-        least = jnp.minimum(error, least)
+      best = jnp.where(least <= error, best, y)
+      least = jnp.minimum(error, least)
     return _straight(best, x).astype(dtype)
 
 
