@@ -1,7 +1,7 @@
 """Low-bit numerics for JAX: exact formats, honest gradients, packed storage.
 
 Submodules that need Flax, or that most programs do not use, load on first use:
-`nn`, `training`, `doctor`, `special`, `testing`.
+`nn`, `training`, `doctor`, `search`, `special`, `testing`.
 """
 
 import importlib
@@ -39,7 +39,7 @@ from lowbit_jax.recipe import Recipe as Recipe
 
 __version__ = '0.1.0'
 
-_LAZY = ('doctor', 'nn', 'special', 'testing', 'training')
+_LAZY = ('doctor', 'nn', 'search', 'special', 'testing', 'training')
 
 
 def __getattr__(name: str):
