@@ -24,7 +24,7 @@ import lm_trainer
 _RECIPES = flags.DEFINE_list(
   'recipes',
   ['mxfp8', 'mxint8', 'nvfp4', 'nvfp4_rtn', 'mxfp4_rtn', 'mxfp4_sr_rht',
-   'mxfp4_rotated'],
+   'mxfp4_rotated', 'mxfp4_lowbit'],
   'Recipes to compare with float32.',
 )  # fmt: skip
 _SEEDS = flags.DEFINE_list('seeds', ['0', '1', '2'], 'Seeds.')
