@@ -141,21 +141,13 @@ class Job(NamedTuple):
   elements: Elements
   rounding: Rounding
 
-  def scaled(self, elements: Elements) -> jax.Array:
-    """What is rounded: elements over their scales, with their dither."""
-    _, fmt, scales, _, _ = self
-    y = _scaled(elements.x, self.blocks, fmt, scales.scale, scales.tensor_scale)
-    return y if elements.offset is None else y + elements.offset
-
-  def rule(self, elements: Elements):
-    """The rounding rule."""
-    how = self.rounding
-    return _rounding.rule(how.rounding, elements.random, how.random_bits)
-
   def codes(self, elements: Elements) -> jax.Array:
     """Element codes, unpacked."""
-    fmt, scales = self.fmt, self.scales
-    y, rule = self.scaled(elements), self.rule(elements)
+    _, fmt, scales, _, how = self
+    rule = _rounding.rule(how.rounding, elements.random, how.random_bits)
+    y = _scaled(elements.x, self.blocks, fmt, scales.scale, scales.tensor_scale)
+    if elements.offset is not None:
+      y = y + elements.offset
     if scales.zero_point is None:
       return codec.encode(y, spec(fmt.element), rule)
     # round(x / s) + z, not round(x / s + z): they differ at ties.
@@ -169,13 +161,10 @@ class Job(NamedTuple):
     Args:
       scales: those to multiply by, None for the ones of the quantization.
     """
-    elements, element = self.elements, spec(self.fmt.element)
-    if self.scales.zero_point is None:
-      y = codec.rounded(self.scaled(elements), element, self.rule(elements))
-    else:
-      y = codec.decode(self.codes(elements), element)
+    codes = self.codes(self.elements)
+    offset = self.elements.offset
     scales = self.scales if scales is None else scales
-    return _rescaled(y, self.fmt, scales, elements.offset, self.blocks)
+    return _decode(codes, self.fmt, scales, offset, self.blocks)
 
   def packed(self) -> jax.Array:
     """Packed codes in the shape of the padded array.
@@ -281,8 +270,9 @@ def _scaled(y, blocks: Blocks, fmt: BlockFormat, scale, tensor_scale):
   return block.scaled(y, _scaling.inverse_factors(scale, fmt, outer))
 
 
-def _rescaled(y, fmt, scales: 'Scales', offset, blocks: Blocks):
-  """Element values without their dither and times their scales."""
+def _decode(codes, fmt, scales: 'Scales', offset, blocks: Blocks):
+  """Values of codes in the shape of the view."""
+  y = codec.decode(codes, spec(fmt.element))
   if offset is not None:
     y = y - offset
   if scales.zero_point is not None:
@@ -319,13 +309,13 @@ def _tensor_scale(blocks, amax, fmt, rule, given):
     scale = _scaling.tensor_scale_from(top, fmt)
     return jnp.where(top >= fb.INF, math.nan, scale).reshape(ones)
 
-  top = jnp.max(amax, initial=0)
-
-  def finite():
+  def finite_max():
     b = _scaling.magnitude_bits(blocks.view)
-    return jnp.max(jnp.where(b < fb.INF, b, 0), initial=0)
+    return _scaling.block_max(jnp.where(b < fb.INF, b, 0), blocks.inner)
 
-  top = jax.lax.cond(top < fb.INF, lambda: top, finite)
+  all_finite = jnp.all(amax < fb.INF)
+  finite = jax.lax.cond(all_finite, lambda: amax, finite_max)
+  top = jnp.max(finite, initial=0)
   return _scaling.tensor_scale_from(top, fmt).reshape(ones)
 
 
@@ -395,7 +385,8 @@ def _best(blocks: Blocks, fmt: BlockFormat, options, tensor_scale):
 
 def _squared_error(blocks: Blocks, fmt: BlockFormat, scale, tensor_scale):
   y = _scaled(blocks.view, blocks, fmt, scale, tensor_scale)
-  y = codec.rounded(y, spec(fmt.element))
-  y = _rescaled(y, fmt, Scales(scale, tensor_scale, None), None, blocks)
+  element = spec(fmt.element)
+  codes = codec.encode(y, element)
+  y = _decode(codes, fmt, Scales(scale, tensor_scale, None), None, blocks)
   error = jnp.square(y - blocks.view)
   return jnp.sum(error, axis=blocks.inner, keepdims=True)
