@@ -321,9 +321,25 @@ def samples(target: Target, points: int = 40, dense: int = 1000) -> fit.Samples:
   for count in (dense, points):
     z = polish.chebyshev(interval, count).astype(np.float64)
     p = reference(z)
+    _check_symmetry(target, z, p)
     _check_zeros(target, z, p)
     result.append([v.astype(np.float64) for v in (z, p, weight(z, p))])
   return fit.Samples(*result[1], *result[0])
+
+
+def _check_symmetry(target, z, p):
+  """At a few points, that the core at -x is the core at x."""
+  if not (_squared(target) and target.interval[0] < 0):
+    return
+  few = slice(None, None, max(len(z) // 8, 1))
+  other = polish.extended(lambda z: _core(target, z, -1))(z[few])
+  wrong = abs(other - p[few]) > 1e-12 * abs(p[few])
+  if wrong.any():
+    raise ValueError(
+      f'{target.name} has no parity={target.parity!r} with offset='
+      f'{target.offset} at x=+-{np.sqrt(z[few][wrong][0]):.6g}; correct them,'
+      f' or use interval=(0, {target.interval[1]})'
+    )
 
 
 def _check_zeros(target, z, p):
@@ -354,13 +370,13 @@ def core_reference(target: Target) -> Callable[[np.ndarray], np.ndarray]:
   return polish.extended(lambda z: _core(target, z))
 
 
-def _core(target, z):
-  f = _without_factor(target, z, 1)
+def _core(target, z, sign=1):
+  f = _without_factor(target, z, sign)
   if target.offset == 0:
     return f
   mpmath = certify.import_mpmath()
   with mpmath.workdps(_DIGITS):
-    x = _variable(target, z, mpmath.sqrt)
+    x = sign * _variable(target, z, mpmath.sqrt)
     return f - target.offset * (1 / x if _product(target) else x)
 
 

@@ -221,6 +221,14 @@ class TargetsTest(parameterized.TestCase):
     with self.assertRaisesRegex(ValueError, message):
       targets.samples(_mine(exact=exact, interval=interval))
 
+  @parameterized.parameters('even', 'odd')
+  def test_refuses_a_parity_that_is_none(self, parity):
+    target = _mine(parity=parity, interval=(-1.0, 1.0))
+    with self.assertRaisesRegex(ValueError, f"mine has no parity='{parity}'"):
+      targets.samples(target)
+    half = dataclasses.replace(target, interval=(0.0, 1.0))
+    targets.samples(dataclasses.replace(half, offset=1.0), dense=9)
+
   def test_refuses_a_zero_inside_with_parity(self):
     target = _mine(exact=mpmath.sin, interval=(-4.0, 4.0), parity='odd')
     with self.assertRaisesRegex(ValueError, 'near x=3.14'):
