@@ -2,6 +2,6 @@
 
 `program` has straight-line programs as values, `targets` the functions they
 are to be, `fit` the constants of many at once, `polish` their last digits,
-`certify` the error of a compiled function over every float32 input, `timing`
-which of two compiled functions is faster.
+`certify` the error of a compiled function over every float32 input, `emit` its
+source code in Python and C, `timing` which of two compiled functions is faster.
 """

@@ -154,12 +154,14 @@ class Sweep:
   results: np.ndarray
 
 
-def compile_chunk(fn: Callable) -> jax.stages.Compiled:
+def compile_chunk(fn: 'Callable | Native') -> 'jax.stages.Compiled | Native':
   """The executable that a sweep calls, of float32 (2^22,).
 
   Raises:
     TypeError: if the result is not float32 of that shape.
   """
+  if isinstance(fn, Native):
+    return fn
   shape = jax.ShapeDtypeStruct((CHUNK,), np.float32)
   lowered = jax.jit(fn).lower(shape)
   out = lowered.out_info
@@ -182,8 +184,8 @@ def sweep(
   """Errors of a function on the float32 numbers from lo to hi.
 
   Args:
-    fn: from float32 (N,) to float32 (N,), traceable, or the executable that
-      `compile_chunk` made of one.
+    fn: from float32 (N,) to float32 (N,), traceable, or `Native`, or the
+      executable that `compile_chunk` made of one.
     reference: the function in NumPy, from float64 to float64, with an error of
       an ulp of float64 or so.
     lo: first input, rounded to float32.
@@ -331,6 +333,24 @@ class Environment:
     )
 
 
+@dataclasses.dataclass(frozen=True)
+class Native:
+  """A function that is not XLA's, such as one in C, to measure like those.
+
+  Attributes:
+    call: from float32 (N,) to float32 (N,), of NumPy.
+    environment: where it runs, with what compiled it.
+    fingerprint: hash of its code, in place of one of HLO.
+  """
+
+  call: Callable[[np.ndarray], np.ndarray]
+  environment: Environment
+  fingerprint: str
+
+  def __call__(self, x: np.ndarray) -> np.ndarray:
+    return self.call(x)
+
+
 def _instruction_set() -> str:
   """The machine and the extensions that decide about vectors and FMA."""
   try:
@@ -356,8 +376,10 @@ _INCIDENTAL = re.compile(
 )
 
 
-def fingerprint(compiled: jax.stages.Compiled) -> str:
+def fingerprint(compiled: jax.stages.Compiled | Native) -> str:
   """SHA-256 of the optimised HLO, without what stands for the source alone."""
+  if isinstance(compiled, Native):
+    return compiled.fingerprint
   text = _INCIDENTAL.sub('', compiled.as_text() or '')
   names: dict[str, str] = {}
   text = re.sub(
@@ -500,7 +522,7 @@ def certify(
   """Measures a function, and vouches for its error if that is within a bound.
 
   Args:
-    fn: from float32 (N,) to float32 (N,), traceable.
+    fn: from float32 (N,) to float32 (N,), traceable, or `Native`.
     name: of the function.
     reference: the function in NumPy, from float64 to float64.
     exact: the same of mpmath numbers; it is evaluated with 60 digits.
@@ -545,9 +567,15 @@ def certify(
     mean_ulp=result.mean_ulp,
     n_exact=len(result.worst),
     edges=tuple((_hex32(x), _hex32(y)) for x, y in edges),
-    environment=Environment.current(),
+    environment=_environment(compiled),
     hlo=fingerprint(compiled),
   )
+
+
+def _environment(compiled) -> Environment:
+  if isinstance(compiled, Native):
+    return compiled.environment
+  return Environment.current()
 
 
 def _hex32(value: float) -> str:
@@ -637,7 +665,7 @@ def check(
 
 def _changes(certificate: Certificate, compiled) -> str:
   then = dataclasses.asdict(certificate.environment)
-  now = dataclasses.asdict(Environment.current())
+  now = dataclasses.asdict(_environment(compiled))
   changes = [f'{k} {then[k]} -> {now[k]}' for k in now if then[k] != now[k]]
   if certificate.hlo != fingerprint(compiled):
     changes.append('the optimised HLO')

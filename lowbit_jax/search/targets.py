@@ -9,11 +9,12 @@ Symmetry halves the work, so a program stands for a core p of z:
 
 'root' is for functions with a zero at 0, whose relative error needs the factor.
 An error of the core is weighted so that it counts as the error of f it causes.
-Everything here is NumPy and mpmath; JAX is not touched.
+Everything here is NumPy and mpmath, but for wrappers: no mode of JAX changes.
 """
 
 import ast
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -22,6 +23,7 @@ import numpy as np
 
 from lowbit_jax.search import certify, fit, polish
 from lowbit_jax.search.program import ADD, MUL, OPS, Program
+from lowbit_pallas.arith import elementary
 
 _DIGITS = 40  # ten more than needed, for what subtracting an offset cancels
 _TINY = 2.0**-60  # stands for z = 0 in quotients by x
@@ -137,13 +139,17 @@ TARGETS = {
     Target(
       'exp',
       lambda x: x.context.exp(x),
-      (-_LN2 / 2, _LN2 / 2),
+      (-0.3466, 0.3466),
+      wrapper=elementary.exp_split,
+      reduced=(-0.3466, 0.3466),
       derivative='f',
     ),
     Target(
       'exp2',
       lambda x: x.context.mpf(2) ** x,
       (0.0, 1.0),
+      wrapper=elementary.exp2_split,
+      reduced=(-0.5, 0.5),
       derivative=f'{_LN2!r} * f',
     ),
     Target(
@@ -165,6 +171,8 @@ TARGETS = {
       lambda x: x.context.log(x, 2),
       (1.0, 2.0),
       weight='abs',
+      wrapper=elementary.log2_split,
+      reduced=(math.sqrt(0.5), math.sqrt(2)),
       derivative=f'{1 / _LN2!r} / x',
     ),
     Target(
@@ -193,6 +201,8 @@ TARGETS = {
       lambda x: x.context.tanh(x),
       (-9.0, 9.0),
       parity='odd',
+      wrapper=functools.partial(elementary.odd_clamp, limit=9.0),
+      reduced=(0.0, 9.0),
       derivative='(1 - f) * (1 + f)',
     ),
     Target(
@@ -209,6 +219,8 @@ TARGETS = {
       lambda x: x.context.erf(x),
       (-4.0, 4.0),
       parity='odd',
+      wrapper=functools.partial(elementary.odd_clamp, limit=4.0),
+      reduced=(0.0, 4.0),
       derivative=f'{2 / math.sqrt(math.pi)!r} * jnp.exp(-x * x)',
     ),
     Target(
