@@ -291,31 +291,35 @@ def canonical(program: Program) -> Program:
 
 def from_graph(output: Node) -> Program:
   """The canonical program of a graph; raises as `canonical`."""
+  order = _topological(output)
   with np.errstate(all='ignore'):
-    program = _number(_simplify(output))
     while True:
-      again = _number(_simplify(to_graph(program)[-1]))
-      if again.rows == program.rows:
+      output, simpler = _simplify(order)
+      program = _number(output)
+      size = len(program.rows) + len(program.constants)
+      if not simpler and size == sum(node.op != X for node in order):
         return program
-      program = again
+      order = to_graph(program)
 
 
 def _topological(output: Node) -> list[Node]:
-  order, seen, stack = [], set(), [(output, False)]
-  while stack:
-    node, done = stack.pop()
-    if done:
-      order.append(node)
-    elif id(node) not in seen:
-      seen.add(id(node))
-      stack.append((node, True))
-      stack.extend((arg, False) for arg in reversed(node.args))
+  order: list[Node] = []
+  seen = {output}
+
+  def visit(node):
+    for arg in node.args:
+      if arg not in seen:
+        seen.add(arg)
+        visit(arg)
+    order.append(node)
+
+  visit(output)
   return order
 
 
-def _simplify(output: Node) -> Node:
-  """A graph with folded constants and merged rows."""
-  order = _topological(output)
+def _simplify(order: list[Node]) -> tuple[Node, bool]:
+  """The last node with folded constants, and whether a row has a new form."""
+  simpler = False
   uses: dict[int, int] = {}
   for node in order:
     for arg in node.args:
@@ -332,13 +336,14 @@ def _simplify(output: Node) -> Node:
       continue
     single = [uses[id(arg)] == 1 for arg in node.args]
     result = _rewrite(node.op, [new[id(a)] for a in node.args], single)
+    simpler |= result.op != node.op
     if result.op >= 0:
       args = [id(a) for a in result.args]
       if result.op in _COMMUTATIVE:
         args[:2] = sorted(args[:2])
       result = known.setdefault((result.op, *args), result)
     new[id(node)] = result
-  return new[id(output)]
+  return new[id(order[-1])], simpler
 
 
 def _constant(value) -> Node:
