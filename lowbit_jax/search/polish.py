@@ -26,6 +26,7 @@ import numpy as np
 from lowbit_jax.search import certify
 
 Model = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
+Weight = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 _LONG = np.longdouble
 _POINTS = 1200  # even, so that no Chebyshev point is the middle of the interval
@@ -114,7 +115,7 @@ def rational_start(
   Returns:
     (m + n + 1,) longdouble, near enough for `minimax` to find the rest.
   """
-  x = _chebyshev(interval, _POINTS)
+  x = chebyshev(interval, _POINTS)
   f, w = _weighted(reference, x, 'rel')
   zeros = np.zeros(m + n + 1, _LONG)
   p = rational(m, 0, parity=parity)(x, zeros[: m + 1])[1]
@@ -161,7 +162,7 @@ def minimax(
   interval: tuple[float, float],
   start,
   *,
-  weight: str = 'rel',
+  weight: str | Weight = 'rel',
 ) -> Fit:
   """Constants with the smallest largest error, near a start.
 
@@ -175,7 +176,8 @@ def minimax(
       makes one from mpmath.
     interval: (lo, hi), finite; the end points themselves are not evaluated.
     start: (K,) numbers or decimal strings.
-    weight: 'rel' divides the error by |f(x)|, 'abs' does not.
+    weight: 'rel' divides the error by |f(x)|, 'abs' does not; or a function of
+      x and f, (N,) both, to what the error is multiplied with, (N,).
 
   Returns:
     The fit; its error is the largest on 16 times as many points as were fitted.
@@ -186,9 +188,9 @@ def minimax(
       or, with 'rel', zero inside, or a start whose error is not finite.
   """
   c = np.array([_LONG(v) for v in start])
-  if weight not in ('rel', 'abs'):
-    raise ValueError(f"weight={weight!r} must be 'rel' or 'abs'")
-  x = _chebyshev(interval, _POINTS)
+  if weight not in ('rel', 'abs') and not callable(weight):
+    raise ValueError(f"weight={weight!r} must be 'rel', 'abs' or a function")
+  x = chebyshev(interval, _POINTS)
   f, w = _weighted(reference, x, weight)
 
   def errors(c):
@@ -217,14 +219,19 @@ def minimax(
       rho /= 4
     if predicted < _GAIN or 0 < gain < _GAIN:
       break
-  fine = _chebyshev(interval, _REPORT * _POINTS)
+  fine = chebyshev(interval, _REPORT * _POINTS)
   f, w = _weighted(reference, fine, weight)
   with np.errstate(all='ignore'):
     error = np.max(np.abs((model(fine, c)[0] - f) * w))
   return Fit(c, float(error), iterations)
 
 
-def _chebyshev(interval, points: int) -> np.ndarray:
+def chebyshev(interval: tuple[float, float], points: int) -> np.ndarray:
+  """Chebyshev points of the first kind, longdouble (points,), increasing.
+
+  Raises:
+    ValueError: if the interval is not finite or empty.
+  """
   lo, hi = (_LONG(v) for v in interval)
   if not (np.isfinite(lo) and np.isfinite(hi) and lo < hi):
     raise ValueError(f'interval={interval} must be finite with lo < hi')
@@ -237,6 +244,8 @@ def _weighted(reference, x, weight):
   if not np.all(np.isfinite(f)):
     at = x[~np.isfinite(f)][0]
     raise ValueError(f'the reference is not finite at x={at}; shrink interval')
+  if callable(weight):
+    return f, np.asarray(weight(x, f), _LONG)
   if weight == 'abs':
     return f, np.ones_like(f)
   if np.any(f == 0):
