@@ -113,7 +113,7 @@ def fit(
   ops: tuple[int, ...],
   steps: int,
   rounds: int = 0,
-  dense: bool = False,
+  dense: str | None = None,
 ) -> Result:
   """Fits the constants of a batch, from where they are.
 
@@ -125,7 +125,8 @@ def fit(
     ops: codes of the operations that occur.
     steps: of Levenberg-Marquardt with the weights of the samples.
     rounds: of Lawson with two further steps each.
-    dense: whether to compute the error on the dense points.
+    dense: arithmetic in which the error on the dense points is taken: None not
+      at all, 'float64', or 'float32' with constants and points rounded to it.
 
   Returns:
     The result, NumPy arrays.
@@ -343,8 +344,9 @@ def _fit_chunk(rows, c, samples, ops, steps, rounds, dense):
   lawson = np.r_[np.zeros(steps, bool), np.tile([True, False], rounds)]
   state, _ = lax.scan(step, state, lawson)
   c, _, _, error = state[1]
-  if not dense:
+  if dense is None:
     return c, error, jnp.full_like(error, jnp.nan)
-  y, _ = evaluate(rows, c, samples.dense_x, ops, tangents=False)
+  judged = (v.astype(dense) for v in (c, samples.dense_x))
+  y, _ = evaluate(rows, *judged, ops, tangents=False)
   dense_e = (y - samples.dense_f[:, None]) * samples.dense_w[:, None]
   return c, error, _largest(dense_e)
