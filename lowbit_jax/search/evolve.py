@@ -21,7 +21,7 @@ import numpy as np
 
 from lowbit_jax.search import archive as archives
 from lowbit_jax.search import fit as fitting
-from lowbit_jax.search import polish, targets, variation
+from lowbit_jax.search import polish, speed, targets, variation
 from lowbit_jax.search import program as programs
 from lowbit_jax.search.archive import Archive, Entry
 from lowbit_jax.search.program import Program
@@ -35,6 +35,7 @@ _DENSE = 300
 _REFITS = 6  # of one structure, over the whole run
 _KEPT_STARTS = 2  # of those from inherited constants
 _POPULATION = 64  # of NSGA-II
+_MEASURED = 4  # new structures of a step whose time is measured
 _SCREEN = (32, 24)  # starts and steps of the first look at a shrunk program
 _SHRUNK = 6  # programs that pass it
 _STARTS, _STEPS = 384, 150  # of their fits
@@ -52,7 +53,9 @@ class Search:
     objective: what is traded against each other: 'operations' their number and
       the error over the reals; 'ulp' their number and the error in units in the
       last place when every operation rounds to float32; 'time' the same error
-      and `program.weighted_cost`, which `speed.finalists` replaces by time.
+      and, for programs within the bound, measured time, see `speed`; for those
+      beyond it the estimate `program.weighted_cost`.
+    bound: of 'time', in ULP.
     batch: children of a step.
     select: parents come from all buckets of the archive ('archive') or from a
       population under NSGA-II ('nsga2'), or children are random ('random').
@@ -62,6 +65,7 @@ class Search:
     points: on which constants are fitted.
     steps: of Levenberg-Marquardt.
     rounds: of Lawson's reweighting.
+    seed: of all choices.
 
   Raises:
     ValueError: for an unknown operation, objective or selection, or a size that
@@ -73,6 +77,7 @@ class Search:
   rows: int = 10
   constants: int = 5
   objective: str = 'operations'
+  bound: float = 1.0
   batch: int = 512
   select: str = 'archive'
   pairs: bool = True
@@ -81,6 +86,7 @@ class Search:
   points: int = 40
   steps: int = 24
   rounds: int = 6
+  seed: int = 0
 
   def __post_init__(self):
     programs.op_codes(self.ops)
@@ -98,6 +104,7 @@ class Search:
       ('steps', 1),
       ('rounds', 0),
       ('shrink_every', 0),
+      ('seed', 0),
     ):
       if getattr(self, name) < least:
         raise ValueError(
@@ -118,7 +125,7 @@ class Search:
     return dataclasses.replace(self.target, weight='ulp32')
 
   def cost(self, program: Program) -> float:
-    """What the objective counts of a core."""
+    """What the objective counts of a core, before time is measured."""
     if self.objective == 'time':
       return programs.weighted_cost(program)
     return float(programs.operations(program))
@@ -131,6 +138,7 @@ class State(NamedTuple):
     archive: the best programs at every cost.
     population: parents of 'nsga2', else empty.
     seen: how often a structure was fitted, by its hash.
+    times: measured cost of a structure, by its hash; of 'time', else empty.
     rng: state of the generator.
     generation: steps so far.
     fits: programs fitted so far.
@@ -139,25 +147,25 @@ class State(NamedTuple):
   archive: Archive
   population: tuple[Entry, ...]
   seen: Mapping[int, int]
+  times: Mapping[int, float]
   rng: Mapping[str, Any]
   generation: int
   fits: int
 
 
-def init(search: Search, seed: int, island: int = 0) -> State:
+def init(search: Search, island: int = 0) -> State:
   """The state that knows x * c and x + c, fitted.
 
   Args:
     search: the problem.
-    seed: of all choices.
-    island: number of this one among several with the same seed.
+    island: number of this one among several of the same search.
 
   Raises:
     ImportError: without mpmath.
     ValueError: if the target is not finite on its interval, see
       `targets.samples`.
   """
-  sequence = np.random.SeedSequence(seed, spawn_key=(island,))
+  sequence = np.random.SeedSequence(search.seed, spawn_key=(island,))
   rng = np.random.default_rng(sequence)
   ops = search.limits.ops
   first = [op for op in (programs.MUL, programs.ADD) if op in ops] or ops[:1]
@@ -175,6 +183,7 @@ def init(search: Search, seed: int, island: int = 0) -> State:
     archive=archive,
     population=tuple(archives.entries(archive)),
     seen={},
+    times={},
     rng=rng.bit_generator.state,
     generation=0,
     fits=len(starts),
@@ -187,16 +196,12 @@ def step(search: Search, state: State) -> State:
   seen = dict(state.seen)
   children = _children(search, state, rng, seen)
   entries = _fitted(search, children, search.steps, search.rounds)
-  state = state._replace(
-    archive=archives.insert(state.archive, entries),
+  state = merge(search, state, entries)._replace(
     seen=seen,
     rng=rng.bit_generator.state,
     generation=state.generation + 1,
     fits=state.fits + len(children),
   )
-  if search.select == 'nsga2':
-    population = archives.nsga2([*state.population, *entries], _POPULATION)
-    state = state._replace(population=population)
   if search.shrink_every and state.generation % search.shrink_every == 0:
     state = shrink(search, state)
   return state
@@ -299,16 +304,10 @@ def shrink(search: Search, state: State) -> State:
 
   chosen = sorted(screened, key=promise)[:_SHRUNK]
   best = _best_of(search, [e.program for e in chosen], _STARTS, _STEPS, rng)
-  entries = [*screened, *best]
-  state = state._replace(
-    archive=archives.insert(state.archive, entries),
+  return merge(search, state, [*screened, *best])._replace(
     rng=rng.bit_generator.state,
     fits=state.fits + starts * len(forms) + _STARTS * len(chosen),
   )
-  if search.select == 'nsga2':
-    population = archives.nsga2([*state.population, *entries], _POPULATION)
-    state = state._replace(population=population)
-  return state
 
 
 def _simpler(program: Program) -> list[Program]:
@@ -366,12 +365,24 @@ def _starts(c: np.ndarray, count: int, rng) -> np.ndarray:
 
 
 def merge(search: Search, state: State, entries: list[Entry]) -> State:
-  """The state with programs of another island."""
-  state = state._replace(archive=archives.insert(state.archive, entries))
+  """The state with entries of this search, of this or of another island."""
+  times = state.times
+  if search.objective == 'time':
+    entries, times = speed.measure(
+      entries,
+      _samples(search.fitted_target, search.points),
+      times,
+      bound=search.bound,
+      count=_MEASURED,
+    )
+  population = state.population
   if search.select == 'nsga2':
-    population = archives.nsga2([*state.population, *entries], _POPULATION)
-    state = state._replace(population=population)
-  return state
+    population = archives.nsga2([*population, *entries], _POPULATION)
+  return state._replace(
+    archive=archives.insert(state.archive, entries),
+    population=population,
+    times=times,
+  )
 
 
 def polished(search: Search, entry: Entry) -> tuple[Program, float]:
@@ -416,10 +427,12 @@ def save(path, search: Search, state: State) -> None:
       ) from error
   arrays = {
     'version': np.array(_VERSION),
-    'search': np.array(_identity(search)),
+    'search': np.array(identity(search)),
     'counts': np.array([state.generation, state.fits]),
     'rng': np.array(json.dumps(state.rng)),
     'seen': np.array(list(state.seen.items()), np.int64).reshape(-1, 2),
+    'timed': np.array(list(state.times), np.int64),
+    'times': np.array(list(state.times.values()), np.float64),
   }
   for name, items in (
     ('archive', archives.entries(state.archive)),
@@ -468,6 +481,9 @@ def load(path, search: Search) -> State:
       archive=archives.insert({}, items['archive']),
       population=tuple(items['population']),
       seen=dict(arrays['seen'].tolist()),
+      times=dict(
+        zip(arrays['timed'].tolist(), arrays['times'].tolist(), strict=True)
+      ),
       rng=json.loads(str(arrays['rng'])),
       generation=generation,
       fits=fits,
@@ -485,7 +501,7 @@ def load(path, search: Search) -> State:
       f'path={path!r} is a damaged checkpoint ({error}); delete it to start'
       ' again'
     ) from error
-  if saved != _identity(search):
+  if saved != identity(search):
     raise ValueError(
       f'path={path!r} belongs to another search: {_difference(saved, search)};'
       ' choose another path or the same settings'
@@ -493,7 +509,7 @@ def load(path, search: Search) -> State:
   return state
 
 
-def _identity(search: Search) -> str:
+def identity(search: Search) -> str:
   """The settings as JSON; functions of the target by its name alone."""
   settings = {
     field.name: getattr(search, field.name)
@@ -512,6 +528,6 @@ def _identity(search: Search) -> str:
 
 
 def _difference(saved: str, search: Search) -> str:
-  old, new = json.loads(saved), json.loads(_identity(search))
+  old, new = json.loads(saved), json.loads(identity(search))
   names = [name for name in new if new[name] != old.get(name)]
   return ', '.join(f'{name} {old.get(name)} -> {new[name]}' for name in names)

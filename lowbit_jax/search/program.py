@@ -131,13 +131,7 @@ class Program:
     traced = isinstance(x, jax.Array)
     wide = getattr(x, 'dtype', None) == np.longdouble
     cast = np.longdouble if wide else float if traced else lambda c: c
-    registers = [x, *(cast(c) for c in self.constants)]
-    with np.errstate(all='ignore'):
-      for op, *operands in self.rows:
-        entry = OPS[op]
-        arguments = (registers[i] for i in operands[: entry.arity])
-        registers.append(entry.value(jnp if traced else np, *arguments))
-    return registers[-1] if self.rows else x
+    return evaluate(self.rows, [cast(c) for c in self.constants], x)
 
   def value_and_jacobian(self, x: np.ndarray, constants: np.ndarray):
     """Values and their derivatives by the constants, forward mode in NumPy.
@@ -209,6 +203,24 @@ def _infix(program: Program) -> list[str]:
       text = f'u{len(lines)}'
     names.append(text)
   return [*lines, names[-1] if program.rows else 'x']
+
+
+def evaluate(rows, constants, x):
+  """The last of the rows, in the arithmetic of x and the constants.
+
+  Args:
+    rows: of a program.
+    constants: one number or array for each constant.
+    x: a number or array.
+  """
+  module = jnp if isinstance(x, jax.Array) else np
+  registers = [x, *constants]
+  with np.errstate(all='ignore'):
+    for op, *operands in rows:
+      entry = OPS[op]
+      arguments = (registers[i] for i in operands[: entry.arity])
+      registers.append(entry.value(module, *arguments))
+  return registers[-1] if rows else x
 
 
 def operations(program: Program) -> int:
