@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from lowbit_jax.search import certify, fit, polish
-from lowbit_jax.search.program import Program
+from lowbit_jax.search.program import ADD, MUL, OPS, Program
 
 _DIGITS = 40  # ten more than needed, for what subtracting an offset cancels
 _TINY = 2.0**-60  # stands for z = 0 in quotients by x
@@ -275,23 +275,36 @@ def extra_operations(target: Target) -> int:
   return count
 
 
-def assemble(target: Target, core: Callable) -> Callable:
-  """f on the interval from a core, in the arithmetic of its argument.
+def assemble(target: Target, core: Program) -> Program:
+  """f on the interval as a program of x, from a core as a program of z."""
+  constants = core.constants
+  if target.offset != 0:
+    constants += (target.offset,)
+  k = len(core.constants)
+  first = 1 + len(constants)
+  rows = [(MUL, 0, 0, 0)] if _squared(target) else []
+  z = first if rows else 0
+  shift = first - (1 + k) + len(rows)
 
-  Args:
-    target: with the parity.
-    core: from z to p(z), such as a `Program`.
-  """
+  def register(r):
+    return z if r == 0 else r if r <= k else r + shift
 
-  def function(x):
-    p = core(x * x if _squared(target) else x)
-    if _product(target):
-      p = x * p
-    if target.offset == 0:
-      return p
-    return p + (target.offset if target.parity == 'odd' else target.offset * x)
-
-  return function
+  for op, *operands in core.rows:
+    arity = OPS[op].arity
+    rows.append(
+      (op, *(register(r) for r in operands[:arity]), *operands[arity:])
+    )
+  p = register(k + len(core.rows) if core.rows else 0)
+  if _product(target):
+    rows.append((MUL, 0, p, 0))
+    p = first + len(rows) - 1
+  if target.offset != 0:
+    term = first - 1
+    if not _product(target):
+      rows.append((MUL, 0, term, 0))
+      term = first + len(rows) - 1
+    rows.append((ADD, p, term, 0))
+  return Program(tuple(rows), constants)
 
 
 def samples(target: Target, points: int = 40, dense: int = 1000) -> fit.Samples:

@@ -12,7 +12,7 @@ from jax import lax
 from scipy import special
 
 from lowbit_jax.search import polish, targets
-from lowbit_jax.search.program import ADD, MUL, Program
+from lowbit_jax.search.program import ADD, DIV, MUL, SUB, Program
 
 _ORACLE = {
   'exp': np.exp,
@@ -69,6 +69,13 @@ def _symmetric(target):
   return target.parity in ('even', 'odd') and target.interval[0] < 0
 
 
+def _f(target, x, p):
+  """f(x) from the value p of the core there."""
+  if target.parity in ('root', 'odd'):
+    return target.offset + x * p
+  return target.offset * x + p
+
+
 class TargetsTest(parameterized.TestCase):
   def test_all_have_an_oracle(self):
     self.assertEqual(set(_ORACLE), set(_ALL))
@@ -80,12 +87,12 @@ class TargetsTest(parameterized.TestCase):
     for z, p in ((s.x, s.f), (s.dense_x, s.dense_f)):
       # A quotient by x amplifies rounding of the oracle near x = 0.
       x = _x(target, z)
-      f = targets.assemble(target, lambda _, p=p: p)(x)
+      f = _f(target, x, p)
       # SciPy's Airy function is the least accurate: 1e-14 near its zeros.
       np.testing.assert_allclose(f, _ORACLE[name](x), rtol=1e-14, atol=1e-14)
     if _symmetric(target):
       x = -_x(target, s.x)
-      f = targets.assemble(target, lambda _: s.f)(x)
+      f = _f(target, x, s.f)
       np.testing.assert_allclose(f, _ORACLE[name](x), rtol=0, atol=1e-14)
 
   @parameterized.product(name=_ALL, weight=('rel', 'abs', 'ulp32', 'ulp_bf16'))
@@ -102,7 +109,7 @@ class TargetsTest(parameterized.TestCase):
     worst = np.zeros_like(x)
     for side in (x, -x) if _symmetric(target) else (x,):
       f = _ORACLE[name](side)
-      shifted = targets.assemble(target, lambda _: s.f + d)(side)
+      shifted = _f(target, side, s.f + d)
       exponent = np.floor(np.log2(np.abs(f)))
       unit = {
         'rel': np.abs(f),
@@ -168,14 +175,27 @@ class TargetsTest(parameterized.TestCase):
     x = np.sqrt(s.x)
     np.testing.assert_allclose(s.w, x / special.expit(-x), rtol=1e-12)
 
-  def test_assembles_jax_functions_in_float32(self):
-    # x + x^3 / 3, and its values in the mode of the process.
-    target = _mine(exact=mpmath.tan, interval=(-1.0, 1.0), parity='odd')
-    targets.samples(target)
-    core = Program(((MUL, 0, 1, 0), (ADD, 3, 2, 0)), (1 / 3, 1.0))
-    y = jax.jit(targets.assemble(target, core))(jnp.float32(0.5))
-    self.assertEqual(y.dtype, jnp.float32)
-    np.testing.assert_allclose(y, 0.5 + 0.125 / 3, rtol=1e-6)
+  @parameterized.parameters(
+    (None, 0.0), ('root', 0.0), ('even', 0.0), ('even', 0.3), ('odd', 0.0),
+    ('odd', 0.3),
+  )  # fmt: skip
+  def test_assembles_a_program(self, parity, offset):
+    target = _mine(parity=parity, offset=offset)
+    x = np.linspace(-1, 1, 9)
+    z = x * x if parity in ('even', 'odd') else x
+    # z * (z + c1) - c2 / (z * (z + c1)), and the core that is z itself.
+    rows = ((ADD, 0, 1, 0), (MUL, 0, 3, 0), (DIV, 2, 4, 0), (SUB, 4, 5, 0))
+    for core in (Program(rows, (3.5, 0.7)), Program(())):
+      program = targets.assemble(target, core)
+      self.assertEqual(
+        len(program.rows) - len(core.rows), targets.extra_operations(target)
+      )
+      with np.errstate(all='ignore'):
+        expected = _f(target, x, core(z))
+      np.testing.assert_allclose(program(x), expected, rtol=1e-14)
+
+  def test_leaves_the_mode_of_the_process(self):
+    targets.samples(_mine())
     self.assertFalse(jax.config.jax_enable_x64)
 
   @parameterized.parameters(
