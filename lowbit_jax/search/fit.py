@@ -113,7 +113,7 @@ def fit(
   ops: tuple[int, ...],
   steps: int,
   rounds: int = 0,
-  dense: bool = False,
+  dense: str | None = None,
 ) -> Result:
   """Fits the constants of a batch, from where they are.
 
@@ -125,7 +125,8 @@ def fit(
     ops: codes of the operations that occur.
     steps: of Levenberg-Marquardt with the weights of the samples.
     rounds: of Lawson with two further steps each.
-    dense: whether to compute the error on the dense points.
+    dense: arithmetic in which the error on the dense points is taken: None not
+      at all, 'float64', or 'float32' with constants and points rounded to it.
 
   Returns:
     The result, NumPy arrays.
@@ -134,16 +135,28 @@ def fit(
   count = len(batch.rows)
   shards = max(d for d in range(1, len(devices) + 1) if count % d == 0)
   run = _compiled(shards, ops, steps, rounds, dense)
-  rows = np.ascontiguousarray(np.transpose(batch.rows, (1, 2, 0)))
+  # Programs of one size beside each other, so that their padding is skipped.
+  order = np.argsort(_lengths(batch.rows), kind='stable')
+  rows = np.ascontiguousarray(np.transpose(batch.rows[order], (1, 2, 0)))
   with jax.enable_x64(True):
     constants, error, dense_error = run(
       rows,
-      np.ascontiguousarray(batch.constants.T, np.float64),
+      np.ascontiguousarray(batch.constants[order].T, np.float64),
       *(np.asarray(v, np.float64) for v in samples),
     )
-    return Result(
-      np.asarray(constants).T, np.asarray(error), np.asarray(dense_error)
-    )
+    results = (np.asarray(v) for v in (constants.T, error, dense_error))
+    back = np.argsort(order)
+    return Result(*(v[back] for v in results))
+
+
+def _is_padding(rows):
+  """Where a row (..., 4) takes the maximum of a register and itself."""
+  same = rows[..., 1] == rows[..., 2]
+  return (rows[..., 0] == programs.MAX) & same
+
+
+def _lengths(rows: np.ndarray) -> np.ndarray:
+  return np.sum(~_is_padding(rows), -1)
 
 
 @functools.lru_cache(maxsize=64)
@@ -196,15 +209,13 @@ def evaluate(rows, constants, x, ops, *, tangents: bool = True):
     constants: (K, B).
     x: (N,).
     ops: codes that may occur.
-    tangents: whether derivatives are wanted; else they have shape (0, N, B).
+    tangents: whether derivatives are wanted; else None stands for them.
   """
   length, _, lanes = rows.shape
   k = constants.shape[0]
-  points = x.shape[0]
-  wanted = k if tangents else 0
-  unit = jnp.arange(1, wanted + 1)[:, None]
+  unit = jnp.arange(1, k + 1)[:, None]
   arity = max(programs.OPS[op].arity for op in ops)
-  values, derivatives = [], []
+  results = []  # of rows: value and tangent
 
   def operand(index):
     """The register `index` (B,), by selection."""
@@ -212,34 +223,47 @@ def evaluate(rows, constants, x, ops, *, tangents: bool = True):
       constants, jnp.clip(index - 1, 0, k - 1)[None], 0
     )
     value = jnp.where(index == 0, x[:, None], leaf)
+    for j, (result, _) in enumerate(results):
+      value = jnp.where(index == 1 + k + j, result, value)
+    if not tangents:
+      return value, None
     tangent = jnp.where(index == unit, 1.0, 0.0)[:, None]
-    tangent = jnp.broadcast_to(tangent, (wanted, points, lanes))
-    for j in range(len(values)):
-      here = index == 1 + k + j
-      value = jnp.where(here, values[j], value)
-      tangent = jnp.where(here, derivatives[j], tangent)
+    tangent = jnp.broadcast_to(tangent, (k, x.shape[0], lanes))
+    for j, (_, result) in enumerate(results):
+      tangent = jnp.where(index == 1 + k + j, result, tangent)
     return value, tangent
 
-  for i in range(length):
-    op = rows[i, 0]
-    arguments = [operand(rows[i, 1 + j]) for j in range(arity)]
+  def apply(row):
+    """The row (4, B), with all results before it."""
+    arguments = [operand(row[1 + j]) for j in range(arity)]
     value, partials = arguments[0][0], [1.0] + [0.0] * (arity - 1)  # padding
     for code in ops:
       entry = programs.OPS[code]
       inputs = [a for a, _ in arguments[: entry.arity]]
       y = entry.value(jnp, *inputs)
       new = [*entry.partials(jnp, y, *inputs), *[0.0] * (arity - entry.arity)]
-      here = op == code
+      here = row[0] == code
       value = jnp.where(here, y, value)
       partials = [
         jnp.where(here, p, q) for p, q in zip(new, partials, strict=True)
       ]
-    tangent = sum(p * t for p, (_, t) in zip(partials, arguments, strict=True))
-    # Otherwise XLA computes a row again in every row that reads it.
-    value, tangent = lax.optimization_barrier((value, tangent))
-    values.append(value)
-    derivatives.append(tangent)
-  return values[-1], derivatives[-1]
+    if not tangents:
+      return value, None
+    return value, sum(
+      p * t for p, (_, t) in zip(partials, arguments, strict=True)
+    )
+
+  result = operand(0 * rows[0, 0])
+  for row in rows:
+    # Rows that are padding in all programs cost nothing. The branch also keeps
+    # XLA from computing a row again in every row that reads it.
+    result = lax.cond(
+      jnp.all(_is_padding(row.T)),
+      lambda result=result: result,
+      lambda row=row: apply(row),
+    )
+    results.append(result)
+  return result
 
 
 def least_squares(a, b):
@@ -320,8 +344,9 @@ def _fit_chunk(rows, c, samples, ops, steps, rounds, dense):
   lawson = np.r_[np.zeros(steps, bool), np.tile([True, False], rounds)]
   state, _ = lax.scan(step, state, lawson)
   c, _, _, error = state[1]
-  if not dense:
+  if dense is None:
     return c, error, jnp.full_like(error, jnp.nan)
-  y, _ = evaluate(rows, c, samples.dense_x, ops, tangents=False)
+  judged = (v.astype(dense) for v in (c, samples.dense_x))
+  y, _ = evaluate(rows, *judged, ops, tangents=False)
   dense_e = (y - samples.dense_f[:, None]) * samples.dense_w[:, None]
   return c, error, _largest(dense_e)

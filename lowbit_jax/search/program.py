@@ -131,13 +131,7 @@ class Program:
     traced = isinstance(x, jax.Array)
     wide = getattr(x, 'dtype', None) == np.longdouble
     cast = np.longdouble if wide else float if traced else lambda c: c
-    registers = [x, *(cast(c) for c in self.constants)]
-    with np.errstate(all='ignore'):
-      for op, *operands in self.rows:
-        entry = OPS[op]
-        arguments = (registers[i] for i in operands[: entry.arity])
-        registers.append(entry.value(jnp if traced else np, *arguments))
-    return registers[-1] if self.rows else x
+    return evaluate(self.rows, [cast(c) for c in self.constants], x)
 
   def value_and_jacobian(self, x: np.ndarray, constants: np.ndarray):
     """Values and their derivatives by the constants, forward mode in NumPy.
@@ -209,6 +203,24 @@ def _infix(program: Program) -> list[str]:
       text = f'u{len(lines)}'
     names.append(text)
   return [*lines, names[-1] if program.rows else 'x']
+
+
+def evaluate(rows, constants, x):
+  """The last of the rows, in the arithmetic of x and the constants.
+
+  Args:
+    rows: of a program.
+    constants: one number or array for each constant.
+    x: a number or array.
+  """
+  module = jnp if isinstance(x, jax.Array) else np
+  registers = [x, *constants]
+  with np.errstate(all='ignore'):
+    for op, *operands in rows:
+      entry = OPS[op]
+      arguments = (registers[i] for i in operands[: entry.arity])
+      registers.append(entry.value(module, *arguments))
+  return registers[-1] if rows else x
 
 
 def operations(program: Program) -> int:
@@ -291,31 +303,35 @@ def canonical(program: Program) -> Program:
 
 def from_graph(output: Node) -> Program:
   """The canonical program of a graph; raises as `canonical`."""
+  order = _topological(output)
   with np.errstate(all='ignore'):
-    program = _number(_simplify(output))
     while True:
-      again = _number(_simplify(to_graph(program)[-1]))
-      if again.rows == program.rows:
+      output, simpler = _simplify(order)
+      program = _number(output)
+      size = len(program.rows) + len(program.constants)
+      if not simpler and size == sum(node.op != X for node in order):
         return program
-      program = again
+      order = to_graph(program)
 
 
 def _topological(output: Node) -> list[Node]:
-  order, seen, stack = [], set(), [(output, False)]
-  while stack:
-    node, done = stack.pop()
-    if done:
-      order.append(node)
-    elif id(node) not in seen:
-      seen.add(id(node))
-      stack.append((node, True))
-      stack.extend((arg, False) for arg in reversed(node.args))
+  order: list[Node] = []
+  seen = {output}
+
+  def visit(node):
+    for arg in node.args:
+      if arg not in seen:
+        seen.add(arg)
+        visit(arg)
+    order.append(node)
+
+  visit(output)
   return order
 
 
-def _simplify(output: Node) -> Node:
-  """A graph with folded constants and merged rows."""
-  order = _topological(output)
+def _simplify(order: list[Node]) -> tuple[Node, bool]:
+  """The last node with folded constants, and whether a row has a new form."""
+  simpler = False
   uses: dict[int, int] = {}
   for node in order:
     for arg in node.args:
@@ -332,13 +348,14 @@ def _simplify(output: Node) -> Node:
       continue
     single = [uses[id(arg)] == 1 for arg in node.args]
     result = _rewrite(node.op, [new[id(a)] for a in node.args], single)
+    simpler |= result.op != node.op
     if result.op >= 0:
       args = [id(a) for a in result.args]
       if result.op in _COMMUTATIVE:
         args[:2] = sorted(args[:2])
       result = known.setdefault((result.op, *args), result)
     new[id(node)] = result
-  return new[id(output)]
+  return new[id(order[-1])], simpler
 
 
 def _constant(value) -> Node:

@@ -328,7 +328,8 @@ def samples(target: Target, points: int = 40, dense: int = 1000) -> fit.Samples:
     dense: number of points to judge on.
 
   Returns:
-    float64 arrays: z, p(z) rounded once, and the weights of the error of p.
+    float64 arrays: z, p(z) rounded once, and the weights of the error of p. The
+    dense z are float32 numbers.
 
   Raises:
     ImportError: without mpmath.
@@ -343,8 +344,8 @@ def samples(target: Target, points: int = 40, dense: int = 1000) -> fit.Samples:
   reference = core_reference(target)
   weight = core_weight(target)
   result = []
-  for count in (dense, points):
-    z = polish.chebyshev(interval, count).astype(np.float64)
+  for count, dtype in ((dense, np.float32), (points, np.float64)):
+    z = polish.chebyshev(interval, count).astype(dtype).astype(np.float64)
     p = reference(z)
     _check_symmetry(target, z, p)
     _check_zeros(target, z, p)

@@ -48,7 +48,7 @@ class FitTest(absltest.TestCase):
     items = [Program(rows, (1.0, 1.0, 1.0))] * 64
     batch = fitting.pack(items, rows=6, constants=4)
     result = fitting.fit(
-      batch, samples(), ops=_OPS, steps=20, rounds=20, dense=True
+      batch, samples(), ops=_OPS, steps=20, rounds=20, dense='float64'
     )
     np.testing.assert_allclose(result.dense_error, 1.72e-3, rtol=0.03)
     np.testing.assert_array_equal(np.ptp(result.constants, axis=0), 0)

@@ -1,0 +1,425 @@
+"""Searches for formulas of a function, from nothing, and reports them.
+
+Programs of a few operations evolve (see lowbit_jax.search): varied, their
+constants fitted, the best of every size kept. Islands are processes of this
+script that exchange their best through WORKDIR. WORKDIR gets
+
+  island_*/checkpoint.npz   from which the same command goes on
+  island_*/log.csv          the front over time
+  hall_of_fame.json         the best programs, constants in full, polished
+  pareto.png                error against operations, with classical formulas
+
+  python examples/evolve.py                              # 2^x on [0, 1]
+  python examples/evolve.py --target=erf --minutes=20 --rows=12
+  python examples/evolve.py --objective=time --interval=-0.5,0.5
+
+Under jax.distributed (--coordinator, --processes, --process) every process is
+an island and programs travel in a ring, which is reproducible.
+"""
+
+import csv
+import dataclasses
+import importlib.util
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from absl import app, flags, logging
+
+import _report
+from lowbit_jax.search import archive as archives
+from lowbit_jax.search import evolve, islands, polish, speed, targets
+from lowbit_jax.search import program as programs
+
+_TARGET = flags.DEFINE_enum(
+  'target', 'exp2', sorted(targets.TARGETS), 'Function.'
+)
+_INTERVAL = flags.DEFINE_list(
+  'interval', None, 'LO,HI of x; by default that of the target.'
+)
+_WEIGHT = flags.DEFINE_enum(
+  'weight', None, ['rel', 'abs', 'ulp32', 'ulp_bf16'], 'Unit of the error.'
+)
+_OPS = flags.DEFINE_list(
+  'ops', ['add', 'sub', 'mul', 'div'], 'Operations of programs.'
+)
+_ROWS = flags.DEFINE_integer('rows', 10, 'Most operations.', lower_bound=1)
+_CONSTANTS = flags.DEFINE_integer(
+  'constants', 5, 'Most constants.', lower_bound=1
+)
+_OBJECTIVE = flags.DEFINE_enum(
+  'objective', 'operations', evolve.OBJECTIVES, 'What is traded for error.'
+)
+_BOUND = flags.DEFINE_float(
+  'bound', 1.0, 'ULP that programs must meet under --objective=time.'
+)
+_SELECT = flags.DEFINE_enum(
+  'select', 'archive', evolve.SELECTIONS, 'Where parents come from.'
+)
+_PAIRS = flags.DEFINE_bool(
+  'pairs', True, 'Insert pairs of rows that preserve the function.'
+)
+_FIT = flags.DEFINE_bool(
+  'fit', True, 'Fit constants; otherwise they change by mutation only.'
+)
+_BATCH = flags.DEFINE_integer(
+  'batch', 512, 'Programs per generation.', lower_bound=1
+)
+_MINUTES = flags.DEFINE_float(
+  'minutes', 10, 'Time to search, over all runs in WORKDIR.', lower_bound=0
+)
+_GENERATIONS = flags.DEFINE_integer(
+  'generations', None, 'Generations to search, instead of --minutes.'
+)
+_SEED = flags.DEFINE_integer('seed', 0, 'Seed of all choices.', lower_bound=0)
+_ISLANDS = flags.DEFINE_integer(
+  'islands', 2, 'Processes, each with a search of its own.', lower_bound=1
+)
+_EXCHANGE = flags.DEFINE_integer(
+  'exchange', 20, 'Generations between exchanges.', lower_bound=1
+)
+_WORKDIR = flags.DEFINE_string('workdir', 'evolve_out', 'Directory of results.')
+_COORDINATOR = flags.DEFINE_string(
+  'coordinator', None, 'HOST:PORT of process 0 under jax.distributed.'
+)
+_PROCESSES = flags.DEFINE_integer('processes', 1, 'Processes of all hosts.')
+_PROCESS = flags.DEFINE_integer('process', 0, 'Number of this process.')
+_ISLAND = flags.DEFINE_integer('island', 0, 'Number of this island.')
+
+_SAVE_SECONDS = 30.0
+_REPORT_SECONDS = 1.0
+
+
+class UserError(Exception):
+  """The command cannot be carried out; the message says what to do."""
+
+
+def search_of_flags() -> evolve.Search:
+  """The search that the flags describe."""
+  target = targets.get(_TARGET.value)
+  if _INTERVAL.value is not None:
+    try:
+      lo, hi = map(float, _INTERVAL.value)
+    except ValueError as error:
+      raise UserError(
+        f'--interval={",".join(_INTERVAL.value)} must be two numbers LO,HI'
+      ) from error
+    target = dataclasses.replace(target, interval=(lo, hi))
+  if _WEIGHT.value:
+    target = dataclasses.replace(target, weight=_WEIGHT.value)
+  return evolve.Search(
+    target=target,
+    ops=tuple(_OPS.value),
+    rows=_ROWS.value,
+    constants=_CONSTANTS.value,
+    objective=_OBJECTIVE.value,
+    bound=_BOUND.value,
+    batch=_BATCH.value,
+    select=_SELECT.value,
+    pairs=_PAIRS.value,
+    fit=_FIT.value,
+    seed=_SEED.value,
+  )
+
+
+class Log:
+  """The front over time, as CSV; what it says of time outlives a run."""
+
+  def __init__(self, path: pathlib.Path, rows: int):
+    self.path = path
+    self.rows = rows
+    before = cpu_before = 0.0
+    if path.exists():
+      *_, last = csv.reader(path.read_text().splitlines())
+      if last[0] != 'seconds':
+        before, cpu_before = float(last[0]), float(last[1])
+    else:
+      header = ['seconds', 'cpu_seconds', 'generation', 'fits']
+      self._append([*header, *(f'error_{n}' for n in range(rows + 1))])
+    self._start = time.perf_counter() - before
+    self._cpu_start = time.process_time() - cpu_before
+
+  def elapsed(self) -> float:
+    return time.perf_counter() - self._start
+
+  def write(self, state: evolve.State) -> None:
+    errors = [
+      f'{archives.best_error(state.archive, n):.4e}'
+      for n in range(self.rows + 1)
+    ]
+    self._append(
+      [
+        f'{self.elapsed():.1f}',
+        f'{time.process_time() - self._cpu_start:.1f}',
+        state.generation,
+        state.fits,
+        *errors,
+      ]
+    )
+
+  def _append(self, row) -> None:
+    with open(self.path, 'a', newline='') as f:
+      csv.writer(f).writerow(row)
+
+
+def evolve_island(
+  search: evolve.Search, workdir: pathlib.Path, island: int, shared: bool
+) -> evolve.State:
+  """Evolves one island until its budget is spent; saves and exchanges."""
+  own = workdir / f'island_{island}'
+  own.mkdir(parents=True, exist_ok=True)
+  checkpoint = own / 'checkpoint.npz'
+  if checkpoint.exists():
+    state = evolve.load(checkpoint, search)
+  else:
+    state = evolve.init(search, island)
+  log = Log(own / 'log.csv', search.rows)
+  saved = reported = time.perf_counter()
+  finished = False
+  while not finished:
+    if _GENERATIONS.value is not None:
+      finished = state.generation >= _GENERATIONS.value
+    else:
+      finished = log.elapsed() >= 60 * _MINUTES.value
+    if not finished:
+      state = evolve.step(search, state)
+    if not finished and state.generation % _EXCHANGE.value == 0:
+      state = islands.ring(search, state)
+      if shared:
+        state = islands.directory(search, state, workdir, island)
+    now = time.perf_counter()
+    if now - reported > _REPORT_SECONDS or finished:
+      reported = now
+      if island == 0:
+        _progress(state, log, finished)
+    if now - saved > _SAVE_SECONDS or finished:
+      saved = now
+      log.write(state)
+      evolve.save(checkpoint, search, state)
+  return state
+
+
+def _progress(state, log, finished) -> None:
+  front = archives.front(state.archive)[-6:]
+  best = '  '.join(f'{e.cost:g}: {e.error:.2e}' for e in front)
+  line = (
+    f'{log.elapsed():6.0f} s  generation {state.generation}'
+    f'  {state.fits:,} fits  {best}'
+  )
+  if sys.stdout.isatty():
+    print(f'\r{line:<110}', end='\n' if finished else '', flush=True)
+  elif finished:
+    print(line, flush=True)
+
+
+def start_others(count: int) -> list[subprocess.Popen]:
+  """Islands 1 ... count - 1, as this script in processes of their own."""
+  command = [sys.executable, os.path.abspath(__file__), *sys.argv[1:]]
+  return [
+    subprocess.Popen([*command, f'--island={i}'], stdin=subprocess.DEVNULL)
+    for i in range(1, count)
+  ]
+
+
+def merged(states) -> archives.Archive:
+  """One archive of all islands."""
+  archive: archives.Archive = {}
+  for state in states:
+    archive = archives.insert(archive, archives.entries(state.archive))
+  return archive
+
+
+def collect(search, states) -> list[dict]:
+  """The hall of fame of all islands: the front, polished, by operations."""
+  extra = targets.extra_operations(search.target)
+  hall = []
+  for entry in archives.front(merged(states)):
+    program, error = evolve.polished(search, entry)
+    hall.append(
+      {
+        'operations': programs.operations(program) + extra,
+        'cost': entry.cost,
+        'error': error,
+        'error_of_the_search': entry.error,
+        'formula': str(program),
+        'rows': [list(row) for row in program.rows],
+        'constants': [
+          np.format_float_scientific(c, unique=True) for c in program.constants
+        ],
+      }
+    )
+  return hall
+
+
+def classical(search) -> dict[str, list[tuple[int, float]]]:
+  """(operations, error) of minimax polynomials and rational functions.
+
+  A polynomial of degree n takes n products and n sums by Horner's scheme, and
+  R[m/m] as a continued fraction 3 m operations.
+  """
+  target = search.target
+  reference = targets.core_reference(target)
+  interval = targets.core_interval(target)
+  weight = targets.core_weight(target)
+  extra = targets.extra_operations(target)
+  most = search.rows + extra
+  families = {
+    'polynomials': [(n, 0, 2 * n) for n in range(1, 12)],
+    'rational functions': [(n, n, 3 * n) for n in range(1, 8)],
+  }
+  result = {}
+  for name, members in families.items():
+    points = []
+    for m, n, cost in members:
+      if cost + extra > most:
+        break
+      start = polish.rational_start(m, n, reference, interval)
+      try:
+        fit = polish.minimax(
+          polish.rational(m, n), reference, interval, start, weight=weight
+        )
+      except ValueError:  # the start has a pole
+        continue
+      points.append((cost + extra, fit.error))
+    result[name] = points
+  return result
+
+
+def report(search, workdir, states) -> None:
+  """Writes the hall of fame and the plot, and prints the table."""
+  hall = collect(search, states)
+  content = {
+    'target': search.target.name,
+    'interval': search.target.interval,
+    'weight': search.fitted_target.weight,
+    'objective': search.objective,
+    'seed': search.seed,
+    'fits': sum(state.fits for state in states),
+    'programs': hall,
+  }
+  text = json.dumps(content, indent=2) + '\n'
+  _report.write_atomically(workdir / 'hall_of_fame.json', text.encode())
+  print(f'{"operations":>10}  {"error":>10}  formula')
+  for entry in hall:
+    print(
+      f'{entry["operations"]:>10}  {entry["error"]:>10.3e}  {entry["formula"]}'
+    )
+  if importlib.util.find_spec('matplotlib') is None:
+    print('no plot, because matplotlib is not installed')
+  elif search.objective == 'operations':
+    plot(search, workdir / 'pareto.png', hall)
+  if search.objective != 'operations':
+    race(search, states)
+  print(f'saved {workdir / "hall_of_fame.json"}')
+
+
+def plot(search, path, hall) -> None:
+  """Error against operations, ours and the classical ones."""
+  import io
+
+  import matplotlib
+
+  matplotlib.use('Agg')
+  from matplotlib import pyplot
+
+  figure, axes = pyplot.subplots(figsize=(7, 4.5), layout='constrained')
+  for (name, points), marker in zip(
+    classical(search).items(), 'os', strict=True
+  ):
+    if points:
+      axes.plot(*zip(*points, strict=True), marker=marker, ls='', label=name)
+  axes.step(
+    [e['operations'] for e in hall],
+    [e['error'] for e in hall],
+    where='post',
+    color='black',
+    marker='.',
+    label='found',
+  )
+  lo, hi = search.target.interval
+  axes.set(
+    yscale='log',
+    xlabel='operations',
+    ylabel=f'largest error ({search.target.weight})',
+    title=f'{search.target.name} on [{lo:.4g}, {hi:.4g}]',
+  )
+  axes.grid(alpha=0.3)
+  axes.legend()
+  data = io.BytesIO()
+  figure.savefig(data, format='png', dpi=150)
+  pyplot.close(figure)
+  _report.write_atomically(path, data.getvalue())
+
+
+def race(search, states) -> None:
+  """Prints what the fastest programs within the bound win over XLA."""
+  target = search.target
+  known = ('exp', 'exp2', 'expm1', 'log', 'log2', 'log1p', 'sin', 'cos', 'tanh')
+  if target.name not in known:
+    print(f'no race: NumPy has no {target.name} to judge by')
+    return
+  base = getattr(jax.numpy, target.name)
+  reference = getattr(np, target.name)
+  interval = tuple(map(float, target.interval))
+  for finalist in speed.finalists(
+    target, merged(states), base, reference, interval, bound=search.bound
+  ):
+    comparison = finalist.comparison
+    print(
+      f'{finalist.max_ulp:.3f} ULP, {comparison.speedup:.2f} x the speed of'
+      f' XLA{"" if comparison.faster else " (not certain)"}:'
+      f' {finalist.program}'
+    )
+
+
+def main(argv: Sequence[str]) -> int:
+  if len(argv) > 1:
+    raise app.UsageError(f'Unexpected argument {argv[1]!r}; use flags.')
+  logging.set_verbosity(logging.FATAL)
+  workdir = pathlib.Path(_WORKDIR.value)
+  island = _ISLAND.value
+  others: list[subprocess.Popen] = []
+  try:
+    search = search_of_flags()
+    if _COORDINATOR.value:
+      if _GENERATIONS.value is None:
+        raise UserError(
+          '--coordinator needs --generations: all islands of a ring must do'
+          ' the same number'
+        )
+      jax.distributed.initialize(
+        _COORDINATOR.value, _PROCESSES.value, _PROCESS.value
+      )
+      island, count = jax.process_index(), jax.process_count()
+    else:
+      count = _ISLANDS.value
+      if island == 0:
+        others = start_others(count)
+    shared = count > 1 and not _COORDINATOR.value
+    state = evolve_island(search, workdir, island, shared)
+    for other in others:
+      if other.wait():
+        raise UserError(f'island {others.index(other) + 1} failed; see above')
+    if island == 0:
+      paths = [workdir / f'island_{i}' / 'checkpoint.npz' for i in range(count)]
+      states = [state, *(evolve.load(path, search) for path in paths[1:])]
+      report(search, workdir, states)
+  except (UserError, ValueError, FileExistsError) as error:
+    print(f'evolve: {error}', file=sys.stderr)
+    return 1
+  except KeyboardInterrupt:
+    return 130
+  finally:
+    for other in others:
+      other.terminate()
+  return 0
+
+
+if __name__ == '__main__':
+  app.run(main)

@@ -1,0 +1,533 @@
+"""Evolution of programs: `init` a state, `step` it, look at its archive.
+
+A step varies parents of the archive, fits the constants of the children and
+puts what is better back. Every so many steps it also shrinks the best: a row is
+bypassed, or a square appended, and the rest fitted from many starts. Everything
+that a step depends on is in the state, so the same state gives the same next
+one, bit for bit, and a run that was saved and resumed equals one that was not.
+"""
+
+import collections
+import dataclasses
+import functools
+import json
+import os
+import tempfile
+import zipfile
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from lowbit_jax.search import archive as archives
+from lowbit_jax.search import fit as fitting
+from lowbit_jax.search import polish, speed, targets, variation
+from lowbit_jax.search import program as programs
+from lowbit_jax.search.archive import Archive, Entry
+from lowbit_jax.search.program import Program
+from lowbit_jax.search.targets import Target
+
+OBJECTIVES = ('operations', 'ulp', 'time')
+SELECTIONS = ('archive', 'nsga2', 'random')
+
+_VERSION = 1
+_DENSE = 300
+_REFITS = 6  # of one structure, over the whole run
+_KEPT_STARTS = 2  # of those from inherited constants
+_POPULATION = 64  # of NSGA-II
+_MEASURED = 4  # new structures of a step whose time is measured
+_SCREEN = (32, 24)  # starts and steps of the first look at a shrunk program
+_SHRUNK = 6  # programs that pass it
+_STARTS, _STEPS = 384, 150  # of their fits
+
+
+@dataclasses.dataclass(frozen=True)
+class Search:
+  """A problem and the way it is searched.
+
+  Attributes:
+    target: the function.
+    ops: names of the operations of programs, as in `program.OPS`.
+    rows: the most operations of a core; see `targets.extra_operations`.
+    constants: the most constants of a core.
+    objective: what is traded against each other: 'operations' their number and
+      the error over the reals; 'ulp' their number and the error in units in the
+      last place when every operation rounds to float32; 'time' the same error
+      and, for programs within the bound, measured time, see `speed`; for those
+      beyond it the estimate `program.weighted_cost`.
+    bound: of 'time', in ULP.
+    batch: children of a step.
+    select: parents come from all buckets of the archive ('archive') or from a
+      population under NSGA-II ('nsga2'), or children are random ('random').
+    pairs: whether variation inserts pairs that preserve the function.
+    fit: whether constants are fitted; otherwise they change by mutation only.
+    shrink_every: steps between two of shrinking; 0 for never.
+    points: on which constants are fitted.
+    steps: of Levenberg-Marquardt.
+    rounds: of Lawson's reweighting.
+    seed: of all choices.
+
+  Raises:
+    ValueError: for an unknown operation, objective or selection, or a size that
+      is too small.
+  """
+
+  target: Target
+  ops: tuple[str, ...] = ('add', 'sub', 'mul', 'div')
+  rows: int = 10
+  constants: int = 5
+  objective: str = 'operations'
+  bound: float = 1.0
+  batch: int = 512
+  select: str = 'archive'
+  pairs: bool = True
+  fit: bool = True
+  shrink_every: int = 50
+  points: int = 40
+  steps: int = 24
+  rounds: int = 6
+  seed: int = 0
+
+  def __post_init__(self):
+    programs.op_codes(self.ops)
+    for name, value, allowed in (
+      ('objective', self.objective, OBJECTIVES),
+      ('select', self.select, SELECTIONS),
+    ):
+      if value not in allowed:
+        raise ValueError(f'{name}={value!r} must be one of {allowed}')
+    for name, least in (
+      ('rows', 1),
+      ('constants', 1),
+      ('batch', 1),
+      ('points', self.constants + 1),
+      ('steps', 1),
+      ('rounds', 0),
+      ('shrink_every', 0),
+      ('seed', 0),
+    ):
+      if getattr(self, name) < least:
+        raise ValueError(
+          f'{name}={getattr(self, name)} must be {least} or more'
+        )
+
+  @property
+  def limits(self) -> variation.Limits:
+    return variation.Limits(
+      programs.op_codes(self.ops), self.rows, self.constants
+    )
+
+  @property
+  def fitted_target(self) -> Target:
+    """The target, with errors in ULP if the objective says so."""
+    if self.objective == 'operations':
+      return self.target
+    return dataclasses.replace(self.target, weight='ulp32')
+
+  def cost(self, program: Program) -> float:
+    """What the objective counts of a core, before time is measured."""
+    if self.objective == 'time':
+      return programs.weighted_cost(program)
+    return float(programs.operations(program))
+
+
+class State(NamedTuple):
+  """All that a step depends on.
+
+  Attributes:
+    archive: the best programs at every cost.
+    population: parents of 'nsga2', else empty.
+    seen: how often a structure was fitted, by its hash.
+    times: measured cost of a structure, by its hash; of 'time', else empty.
+    rng: state of the generator.
+    generation: steps so far.
+    fits: programs fitted so far.
+  """
+
+  archive: Archive
+  population: tuple[Entry, ...]
+  seen: Mapping[int, int]
+  times: Mapping[int, float]
+  rng: Mapping[str, Any]
+  generation: int
+  fits: int
+
+
+def init(search: Search, island: int = 0) -> State:
+  """The state that knows x * c and x + c, fitted.
+
+  Args:
+    search: the problem.
+    island: number of this one among several of the same search.
+
+  Raises:
+    ImportError: without mpmath.
+    ValueError: if the target is not finite on its interval, see
+      `targets.samples`.
+  """
+  sequence = np.random.SeedSequence(search.seed, spawn_key=(island,))
+  rng = np.random.default_rng(sequence)
+  ops = search.limits.ops
+  first = [op for op in (programs.MUL, programs.ADD) if op in ops] or ops[:1]
+  starts = []
+  for op in first:
+    others = [programs.Node(programs.CONSTANT, (), 1.5)] * 2
+    x = programs.Node(programs.X)
+    args = [x, *others][: programs.OPS[op].arity]
+    starts.append(programs.from_graph(programs.Node(op, args)))
+  entries = _fitted(search, starts, search.steps, search.rounds)
+  archive = archives.insert({}, entries)
+  if not archive:
+    archive = archives.insert({}, [e._replace(error=1e300) for e in entries])
+  return State(
+    archive=archive,
+    population=tuple(archives.entries(archive)),
+    seen={},
+    times={},
+    rng=rng.bit_generator.state,
+    generation=0,
+    fits=len(starts),
+  )
+
+
+def step(search: Search, state: State) -> State:
+  """One generation: vary, fit, select; shrinking now and then."""
+  rng = _generator(state)
+  seen = dict(state.seen)
+  children = _children(search, state, rng, seen)
+  entries = _fitted(search, children, search.steps, search.rounds)
+  state = merge(search, state, entries)._replace(
+    seen=seen,
+    rng=rng.bit_generator.state,
+    generation=state.generation + 1,
+    fits=state.fits + len(children),
+  )
+  if search.shrink_every and state.generation % search.shrink_every == 0:
+    state = shrink(search, state)
+  return state
+
+
+def _generator(state: State) -> np.random.Generator:
+  bits = np.random.PCG64()
+  bits.state = state.rng
+  return np.random.Generator(bits)
+
+
+def _children(search, state, rng, seen) -> list[Program]:
+  """A batch of programs, counted in `seen`."""
+  limits = search.limits
+
+  def parent(rng):
+    if search.select == 'nsga2':
+      return state.population[rng.integers(len(state.population))].program
+    return archives.pick(state.archive, rng).program
+
+  result: list[Program] = []
+  attempts = 0
+  while len(result) < search.batch:
+    attempts += 1
+    if search.select == 'random':
+      child = variation.random_program(rng, limits)
+    else:
+      child = variation.vary(
+        parent(rng), rng, limits, other=parent, pairs=search.pairs
+      )
+    key = programs.structure_hash(child.rows)
+    count = seen.get(key, 0)
+    if not search.fit:
+      child = variation.jitter_constants(child, rng)
+    elif count >= _REFITS and attempts < 8 * search.batch:
+      continue
+    elif count >= _KEPT_STARTS:
+      child = variation.redraw_constants(child, rng)
+    seen[key] = count + 1
+    result.append(child)
+  return result
+
+
+@functools.lru_cache(maxsize=8)
+def _samples(target: Target, points: int) -> fitting.Samples:
+  return targets.samples(target, points=points, dense=_DENSE)
+
+
+def _fitted(search, items, steps, rounds) -> list[Entry]:
+  """Programs with fitted constants; those with no finite error too."""
+  samples = _samples(search.fitted_target, search.points)
+  ops = search.limits.ops
+  batch = fitting.pack(items, search.rows, search.constants)
+  reals = search.objective == 'operations'
+  result = fitting.fit(
+    batch,
+    samples,
+    ops=ops,
+    steps=steps if search.fit else 0,
+    rounds=rounds if search.fit else 0,
+    dense='float64' if reals else 'float32',
+  )
+  # The points of the fit see poles between the dense ones.
+  error = result.dense_error
+  error = np.maximum(result.error, error) if reals else error
+  return [
+    Entry(
+      item.replace_constants(c[: len(item.constants)]), search.cost(item), e
+    )
+    for item, c, e in zip(
+      items, result.constants.tolist(), error.tolist(), strict=True
+    )
+  ]
+
+
+def shrink(search: Search, state: State) -> State:
+  """Tries the best programs with a row less, or squared.
+
+  One entry of the front is drawn, and the best of every bucket contributes its
+  square. All simpler forms are fitted from a few starts, the most promising
+  from many: half of the starts scale inherited constants by powers of two and a
+  lognormal factor, half are new.
+  """
+  rng = _generator(state)
+  front = [e for e in archives.front(state.archive) if len(e.program.rows) > 1]
+  if not front or not search.fit:
+    return state
+  drawn = front[int(rng.integers(len(front)))]
+  forms = _simpler(drawn.program)
+  if programs.MUL in search.limits.ops:
+    forms += [variation.square(entry.program) for entry in front]
+  forms = list({f.rows: f for f in forms if _fits(f, search.limits)}.values())
+  if not forms:
+    return state._replace(rng=rng.bit_generator.state)
+  starts, steps = _SCREEN
+  screened = _best_of(search, forms, starts, steps, rng)
+
+  def promise(entry):
+    return entry.error / archives.best_error(state.archive, entry.cost)
+
+  chosen = sorted(screened, key=promise)[:_SHRUNK]
+  best = _best_of(search, [e.program for e in chosen], _STARTS, _STEPS, rng)
+  return merge(search, state, [*screened, *best])._replace(
+    rng=rng.bit_generator.state,
+    fits=state.fits + starts * len(forms) + _STARTS * len(chosen),
+  )
+
+
+def _simpler(program: Program) -> list[Program]:
+  """The program without one of its rows, in all ways."""
+  result = []
+  for row, (op, *_) in enumerate(program.rows):
+    for operand in range(programs.OPS[op].arity):
+      try:
+        result.append(variation.bypass(program, row, operand))
+      except programs.Degenerate:
+        continue
+  return result
+
+
+def _fits(program, limits) -> bool:
+  try:
+    limits.check(program)
+  except variation.TooLarge:
+    return False
+  return bool(program.constants)
+
+
+def _best_of(search, items, starts, steps, rng) -> list[Entry]:
+  """Each program with the best constants from several starts."""
+  items = [item.replace_constants(map(float, item.constants)) for item in items]
+  trials = [
+    item.replace_constants(c.tolist())
+    for item in items
+    for c in _starts(np.array(item.constants), starts, rng)
+  ]
+  groups = collections.defaultdict(list)
+  padded = -(-len(trials) // search.batch) * search.batch
+  trials += [trials[-1]] * (padded - len(trials))
+  for i in range(0, padded, search.batch):
+    part = trials[i : i + search.batch]
+    for entry in _fitted(search, part, steps, search.rounds):
+      groups[entry.program.rows].append(entry)
+  return [min(own, key=_finite_error) for own in groups.values()]
+
+
+def _finite_error(entry) -> float:
+  return entry.error if np.isfinite(entry.error) else np.inf
+
+
+def _starts(c: np.ndarray, count: int, rng) -> np.ndarray:
+  """Constants (count, K): as they are, near them, and anywhere."""
+  near = count // 2
+  spread = rng.choice([0.1, 1.0, 2.0], (near, 1))
+  scaled = c * np.exp(spread * rng.standard_normal((near, len(c))))
+  powers = 2.0 ** rng.integers(-2, 3, (near, len(c)))
+  scaled = np.where(rng.random((near, 1)) < 0.5, c * powers, scaled)
+  scaled[:1] = c
+  size = 10 ** rng.uniform(-1, 3.5, (count - near, len(c)))
+  return np.concatenate([scaled, size * rng.choice([-1, 1], size.shape)])
+
+
+def merge(search: Search, state: State, entries: list[Entry]) -> State:
+  """The state with entries of this search, of this or of another island."""
+  times = state.times
+  if search.objective == 'time':
+    entries, times = speed.measure(
+      entries,
+      _samples(search.fitted_target, search.points),
+      times,
+      bound=search.bound,
+      count=_MEASURED,
+    )
+  population = state.population
+  if search.select == 'nsga2':
+    population = archives.nsga2([*population, *entries], _POPULATION)
+  return state._replace(
+    archive=archives.insert(state.archive, entries),
+    population=population,
+    times=times,
+  )
+
+
+def polished(search: Search, entry: Entry) -> tuple[Program, float]:
+  """An entry with minimax constants in 80 bits, and their error over the reals.
+
+  Returns:
+    The program, with longdouble constants, and the error in the weight of the
+    target; those of the entry if polishing does not improve it.
+
+  Raises:
+    ImportError: without SciPy or mpmath.
+  """
+  target = search.fitted_target
+  try:
+    fit = polish.minimax(
+      targets.model(entry.program),
+      targets.core_reference(target),
+      targets.core_interval(target),
+      entry.program.constants,
+      weight=targets.core_weight(target),
+    )
+  except ValueError:  # a pole that the fit did not see
+    return entry.program, entry.error
+  return entry.program.replace_constants(fit.constants), fit.error
+
+
+def save(path, search: Search, state: State) -> None:
+  """Writes a checkpoint, which appears complete or not at all.
+
+  A checkpoint of the same search is replaced.
+
+  Raises:
+    FileExistsError: if the file is something else.
+  """
+  if os.path.exists(path):
+    try:
+      load(path, search)
+    except ValueError as error:
+      raise FileExistsError(
+        f'path={os.fspath(path)!r} exists and is no checkpoint of this search'
+        f' ({error}); choose another'
+      ) from error
+  arrays = {
+    'version': np.array(_VERSION),
+    'search': np.array(identity(search)),
+    'counts': np.array([state.generation, state.fits]),
+    'rng': np.array(json.dumps(state.rng)),
+    'seen': np.array(list(state.seen.items()), np.int64).reshape(-1, 2),
+    'timed': np.array(list(state.times), np.int64),
+    'times': np.array(list(state.times.values()), np.float64),
+  }
+  for name, items in (
+    ('archive', archives.entries(state.archive)),
+    ('population', state.population),
+  ):
+    stored = archives.to_arrays(items, search.rows, search.constants)
+    arrays |= {f'{name}_{key}': value for key, value in stored.items()}
+  directory = os.path.dirname(os.path.abspath(path))
+  handle, temporary = tempfile.mkstemp(dir=directory, suffix='.partial')
+  try:
+    with os.fdopen(handle, 'wb') as f:
+      np.savez_compressed(f, **arrays)
+      f.flush()
+      os.fsync(f.fileno())
+    os.replace(temporary, path)
+  except BaseException:
+    os.unlink(temporary)
+    raise
+
+
+def load(path, search: Search) -> State:
+  """Reads what `save` wrote.
+
+  Raises:
+    FileNotFoundError: if there is no such file.
+    ValueError: if it is damaged or belongs to another search.
+  """
+  path = os.fspath(path)
+  try:
+    with np.load(path, allow_pickle=False) as file:
+      arrays = dict(file)
+    if int(arrays['version']) != _VERSION:
+      raise ValueError(f'its version is {arrays["version"]}, not {_VERSION}')
+    saved = str(arrays['search'])
+    items = {
+      name: archives.from_arrays(
+        {
+          key: arrays[f'{name}_{key}']
+          for key in ('rows', 'constants', 'sizes', 'costs', 'errors')
+        }
+      )
+      for name in ('archive', 'population')
+    }
+    generation, fits = arrays['counts'].tolist()
+    state = State(
+      archive=archives.insert({}, items['archive']),
+      population=tuple(items['population']),
+      seen=dict(arrays['seen'].tolist()),
+      times=dict(
+        zip(arrays['timed'].tolist(), arrays['times'].tolist(), strict=True)
+      ),
+      rng=json.loads(str(arrays['rng'])),
+      generation=generation,
+      fits=fits,
+    )
+  except FileNotFoundError:
+    raise
+  except (
+    zipfile.BadZipFile,
+    KeyError,
+    OSError,
+    TypeError,
+    ValueError,
+  ) as error:
+    raise ValueError(
+      f'path={path!r} is a damaged checkpoint ({error}); delete it to start'
+      ' again'
+    ) from error
+  if saved != identity(search):
+    raise ValueError(
+      f'path={path!r} belongs to another search: {_difference(saved, search)};'
+      ' choose another path or the same settings'
+    )
+  return state
+
+
+def identity(search: Search) -> str:
+  """The settings as JSON; functions of the target by its name alone."""
+  settings = {
+    field.name: getattr(search, field.name)
+    for field in dataclasses.fields(search)
+    if field.name != 'target'
+  }
+  target = search.target
+  settings['target'] = [
+    target.name,
+    list(map(float, target.interval)),
+    target.parity,
+    target.weight,
+    float(target.offset),
+  ]
+  return json.dumps(settings, sort_keys=True)
+
+
+def _difference(saved: str, search: Search) -> str:
+  old, new = json.loads(saved), json.loads(identity(search))
+  names = [name for name in new if new[name] != old.get(name)]
+  return ', '.join(f'{name} {old.get(name)} -> {new[name]}' for name in names)
