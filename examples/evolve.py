@@ -364,6 +364,8 @@ def race(search, states) -> None:
   if target.name not in known:
     print(f'no race: NumPy has no {target.name} to judge by')
     return
+  if not targets.is_wrappable(target):
+    target = dataclasses.replace(target, wrapper=None)
   base = getattr(jax.numpy, target.name)
   reference = getattr(np, target.name)
   interval = tuple(map(float, target.interval))

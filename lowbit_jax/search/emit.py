@@ -93,20 +93,30 @@ def function(program: Program, target: Target) -> Callable:
       a product, or the target has a wrapper that calls the core outside of the
       interval.
   """
+  constants = _float32(program.constants)
+  return functools.partial(with_constants(program, target), constants)
+
+
+def with_constants(program: Program, target: Target) -> Callable:
+  """As `function`, of constants (K,) and x, for `float32_coefficients`."""
   whole = _whole(program, target)
   fences = _fences(whole)
+  rest = whole.constants[len(program.constants) :]
 
-  def core(x):
-    # Compare `Program.__call__`, which has no fences.
-    registers = [x, *map(float, whole.constants)]
-    for i, (op, *operands) in enumerate(whole.rows):
-      arguments = (registers[j] for j in operands[: OPS[op].arity])
-      value = OPS[op].value(jnp, *arguments)
-      registers.append(_fence(value) if i in fences else value)
-    return registers[-1] if whole.rows else registers[0]
+  def fn(constants, x):
+    def core(z):
+      # Compare `program.evaluate`, which has no fences.
+      registers = [z, *constants, *rest]
+      for i, (op, *operands) in enumerate(whole.rows):
+        arguments = (registers[j] for j in operands[: OPS[op].arity])
+        value = OPS[op].value(jnp, *arguments)
+        registers.append(_fence(value) if i in fences else value)
+      return registers[-1] if whole.rows else z
 
-  inner = core if target.wrapper is None else target.wrapper(core)
-  return lambda x: _fence(inner(_fence(x)))
+    inner = core if target.wrapper is None else target.wrapper(core)
+    return _fence(inner(_fence(x)))
+
+  return fn
 
 
 def _fence(value):
@@ -115,14 +125,12 @@ def _fence(value):
 
 def _whole(program, target) -> Program:
   """The program of x with float32 constants."""
-  if target.wrapper is not None:
-    (lo, hi), (first, last) = target.interval, target.reduced
-    if not (lo <= first and last <= hi):
-      raise ValueError(
-        f'interval={target.interval} of {target.name} does not cover'
-        f' {target.reduced}, on which its wrapper calls the core; search there,'
-        ' or use dataclasses.replace(target, wrapper=None)'
-      )
+  if not targets.is_wrappable(target) and target.wrapper is not None:
+    raise ValueError(
+      f'interval={target.interval} of {target.name} does not cover'
+      f' {target.reduced}, on which its wrapper calls the core; search there,'
+      ' or use dataclasses.replace(target, wrapper=None)'
+    )
   whole = targets.assemble(target, program)
   constants = range(1, 1 + len(whole.constants))
   for i, (op, _, b, _) in enumerate(whole.rows):

@@ -7,7 +7,6 @@ polishes float32 constants on the compiled function and races the best against
 what exists. Measured time is not reproducible, and neither is a search by it.
 """
 
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -16,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lowbit_jax.search import archive as archives
-from lowbit_jax.search import certify, polish, targets, timing
+from lowbit_jax.search import certify, emit, polish, timing
 from lowbit_jax.search import fit as fitting
 from lowbit_jax.search import program as programs
 from lowbit_jax.search.archive import Archive, Entry
@@ -136,9 +135,8 @@ def finalists(
     first.setdefault(entry.program.rows, entry.program)
   result = []
   for program in list(first.values())[:count]:
-    run = functools.partial(_full, target, program)
     fit = polish.float32_coefficients(
-      run,
+      emit.with_constants(program, target),
       program.constants,
       reference,
       interval,
@@ -147,23 +145,9 @@ def finalists(
       seed=seed,
     )
     polished = program.replace_constants(map(float, fit.constants))
-    fn = full_range(target, polished)
+    fn = emit.function(polished, target)
     sweep = certify.tiered(fn, reference, interval, tier=tier, bound=bound)
     if sweep.max_ulp <= bound:
       race = timing.compare(fn, base, interval, rounds=rounds)
       result.append(Finalist(polished, sweep.max_ulp, race))
   return sorted(result, key=lambda f: -f.comparison.speedup)
-
-
-def full_range(target: Target, program: Program) -> Callable:
-  """The float32 JAX function of a core, with the wrapper if there is one."""
-  fn = targets.assemble(target, program)
-  return fn if target.wrapper is None else target.wrapper(fn)
-
-
-def _full(target, program, constants, x):
-  def core(z):
-    return programs.evaluate(program.rows, list(constants), z)
-
-  fn = targets.assemble(target, core)
-  return (fn if target.wrapper is None else target.wrapper(fn))(x)

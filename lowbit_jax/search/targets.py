@@ -287,6 +287,14 @@ def extra_operations(target: Target) -> int:
   return count
 
 
+def is_wrappable(target: Target) -> bool:
+  """Whether it has a wrapper, and a core on its interval is enough for that."""
+  if target.wrapper is None or target.reduced is None:
+    return False
+  (lo, hi), (first, last) = target.interval, target.reduced
+  return lo <= first and last <= hi
+
+
 def assemble(target: Target, core: Program) -> Program:
   """f on the interval as a program of x, from a core as a program of z."""
   constants = core.constants
