@@ -1,7 +1,10 @@
 """Formulas for functions of one variable: programs, their constants, proofs.
 
 `program` has straight-line programs as values, `targets` the functions they
-are to be, `fit` the constants of many at once, `polish` their last digits,
-`certify` the error of a compiled function over every float32 input, `emit` its
-source code in Python and C, `timing` which of two compiled functions is faster.
+are to be. `evolve` searches: `variation` makes new programs, `fit` finds the
+constants of many at once, `archive` keeps the best, `islands` exchanges them
+between processes, `speed` measures their time. `polish` finds the last digits
+of constants, `certify` the error of a compiled function over every float32
+input, `emit` its source code in Python and C, `timing` which of two compiled
+functions is faster.
 """

@@ -1,0 +1,78 @@
+"""Tests of examples/evolve.py at toy size."""
+
+import csv
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+
+from absl.testing import absltest
+
+_ROOT = pathlib.Path(__file__).resolve().parents[2]
+_TOY = (
+  '--rows=4', '--constants=3', '--batch=32', '--islands=2', '--exchange=2',
+)  # fmt: skip
+
+
+def _run(directory, *flags):
+  names = ('PATH', 'HOME', 'TMPDIR')
+  environment = {n: os.environ[n] for n in names if n in os.environ} | {
+    'JAX_PLATFORMS': 'cpu',
+    'PYTHONPATH': f'{_ROOT}:{_ROOT / "pallas"}',
+  }
+  script = str(_ROOT / 'examples' / 'evolve.py')
+  process = subprocess.run(
+    [sys.executable, script, *_TOY, f'--workdir={directory}', *flags],
+    env=environment,
+    capture_output=True,
+    text=True,
+    timeout=600,
+  )
+  return process.returncode, process.stdout + process.stderr
+
+
+class EvolveTest(absltest.TestCase):
+  def test_islands_resume_and_report(self):
+    with tempfile.TemporaryDirectory() as directory:
+      path = pathlib.Path(directory)
+      code, out = _run(directory, '--generations=3')
+      self.assertEqual(code, 0, out)
+      code, out = _run(directory, '--generations=6')
+      self.assertEqual(code, 0, out)
+      self.assertIn('generation 6', out)
+      hall = json.loads((path / 'hall_of_fame.json').read_text())
+      self.assertEqual(hall['target'], 'exp2')
+      self.assertEqual(hall['fits'], 2 * (2 + 6 * 32))
+      errors = [entry['error'] for entry in hall['programs']]
+      self.assertEqual(errors, sorted(errors, reverse=True))
+      self.assertLess(errors[-1], 0.05)
+      plot = (path / 'pareto.png').read_bytes()
+      self.assertTrue(plot.startswith(b'\x89PNG'))
+      for island in range(2):
+        text = (path / f'island_{island}' / 'log.csv').read_text()
+        seconds = [
+          float(row['seconds']) for row in csv.DictReader(text.splitlines())
+        ]
+        self.assertEqual(seconds, sorted(seconds))
+      code, out = _run(directory, '--generations=6', '--seed=1')
+      self.assertEqual(code, 1, out)
+      self.assertIn('belongs to another search: seed 0 -> 1', out)
+
+  def test_bad_flags(self):
+    with tempfile.TemporaryDirectory() as directory:
+      for flag, message in (
+        ('--interval=0', '--interval=0 must be two numbers'),
+        ('--interval=1,0', 'must be finite with lo < hi'),
+        ('--ops=add,plus', "ops has 'plus'"),
+        ('--coordinator=localhost:1', 'needs --generations'),
+      ):
+        code, out = _run(directory, '--islands=1', flag)
+        self.assertEqual(code, 1, out)
+        self.assertIn(message, out)
+        self.assertNotIn('Traceback', out)
+
+
+if __name__ == '__main__':
+  absltest.main()
