@@ -13,6 +13,7 @@ numbered in the order of first use.
 
 import dataclasses
 import functools
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -303,7 +304,7 @@ def canonical(program: Program) -> Program:
 
 def from_graph(output: Node) -> Program:
   """The canonical program of a graph; raises as `canonical`."""
-  order = _topological(output)
+  order = topological(output)
   with np.errstate(all='ignore'):
     while True:
       output, simpler = _simplify(order)
@@ -314,7 +315,8 @@ def from_graph(output: Node) -> Program:
       order = to_graph(program)
 
 
-def _topological(output: Node) -> list[Node]:
+def topological(output: Node) -> list[Node]:
+  """Nodes that an output depends on, operands before what uses them."""
   order: list[Node] = []
   seen = {output}
 
@@ -330,32 +332,44 @@ def _topological(output: Node) -> list[Node]:
 
 
 def _simplify(order: list[Node]) -> tuple[Node, bool]:
-  """The last node with folded constants, and whether a row has a new form."""
+  """The last node with folded constants, and whether a row has a new form.
+
+  Operands of commutative rows are sorted by structure, constants first, where
+  `_chain` looks for them. Structures are hashes of integers and their tuples,
+  which do not depend on PYTHONHASHSEED.
+  """
   simpler = False
-  uses: dict[int, int] = {}
+  uses: dict[Node, int] = {}
   for node in order:
     for arg in node.args:
-      uses[id(arg)] = uses.get(id(arg), 0) + 1
-  known: dict[tuple[int, ...], Node] = {}
-  new: dict[int, Node] = {}
+      uses[arg] = uses.get(arg, 0) + 1
+  known: dict[tuple, Node] = {}
+  new: dict[Node, Node] = {}
   x = Node(X)
+  structure = {x: hash((X,))}
+  leaf = -sys.maxsize - 1  # of constants
   for node in order:
-    if node.op == X:
-      new[id(node)] = x
+    if node.op < 0:
+      new[node] = x if node.op == X else node
       continue
-    if node.op == CONSTANT:
-      new[id(node)] = node
-      continue
-    single = [uses[id(arg)] == 1 for arg in node.args]
-    result = _rewrite(node.op, [new[id(a)] for a in node.args], single)
+    args = [new[a] for a in node.args]
+    single = [uses[arg] == 1 for arg in node.args]
+    result = _rewrite(node.op, args, single)
     simpler |= result.op != node.op
     if result.op >= 0:
-      args = [id(a) for a in result.args]
+      args = result.args
+      parts = [structure.get(arg, leaf) for arg in args]
+      key = args
       if result.op in _COMMUTATIVE:
-        args[:2] = sorted(args[:2])
-      result = known.setdefault((result.op, *args), result)
-    new[id(node)] = result
-  return new[id(order[-1])], simpler
+        if parts[1] < parts[0]:
+          args[0], args[1] = args[1], args[0]
+          parts[0], parts[1] = parts[1], parts[0]
+        elif parts[1] == parts[0]:  # in either order
+          key = [*sorted(args[:2], key=id), *args[2:]]
+      result = known.setdefault((result.op, *key), result)
+      structure[result] = hash((result.op, *parts))
+    new[node] = result
+  return new[order[-1]], simpler
 
 
 def _constant(value) -> Node:
@@ -372,6 +386,8 @@ def _reciprocal(value):
 
 def _rewrite(op: int, args: list[Node], single: list[bool]) -> Node:
   """One row with canonical operands, as a simpler node where there is one."""
+  if args[0] is not args[-1] and not any(a.op == CONSTANT for a in args):
+    return Node(op, args)
   constant = [arg.op == CONSTANT for arg in args]
   if all(constant):
     values = [arg.value for arg in args]
@@ -422,27 +438,17 @@ def _chain(op: int, c, inner: Node, single: bool) -> Node:
 
 
 def _number(output: Node) -> Program:
-  """Rows in the order of first use, commutative operands by structure."""
+  """Rows and constants in the order of first use."""
   if output.op == CONSTANT:
     raise Degenerate('the program does not depend on x')
-  order = _topological(output)
-  # Hashes of integers and of their tuples do not depend on PYTHONHASHSEED.
-  shape: dict[int, int] = {}
-  for node in order:
-    parts = [shape[id(arg)] for arg in node.args]
-    if node.op in _COMMUTATIVE and parts[1] < parts[0]:
-      node.args[0], node.args[1] = node.args[1], node.args[0]
-      parts[0], parts[1] = parts[1], parts[0]
-    shape[id(node)] = hash((node.op, *parts))
-  order = _topological(output)
+  order = topological(output)
   constants = [node for node in order if node.op == CONSTANT]
   rows = [node for node in order if node.op >= 0]
-  number = {id(node): 1 + i for i, node in enumerate([*constants, *rows])}
-  number |= {id(node): 0 for node in order if node.op == X}
+  number = {node: 1 + i for i, node in enumerate([*constants, *rows])}
   padding = (0, 0, 0)
   return Program(
     tuple(
-      (node.op, *([number[id(a)] for a in node.args] + [*padding])[:3])
+      (node.op, *([number.get(a, 0) for a in node.args] + [*padding])[:3])
       for node in rows
     ),
     tuple(node.value for node in constants),

@@ -22,7 +22,7 @@ _GRAFT = 0.1  # another program in place of a leaf
 _SINGLE = 0.6  # of the rest: one edit; otherwise two or three
 _ALL_USES = 0.3  # of pairs replace all later uses of the value
 _SQUARE = 0.12  # of insertions at the output: times itself
-_EDITS = (0.35, 0.25, 0.25, 0.15)  # insert, delete, rewire, change
+_EDITS = (0.35, 0.60, 0.85)  # cumulative: insert, delete, rewire; else change
 _ATTEMPTS = 16
 
 Source = Callable[[np.random.Generator], Program]
@@ -83,10 +83,8 @@ def vary(
       elif u < _PAIR + _GRAFT:
         child = graft(parent, other(rng), rng)
       else:
-        count = 1 if rng.random() < _SINGLE else rng.integers(2, 4)
-        child = parent
-        for _ in range(count):
-          child = edit(child, rng, limits.ops)
+        count = 1 if rng.random() < _SINGLE else int(rng.integers(2, 4))
+        child = edit(parent, rng, limits.ops, count)
       return limits.check(child)
     except (programs.Degenerate, TooLarge):
       continue
@@ -99,7 +97,7 @@ def random_program(rng: np.random.Generator, limits: Limits) -> Program:
     length = rng.integers(1, limits.rows + 1)
     nodes = [programs.Node(programs.X)]
     for _ in range(length):
-      op = int(rng.choice(limits.ops))
+      op = limits.ops[rng.integers(len(limits.ops))]
       operands = [_leaf_or_value(rng, nodes) for _ in range(OPS[op].arity)]
       nodes.append(programs.Node(op, operands))
     try:
@@ -159,8 +157,8 @@ def _pair(r, c, r2, rng, ops):
     return programs.Node(FMA, [c, r2, r])
   if not (inner and outer):
     raise programs.Degenerate('no operations for a pair')
-  small = programs.Node(int(rng.choice(inner)), [c, r2])
-  return programs.Node(int(rng.choice(outer)), [r, small])
+  small = programs.Node(inner[rng.integers(len(inner))], [c, r2])
+  return programs.Node(outer[rng.integers(len(outer))], [r, small])
 
 
 def graft(
@@ -185,13 +183,21 @@ def graft(
 
 
 def edit(
-  program: Program, rng: np.random.Generator, ops: Sequence[int]
+  program: Program,
+  rng: np.random.Generator,
+  ops: Sequence[int],
+  count: int = 1,
 ) -> Program:
-  """One of: insert a row, delete a row, rewire an operand, change a row."""
-  if not program.rows:
-    return _insert(program, rng, ops)
-  kind = rng.choice(len(_EDITS), p=_EDITS)
-  return (_insert, _delete, _rewire, _change)[kind](program, rng, ops)
+  """Edits: insert a row, delete a row, rewire an operand or change a row."""
+  nodes = programs.to_graph(program)
+  for _ in range(count):
+    if nodes[-1].op < 0:
+      output = _insert(nodes, rng, ops)
+    else:
+      kind = int(np.searchsorted(_EDITS, rng.random(), 'right'))
+      output = (_insert, _delete, _rewire, _change)[kind](nodes, rng, ops)
+    nodes = programs.topological(output)
+  return programs.from_graph(nodes[-1])
 
 
 def square(program: Program) -> Program:
@@ -204,59 +210,55 @@ def bypass(program: Program, row: int, operand: int) -> Program:
   """The program in which one operand of a row stands in place of the row."""
   nodes = programs.to_graph(program)
   node = nodes[1 + len(program.constants) + row]
-  return _replace(nodes, node, node.args[operand])
+  return programs.from_graph(_replace(nodes, node, node.args[operand]))
 
 
-def _insert(program, rng, ops):
-  nodes = programs.to_graph(program)
+def _insert(nodes, rng, ops):
   edges = _edges(nodes)
   consumer, slot = edges[rng.integers(len(edges))]
   end = len(nodes) if consumer is None else nodes.index(consumer)
   source = nodes[-1] if consumer is None else consumer.args[slot]
   if consumer is None and MUL in ops and rng.random() < _SQUARE:
-    return programs.from_graph(programs.Node(MUL, [source, source]))
-  op = int(rng.choice(list(ops)))
+    return programs.Node(MUL, [source, source])
+  op = ops[rng.integers(len(ops))]
   args = [_leaf_or_value(rng, nodes[:end]) for _ in range(OPS[op].arity)]
   args[rng.integers(len(args))] = source
   new = programs.Node(op, args)
   if consumer is None:
-    return programs.from_graph(new)
+    return new
   consumer.args[slot] = new
-  return programs.from_graph(nodes[-1])
+  return nodes[-1]
 
 
-def _delete(program, rng, ops):
+def _delete(nodes, rng, ops):
   del ops
-  row = int(rng.integers(len(program.rows)))
-  arity = OPS[program.rows[row][0]].arity
-  return bypass(program, row, int(rng.integers(arity)))
+  rows = [node for node in nodes if node.op >= 0]
+  node = rows[rng.integers(len(rows))]
+  return _replace(nodes, node, node.args[rng.integers(len(node.args))])
 
 
-def _rewire(program, rng, ops):
+def _rewire(nodes, rng, ops):
   del ops
-  nodes = programs.to_graph(program)
   consumer, slot = _inner_edge(nodes, rng)
   consumer.args[slot] = _leaf_or_value(rng, nodes[: nodes.index(consumer)])
-  return programs.from_graph(nodes[-1])
+  return nodes[-1]
 
 
-def _change(program, rng, ops):
-  nodes = programs.to_graph(program)
+def _change(nodes, rng, ops):
   node, _ = _inner_edge(nodes, rng)
   same = [op for op in ops if OPS[op].arity == len(node.args) and op != node.op]
   if not same or rng.random() < 0.25:
     node.args.reverse()
   else:
-    node.op = int(rng.choice(same))
-  return programs.from_graph(nodes[-1])
+    node.op = same[rng.integers(len(same))]
+  return nodes[-1]
 
 
 def _replace(nodes, old, new):
-  if nodes[-1] is old:
-    return programs.from_graph(new)
+  """The output of the graph with one node in place of another."""
   for node in nodes:
     node.args = [new if arg is old else arg for arg in node.args]
-  return programs.from_graph(nodes[-1])
+  return new if nodes[-1] is old else nodes[-1]
 
 
 def _edges(nodes):
@@ -275,6 +277,8 @@ def _leaf_or_value(rng, nodes):
   if rng.random() < 0.3:
     return programs.Node(programs.CONSTANT, (), _random_constant(rng))
   values = [node for node in nodes if node.op != programs.CONSTANT]
+  if not values:
+    return programs.Node(programs.X)
   return values[rng.integers(len(values))]
 
 
