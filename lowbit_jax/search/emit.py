@@ -212,7 +212,7 @@ def python(
   lines.append(f'return {names[-1] if whole.rows else "x"}')
   summary = _summary(program, target, certificate, 'of float32 arrays')
   return _PYTHON_SOURCE.format(
-    imports=''.join(f'{line}\n' for line in imports),
+    imports=''.join(f'{line}\n' for line in imports if line != _LAX),
     constants=''.join(
       f"_C{i} = float.fromhex('{_hex(c)}')\n"
       for i, c in enumerate(whole.constants, 1)
@@ -226,6 +226,7 @@ def python(
   )
 
 
+_LAX = 'from jax import lax'
 _PYTHON_SOURCE = """import jax
 import jax.numpy as jnp
 from jax import lax
@@ -359,16 +360,16 @@ def _summary(program, target, certificate, kind) -> str:
   count = len(targets.assemble(target, program).rows)
   lo, hi = target.interval
   text = [
-    f'{target.name} {kind}, from a program of {count} operations on'
-    f' [{lo:.9g}, {hi:.9g}].'
+    f'{target.name} {kind}, from a program of {count} operations for x from'
+    f' {lo:.9g} to {hi:.9g}.'
   ]
   if certificate is not None:
     _check_program(program, certificate)
     lo, hi = (float.fromhex(end) for end in certificate.interval)
     environment = certificate.environment
     text += [
-      f'Error of at most {certificate.max_ulp:.4f} ULP on'
-      f' [{lo:.9g}, {hi:.9g}], the largest at {certificate.argmax}; measured on'
+      f'The error is at most {certificate.max_ulp:.4f} ULP for x from {lo:.9g}'
+      f' to {hi:.9g}, the largest at {certificate.argmax}; measured on'
       f' {certificate.n_inputs} inputs ({certificate.tier}), of which'
       f' {certificate.n_gt_1ulp} exceed 1 ULP.',
       f'Holds for {environment.backend}, {environment.device_kind},'

@@ -20,6 +20,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from jax import lax
 
 from lowbit_jax.search import certify, fit, polish
 from lowbit_jax.search.program import ADD, MUL, OPS, Program
@@ -47,7 +48,8 @@ class Target:
       last place of f in float32 (of `certify`), 'ulp_bf16' that in bfloat16.
     offset: see the module; 0 unless parity is 'even' or 'odd'.
     wrapper: from a float32 JAX function that is f on `reduced` to one that is f
-      everywhere, or None.
+      everywhere, or None. Those of sin and cos take |x| <= 1e5, and the other
+      of the two from JAX: `functools.partial` can bind another.
     reduced: the interval of x on which the wrapper calls its argument.
     derivative: f' as a Python expression in x, f, jnp and lax, such as
       '1 - f * f', for emitted code; None for what autodiff makes of it.
@@ -187,6 +189,8 @@ TARGETS = {
       lambda x: x.context.sin(x),
       (-math.pi / 4, math.pi / 4),
       parity='odd',
+      wrapper=functools.partial(elementary.sin_pio2, cos_core=lax.cos),
+      reduced=(-math.pi / 4, math.pi / 4),
       derivative='jnp.cos(x)',
     ),
     Target(
@@ -194,6 +198,8 @@ TARGETS = {
       lambda x: x.context.cos(x),
       (-math.pi / 4, math.pi / 4),
       parity='even',
+      wrapper=functools.partial(elementary.sin_pio2, lax.sin, quarters=1),
+      reduced=(-math.pi / 4, math.pi / 4),
       derivative='-jnp.sin(x)',
     ),
     Target(
