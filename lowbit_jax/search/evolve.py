@@ -30,6 +30,16 @@ from lowbit_jax.search.targets import Target
 OBJECTIVES = ('operations', 'ulp', 'time')
 SELECTIONS = ('archive', 'nsga2', 'random')
 
+# What reading a file that was cut or changed may raise.
+DAMAGE = (
+  EOFError,
+  KeyError,
+  OSError,
+  TypeError,
+  ValueError,
+  zipfile.BadZipFile,
+)
+
 _VERSION = 1
 _DENSE = 300
 _REFITS = 6  # of one structure, over the whole run
@@ -251,10 +261,11 @@ def _samples(target: Target, points: int) -> fitting.Samples:
 
 
 def _fitted(search, items, steps, rounds) -> list[Entry]:
-  """Programs with fitted constants; those with no finite error too."""
+  """Up to a batch of programs, with constants and errors, finite or not."""
   samples = _samples(search.fitted_target, search.points)
   ops = search.limits.ops
-  batch = fitting.pack(items, search.rows, search.constants)
+  padded = [*items, *items[:1] * (search.batch - len(items))]
+  batch = fitting.pack(padded, search.rows, search.constants)
   reals = search.objective == 'operations'
   result = fitting.fit(
     batch,
@@ -272,7 +283,7 @@ def _fitted(search, items, steps, rounds) -> list[Entry]:
       item.replace_constants(c[: len(item.constants)]), search.cost(item), e
     )
     for item, c, e in zip(
-      items, result.constants.tolist(), error.tolist(), strict=True
+      items, result.constants.tolist(), error.tolist(), strict=False
     )
   ]
 
@@ -339,9 +350,7 @@ def _best_of(search, items, starts, steps, rng) -> list[Entry]:
     for c in _starts(np.array(item.constants), starts, rng)
   ]
   groups = collections.defaultdict(list)
-  padded = -(-len(trials) // search.batch) * search.batch
-  trials += [trials[-1]] * (padded - len(trials))
-  for i in range(0, padded, search.batch):
+  for i in range(0, len(trials), search.batch):
     part = trials[i : i + search.batch]
     for entry in _fitted(search, part, steps, search.rounds):
       groups[entry.program.rows].append(entry)
@@ -419,7 +428,7 @@ def save(path, search: Search, state: State) -> None:
   """
   if os.path.exists(path):
     try:
-      load(path, search)
+      _read(path, search, ())
     except ValueError as error:
       raise FileExistsError(
         f'path={os.fspath(path)!r} exists and is no checkpoint of this search'
@@ -460,43 +469,42 @@ def load(path, search: Search) -> State:
     FileNotFoundError: if there is no such file.
     ValueError: if it is damaged or belongs to another search.
   """
+  arrays = _read(path, search, None)
+  items = {
+    name: archives.from_arrays(
+      {
+        key: arrays[f'{name}_{key}']
+        for key in ('rows', 'constants', 'sizes', 'costs', 'errors')
+      }
+    )
+    for name in ('archive', 'population')
+  }
+  generation, fits = arrays['counts'].tolist()
+  return State(
+    archive=archives.insert({}, items['archive']),
+    population=tuple(items['population']),
+    seen=dict(arrays['seen'].tolist()),
+    times=dict(
+      zip(arrays['timed'].tolist(), arrays['times'].tolist(), strict=True)
+    ),
+    rng=json.loads(str(arrays['rng'])),
+    generation=generation,
+    fits=fits,
+  )
+
+
+def _read(path, search, names) -> dict[str, np.ndarray]:
+  """Arrays of these names, or all, of a checkpoint of this search."""
   path = os.fspath(path)
   try:
-    with np.load(path, allow_pickle=False) as file:
-      arrays = dict(file)
-    if int(arrays['version']) != _VERSION:
-      raise ValueError(f'its version is {arrays["version"]}, not {_VERSION}')
-    saved = str(arrays['search'])
-    items = {
-      name: archives.from_arrays(
-        {
-          key: arrays[f'{name}_{key}']
-          for key in ('rows', 'constants', 'sizes', 'costs', 'errors')
-        }
-      )
-      for name in ('archive', 'population')
-    }
-    generation, fits = arrays['counts'].tolist()
-    state = State(
-      archive=archives.insert({}, items['archive']),
-      population=tuple(items['population']),
-      seen=dict(arrays['seen'].tolist()),
-      times=dict(
-        zip(arrays['timed'].tolist(), arrays['times'].tolist(), strict=True)
-      ),
-      rng=json.loads(str(arrays['rng'])),
-      generation=generation,
-      fits=fits,
-    )
+    with open(path, 'rb') as f, np.load(f, allow_pickle=False) as file:
+      version, saved = int(file['version']), str(file['search'])
+      arrays = {k: file[k] for k in (file.files if names is None else names)}
+    if version != _VERSION:
+      raise ValueError(f'its version is {version}, not {_VERSION}')
   except FileNotFoundError:
     raise
-  except (
-    zipfile.BadZipFile,
-    KeyError,
-    OSError,
-    TypeError,
-    ValueError,
-  ) as error:
+  except DAMAGE as error:
     raise ValueError(
       f'path={path!r} is a damaged checkpoint ({error}); delete it to start'
       ' again'
@@ -506,7 +514,7 @@ def load(path, search: Search) -> State:
       f'path={path!r} belongs to another search: {_difference(saved, search)};'
       ' choose another path or the same settings'
     )
-  return state
+  return arrays
 
 
 def identity(search: Search) -> str:

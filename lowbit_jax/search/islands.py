@@ -9,7 +9,6 @@ leaves a snapshot and takes those of the others as they are, so runs differ.
 import os
 import pathlib
 import tempfile
-import zipfile
 
 import jax
 import numpy as np
@@ -81,10 +80,10 @@ def directory(
 
 def _read(path, search) -> list[Entry]:
   try:
-    with np.load(path, allow_pickle=False) as file:
+    with open(path, 'rb') as f, np.load(f, allow_pickle=False) as file:
       arrays = dict(file)
     if str(arrays['search']) != evolve.identity(search):
       return []
     return archives.from_arrays(arrays)
-  except (zipfile.BadZipFile, KeyError, OSError, ValueError):
+  except evolve.DAMAGE:
     return []
