@@ -125,7 +125,7 @@ def _fence(value):
 
 def _whole(program, target) -> Program:
   """The program of x with float32 constants."""
-  if not targets.is_wrappable(target) and target.wrapper is not None:
+  if target.wrapper is not None and not targets.is_wrappable(target):
     raise ValueError(
       f'interval={target.interval} of {target.name} does not cover'
       f' {target.reduced}, on which its wrapper calls the core; search there,'
@@ -282,6 +282,21 @@ def c99(
 
   Raises:
     ValueError: as `python`, wrappers aside.
+
+  Examples:
+    >>> from lowbit_jax.search.program import MUL
+    >>> target = Target('square', lambda x: x * x, (0.5, 1.0))
+    >>> print(c99(Program(((MUL, 0, 0, 0),)), target), end='')
+    /* square of a float, from 1 operations, for x from 0.5 to 1.
+      Compile with -std=c99 -O2 -ffp-contract=off.
+    */
+    <BLANKLINE>
+    #include <math.h>
+    <BLANKLINE>
+    float lowbit_square(float x) {
+      const float u1 = x * x;
+      return u1;
+    }
   """
   whole = _whole_core(program, target)
   names = ['x', *(f'c{i}' for i in range(1, 1 + len(whole.constants)))]
@@ -360,7 +375,7 @@ def _summary(program, target, certificate, kind) -> str:
   count = len(targets.assemble(target, program).rows)
   lo, hi = target.interval
   text = [
-    f'{target.name} {kind}, from a program of {count} operations for x from'
+    f'{target.name} {kind}, from {count} operations, for x from'
     f' {lo:.9g} to {hi:.9g}.'
   ]
   if certificate is not None:

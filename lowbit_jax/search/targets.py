@@ -279,6 +279,49 @@ def get(name: str) -> Target:
   return TARGETS[name]
 
 
+def reference(target: Target) -> Callable[[np.ndarray], np.ndarray]:
+  """f in NumPy, from float64 to float64, as `certify` takes it.
+
+  Of NumPy or SciPy for the functions in `TARGETS` that they have to within a
+  few units of float64, else by mpmath, some 1e4 values a second.
+
+  Raises:
+    ImportError: without SciPy where that has the function, or without mpmath.
+  """
+  known = TARGETS.get(target.name)
+  if known is not None and known.exact is target.exact:
+    if target.name in _SCIPY:
+      try:
+        from scipy import special
+      except ImportError as error:
+        raise ImportError(
+          f'the reference of {target.name} needs SciPy; install it with `pip'
+          ' install lowbit-jax[search]`'
+        ) from error
+      return functools.partial(_SCIPY[target.name], special)
+    if target.name in _NUMPY:
+      return _NUMPY[target.name]
+  plain = dataclasses.replace(target, parity=None, offset=0.0)
+  exact = polish.extended(lambda x: _without_factor(plain, x, 1))
+  return lambda x: exact(x).astype(np.float64)
+
+
+_NUMPY = {
+  name: getattr(np, name)
+  for name in (
+    'exp', 'exp2', 'expm1', 'log', 'log2', 'log1p', 'sin', 'cos', 'tanh',
+  )
+} | {
+  'softplus': lambda x: np.logaddexp(0, x),
+  'rsqrt': lambda x: 1 / np.sqrt(x),
+}  # fmt: skip
+_SCIPY = {
+  'erf': lambda special, x: special.erf(x),
+  'gelu': lambda special, x: x * special.ndtr(x),
+  'sigmoid': lambda special, x: special.expit(x),
+}
+
+
 def core_interval(target: Target) -> tuple[float, float]:
   """The interval of z."""
   lo, hi = (float(v) for v in target.interval)
