@@ -19,6 +19,7 @@ an island and programs travel in a ring, which is reproducible.
 
 import csv
 import dataclasses
+import functools
 import importlib.util
 import json
 import os
@@ -360,14 +361,18 @@ def plot(search, path, hall) -> None:
 def race(search, states) -> None:
   """Prints what the fastest programs within the bound win over XLA."""
   target = search.target
-  known = ('exp', 'exp2', 'expm1', 'log', 'log2', 'log1p', 'sin', 'cos', 'tanh')
-  if target.name not in known:
-    print(f'no race: NumPy has no {target.name} to judge by')
-    return
+  if target.name == 'gelu':
+    base = functools.partial(jax.nn.gelu, approximate=False)
+  else:
+    modules = (jax.numpy, jax.nn, jax.lax)
+    have = [m for m in modules if hasattr(m, target.name)]
+    if not have:
+      print(f'no race: JAX has no {target.name}')
+      return
+    base = getattr(have[0], target.name)
   if not targets.is_wrappable(target):
     target = dataclasses.replace(target, wrapper=None)
-  base = getattr(jax.numpy, target.name)
-  reference = getattr(np, target.name)
+  reference = targets.reference(target)
   interval = tuple(map(float, target.interval))
   for finalist in speed.finalists(
     target, merged(states), base, reference, interval, bound=search.bound

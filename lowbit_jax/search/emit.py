@@ -125,7 +125,7 @@ def _fence(value):
 
 def _whole(program, target) -> Program:
   """The program of x with float32 constants."""
-  if not targets.is_wrappable(target) and target.wrapper is not None:
+  if target.wrapper is not None and not targets.is_wrappable(target):
     raise ValueError(
       f'interval={target.interval} of {target.name} does not cover'
       f' {target.reduced}, on which its wrapper calls the core; search there,'
@@ -212,7 +212,7 @@ def python(
   lines.append(f'return {names[-1] if whole.rows else "x"}')
   summary = _summary(program, target, certificate, 'of float32 arrays')
   return _PYTHON_SOURCE.format(
-    imports=''.join(f'{line}\n' for line in imports),
+    imports=''.join(f'{line}\n' for line in imports if line != _LAX),
     constants=''.join(
       f"_C{i} = float.fromhex('{_hex(c)}')\n"
       for i, c in enumerate(whole.constants, 1)
@@ -226,6 +226,7 @@ def python(
   )
 
 
+_LAX = 'from jax import lax'
 _PYTHON_SOURCE = """import jax
 import jax.numpy as jnp
 from jax import lax
@@ -281,6 +282,21 @@ def c99(
 
   Raises:
     ValueError: as `python`, wrappers aside.
+
+  Examples:
+    >>> from lowbit_jax.search.program import MUL
+    >>> target = Target('square', lambda x: x * x, (0.5, 1.0))
+    >>> print(c99(Program(((MUL, 0, 0, 0),)), target), end='')
+    /* square of a float, from 1 operations, for x from 0.5 to 1.
+      Compile with -std=c99 -O2 -ffp-contract=off.
+    */
+    <BLANKLINE>
+    #include <math.h>
+    <BLANKLINE>
+    float lowbit_square(float x) {
+      const float u1 = x * x;
+      return u1;
+    }
   """
   whole = _whole_core(program, target)
   names = ['x', *(f'c{i}' for i in range(1, 1 + len(whole.constants)))]
@@ -359,16 +375,16 @@ def _summary(program, target, certificate, kind) -> str:
   count = len(targets.assemble(target, program).rows)
   lo, hi = target.interval
   text = [
-    f'{target.name} {kind}, from a program of {count} operations on'
-    f' [{lo:.9g}, {hi:.9g}].'
+    f'{target.name} {kind}, from {count} operations, for x from'
+    f' {lo:.9g} to {hi:.9g}.'
   ]
   if certificate is not None:
     _check_program(program, certificate)
     lo, hi = (float.fromhex(end) for end in certificate.interval)
     environment = certificate.environment
     text += [
-      f'Error of at most {certificate.max_ulp:.4f} ULP on'
-      f' [{lo:.9g}, {hi:.9g}], the largest at {certificate.argmax}; measured on'
+      f'The error is at most {certificate.max_ulp:.4f} ULP for x from {lo:.9g}'
+      f' to {hi:.9g}, the largest at {certificate.argmax}; measured on'
       f' {certificate.n_inputs} inputs ({certificate.tier}), of which'
       f' {certificate.n_gt_1ulp} exceed 1 ULP.',
       f'Holds for {environment.backend}, {environment.device_kind},'

@@ -20,6 +20,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from jax import lax
 
 from lowbit_jax.search import certify, fit, polish
 from lowbit_jax.search.program import ADD, MUL, OPS, Program
@@ -47,7 +48,8 @@ class Target:
       last place of f in float32 (of `certify`), 'ulp_bf16' that in bfloat16.
     offset: see the module; 0 unless parity is 'even' or 'odd'.
     wrapper: from a float32 JAX function that is f on `reduced` to one that is f
-      everywhere, or None.
+      everywhere, or None. Those of sin and cos take |x| <= 1e5, and the other
+      of the two from JAX: `functools.partial` can bind another.
     reduced: the interval of x on which the wrapper calls its argument.
     derivative: f' as a Python expression in x, f, jnp and lax, such as
       '1 - f * f', for emitted code; None for what autodiff makes of it.
@@ -187,6 +189,8 @@ TARGETS = {
       lambda x: x.context.sin(x),
       (-math.pi / 4, math.pi / 4),
       parity='odd',
+      wrapper=functools.partial(elementary.sin_pio2, cos_core=lax.cos),
+      reduced=(-math.pi / 4, math.pi / 4),
       derivative='jnp.cos(x)',
     ),
     Target(
@@ -194,6 +198,8 @@ TARGETS = {
       lambda x: x.context.cos(x),
       (-math.pi / 4, math.pi / 4),
       parity='even',
+      wrapper=functools.partial(elementary.sin_pio2, lax.sin, quarters=1),
+      reduced=(-math.pi / 4, math.pi / 4),
       derivative='-jnp.sin(x)',
     ),
     Target(
@@ -271,6 +277,49 @@ def get(name: str) -> Target:
   if name not in TARGETS:
     raise ValueError(f'name={name!r} must be one of {", ".join(TARGETS)}')
   return TARGETS[name]
+
+
+def reference(target: Target) -> Callable[[np.ndarray], np.ndarray]:
+  """f in NumPy, from float64 to float64, as `certify` takes it.
+
+  Of NumPy or SciPy for the functions in `TARGETS` that they have to within a
+  few units of float64, else by mpmath, some 1e4 values a second.
+
+  Raises:
+    ImportError: without SciPy where that has the function, or without mpmath.
+  """
+  known = TARGETS.get(target.name)
+  if known is not None and known.exact is target.exact:
+    if target.name in _SCIPY:
+      try:
+        from scipy import special
+      except ImportError as error:
+        raise ImportError(
+          f'the reference of {target.name} needs SciPy; install it with `pip'
+          ' install lowbit-jax[search]`'
+        ) from error
+      return functools.partial(_SCIPY[target.name], special)
+    if target.name in _NUMPY:
+      return _NUMPY[target.name]
+  plain = dataclasses.replace(target, parity=None, offset=0.0)
+  exact = polish.extended(lambda x: _without_factor(plain, x, 1))
+  return lambda x: exact(x).astype(np.float64)
+
+
+_NUMPY = {
+  name: getattr(np, name)
+  for name in (
+    'exp', 'exp2', 'expm1', 'log', 'log2', 'log1p', 'sin', 'cos', 'tanh',
+  )
+} | {
+  'softplus': lambda x: np.logaddexp(0, x),
+  'rsqrt': lambda x: 1 / np.sqrt(x),
+}  # fmt: skip
+_SCIPY = {
+  'erf': lambda special, x: special.erf(x),
+  'gelu': lambda special, x: x * special.ndtr(x),
+  'sigmoid': lambda special, x: special.expit(x),
+}
 
 
 def core_interval(target: Target) -> tuple[float, float]:

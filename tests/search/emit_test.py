@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import mpmath
 import numpy as np
 from absl.testing import absltest, parameterized
+from scipy import special
 
 from lowbit_jax.search import certify, emit, polish, targets
 from lowbit_jax.search.program import (
@@ -269,6 +270,27 @@ class EmitTest(parameterized.TestCase):
       names = {'x': x, 'f': f, 'jnp': jnp, 'lax': jax.lax}
       expected = eval(target.derivative, names)
     np.testing.assert_allclose(jax.grad(fn)(x), expected, rtol=1e-6)
+
+  @parameterized.parameters(
+    ('exp', (-80, 80), 1e-6), ('exp2', (-120, 120), 1e-6),
+    ('log2', (1.5, 1e30), 1e-4), ('sin', (-1.5, 1.5), 1e-6),
+    ('cos', (-9e4, -8e4), 1e-4), ('tanh', (-40, -9), 1e-6),
+    ('erf', (-30, 30), 0.05),
+  )  # fmt: skip
+  def test_wrappers(self, name, wide, error):
+    target = targets.get(name)
+    if not targets.is_wrappable(target):
+      target = dataclasses.replace(target, interval=target.reduced)
+    s = targets.samples(target, points=80)
+    powers = s.x[:, None] ** np.arange(8)
+    constants = np.linalg.lstsq(powers * s.w[:, None], s.f * s.w)[0]
+    rows = [(FMA, 0, 8, 7), *((FMA, 0, 9 + i, 6 - i) for i in range(6))]
+    program = Program(tuple(rows), tuple(constants.tolist()))
+    fn = emit.load_python(emit.python(program, target), name)
+    x = np.linspace(*wide, 1001).astype(_F)
+    oracle = special.erf if name == 'erf' else getattr(np, name)
+    f = oracle(x.astype(np.float64))
+    np.testing.assert_allclose(fn(x), f, rtol=error)
 
   def test_takes_float32(self):
     fn = emit.load_python(emit.python(_SYMMETRIC, _EXP2), 'exp2')

@@ -95,6 +95,26 @@ class TargetsTest(parameterized.TestCase):
       f = _f(target, x, s.f)
       np.testing.assert_allclose(f, _ORACLE[name](x), rtol=0, atol=1e-14)
 
+  @parameterized.parameters(*_ALL)
+  def test_reference(self, name):
+    target = targets.get(name)
+    lo, hi = target.interval
+    x = np.linspace(lo, hi, 99)
+    with mpmath.workdps(30):
+      exact = np.array([float(target.exact(mpmath.mpf(v))) for v in x])
+    y = targets.reference(target)(x)
+    self.assertEqual(y.dtype, np.float64)
+    # What `certify` allows, 2^9 units of float64.
+    np.testing.assert_allclose(y, exact, rtol=2.0**-44, atol=0)
+
+  def test_reference_of_a_user(self):
+    exact = lambda x: x.context.sin(x) / x
+    target = targets.Target('sin', exact, (1.0, 2.0))
+    x = np.linspace(1, 2, 9)
+    np.testing.assert_allclose(
+      targets.reference(target)(x), np.sin(x) / x, rtol=1e-15
+    )
+
   @parameterized.product(name=_ALL, weight=('rel', 'abs', 'ulp32', 'ulp_bf16'))
   def test_weight_of_an_error_is_that_of_the_function(self, name, weight):
     target = dataclasses.replace(targets.get(name), weight=weight)
