@@ -275,7 +275,17 @@ def _scaled(y, blocks: Blocks, fmt: BlockFormat, scale, tensor_scale):
   if scale is None and tensor_scale is None:
     return y
   outer = None if tensor_scale is None else blocks.expand(tensor_scale)
-  return block.scaled(y, _scaling.inverse_factors(scale, fmt, outer))
+  inverse = map(_once, _scaling.inverse_factors(scale, fmt, outer))
+  return block.scaled(y, tuple(inverse))
+
+
+def _once(factor):
+  """A factor of blocks, in a form that is computed once for each.
+
+  XLA:CPU computes what it broadcasts for every element anew, unless there is a
+  division in it. This one is by 1, because nothing is less than -Inf.
+  """
+  return factor / jnp.where(factor < -math.inf, 2.0, 1.0)
 
 
 def _unscaled(y, fmt, scales: Scales, offset, blocks: Blocks):
@@ -286,7 +296,7 @@ def _unscaled(y, fmt, scales: Scales, offset, blocks: Blocks):
     y = y - scales.zero_point.astype(jnp.float32)
   if scales.scale is not None:
     for factor in _scaling.factors(scales.scale, fmt.scale):
-      y = y * factor
+      y = y * _once(factor)
   if scales.tensor_scale is not None:
     y = y * blocks.expand(scales.tensor_scale)
   return y
@@ -318,11 +328,10 @@ def _tensor_scale(blocks, amax, fmt, rule, given):
 
   def finite_max():
     b = _scaling.magnitude_bits(blocks.view)
-    return _scaling.block_max(jnp.where(b < fb.INF, b, 0), blocks.inner)
+    return jnp.max(jnp.where(b < fb.INF, b, 0), initial=0)
 
-  all_finite = jnp.all(amax < fb.INF)
-  finite = jax.lax.cond(all_finite, lambda: amax, finite_max)
-  top = jnp.max(finite, initial=0)
+  top = jnp.max(amax, initial=0)
+  top = jax.lax.cond(top < fb.INF, lambda: top, finite_max)
   return _scaling.tensor_scale_from(top, fmt).reshape(ones)
 
 
