@@ -283,9 +283,11 @@ def _once(factor):
   """A factor of blocks, in a form that is computed once for each.
 
   XLA:CPU computes what it broadcasts for every element anew, unless there is a
-  division in it. This one is by 1, because nothing is less than -Inf.
+  division in it. This one is by 1, because nothing is less than -Inf, and of
+  integers, which is exact on every device.
   """
-  return factor / jnp.where(factor < -math.inf, 2.0, 1.0)
+  one = jnp.where(factor < -math.inf, 2, 1)
+  return fb.from_bits(jax.lax.div(fb.to_bits(factor), one))
 
 
 def _unscaled(y, fmt, scales: Scales, offset, blocks: Blocks):
