@@ -53,7 +53,7 @@ def awkward(element) -> np.ndarray:
   return np.concatenate([every, ends, *steps])
 
 
-def differing(element, rounded=codec.rounded) -> list[str]:
+def differing(element) -> list[str]:
   """Roundings in which `rounded` is not `decode(encode(x))` bit for bit."""
   x, f = awkward(element), _codec.spec(element)
   words = np.random.default_rng(0).integers(0, 2**32, x.shape, np.uint32)
@@ -62,7 +62,7 @@ def differing(element, rounded=codec.rounded) -> list[str]:
   def both(x, words):
     return {
       name: (
-        rounded(x, f, codec.rule(name, words)),
+        codec.rounded(x, f, codec.rule(name, words)),
         codec.decode(codec.encode(x, f, codec.rule(name, words)), f),
       )
       for name in ('nearest_even', 'toward_zero', 'stochastic')
