@@ -26,16 +26,17 @@ import lm_trainer  # noqa: E402
 _ROUNDS = flags.DEFINE_integer('rounds', 11, 'Timed calls of each candidate.')
 _RECIPES = flags.DEFINE_list(
   'recipes',
-  ['mxfp8', 'mxint8', 'mxfp4_rtn', 'mxfp4_sr_rht', 'mxfp4_rotated', 'nvfp4',
-   'nvfp4_rtn', 'fp8_current', 'fp8_block', 'jetfire_int8', 'switchback'],
+  ['mxfp8', 'mxint8', 'mxfp4_rtn', 'mxfp4_sr_rht', 'mxfp4_rotated',
+   'mxfp4_lowbit', 'nvfp4', 'nvfp4_rtn', 'fp8_current', 'fp8_block',
+   'jetfire_int8', 'switchback'],
   'Recipes to time.',
 )  # fmt: skip
 _OPTIMIZERS = flags.DEFINE_list(
   'optimizers', ['adamw8', 'muon', 'stable_spam'], 'Optimizers to time.'
 )
 _GOALS = {'muon': 1.3} | dict.fromkeys(
-  ['mxfp8', 'mxint8', 'nvfp4', 'nvfp4_rtn', 'fp8_current', 'fp8_block',
-   'jetfire_int8', 'switchback'],
+  ['mxfp8', 'mxint8', 'mxfp4_rtn', 'mxfp4_sr_rht', 'nvfp4', 'nvfp4_rtn',
+   'fp8_current', 'fp8_block', 'jetfire_int8', 'switchback'],
   1.5,
 )  # fmt: skip
 

@@ -143,16 +143,12 @@ class Job(NamedTuple):
 
   def codes(self, elements: Elements) -> jax.Array:
     """Element codes, unpacked."""
-    _, fmt, scales, _, how = self
-    rule = _rounding.rule(how.rounding, elements.random, how.random_bits)
-    y = _scaled(elements.x, self.blocks, fmt, scales.scale, scales.tensor_scale)
-    if elements.offset is not None:
-      y = y + elements.offset
-    if scales.zero_point is None:
-      return codec.encode(y, spec(fmt.element), rule)
+    y, rule = self._scaled(elements)
+    if self.scales.zero_point is None:
+      return codec.encode(y, spec(self.fmt.element), rule)
     # round(x / s) + z, not round(x / s + z): they differ at ties.
-    k = rule(y) + scales.zero_point.astype(jnp.float32)
-    k = jnp.clip(k, 0, fmt.element.code_max)
+    k = rule(y) + self.scales.zero_point.astype(jnp.float32)
+    k = jnp.clip(k, 0, self.fmt.element.code_max)
     return jnp.where(k != k, 0, k).astype(jnp.int32).astype(jnp.uint8)
 
   def values(self, scales: Scales | None = None) -> jax.Array:
@@ -161,10 +157,22 @@ class Job(NamedTuple):
     Args:
       scales: those to multiply by, None for the ones of the quantization.
     """
-    codes = self.codes(self.elements)
-    offset = self.elements.offset
+    element = spec(self.fmt.element)
+    if self.scales.zero_point is None:
+      y, rule = self._scaled(self.elements)
+      y = codec.rounded(y, element, rule)
+    else:
+      y = codec.decode(self.codes(self.elements), element)
     scales = self.scales if scales is None else scales
-    return _decode(codes, self.fmt, scales, offset, self.blocks)
+    return _unscaled(y, self.fmt, scales, self.elements.offset, self.blocks)
+
+  def _scaled(self, elements: Elements):
+    """What is rounded to elements, and the rule that rounds it."""
+    _, fmt, scales, _, how = self
+    y = _scaled(elements.x, self.blocks, fmt, scales.scale, scales.tensor_scale)
+    if elements.offset is not None:
+      y = y + elements.offset
+    return y, _rounding.rule(how.rounding, elements.random, how.random_bits)
 
   def packed(self) -> jax.Array:
     """Packed codes in the shape of the padded array.
@@ -267,19 +275,30 @@ def _scaled(y, blocks: Blocks, fmt: BlockFormat, scale, tensor_scale):
   if scale is None and tensor_scale is None:
     return y
   outer = None if tensor_scale is None else blocks.expand(tensor_scale)
-  return block.scaled(y, _scaling.inverse_factors(scale, fmt, outer))
+  inverse = map(_once, _scaling.inverse_factors(scale, fmt, outer))
+  return block.scaled(y, tuple(inverse))
 
 
-def _decode(codes, fmt, scales: 'Scales', offset, blocks: Blocks):
-  """Values of codes in the shape of the view."""
-  y = codec.decode(codes, spec(fmt.element))
+def _once(factor):
+  """A factor of blocks, in a form that is computed once for each.
+
+  XLA:CPU computes what it broadcasts for every element anew, unless there is a
+  division in it. This one is by 1, because nothing is less than -Inf, and of
+  integers, which is exact on every device.
+  """
+  one = jnp.where(factor < -math.inf, 2, 1)
+  return fb.from_bits(jax.lax.div(fb.to_bits(factor), one))
+
+
+def _unscaled(y, fmt, scales: Scales, offset, blocks: Blocks):
+  """Values of elements `y` in the shape of the view."""
   if offset is not None:
     y = y - offset
   if scales.zero_point is not None:
     y = y - scales.zero_point.astype(jnp.float32)
   if scales.scale is not None:
     for factor in _scaling.factors(scales.scale, fmt.scale):
-      y = y * factor
+      y = y * _once(factor)
   if scales.tensor_scale is not None:
     y = y * blocks.expand(scales.tensor_scale)
   return y
@@ -311,11 +330,10 @@ def _tensor_scale(blocks, amax, fmt, rule, given):
 
   def finite_max():
     b = _scaling.magnitude_bits(blocks.view)
-    return _scaling.block_max(jnp.where(b < fb.INF, b, 0), blocks.inner)
+    return jnp.max(jnp.where(b < fb.INF, b, 0), initial=0)
 
-  all_finite = jnp.all(amax < fb.INF)
-  finite = jax.lax.cond(all_finite, lambda: amax, finite_max)
-  top = jnp.max(finite, initial=0)
+  top = jnp.max(amax, initial=0)
+  top = jax.lax.cond(top < fb.INF, lambda: top, finite_max)
   return _scaling.tensor_scale_from(top, fmt).reshape(ones)
 
 
@@ -385,8 +403,16 @@ def _best(blocks: Blocks, fmt: BlockFormat, options, tensor_scale):
 
 def _squared_error(blocks: Blocks, fmt: BlockFormat, scale, tensor_scale):
   y = _scaled(blocks.view, blocks, fmt, scale, tensor_scale)
-  element = spec(fmt.element)
-  codes = codec.encode(y, element)
-  y = _decode(codes, fmt, Scales(scale, tensor_scale, None), None, blocks)
-  error = jnp.square(y - blocks.view)
-  return jnp.sum(error, axis=blocks.inner, keepdims=True)
+  y = codec.rounded(y, spec(fmt.element))
+  y = _unscaled(y, fmt, Scales(scale, tensor_scale, None), None, blocks)
+  return sum_of_squares(y - blocks.view, blocks.inner)
+
+
+def sum_of_squares(x, axes):
+  """Sum of the squares of `x` over `axes`, kept with size 1.
+
+  Masking a sign that is not there keeps the arithmetic of x out of the
+  reduction, where XLA:CPU is slow at it.
+  """
+  square = fb.from_bits(_scaling.magnitude_bits(jnp.square(x)))
+  return jnp.sum(square, axis=axes, keepdims=True)

@@ -408,10 +408,10 @@ def _rotation(gemm: GemmSpec, keys):
     pad = -x.shape[axis] % gemm.hadamard
     if pad:
       x = jnp.pad(x, [(0, pad if i == axis else 0) for i in range(2)])
-    flip = _signs(gemm, keys[_SIGNS], x.dtype)
-    x = x if flip is None or inverse else _flipped(x, flip, axis)
-    x = hadamard.hadamard(x, gemm.hadamard, axis)
-    return _flipped(x, flip, axis) if flip is not None and inverse else x
+    signs = _signs(gemm, keys[_SIGNS], x.dtype)
+    return hadamard.hadamard(
+      x, gemm.hadamard, axis, signs=signs, inverse=inverse
+    )
 
   return rotate
 
@@ -424,8 +424,3 @@ def _signs(gemm: GemmSpec, key, dtype):
   if gemm.signs == 'per_call':
     words = _rounding.key_words(key)
   return hadamard.random_signs(words, gemm.hadamard, dtype)
-
-
-def _flipped(x, signs, axis: int):
-  signs = jnp.tile(signs, x.shape[axis] // signs.size)
-  return x * jnp.expand_dims(signs, 1 - axis)

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from lowbit_jax import _quantize as core
 from lowbit_jax import formats
 from lowbit_jax.numerics import _rounding, _scaling
 from lowbit_jax.numerics._codec import as_float_array, round_to
@@ -322,14 +323,16 @@ class RowScaled(_Deterministic):
     del key
     x, dtype = _widened(x)
     t = lax.stop_gradient(x)
-    best, least = t, jnp.float32(jnp.inf)
+    best, least = jnp.float32(1), jnp.float32(jnp.inf)
     for i in range(self.candidates):
       c = jnp.float32(2.0 ** (i / self.candidates))
-      y = apply(self.inner, t * c, axis) * (1 / c)
-      error = jnp.sum(jnp.square(y - t), axis, keepdims=True)
-      best = jnp.where(least <= error, best, y)
+      error = core.sum_of_squares(self._rounded(t, c, axis) - t, axis)
+      best = jnp.where(least <= error, best, c)
       least = jnp.minimum(error, least)
-    return _straight(best, x).astype(dtype)
+    return _straight(self._rounded(t, best, axis), x).astype(dtype)
+
+  def _rounded(self, x, c, axis: int):
+    return apply(self.inner, x * c, axis) * (1 / c)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -168,6 +168,24 @@ class HadamardCoreTest(parameterized.TestCase):
     with self.assertRaisesRegex(ValueError, 'length 40 .*block=16.* 48 .* 8$'):
       core.hadamard(jnp.zeros((2, 40)), 16)
 
+  @parameterized.parameters(
+    ((256, 48), 0), ((3, 256, 48), 1), ((3, 256, 8), 1), ((5, 256), -1)
+  )
+  def test_signs_in_the_matrix(self, shape, axis):
+    x = _normal(*shape)
+    for block in (16, 256):  # one factor and two
+      signs = np.where(_rng(2).random(block) < 0.5, -1, 1).astype(np.float32)
+      rows = np.moveaxis(x, axis, -1)
+      rows = _hadamard_oracle(rows * np.tile(signs, 256 // block), block)
+      got = core.hadamard(x, block, axis, signs=jnp.asarray(signs))
+      bound = (block + 1) * 7 * np.sqrt(block) * U
+      want = np.moveaxis(rows, -1, axis)
+      np.testing.assert_allclose(got, want, atol=bound)
+      back = core.hadamard(
+        got, block, axis, signs=jnp.asarray(signs), inverse=True
+      )
+      np.testing.assert_allclose(back, x, atol=2 * bound)
+
   def test_signs(self):
     words = jnp.array([7, 11], jnp.uint32)
     signs = np.asarray(core.random_signs(words, 4096))

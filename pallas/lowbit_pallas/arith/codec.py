@@ -11,6 +11,7 @@ because a normal number has exponent field e - emin + 1 and mantissa k - 2^M;
 a carry k = 2^(M+1) moves into the next binade by itself.
 """
 
+import math
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -208,11 +209,16 @@ def decode_float(code, f: Float):
 
 def encode_int(x, f: Int, rounding=nearest_even, dtype=jnp.uint8):
   """Codes of float32 `x`, clipped to the symmetric range; NaN gives 0."""
+  k = _nearest_code(x, f, rounding)
+  return (k & ((1 << f.bits) - 1)).astype(dtype)
+
+
+def _nearest_code(x, f: Int, rounding):
+  """The signed int32 that a code of `f` stands for."""
   top = (1 << (f.bits - f.signed)) - 1
   k = rounding(x * jnp.float32(1 << f.fraction_bits))
   k = jnp.clip(k, -top if f.signed else 0, top)
-  k = jnp.where(k != k, 0, k).astype(jnp.int32)
-  return (k & ((1 << f.bits) - 1)).astype(dtype)
+  return jnp.where(k != k, 0, k).astype(jnp.int32)
 
 
 def decode_int(code, f: Int):
@@ -304,6 +310,44 @@ def decode(code, f):
   if isinstance(f, Int):
     return decode_int(code, f)
   return decode_codebook(code, f)
+
+
+def rounded(x, f, rounding=nearest_even):
+  """`decode(encode(x, f, rounding), f)` for float32 `x`, without the codes.
+
+  With the exponent e of an element and t = |x| * 2^(M - e) as in `encode`, the
+  number is rounding(t) * 2^(e - M).
+  """
+  if isinstance(f, Int):
+    return _round_int(x, f, rounding)
+  if isinstance(f, Float) and f.subnormals and f.emin >= -100:
+    return _round_float(x, f, rounding)
+  return decode(encode(x, f, rounding), f)
+
+
+def _round_float(x, f: Float, rounding):
+  m = f.mantissa_bits
+  b = fb.to_bits(x)
+  magnitude = fb.from_bits(b & fb.MAGNITUDE)
+  magnitude = jnp.minimum(magnitude, jnp.float32(largest(f)))
+  least = f.emin + 127
+  e = jnp.maximum(fb.to_bits(magnitude) >> 23, least)
+  t = magnitude * fb.from_bits((254 + m - e) << 23)
+  k = rounding(t, None if m else e - least)
+  y = fb.to_bits(k * fb.from_bits((e - m) << 23))
+  if f.signed:
+    sign = b & ~fb.MAGNITUDE
+    y = y | (sign if f.negative_zero else jnp.where(y == 0, 0, sign))
+  else:
+    y = jnp.where(b < 0, 0, y)
+  nan = 0.0 if f.nan_code is None else math.nan
+  return jnp.where(x != x, jnp.float32(nan), fb.from_bits(y))
+
+
+def _round_int(x, f: Int, rounding):
+  # By way of int32, which has no -0.
+  k = _nearest_code(x, f, rounding).astype(jnp.float32)
+  return k * jnp.float32(2.0**-f.fraction_bits)
 
 
 def decode_in_kernel(code, f):

@@ -7,13 +7,15 @@ symmetric and orthonormal, hence its own inverse: H H = B I.
 Evaluated as a product with H, by blocks of at most 128: with B = R1 R2 ...
 the index splits into digits and H is the Kronecker product of the H_Ri, one
 small product per digit. On a CPU with 2 cores a (2048, 2048) float32 array
-takes 4-13 ms this way along the last axis and 10-23 ms along the first for B
-from 16 to 128, against 13-50 ms and 11-32 ms as butterflies, which compile
-three to ten times slower as well; matrix units prefer the product even more.
+takes 4-13 ms this way along the last axis for B from 16 to 128, against
+13-50 ms as butterflies, which compile three to ten times slower as well; matrix
+units prefer the product even more. Along other axes the product is batched,
+which takes 0.5 to 0.8 of the time of one with transpositions.
 The price is in the bound, B - 1 roundings instead of k.
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -62,7 +64,14 @@ def check_power_of_two(block: int, name: str = 'block') -> None:
     )
 
 
-def hadamard(x: jax.Array, block: int, axis: int = -1) -> jax.Array:
+def hadamard(
+  x: jax.Array,
+  block: int,
+  axis: int = -1,
+  *,
+  signs: jax.Array | None = None,
+  inverse: bool = False,
+) -> jax.Array:
   """Returns the orthonormal Walsh-Hadamard transform of blocks along an axis.
 
     y[b B + i] = 2^(-k/2) sum_j (-1)^popcount(i & j) x[b B + j],   B = 2^k
@@ -73,6 +82,9 @@ def hadamard(x: jax.Array, block: int, axis: int = -1) -> jax.Array:
   for B <= 128 (typically sqrt(B) u X); beyond, the B - 1 of the sums becomes
   the sum of R - 1 over the factors. The order of the additions is the back
   end's: the last bit may differ between back ends, axes and batch shapes.
+
+  With signs s, H diag(s) x, or diag(s) H x for its inverse. Multiplying by s
+  is exact and takes no pass over x where B <= 128.
 
   Inverse: the function itself. For even k the scale is a power of two, and
   integers with ``B^(3/2) max|x| <= 2^24`` (float32) come back bit for bit. For
@@ -86,6 +98,8 @@ def hadamard(x: jax.Array, block: int, axis: int = -1) -> jax.Array:
       types are computed in float32 and rounded once.
     block: B, a power of two.
     axis: the axis of size n; the array is not transposed.
+    signs: None, or +-1 of shape ``(block,)``, the same in every block.
+    inverse: whether signs come after the transform.
 
   Returns:
     Array of the shape and dtype of `x`.
@@ -110,8 +124,17 @@ def hadamard(x: jax.Array, block: int, axis: int = -1) -> jax.Array:
   y = x.astype(compute).reshape(
     x.shape[:axis] + (n // block, *radices) + x.shape[axis + 1 :]
   )
-  for i, radix in enumerate(radices):
-    y = _multiply_along(y, radix, axis + 1 + i)
+  flip = None if signs is None else signs.astype(compute)
+  if flip is not None and len(radices) == 1:
+    matrix = hadamard_matrix(block) * jnp.expand_dims(flip, int(not inverse))
+    y = _multiply_along(y, matrix, axis + 1)
+  else:
+    shape = (*radices, *(1,) * (x.ndim - 1 - axis))
+    flip = None if flip is None else flip.reshape(shape)
+    y = y if flip is None or inverse else y * flip
+    for i, radix in enumerate(radices):
+      y = _multiply_along(y, hadamard_matrix(radix), axis + 1 + i)
+    y = y * flip if flip is not None and inverse else y
   scale = block**-0.5
   return (y * scale).astype(x.dtype).reshape(x.shape)
 
@@ -145,12 +168,14 @@ def _radices(block: int) -> tuple[int, ...]:
   return (block, *radices)
 
 
-def _multiply_along(y: jax.Array, radix: int, axis: int) -> jax.Array:
-  matrix = jnp.asarray(hadamard_matrix(radix), y.dtype)
-  product = lax.dot_general(
-    y,
-    matrix,
-    (((axis,), (0,)), ((), ())),
-    precision=lax.Precision.HIGHEST,
-  )
-  return jnp.moveaxis(product, -1, axis)
+def _multiply_along(y: jax.Array, matrix, axis: int) -> jax.Array:
+  """Sums y[.., j, ..] matrix[j, i] over j, in place of j."""
+  matrix = jnp.asarray(matrix, y.dtype)
+  product = functools.partial(lax.dot_general, precision=lax.Precision.HIGHEST)
+  if math.prod(y.shape[axis + 1 :]) < len(matrix):
+    y = product(y, matrix, (((axis,), (0,)), ((), ())))
+    return jnp.moveaxis(y, -1, axis)
+  # Batched, the product needs no transposition.
+  batch = tuple(range(axis))
+  matrix = jnp.broadcast_to(matrix.T, (*y.shape[:axis], *matrix.shape))
+  return product(matrix, y, (((axis + 1,), (axis,)), (batch, batch)))
