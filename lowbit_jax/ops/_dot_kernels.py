@@ -22,7 +22,7 @@ from lowbit_jax.qarray import QArray
 from lowbit_pallas import _support
 from lowbit_pallas.wq_matmul import config
 
-HEURISTICS = {'tpu': config.heuristic, 'mosaic_gpu': config.gpu_heuristic}
+SIZES = {'tpu': config.tpu, 'mosaic_gpu': config.mosaic_gpu}
 
 
 def plan_tpu(lhs, rhs, dimension_numbers, precision) -> Plan:
@@ -68,7 +68,7 @@ def _plan(implementation: str, lhs, rhs, dims, precision) -> Plan:
     x, w, _ = jax.eval_shape(product.operands, lhs, rhs)
   except ValueError as error:  # no tile fits the blocks
     raise NotImplementedError(str(error)) from error
-  sizes = HEURISTICS[implementation](
+  sizes = SIZES[implementation](
     x.shape[0], w.n, w.k, w.spec, x.dtype, tile=w.tile
   )
   why = kernel.why_not(x.shape, x.dtype, w, sizes)
