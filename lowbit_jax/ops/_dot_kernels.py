@@ -22,7 +22,7 @@ from lowbit_jax.qarray import QArray
 from lowbit_pallas import _support
 from lowbit_pallas.wq_matmul import config
 
-HEURISTICS = {'tpu': config.heuristic, 'mosaic_gpu': config.gpu_heuristic}
+SIZES = {'tpu': config.tpu, 'mosaic_gpu': config.mosaic_gpu}
 
 
 def plan_tpu(lhs, rhs, dimension_numbers, precision) -> Plan:
@@ -68,7 +68,7 @@ def _plan(implementation: str, lhs, rhs, dims, precision) -> Plan:
     x, w, _ = jax.eval_shape(product.operands, lhs, rhs)
   except ValueError as error:  # no tile fits the blocks
     raise NotImplementedError(str(error)) from error
-  sizes = HEURISTICS[implementation](
+  sizes = SIZES[implementation](
     x.shape[0], w.n, w.k, w.spec, x.dtype, tile=w.tile
   )
   why = kernel.why_not(x.shape, x.dtype, w, sizes)
@@ -124,7 +124,9 @@ def _plan_blocks(implementation: str, lhs, rhs, dims) -> Plan | None:
   if not matrices or mode is None:
     return None
   (lhs_k,), (rhs_k,) = contracted
-  if (lhs.axes[0], rhs.axes[0]) != (lhs_k - 2, rhs_k - 2):
+  if lhs.axes[0] != lhs_k - 2:
+    return None
+  if rhs.axes[0] != rhs_k - 2 and mode != 'fp8_128':  # whose tiles are square
     return None
   layout = 'tn'[lhs_k] + 'nt'[rhs_k]
   kernel = importlib.import_module(
@@ -159,7 +161,7 @@ def _plan_blocks(implementation: str, lhs, rhs, dims) -> Plan | None:
 def _mode(lhs: QArray, rhs: QArray) -> str | None:
   """How `block_matmul` computes a product, None where it would round it."""
   formats = lhs.fmt, rhs.fmt
-  if any(f.zero_point or f.is_tile and f.block != (128, 128) for f in formats):
+  if any(f.zero_point for f in formats):
     return None
   stacks = [q.tensor_scale for q in (lhs, rhs) if q.tensor_scale is not None]
   if any(scale.size != 1 for scale in stacks):
@@ -168,7 +170,9 @@ def _mode(lhs: QArray, rhs: QArray) -> str | None:
     if all(f.scale is None or not f.block[0] for f in formats):
       return 'integer'
   if all(f.scale is not None and f.scale.bits > 8 for f in formats):
-    right = rhs.fmt.is_tile and not lhs.fmt.is_tile
+    right = not lhs.fmt.is_tile and rhs.fmt.block == (128, 128)
     return 'fp8_128' if right else None
+  if any(f.is_tile for f in formats):
+    return None
   exact = all(_dot_xla.exact_dtype(f) == jnp.bfloat16 for f in formats)
   return 'exact' if exact else None

@@ -96,6 +96,23 @@ class DotTest(parameterized.TestCase):
     got = interpreted(lowbit_jax.dot, x, q)
     assert_product(got, x, q)
 
+  def test_square_tiles_fit_both_layouts(self):
+    x = lowbit_jax.quantize(data(M, K), formats.fp8_1x128)
+    tiles = functools.partial(
+      lowbit_jax.quantize, fmt=formats.fp8_128x128, axis=(-2, -1)
+    )
+    w = data(K, 200, seed=1)
+    want = interpreted(lowbit_jax.dot, x, tiles(w))
+    f = functools.partial(
+      lowbit_jax.dot_general, dimension_numbers=(((1,), (1,)), ((), ()))
+    )
+    choice = lowbit_jax.select_implementation(
+      'dot_general', x, tiles(w.T), f.keywords['dimension_numbers'],
+      implementation='tpu',
+    )  # fmt: skip
+    self.assertIn("'nt', mode 'fp8_128'", choice.note)
+    np.testing.assert_array_equal(interpreted(f, x, tiles(w.T)), want)
+
   def test_gradient(self):
     x, q = data(M, K), weight('mxfp4')
 

@@ -5,6 +5,7 @@ The reference stands for the kernel: only what surrounds it is tested here.
 
 import dataclasses
 import functools
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,9 @@ import lowbit_jax
 from lowbit_jax import formats
 from lowbit_jax.ops import _partition
 from lowbit_jax.ops._prepack import blocked
+from lowbit_pallas.quantize import mosaic_gpu
+from lowbit_pallas.quantize import reference as quantize
+from lowbit_pallas.quantize.config import Task
 from lowbit_pallas.wq_matmul import prepack, reference
 
 M, N, K, TILE = 8, 16, 1024, 256
@@ -127,6 +131,101 @@ class PartitionTest(parameterized.TestCase):
       product, mesh=self.mesh, in_specs=(P('d'), P()), out_specs=P('d')
     )
     np.testing.assert_array_equal(jax.jit(f)(x, w), RUN(x, w))
+
+  def test_donated_operands(self):
+    x, w = operands('mxfp4', 'nk')
+    want = np.asarray(RUN(x, w))
+    x, w = place(self.mesh, x, w, P('d', None), P(None, None, 't'))
+    got = jax.jit(product, donate_argnums=(0, 1))(x, w)
+    np.testing.assert_array_equal(got, want)
+
+  def test_block_scaled_products_leave_splitting_to_others(self):
+    fmt = formats.int8_channel
+    choose = functools.partial(
+      lowbit_jax.select_implementation,
+      'dot',
+      lowbit_jax.quantize(integers(1, (M, K)), fmt),
+      lowbit_jax.quantize(integers(0, (K, N)), fmt, axis=-2),
+      implementation='mosaic_gpu',
+    )
+    self.assertIn('decodes', choose().note)
+    with mock.patch.object(_partition, 'is_alone', lambda: True):
+      self.assertIn('block-scaled', choose().note)
+
+
+NVFP4 = Task(blocked(formats.nvfp4), formats.nvfp4.scale_rule)
+
+
+class RowsTest(parameterized.TestCase):
+  """Quantization, whose extras all rows share."""
+
+  def setUp(self):
+    super().setUp()
+    auto = (jax.sharding.AxisType.Auto,) * 2
+    self.mesh = jax.make_mesh((4, 2), ('d', 't'), axis_types=auto)
+    self.x = np.random.RandomState(0).randn(16, 64).astype(np.float32)
+    self.shapes = []
+
+  def quantize(self, split, x, scale, signs):
+    def run(x, scale, signs):
+      self.shapes.append(x.shape)
+      return quantize.run(x * signs, NVFP4, tensor_scale=scale)
+
+    return _partition.rows_and_extras(run, x, scale, signs, split=split)
+
+  def arguments(self, *spec):
+    signs = np.where(np.arange(64) % 3, 1, -1).astype(np.float32)
+    x = jax.device_put(self.x, NamedSharding(self.mesh, P(*spec)))
+    return x, jnp.float32(0.01), signs
+
+  @parameterized.product(
+    split=(True, False), spec=(('d',), (('d', 't'),), (None, 't'), ('d', 't'))
+  )
+  def test_bits_do_not_depend_on_the_mesh(self, split, spec):
+    f = functools.partial(self.quantize, split)
+    want = jax.jit(f)(*self.arguments())
+    got = jax.jit(f)(*self.arguments(*spec))
+    for a, b in zip(got, want, strict=True):
+      np.testing.assert_array_equal(a, b)
+    parts = {'d': 4, ('d', 't'): 8, None: 1}[spec[0]] if split else 1
+    self.assertEqual(self.shapes[-1], (16 // parts, 64))
+    for leaf in got if split else ():
+      self.assertEqual((*leaf.sharding.spec, None)[0], spec[0])
+
+  def test_vmap_and_shard_map(self):
+    x, *extras = self.arguments()
+    for split in (True, False):
+      f = functools.partial(self.quantize, split)
+      want = f(x, *extras)
+      got = jax.vmap(f, (0, None, None))(x.reshape(2, -1, 64), *extras)
+      for a, b in zip(got, want, strict=True):
+        np.testing.assert_array_equal(a.reshape(b.shape), b)
+      scales = jnp.stack([extras[0], 2 * extras[0]])
+      got = jax.vmap(f, (None, 0, None))(x, scales, extras[1])
+      np.testing.assert_array_equal(got[0][0], want[0])
+    inside = jax.shard_map(
+      functools.partial(self.quantize, True),
+      mesh=self.mesh,
+      in_specs=(P('d'), P(), P()),
+      out_specs=P('d'),
+    )
+    for a, b in zip(jax.jit(inside)(x, *extras), want, strict=True):
+      np.testing.assert_array_equal(a, b)
+
+  def test_kernels_of_quantize_go_this_way(self):
+    x = self.arguments('d')[0]
+    f = functools.partial(lowbit_jax.quantize, fmt=formats.nvfp4)
+    want = jax.jit(functools.partial(f, implementation='xla'))(x)
+
+    def kernel(x, task, *, config=None, **options):
+      self.shapes.append(x.shape)
+      return quantize.run(x, task, **options)
+
+    with mock.patch.object(mosaic_gpu, 'run', kernel):
+      got = jax.jit(functools.partial(f, implementation='mosaic_gpu'))(x)
+    self.assertEqual(self.shapes[-1], (4, 64))
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+      np.testing.assert_array_equal(a, b)
 
 
 if __name__ == '__main__':

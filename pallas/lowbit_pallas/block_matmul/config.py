@@ -3,6 +3,7 @@
 import dataclasses
 import math
 
+from lowbit_pallas import _tuned
 from lowbit_pallas.arith import packing
 from lowbit_pallas.arith.block import Blocked
 from lowbit_pallas.block_matmul.reference import k_axes
@@ -70,6 +71,28 @@ def vmem_bytes(config: TpuConfig, lhs: Blocked, rhs: Blocked) -> int:
   return total
 
 
+def key(n: int, k: int, lhs: Blocked, rhs: Blocked, layout: str) -> str:
+  """What a tuned entry is for."""
+  operands = f'{_tuned.operand(lhs)} {_tuned.operand(rhs)}'
+  return f'n={n} k={k} {operands} {layout}'
+
+
+def tpu(
+  m: int, n: int, k: int, lhs: Blocked, rhs: Blocked, layout: str
+) -> TpuConfig:
+  """The tuned tiles of this device, or those of `heuristic_tpu`."""
+
+  def tuned(**sizes):
+    config = TpuConfig(**sizes)
+    if why := why_not_tpu(config, m, n, lhs, rhs, layout):
+      raise ValueError(why)
+    return dataclasses.replace(config, bm=min(m, config.bm))
+
+  return _tuned.find(
+    'block_matmul', 'tpu', key(n, k, lhs, rhs, layout), tuned
+  ) or heuristic_tpu(m, n, k, lhs, rhs, layout)
+
+
 def heuristic_tpu(
   m: int, n: int, k: int, lhs: Blocked, rhs: Blocked, layout: str
 ) -> TpuConfig:
@@ -125,6 +148,32 @@ def smem_bytes(config: GpuConfig) -> int:
   rows = config.bm + config.bn
   stage = rows * (SWIZZLE_BYTES + max(config.bk // 16, 4))
   return config.stages * stage + 4 * config.bm * config.bn
+
+
+def mosaic_gpu(
+  m: int,
+  n: int,
+  k: int,
+  lhs: Blocked,
+  rhs: Blocked,
+  layout: str,
+  *,
+  bits: int,
+  target: str,
+) -> GpuConfig:
+  """The tuned tiles of this device, or those of `heuristic_gpu`."""
+  plain = heuristic_gpu(m, bits, target)
+
+  def tuned(bm: int, bn: int, stages: int):
+    config = GpuConfig(bm, bn, plain.bk, stages, bits)
+    if why := why_not_gpu(config, target):
+      raise ValueError(why)
+    return dataclasses.replace(config, bm=min(bm, plain.bm))
+
+  found = _tuned.find(
+    'block_matmul', 'mosaic_gpu', key(n, k, lhs, rhs, layout), tuned
+  )
+  return found or plain
 
 
 def heuristic_gpu(m: int, bits: int, target: str) -> GpuConfig:

@@ -25,11 +25,8 @@ from lowbit_pallas import _mosaic_gpu as mgpu
 from lowbit_pallas.arith import codec, packing
 from lowbit_pallas.arith.block import Blocked, is_exponent
 from lowbit_pallas.block_matmul import _blackwell, _hopper, reference
-from lowbit_pallas.block_matmul.config import (
-  GpuConfig,
-  heuristic_gpu,
-  why_not_gpu,
-)
+from lowbit_pallas.block_matmul import config as _config
+from lowbit_pallas.block_matmul.config import GpuConfig
 from lowbit_pallas.wq_matmul import config as wq_config
 from lowbit_pallas.wq_matmul import mosaic_gpu as wq_gpu
 from lowbit_pallas.wq_matmul import prepack
@@ -67,8 +64,8 @@ def why_not(
     layout: see the package.
     mode: see the package.
     target: 'h100' or 'b200'.
-    config: tiles; None for the heuristic. 'exact' on Hopper has those of
-      wq_matmul instead, by heuristic only.
+    config: tiles; None for those of `config.mosaic_gpu`. 'exact' on Hopper
+      takes none: it has those of wq_matmul.
   """
   reason = reference.why_not(
     lhs_shape, rhs_shape, lhs_spec, rhs_spec, layout=layout, mode=mode
@@ -89,10 +86,12 @@ def why_not(
     return _why_not_decoded(m, n, k, rhs_spec, config)
   bits = _mma_bits(specs, mode)
   if config is None:
-    config = heuristic_gpu(m, bits, target)
+    config = _config.mosaic_gpu(
+      m, n, k, *specs, layout, bits=bits, target=target
+    )
   elif config.bits != bits:
     return f'tiles for codes of {config.bits} bits, not {bits}'
-  return why_not_gpu(config, target)
+  return _config.why_not_gpu(config, target)
 
 
 def _why_not_hopper(specs, mode) -> str | None:
@@ -129,7 +128,7 @@ def _why_not_decoded(m, n, k, spec, config) -> str | None:
 
 
 def _decoded_tiles(m, n, k, spec):
-  return wq_gpu.heuristic(m, n, k, spec, jnp.bfloat16, schedule='pre')
+  return wq_config.mosaic_gpu(m, n, k, spec, jnp.bfloat16, schedule='pre')
 
 
 def _why_not_mixed(elements) -> str | None:
@@ -198,7 +197,7 @@ def run(
     layout: see the package.
     mode: see the package.
     target: 'h100' or 'b200'.
-    config: tiles; None for the heuristic.
+    config: tiles; None for those of `config.mosaic_gpu`.
     interpret: False, or `plgpu.InterpretGPUParams` from JAX 0.11 on, which
       knows neither operands in registers nor block-scaled MMA: not in 'exact'.
 
@@ -232,8 +231,10 @@ def run(
     x = x.T if lk == 0 else x
     return _decoded(x, rhs, rhs_scale, rhs_spec, rk)
   if config is None:
-    bits = _mma_bits((lhs_spec, rhs_spec), mode)
-    config = heuristic_gpu(m, bits, target)
+    specs = lhs_spec, rhs_spec
+    config = _config.mosaic_gpu(
+      m, n, k, *specs, layout, bits=_mma_bits(specs, mode), target=target
+    )
   a = _k_minor(lhs, lhs_spec.bits, lk)
   b = _k_minor(rhs, rhs_spec.bits, rk)
   if mode == 'integer':

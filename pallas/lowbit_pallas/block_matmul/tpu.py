@@ -15,13 +15,9 @@ from jax.experimental.pallas import tpu as pltpu
 
 from lowbit_pallas.arith import block, codec, packing
 from lowbit_pallas.arith.block import Blocked
+from lowbit_pallas.block_matmul import config as _config
 from lowbit_pallas.block_matmul import reference
-from lowbit_pallas.block_matmul.config import (
-  LANES,
-  TpuConfig,
-  heuristic_tpu,
-  why_not_tpu,
-)
+from lowbit_pallas.block_matmul.config import LANES, TpuConfig
 from lowbit_pallas.wq_matmul import prepack
 
 # The MXU of these multiplies int8; TPU7x replaced int8 by FP8.
@@ -49,7 +45,7 @@ def why_not(
     layout: see the package.
     mode: see the package.
     target: 'v5e', 'v6e' or 'tpu7x'; None if it is not known.
-    config: tiles; None for the heuristic.
+    config: tiles; None for those of `config.tpu`.
   """
   reason = reference.why_not(
     lhs_shape, rhs_shape, lhs_spec, rhs_spec, layout=layout, mode=mode
@@ -62,8 +58,8 @@ def why_not(
     if mode == 'exact' and spec.block and not _is_fit(spec.block):
       return f'{name} has blocks of {spec.block}, not a power of two from 8'
   m, n, k, _ = reference.sizes(lhs_shape, rhs_shape, lhs_spec, rhs_spec, layout)
-  tiles = config or heuristic_tpu(m, n, k, lhs_spec, rhs_spec, layout)
-  return why_not_tpu(tiles, m, n, lhs_spec, rhs_spec, layout)
+  tiles = config or _config.tpu(m, n, k, lhs_spec, rhs_spec, layout)
+  return _config.why_not_tpu(tiles, m, n, lhs_spec, rhs_spec, layout)
 
 
 def _is_fit(block_size: int) -> bool:
@@ -91,7 +87,7 @@ def run(
   if 0 in (m, n, k):
     return jnp.zeros((m, n), jnp.float32)
   if config is None:
-    config = heuristic_tpu(m, n, k, lhs_spec, rhs_spec, layout)
+    config = _config.tpu(m, n, k, lhs_spec, rhs_spec, layout)
   lk, rk = reference.k_axes(layout)
   post = None
   if mode == 'integer':

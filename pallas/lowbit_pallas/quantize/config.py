@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
+from lowbit_pallas import _tuned
 from lowbit_pallas.arith import block, codec, hash
 
 BLOCKS = (16, 32, 64, 128)
@@ -118,6 +119,30 @@ class Config:
   rows: int = 32
 
 
+def key(cols: int, dtype_bytes: int, task: Task) -> str:
+  """What a tuned entry is for."""
+  return (
+    f'columns={cols} bytes={dtype_bytes} {_tuned.operand(task.spec)}'
+    f' {task.rounding} rotation={task.rotation}'
+  )
+
+
+def tpu(shape, dtype_bytes: int, task: Task) -> Config:
+  """The tuned tiles of this device, or those of `heuristic`."""
+
+  def tuned(**sizes):
+    config = Config(**sizes)
+    check(config, shape, task)
+    if config.bm * config.bn * dtype_bytes > 1 << 21:
+      raise ValueError(f'{config}: a tile of x is over 2 MiB')
+    tall = -(-shape[0] // config.rows) * config.rows
+    return dataclasses.replace(config, bm=min(config.bm, tall))
+
+  return _tuned.find(
+    'quantize', 'tpu', key(shape[1], dtype_bytes, task), tuned
+  ) or heuristic(shape, dtype_bytes, task)
+
+
 def heuristic(shape, dtype_bytes: int, task: Task) -> Config:
   """Tiles of at most 2 MiB of x: whole rows up to 16384 columns.
 
@@ -158,7 +183,19 @@ class GpuConfig:
   columns: int = 256
 
 
-def gpu_heuristic(shape, task: Task) -> GpuConfig:
+def mosaic_gpu(shape, dtype_bytes: int, task: Task) -> GpuConfig:
+  """The tuned tile of this device, or that of `gpu_heuristic`."""
+
+  def tuned(columns: int):
+    if columns % LANES or not LANES <= columns <= 512:
+      raise ValueError(f'{columns=} must be a multiple of {LANES} up to 512')
+    return GpuConfig(columns)
+
+  return _tuned.find(
+    'quantize', 'mosaic_gpu', key(shape[1], dtype_bytes, task), tuned
+  ) or gpu_heuristic(shape)
+
+
+def gpu_heuristic(shape) -> GpuConfig:
   """256 columns: up to 64 KiB of x in flight, several tiles on a processor."""
-  del task
   return GpuConfig(min(256, -(-shape[1] // LANES) * LANES))

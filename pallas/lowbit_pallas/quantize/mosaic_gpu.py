@@ -48,14 +48,14 @@ def run(
   """Quantizes and packs, see `reference.run` for arguments and results.
 
   Args:
-    config: tile sizes; None for the heuristic.
+    config: tile sizes; None for those of `config.mosaic_gpu`.
     interpret: False, or `InterpretGPUParams`.
   """
   rows, cols = x.shape
   if not rows or not cols:
     return cfg.nothing(x.shape, task)
   spec = task.spec
-  config = config or cfg.gpu_heuristic(x.shape, task)
+  config = config or cfg.mosaic_gpu(x.shape, x.dtype.itemsize, task)
   # Bulk copies need whole 8x8 tiles and rows of whole 16 bytes, packed ones
   # included; what they read beyond the array is zero.
   x = jnp.pad(x, ((0, -rows % 8), (0, -cols % LANES)))

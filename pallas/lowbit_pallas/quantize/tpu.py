@@ -52,7 +52,7 @@ def run(
   """Quantizes and packs, see `reference.run` for arguments and results.
 
   Args:
-    config: tile sizes; None for the heuristic.
+    config: tile sizes; None for those of `config.tpu`.
     interpret: False, or `pltpu.InterpretParams`.
 
   Raises:
@@ -61,7 +61,7 @@ def run(
   rows, cols = x.shape
   if not rows or not cols:
     return cfg.nothing(x.shape, task)
-  config = config or cfg.heuristic(x.shape, x.dtype.itemsize, task)
+  config = config or cfg.tpu(x.shape, x.dtype.itemsize, task)
   cfg.check(config, x.shape, task)
   operands = _operands(x, task, key_words, origin, tensor_scale, signs)
   # Several tiles in a row have whole groups of 128 scales each.

@@ -1,10 +1,12 @@
-"""Block sizes of the kernels, from the shape alone.
+"""Block sizes of the kernels, from the shape and what was timed.
 
 Nothing here may depend on the number of rows in a way that changes the order
 of additions within a row: a row's bits must not depend on its neighbours.
 """
 
 import dataclasses
+
+from lowbit_pallas import _tuned
 
 LANES = 128
 
@@ -54,7 +56,28 @@ def sublanes(itemsize: int) -> int:
   return 32 // itemsize
 
 
+def key(columns: int, bytes_per_entry: int) -> str:
+  """What a tuned entry is for."""
+  return f'columns={columns} bytes={bytes_per_entry}'
+
+
 def tpu(rows: int, columns: int, itemsize: int) -> TpuConfig:
+  """The tuned block of this device, or that of `heuristic_tpu`."""
+  tile = sublanes(itemsize)
+
+  def tuned(**sizes):
+    config = TpuConfig(**sizes)
+    if config.rows % tile:
+      raise ValueError(f'rows={config.rows} must be a multiple of {tile}')
+    tall = -(-rows // tile) * tile
+    return dataclasses.replace(config, rows=min(config.rows, tall))
+
+  return _tuned.find(
+    'softmax', 'tpu', key(columns, itemsize), tuned
+  ) or heuristic_tpu(rows, columns, itemsize)
+
+
+def heuristic_tpu(rows: int, columns: int, itemsize: int) -> TpuConfig:
   """The block for a matrix.
 
   Args:
@@ -82,6 +105,7 @@ SLICE = 256
 # Limits of one TMA copy and of a CTA of which four are to share an SM.
 _MOST_SLICES = 256
 _SHARED_BYTES = 56 << 10
+_MOST_SHARED_BYTES = 220 << 10
 
 # Slices of a CTA's share of a row that is split.
 _SPLIT_SLICES = 32
@@ -108,6 +132,23 @@ class GpuConfig:
 
 
 def mosaic_gpu(columns: int, bytes_per_entry: int) -> GpuConfig:
+  """The tuned cut of this device, or that of `heuristic_gpu`."""
+
+  def tuned(**sizes):
+    config = GpuConfig(**sizes)
+    held = config.slices * SLICE
+    if held * config.splits < columns:
+      raise ValueError(f'{config} holds fewer than {columns} columns')
+    if held * bytes_per_entry > _MOST_SHARED_BYTES:
+      raise ValueError(f'{config} takes over {_MOST_SHARED_BYTES} bytes')
+    return config
+
+  return _tuned.find(
+    'softmax', 'mosaic_gpu', key(columns, bytes_per_entry), tuned
+  ) or heuristic_gpu(columns, bytes_per_entry)
+
+
+def heuristic_gpu(columns: int, bytes_per_entry: int) -> GpuConfig:
   """How to cut rows of this length, whatever their number.
 
   Args:

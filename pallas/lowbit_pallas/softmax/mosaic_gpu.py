@@ -76,7 +76,7 @@ def run(
     scale: factor of x, in float32.
     algorithm: one of `forms.ALGORITHMS`.
     out_dtype: dtype of the result; None for that of `x`.
-    config: how rows are cut; None for the heuristic.
+    config: how rows are cut; None for what `config.mosaic_gpu` says.
     interpret: parameters of the GPU interpreter, None to compile.
 
   Raises:

@@ -83,7 +83,7 @@ def run(
     algorithm: one of `forms.ALGORITHMS`. 'auto' runs the pair kernel, and the
       online kernel on top where it lost a row.
     out_dtype: dtype of the result; None for that of `x`.
-    config: block sizes; None for the heuristic.
+    config: block sizes; None for those of `config.tpu`.
     interpret: as in `pl.pallas_call`.
 
   Raises:

@@ -10,12 +10,14 @@ import math
 
 import jax.numpy as jnp
 
+from lowbit_pallas import _tuned
 from lowbit_pallas.arith import block, packing
 from lowbit_pallas.arith.block import Blocked
 from lowbit_pallas.wq_matmul import prepack
 
 VMEM_BYTES = 12 << 20  # of the 16 MiB of v5e; the rest is the compiler's
 SMEM_BYTES = 220 << 10  # of the 227 KiB of a block on H100
+COLUMNS = 64  # of the weight in a tile on Hopper: the rows of a WGMMA
 PARTS = {'bfloat16': 1, 'float16': 2, 'float32': 3}
 
 
@@ -38,6 +40,97 @@ class Config:
   schedule: str
   split_k: int = 1
   stages: int = 2
+
+
+def key(n: int, k: int, spec: Blocked, dtype, schedule: str) -> str:
+  """What a tuned entry is for."""
+  name = jnp.dtype(dtype).name
+  return f'n={n} k={k} {_tuned.operand(spec)} {name} {schedule}'
+
+
+def why_not_tpu(config: Config) -> str | None:
+  """Why the TPU kernel cannot use these sizes, or None."""
+  if config.split_k != 1:
+    return f'config.split_k={config.split_k}; the TPU kernel sums K in one part'
+  if config.bm % 16 or config.bn % 128:
+    return (
+      f'config.bm={config.bm}, config.bn={config.bn}: not multiples of 16, 128'
+    )
+  return None
+
+
+def why_not_gpu(config: Config, steps: int) -> str | None:
+  """Why the GPU kernel cannot use these sizes for `steps` tiles, or None."""
+  if config.bn != COLUMNS:
+    return f'config.bn={config.bn}, not {COLUMNS}'
+  if config.bm % 8 or not 8 <= config.bm <= 256:
+    return f'config.bm={config.bm} is not a multiple of 8 from 8 to 256'
+  if steps % config.split_k:
+    return f'config.split_k={config.split_k} does not divide {steps} tiles'
+  return None
+
+
+def tpu(
+  m: int,
+  n: int,
+  k: int,
+  spec: Blocked,
+  dtype,
+  *,
+  tile: int | None = None,
+  schedule: str | None = None,
+) -> Config:
+  """The tuned sizes of this device, or those of `heuristic`; arguments alike.
+
+  An entry has `bm` and `bn`, `bm` for any number of rows.
+  """
+  plain = heuristic(m, n, k, spec, dtype, tile=tile, schedule=schedule)
+  rows = _round_up(m * PARTS[jnp.dtype(dtype).name], 16)
+
+  def tuned(bm: int, bn: int):
+    config = dataclasses.replace(plain, bm=bm, bn=bn)
+    if why := why_not_tpu(config):
+      raise ValueError(why)
+    if vmem_bytes(config, spec, dtype) > VMEM_BYTES:
+      raise ValueError(f'{config} takes over {VMEM_BYTES} bytes')
+    return dataclasses.replace(config, bm=min(bm, rows))
+
+  entry = key(n, k, spec, dtype, plain.schedule)
+  return _tuned.find('wq_matmul', 'tpu', entry, tuned) or plain
+
+
+def mosaic_gpu(
+  m: int,
+  n: int,
+  k: int,
+  spec: Blocked,
+  dtype,
+  *,
+  tile: int | None = None,
+  schedule: str | None = None,
+) -> Config:
+  """The tuned sizes of this device, or those of `gpu_heuristic`.
+
+  Arguments as `heuristic`. An entry has `bm`, the most rows in a tile, `stages`
+  and `split_k`.
+  """
+  plain = gpu_heuristic(m, n, k, spec, dtype, tile=tile, schedule=schedule)
+  rows = m * PARTS[jnp.dtype(dtype).name]
+
+  def tuned(bm: int, stages: int, split_k: int):
+    config = dataclasses.replace(plain, bm=bm, stages=stages, split_k=split_k)
+    if why := why_not_gpu(config, -(-k // plain.tile)):
+      raise ValueError(why)
+    if bm > _most_rows(plain.schedule, spec):
+      raise ValueError(f'{bm=} needs more registers than there are')
+    if stages < 2 or smem_bytes(config, spec) > SMEM_BYTES:
+      raise ValueError(
+        f'{config} has under 2 stages or over {SMEM_BYTES} bytes'
+      )
+    return dataclasses.replace(config, bm=_even_tiles(rows, bm))
+
+  entry = key(n, k, spec, dtype, plain.schedule)
+  return _tuned.find('wq_matmul', 'mosaic_gpu', entry, tuned) or plain
 
 
 def heuristic(
@@ -99,18 +192,26 @@ def gpu_heuristic(
   m *= PARTS[jnp.dtype(dtype).name]
   tile = gpu_tile(k, n, spec) if tile is None else tile
   schedule = heuristic_schedule(spec) if schedule is None else schedule
-  columns, steps = _round_up(n, 64) // 64, max(-(-k // tile), 1)
+  columns, steps = -(-n // COLUMNS) or 1, max(-(-k // tile), 1)
   splits = [s for s in (1, 2, 4, 8) if steps % s == 0 and s * columns <= 264]
   split_k = splits[-1] if splits else 1
-  # 'post' holds two results in registers.
-  most = 128 if schedule == 'post' and spec.block else 256
-  bm = _round_up(-(-m // -(-max(m, 1) // most)), 8)
-  config = Config(bm, 64, tile, schedule, split_k, stages=4)
+  bm = _even_tiles(m, _most_rows(schedule, spec))
+  config = Config(bm, COLUMNS, tile, schedule, split_k, stages=4)
   while smem_bytes(config, spec) > SMEM_BYTES and config.stages > 2:
     config = dataclasses.replace(config, stages=config.stages - 1)
   while smem_bytes(config, spec) > SMEM_BYTES:
     config = dataclasses.replace(config, bm=config.bm // 16 * 8)
   return config
+
+
+def _most_rows(schedule: str, spec: Blocked) -> int:
+  """Rows of a tile on Hopper: 'post' holds two results in registers."""
+  return 128 if schedule == 'post' and spec.block else 256
+
+
+def _even_tiles(rows: int, most: int) -> int:
+  """Rows of a tile, a multiple of 8, for as few tiles of `most` as will do."""
+  return _round_up(-(-rows // -(-max(rows, 1) // most)), 8)
 
 
 def gpu_tile(k: int, n: int, spec: Blocked) -> int:

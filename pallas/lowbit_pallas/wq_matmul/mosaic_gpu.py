@@ -22,8 +22,7 @@ from lowbit_pallas.wq_matmul import reference
 from lowbit_pallas.wq_matmul.config import Config
 from lowbit_pallas.wq_matmul.prepack import Prepacked
 
-ROWS = 64  # of the weight's columns in a WGMMA
-heuristic = _config.gpu_heuristic
+ROWS = _config.COLUMNS  # of w^T in a tile
 
 
 def why_not(x_shape, x_dtype, w: Prepacked, config: Config) -> str | None:
@@ -32,7 +31,7 @@ def why_not(x_shape, x_dtype, w: Prepacked, config: Config) -> str | None:
   Args:
     x_shape, x_dtype: of x.
     w: the weight, arrays or `jax.ShapeDtypeStruct`.
-    config: see `config.gpu_heuristic`.
+    config: see `config.mosaic_gpu`.
   """
   refusal = reference.why_not(x_shape, x_dtype, w, config.schedule)
   if refusal is not None:
@@ -44,12 +43,9 @@ def why_not(x_shape, x_dtype, w: Prepacked, config: Config) -> str | None:
   lane = w.tile // packing.codes_per_group(w.spec.bits)
   if lane not in (64, 128):
     return f'tiles of {w.tile} rows have lanes of {lane}, not 64 or 128'
-  if config.bn != ROWS:
-    return f'config.bn={config.bn}, not {ROWS}'
-  if config.bm % 8 or not 8 <= config.bm <= 256:
-    return f'config.bm={config.bm} is not a multiple of 8 from 8 to 256'
-  if w.steps % config.split_k:
-    return f'config.split_k={config.split_k} does not divide {w.steps} tiles'
+  refusal = _config.why_not_gpu(config, w.steps)
+  if refusal is not None:
+    return refusal
   wide = x_dtype != jnp.bfloat16
   if wide and not reference.fits_bfloat16(w, config.schedule):
     return (
@@ -74,7 +70,7 @@ def run(x, w: Prepacked, *, config: Config | None = None, out_dtype=None):
   Args:
     x: (m, k) in bfloat16, float16 or float32.
     w: the weight in the layout 'nk'.
-    config: tile sizes; None for `heuristic` with the tile of w.
+    config: tile sizes; None for `config.mosaic_gpu` with the tile of w.
     out_dtype: dtype of the result, which is rounded to it once; None for that
       of x.
 
@@ -82,7 +78,9 @@ def run(x, w: Prepacked, *, config: Config | None = None, out_dtype=None):
     (m, n).
   """
   if config is None:
-    config = heuristic(x.shape[0], w.n, w.k, w.spec, x.dtype, tile=w.tile)
+    config = _config.mosaic_gpu(
+      x.shape[0], w.n, w.k, w.spec, x.dtype, tile=w.tile
+    )
   refusal = why_not(x.shape, x.dtype, w, config)
   if refusal is not None:
     raise NotImplementedError(refusal)

@@ -9,8 +9,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from lowbit_pallas.arith import block, packing
+from lowbit_pallas.wq_matmul import config as _config
 from lowbit_pallas.wq_matmul import reference
-from lowbit_pallas.wq_matmul.config import Config, heuristic
+from lowbit_pallas.wq_matmul.config import Config
 from lowbit_pallas.wq_matmul.prepack import Prepacked
 
 
@@ -20,7 +21,7 @@ def why_not(x_shape, x_dtype, w: Prepacked, config: Config) -> str | None:
   Args:
     x_shape, x_dtype: of x.
     w: the weight, arrays or `jax.ShapeDtypeStruct`.
-    config: see `config.heuristic`.
+    config: see `config.tpu`.
   """
   refusal = reference.why_not(x_shape, x_dtype, w, config.schedule)
   if refusal is not None:
@@ -29,18 +30,12 @@ def why_not(x_shape, x_dtype, w: Prepacked, config: Config) -> str | None:
     return f"the weight has layout {w.layout!r}; prepack it with layout='kn'"
   if w.tile != config.tile:
     return f'the weight has tiles of {w.tile} rows, config.tile={config.tile}'
-  if config.split_k != 1:
-    return f'config.split_k={config.split_k}; the TPU kernel sums K in one part'
   lane = w.tile // packing.codes_per_group(w.spec.bits)
   if w.tile % 128 or lane % 32:
     return (
       f'tiles of {w.tile} rows in lanes of {lane}: not multiples of 128 and 32'
     )
-  if config.bm % 16 or config.bn % 128:
-    return (
-      f'config.bm={config.bm}, config.bn={config.bn}: not multiples of 16, 128'
-    )
-  return None
+  return _config.why_not_tpu(config)
 
 
 def run(
@@ -56,7 +51,7 @@ def run(
   Args:
     x: (m, k) in bfloat16, float16 or float32.
     w: the weight in the layout 'kn'.
-    config: tile sizes; None for `heuristic` with the tile of w.
+    config: tile sizes; None for `config.tpu` with the tile of w.
     out_dtype: dtype of the result, which is rounded to it once; None for that
       of x.
     interpret: as in `pl.pallas_call`.
@@ -65,7 +60,7 @@ def run(
     (m, n).
   """
   if config is None:
-    config = heuristic(x.shape[0], w.n, w.k, w.spec, x.dtype, tile=w.tile)
+    config = _config.tpu(x.shape[0], w.n, w.k, w.spec, x.dtype, tile=w.tile)
   refusal = why_not(x.shape, x.dtype, w, config)
   if refusal is not None:
     raise NotImplementedError(refusal)

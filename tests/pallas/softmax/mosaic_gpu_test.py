@@ -100,7 +100,7 @@ class RefusalTest(parameterized.TestCase):
     columns=(256, 4096, 14336, 14337, 50257, 131072), size=(2, 4, 8)
   )
   def test_heuristic_holds_the_row(self, columns, size):
-    cut = config.mosaic_gpu(columns, size)
+    cut = config.heuristic_gpu(columns, size)
     held = cut.slices * cut.splits * config.SLICE
     self.assertGreaterEqual(held, columns)
     self.assertLess(held - columns, config.SLICE * cut.splits)

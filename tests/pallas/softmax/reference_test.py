@@ -110,11 +110,11 @@ class ConfigTest(parameterized.TestCase):
     itemsize=(1, 2, 4),
   )
   def test_tpu_blocks(self, shape, itemsize):
-    block = config.tpu(*shape, itemsize)
+    block = config.heuristic_tpu(*shape, itemsize)
     self.assertEqual(block.rows % config.sublanes(itemsize), 0)
-    more = config.tpu(7 * shape[0], shape[1], itemsize)
+    more = config.heuristic_tpu(7 * shape[0], shape[1], itemsize)
     self.assertEqual(more.columns, block.columns)
-    wide = config.tpu(*shape, 4)
+    wide = config.heuristic_tpu(*shape, 4)
     self.assertEqual(config.chunk(wide), config.chunk(block))
 
   @parameterized.parameters(
