@@ -467,9 +467,19 @@ def evaluate(
     count: windows, a multiple of the batch.
     quantized: whether with the forward products of the recipe or in float32.
   """
-  config = settings.model
-  windows = byte_lm.held_out_windows(corpus, config.context, count)
   loss = make_loss(model(settings, 1.0, quantized=quantized))
+  return held_out(loss, settings.model, state, corpus, count)
+
+
+def held_out(
+  loss: Callable[..., jax.Array],
+  config: byte_lm.Config,
+  state: TrainState,
+  corpus: byte_lm.Corpus,
+  count: int,
+) -> np.ndarray:
+  """As `evaluate`, of a `make_loss` of a network with these sizes."""
+  windows = byte_lm.held_out_windows(corpus, config.context, count)
   parts = np.split(windows, range(config.batch, count, config.batch))
   return np.concatenate([np.asarray(loss(state, w), np.float64) for w in parts])
 
