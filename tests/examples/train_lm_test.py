@@ -20,6 +20,7 @@ sys.path.insert(0, str(_ROOT / 'examples'))
 import _checkpoints  # noqa: E402
 import byte_lm  # noqa: E402
 import lm_trainer  # noqa: E402
+from lowbit_jax.training import optimizers  # noqa: E402
 
 TINY = byte_lm.Config(width=64, heads=2, blocks=2, context=32, batch=8, steps=6)
 
@@ -145,6 +146,17 @@ class GuardTest(absltest.TestCase):
     ):
       with self.assertRaisesRegex(ValueError, message):
         settings(**options)
+
+
+class OptimizerTest(absltest.TestCase):
+  def test_state_of_eight_bits(self):
+    def state_bytes(optimizer):
+      run = lm_trainer.Settings(optimizer=optimizer, scan=True)
+      state = jax.eval_shape(lambda: lm_trainer.init(run))
+      return optimizers.state_bytes(state.optimizer)
+
+    ratio = state_bytes('adamw8') / state_bytes('adamw')
+    self.assertBetween(ratio, 0.25, 0.3)
 
 
 class MonitorTest(absltest.TestCase):
