@@ -246,7 +246,7 @@ class ByteLM(nn.Module):
     if self.scan:
       repeated = nn.scan(
         nn.remat(_Repeated, prevent_cse=False),
-        variable_axes={'params': 0, 'lowbit': 0},
+        variable_axes={'params': 0, 'lowbit': 0, 'watched': 0},
         split_rngs={'params': True, 'quant': True},
         in_axes=nn.broadcast,
         length=self.config.blocks,

@@ -1,25 +1,45 @@
-"""What recipes cost in held-out loss, paired with float32 by seed.
+"""What recipes and optimizers cost in held-out loss, paired by seed.
 
 Runs of the byte-level model that share a seed share initial weights and data.
 Each finished run is one JSON file, so an interrupted comparison goes on where
 it stopped. The gap is that of the loss with the recipe's own forward products
-to the float32 run of the same seed, in nats per byte.
+to the run of the same seed in float32 with the first optimizer, in nats per
+byte.
 
   python examples/compare_recipes.py
   python examples/compare_recipes.py --recipes=nvfp4 --seeds=0 --steps=110
+  python examples/compare_recipes.py --recipes=float32 \
+    --optimizers=adamw,adamw8,stable_spam
+
+With --forward_only no recipe trains: the networks that were trained in float32
+are evaluated with the forward product of each recipe, of both operands and of
+each alone.
+
+  python examples/compare_recipes.py --forward_only --recipes=mxfp4_rtn,nvfp4
+
+The table is printed, and kept as Markdown in WORKDIR/recipes.md or
+WORKDIR/forward_only.md.
 """
 
+import contextlib
+import dataclasses
+import itertools
 import json
 import pathlib
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import jax
 import numpy as np
 from absl import app, flags
 
+import _checkpoints
+import _report
 import byte_lm
 import lm_trainer
+from lowbit_jax.recipe import GemmSpec, QuantSpec, Recipe
+from lowbit_jax.training import linen as low
+from lowbit_jax.training import optimizers, recipes
 
 _RECIPES = flags.DEFINE_list(
   'recipes',
@@ -29,42 +49,162 @@ _RECIPES = flags.DEFINE_list(
 )  # fmt: skip
 _SEEDS = flags.DEFINE_list('seeds', ['0', '1', '2'], 'Seeds.')
 _STEPS = flags.DEFINE_integer('steps', 320, 'Steps of each run.')
-_OPTIMIZER = flags.DEFINE_string('optimizer', 'adamw', 'Optimizer of all runs.')
+_OPTIMIZERS = flags.DEFINE_list(
+  'optimizers', ['adamw'], 'Optimizers to train each recipe with.'
+)
+_FORWARD_ONLY = flags.DEFINE_bool(
+  'forward_only', False, 'Evaluate networks trained in float32.'
+)
 _WORKDIR = flags.DEFINE_string(
   'workdir', 'compare_recipes_out', 'Where finished runs are kept.'
 )
 _EVAL_WINDOWS = 256
 
 
-def one_run(recipe: str, seed: int, corpus: byte_lm.Corpus) -> dict:
-  """The finished run from disk, or a new one."""
-  steps, optimizer = _STEPS.value, _OPTIMIZER.value
-  name = f'{recipe}-{optimizer}-{steps}-{seed}.json'
-  path = pathlib.Path(_WORKDIR.value) / name
-  if path.exists():
-    return json.loads(path.read_text())
-  settings = lm_trainer.Settings(
-    byte_lm.Config(steps=steps, seed=seed),
+def _settings(recipe: str, optimizer: str, seed: int) -> lm_trainer.Settings:
+  return lm_trainer.Settings(
+    byte_lm.Config(steps=_STEPS.value, seed=seed),
     recipe=recipe,
     optimizer=optimizer,
     scan=True,
   )
+
+
+def _path(run: lm_trainer.Settings, suffix: str = '') -> pathlib.Path:
+  steps, seed = run.model.steps, run.model.seed
+  name = f'{run.recipe}-{run.optimizer}-{steps}-{seed}{suffix}'
+  return pathlib.Path(_WORKDIR.value) / name
+
+
+def _train(run: lm_trainer.Settings, corpus: byte_lm.Corpus):
+  """The last state and the log; networks in float32 are kept."""
+  if run.recipe != 'float32':
+    return lm_trainer.train(run, corpus)
+  checkpoints = _checkpoints.Checkpoints(
+    _path(run), lm_trainer.identity(run, corpus)
+  )
+  with contextlib.closing(checkpoints):
+    return lm_trainer.train(
+      run,
+      corpus,
+      checkpoints,
+      save_every=run.model.steps,
+      log=_path(run, '.csv'),
+    )
+
+
+def one_run(run: lm_trainer.Settings, corpus: byte_lm.Corpus) -> dict:
+  """The finished run from disk, or a new one."""
+  path, identity = _path(run, '.json'), lm_trainer.identity(run, corpus)
+  if path.exists():
+    finished = json.loads(path.read_text())
+    if identity.items() <= finished.items():
+      return finished
   start = time.process_time()
-  state, records = lm_trainer.train(settings, corpus)
+  state, records = _train(run, corpus)
   own, plain = (
-    lm_trainer.evaluate(settings, state, corpus, _EVAL_WINDOWS, quantized)
+    lm_trainer.evaluate(run, state, corpus, _EVAL_WINDOWS, quantized)
     for quantized in (True, False)
   )
-  run = lm_trainer.identity(settings, corpus) | {
+  finished = identity | {
     'loss': own.mean(),
     'float32': plain.mean(),
     'training_loss': float(np.mean([r.loss for r in records[-50:]])),
     'cpu_seconds': time.process_time() - start,
     'jax': jax.__version__,
   }
-  path.parent.mkdir(parents=True, exist_ok=True)
-  lm_trainer.write_summary(path, run)
-  return run
+  lm_trainer.write_summary(path, finished)
+  return finished
+
+
+def _state_bytes(run: lm_trainer.Settings) -> float:
+  """Bytes of optimizer state for each parameter."""
+  state = jax.eval_shape(lambda: lm_trainer.init(run))
+  parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+  return optimizers.state_bytes(state.optimizer) / parameters
+
+
+def _spread(gaps: np.ndarray) -> str:
+  return f'{gaps.std(ddof=1):.4f}' if len(gaps) > 1 else ''
+
+
+def compare(corpus: byte_lm.Corpus, seeds: Sequence[int]) -> Iterator[list]:
+  """Rows of the table of trained runs, its header first."""
+  several = len(_OPTIMIZERS.value) > 1
+  header = ['recipe']
+  if several:
+    header += ['optimizer', 'state bytes per weight']
+  header += [f'seed {seed}' for seed in seeds]
+  yield [*header, 'mean gap', 'spread', 'float32 forward']
+  base = np.array(
+    [
+      one_run(_settings('float32', _OPTIMIZERS.value[0], s), corpus)['loss']
+      for s in seeds
+    ]
+  )
+  print('float32 losses:', ' '.join(f'{loss:.4f}' for loss in base))
+  for recipe, optimizer in itertools.product(_RECIPES.value, _OPTIMIZERS.value):
+    settings = [_settings(recipe, optimizer, seed) for seed in seeds]
+    runs = [one_run(run, corpus) for run in settings]
+    gaps = np.array([run['loss'] for run in runs]) - base
+    plain = np.array([run['float32'] for run in runs]) - base
+    row = [recipe]
+    if several:
+      row += [optimizer, f'{_state_bytes(settings[0]):.2f}']
+    row += [f'{gap:+.4f}' for gap in gaps]
+    yield [*row, f'{gaps.mean():+.4f}', _spread(gaps), f'{plain.mean():+.4f}']
+
+
+def _current(spec):
+  """A site that takes its tensor scale, if any, from its own data."""
+  if isinstance(spec, QuantSpec):
+    return dataclasses.replace(spec, tensor_scaling=None)
+  return spec
+
+
+def compare_forward(
+  corpus: byte_lm.Corpus, seeds: Sequence[int]
+) -> Iterator[list]:
+  """Rows of the table of forward products, its header first."""
+  yield ['forward product', 'mean gap', 'spread', 'activations', 'weights']
+  runs = [_settings('float32', _OPTIMIZERS.value[0], seed) for seed in seeds]
+  states = [_train(run, corpus)[0] for run in runs]
+
+  def losses(recipe: Recipe | None) -> np.ndarray:
+    network = byte_lm.ByteLM(
+      runs[0].model, dot_general_cls=low.dot_general_cls(recipe), scan=True
+    )
+    loss = lm_trainer.make_loss(network)
+    return np.array(
+      [
+        lm_trainer.held_out(loss, network.config, s, corpus, _EVAL_WINDOWS)
+        for s in states
+      ]
+    ).mean(axis=1)
+
+  base = losses(None)
+  for name in _RECIPES.value:
+    recipe = recipes.get(name)
+    forward = recipe.fwd
+    lhs, rhs = _current(forward.lhs), _current(forward.rhs)
+    both, activations, weights = (
+      losses(
+        Recipe(
+          name,
+          GemmSpec(*operands, forward.hadamard, forward.signs),
+          center=recipe.center,
+        )
+      )
+      - base
+      for operands in ((lhs, rhs), (lhs, None), (None, rhs))
+    )
+    yield [
+      name,
+      f'{both.mean():+.4f}',
+      _spread(both),
+      f'{activations.mean():+.4f}',
+      f'{weights.mean():+.4f}',
+    ]
 
 
 def main(argv: Sequence[str]) -> None:
@@ -72,26 +212,26 @@ def main(argv: Sequence[str]) -> None:
     raise app.UsageError(f'Unexpected argument {argv[1]!r}; use flags.')
   corpus = byte_lm.load_corpus()
   seeds = [int(seed) for seed in _SEEDS.value]
-  for seed in seeds:
-    for recipe in ('float32', *_RECIPES.value):
-      one_run(recipe, seed, corpus)
-  base = np.array([one_run('float32', s, corpus)['loss'] for s in seeds])
+  workdir = pathlib.Path(_WORKDIR.value)
+  workdir.mkdir(parents=True, exist_ok=True)
   print(
-    f'{_STEPS.value} steps, {_OPTIMIZER.value}, corpus {corpus.digest}, jax'
-    f' {jax.__version__}; float32: {" ".join(f"{loss:.4f}" for loss in base)}'
+    f'{_STEPS.value} steps, {",".join(_OPTIMIZERS.value)}, corpus'
+    f' {corpus.digest}, jax {jax.__version__}'
   )
-  print(
-    f'{"recipe":<16} {"gap":>8} {"spread":>7} {"float32 forward":>15}  seeds'
+  if _FORWARD_ONLY.value:
+    rows, name = compare_forward(corpus, seeds), 'forward_only.md'
+  else:
+    rows, name = compare(corpus, seeds), 'recipes.md'
+  lines = []
+  for row in rows:
+    lines.append('| ' + ' | '.join(row) + ' |')
+    print(lines[-1], flush=True)
+    if len(lines) == 1:
+      lines.append('|---' * len(row) + '|')
+      print(lines[-1])
+  _report.write_atomically(
+    workdir / name, ''.join(f'{line}\n' for line in lines).encode()
   )
-  for recipe in _RECIPES.value:
-    runs = [one_run(recipe, seed, corpus) for seed in seeds]
-    gaps = np.array([run['loss'] for run in runs]) - base
-    plain = np.array([run['float32'] for run in runs]) - base
-    spread = gaps.std(ddof=1) if len(gaps) > 1 else float('nan')
-    print(
-      f'{recipe:<16} {gaps.mean():>+8.4f} {spread:>7.4f} {plain.mean():>+15.4f}'
-      f'  {" ".join(f"{gap:+.4f}" for gap in gaps)}'
-    )
 
 
 if __name__ == '__main__':

@@ -28,7 +28,7 @@ import _report
 import byte_lm
 from lowbit_jax.recipe import Policy
 from lowbit_jax.training import linen as low
-from lowbit_jax.training import optimizers, recipes, scaling
+from lowbit_jax.training import monitors, optimizers, recipes, scaling
 
 AXES = ('data', 'fsdp', 'model')
 # Columns of these lie on 'model' and of the others their rows, so that each
@@ -152,13 +152,14 @@ def model(
   fraction: float = 0.0,
   *,
   quantized: bool = True,
+  watch: bool = False,
   mesh: Mesh | None = None,
 ):
   """The network after `fraction` of the training, or the one in float32."""
   chosen = policy(settings) if quantized else None
   return byte_lm.ByteLM(
     settings.model,
-    dot_general_cls=low.dot_general_cls(chosen, fraction),
+    dot_general_cls=low.dot_general_cls(chosen, fraction, watch=watch),
     activations=None if mesh is None else _batch_sharding(mesh),
     scan=settings.scan,
   )
@@ -290,45 +291,111 @@ def _batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 class Record(NamedTuple):
-  """One line of the log; snr_db is empty between monitored steps."""
+  """One line of the log; what monitors measure is None between their steps."""
 
   step: int
   loss: float
   gradient_norm: float
   snr_db: float | None = None
+  x_clipped: float | None = None
+  x_flushed: float | None = None
+  w_clipped: float | None = None
+  w_flushed: float | None = None
+  dy_clipped: float | None = None
+  dy_flushed: float | None = None
+
+  @property
+  def monitored(self) -> dict[str, float]:
+    """The fields that were measured."""
+    values = self._asdict() | dict.fromkeys(Record._fields[:3])
+    return {name: v for name, v in values.items() if v is not None}
 
 
-def make_monitor(settings: Settings) -> Callable[..., jax.Array]:
-  """A jitted measure of how much of the gradient survives quantization.
+class Monitored(NamedTuple):
+  """What a recipe does to a step.
 
-  Returns:
-    A function of (state, windows) to the signal-to-noise ratio of the gradient
-    of each parameter in dB, 10 log10(|g|^2 / |g_q - g|^2), with g in float32.
-    Below 4.8 dB, |g| < sqrt(3) |noise|, training by quantized gradients stalls
-    ('FP4 All the Way', 2025).
+  Attributes:
+    snr_db: signal-to-noise ratio of the gradient of each parameter,
+      10 log10(|g|^2 / |g_q - g|^2), with g in float32. Below 4.8 dB,
+      |g| < sqrt(3) |noise|, training by quantized gradients stalls ('FP4 All
+      the Way', 2025).
+    lost: a `monitors.Lost` of the largest share over the layers.
   """
-  networks = model(settings), model(settings, quantized=False)
 
-  def gradient(network, state, windows, key):
-    def loss(params):
-      variables = {'params': params, low.COLLECTION: state.lowbit}
-      logits = network.apply(variables, windows[:, :-1], rngs={'quant': key})
-      return byte_lm.cross_entropy(logits, windows[:, 1:])
+  snr_db: Any
+  lost: monitors.Lost
 
-    return jax.grad(loss)(state.params)
+
+def make_monitor(
+  settings: Settings,
+) -> Callable[[TrainState, jax.Array], Monitored]:
+  """The jitted map of (state, windows) to what the recipe does to them."""
+  rough, exact = model(settings, watch=True), model(settings, quantized=False)
+  tokens = jnp.zeros((1, settings.model.context), jnp.int32)
 
   @jax.jit
   def monitor(state, windows):
     key = jax.random.key(settings.model.seed)
-    rough, exact = (gradient(n, state, windows, key) for n in networks)
+
+    def loss(params, watched, network):
+      variables = {
+        'params': params,
+        low.COLLECTION: state.lowbit,
+        low.WATCHED: watched,
+      }
+      logits = network.apply(variables, windows[:, :-1], rngs={'quant': key})
+      return byte_lm.cross_entropy(logits, windows[:, 1:])
 
     def ratio(g, h):
       noise = jnp.sum(jnp.square(g - h))
       return 10 * jnp.log10(jnp.sum(jnp.square(h)) / noise)
 
-    return jax.tree.map(ratio, rough, exact)
+    shapes = jax.eval_shape(rough.init, {'params': key, 'quant': key}, tokens)
+    probes = jax.tree.map(jnp.zeros_like, shapes.get(low.WATCHED, {}))
+    g, shares = jax.grad(loss, (0, 1))(state.params, probes, rough)
+    h = jax.grad(loss)(state.params, {}, exact)
+    return Monitored(jax.tree.map(ratio, g, h), _largest(shares))
 
   return monitor
+
+
+def _largest(shares) -> monitors.Lost:
+  """The largest share at each site over layers, stacked or not."""
+  leaves = jax.tree.leaves(shares, is_leaf=_is_lost)
+  leaves = leaves or [monitors.zeros()]
+  rows = [[t.reshape(-1, t.shape[-1]) for t in leaf] for leaf in leaves]
+  return monitors.Lost(
+    *(jnp.concatenate(t).max(0) for t in zip(*rows, strict=True))
+  )
+
+
+def _is_lost(leaf) -> bool:
+  return isinstance(leaf, monitors.Lost)
+
+
+def _summary(monitored: Monitored) -> dict[str, float]:
+  """The fields of a record: the median ratio, and for each operand the larger
+  share of its two sites, without those that are not known."""
+  ratios = [float(r) for r in jax.tree.leaves(monitored.snr_db)]
+  fields = {'snr_db': float(np.median(ratios))}
+  for name, shares in monitored.lost._asdict().items():
+    for operand, sites in monitors.OPERANDS.items():
+      known = [s for s in np.asarray(shares)[list(sites)] if np.isfinite(s)]
+      if known:
+        fields[f'{operand}_{name}'] = float(max(known))
+  return fields
+
+
+def _postfix(loss: float, monitored: dict[str, float]) -> dict[str, str]:
+  """The progress line: loss, ratio, and the largest shares of any operand."""
+  shown = {'loss': f'{loss:.3f}'}
+  if monitored:
+    shown['snr'] = f'{monitored["snr_db"]:.1f}dB'
+  for name in monitors.Lost._fields:
+    shares = [v for key, v in monitored.items() if key.endswith(f'_{name}')]
+    if shares:
+      shown[name] = f'{max(shares):.1%}'
+  return shown
 
 
 def train(
@@ -349,7 +416,7 @@ def train(
     checkpoints: where the state is kept; None for nowhere.
     mesh: devices; None for one.
     save_every: steps between checkpoints; the last step is always saved.
-    monitor_every: steps between measures of the gradient, 0 for none.
+    monitor_every: steps between measures of what the recipe loses, 0 for none.
     log: CSV file that goes with the checkpoints.
 
   Returns:
@@ -374,6 +441,7 @@ def train(
     jax.tree_util.keystr(path, simple=True, separator='/')
     for path, _ in jax.tree_util.tree_leaves_with_path(shapes.params)
   ]
+  shown: dict[str, float] = {}
   bar = tqdm.tqdm(
     total=config.steps,
     initial=start,
@@ -385,17 +453,16 @@ def train(
   with bar:
     for step, run in _steps(settings, mesh, shardings, start):
       windows = put_batch(byte_lm.train_batch(corpus, config, step), mesh)
-      snr = None
+      measured = {}
       if monitor_every and step % monitor_every == 0:
-        ratios = jax.tree.leaves(monitor(state, windows))
-        snr = float(np.median([float(r) for r in ratios]))
+        measured = shown = _summary(monitor(state, windows))
       state, metrics = run(state, windows)
       _check_finite(metrics, names, step)
       record = Record(
-        step, float(metrics.loss), float(metrics.gradient_norm), snr
+        step, float(metrics.loss), float(metrics.gradient_norm), **measured
       )
       records.append(record)
-      bar.set_postfix(loss=f'{record.loss:.3f}', refresh=False)
+      bar.set_postfix(_postfix(record.loss, shown), refresh=False)
       bar.update()
       done = step + 1
       if checkpoints is not None and (
@@ -467,9 +534,19 @@ def evaluate(
     count: windows, a multiple of the batch.
     quantized: whether with the forward products of the recipe or in float32.
   """
-  config = settings.model
-  windows = byte_lm.held_out_windows(corpus, config.context, count)
   loss = make_loss(model(settings, 1.0, quantized=quantized))
+  return held_out(loss, settings.model, state, corpus, count)
+
+
+def held_out(
+  loss: Callable[..., jax.Array],
+  config: byte_lm.Config,
+  state: TrainState,
+  corpus: byte_lm.Corpus,
+  count: int,
+) -> np.ndarray:
+  """As `evaluate`, of a `make_loss` of a network with these sizes."""
+  windows = byte_lm.held_out_windows(corpus, config.context, count)
   parts = np.split(windows, range(config.batch, count, config.batch))
   return np.concatenate([np.asarray(loss(state, w), np.float64) for w in parts])
 
@@ -488,10 +565,8 @@ def _read_log(path: pathlib.Path | None, start: int) -> list[Record]:
     rows = list(csv.DictReader(file))
   records = [
     Record(
-      int(row['step']),
-      float(row['loss']),
-      float(row['gradient_norm']),
-      float(row['snr_db']) if row['snr_db'] else None,
+      int(row.pop('step')),
+      **{name: float(value) for name, value in row.items() if value},
     )
     for row in rows
   ]
@@ -517,15 +592,18 @@ def write_summary(path: pathlib.Path, summary: dict[str, Any]) -> None:
 
 
 def write_curve(path: pathlib.Path, records: list[Record], title: str) -> None:
-  """Saves a plot of loss and gradient norm against steps as PNG."""
+  """Saves a plot of loss, gradient norm and monitors against steps as PNG."""
   from matplotlib.backends.backend_agg import FigureCanvasAgg
   from matplotlib.figure import Figure
 
-  figure = Figure(figsize=(8, 6), layout='constrained')
+  monitored = [r for r in records if r.snr_db is not None]
+  heights = (2, 1, 1) if monitored else (2, 1)
+  figure = Figure(figsize=(8, 2 * sum(heights)), layout='constrained')
   FigureCanvasAgg(figure)
   steps = [r.step for r in records]
   losses = np.array([r.loss for r in records])
-  upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
+  panels = figure.subplots(len(heights), sharex=True, height_ratios=heights)
+  upper, lower = panels[:2]
   upper.plot(steps, losses, color='0.75', lw=0.8, label='step')
   width = max(1, len(records) // 25)
   if len(records) >= 2 * width:
@@ -536,14 +614,36 @@ def write_curve(path: pathlib.Path, records: list[Record], title: str) -> None:
   upper.legend(frameon=False)
   lower.semilogy(steps, [r.gradient_norm for r in records], color='tab:blue')
   lower.set_ylabel('gradient norm')
-  lower.set_xlabel('step')
-  monitored = [(r.step, r.snr_db) for r in records if r.snr_db is not None]
   if monitored:
     twin = lower.twinx()
-    twin.plot(*zip(*monitored, strict=True), 'o', ms=3, color='tab:orange')
+    at = [r.step for r in monitored]
+    twin.plot(at, [r.snr_db for r in monitored], 'o', ms=3, color='tab:orange')
     twin.set_ylabel('gradient SNR, dB', color='tab:orange')
-  for axes in (upper, lower):
+    _plot_shares(panels[2], monitored)
+  panels[-1].set_xlabel('step')
+  for axes in panels:
     axes.grid(alpha=0.25)
   image = io.BytesIO()
   figure.savefig(image, format='png', dpi=150)
   _report.write_atomically(path, image.getvalue())
+
+
+def _plot_shares(axes, records: list[Record]) -> None:
+  """What is lost of each operand, in percent."""
+  for name, style in (('flushed', '-o'), ('clipped', '--s')):
+    for index, operand in enumerate(monitors.OPERANDS):
+      points = [
+        (r.step, 100 * r.monitored[f'{operand}_{name}'])
+        for r in records
+        if f'{operand}_{name}' in r.monitored
+      ]
+      if points:
+        label = f'{operand} {name}'
+        axes.plot(
+          *zip(*points, strict=True),
+          style, ms=3, lw=1, color=f'C{index}', label=label,
+        )  # fmt: skip
+  axes.set_yscale('symlog', linthresh=0.1)
+  axes.set_ylim(bottom=0)
+  axes.set_ylabel('% of elements')
+  axes.legend(frameon=False, fontsize=8, ncols=2)

@@ -24,6 +24,10 @@ Checkpoints go to WORKDIR/checkpoints every --save_every steps. The same command
 goes on from the newest one, and on the same devices an interrupted run ends in
 the same bits as an uninterrupted one. The log goes to WORKDIR/log.csv, a
 summary to WORKDIR/summary.json and the curve to WORKDIR/curve.png.
+
+With --monitor_every they also show the signal-to-noise ratio of the gradient,
+and how many elements of activations x, weights w and cotangents dy the formats
+of the recipe clip or flush to zero: the largest share over the layers.
 """
 
 import importlib.util
@@ -95,7 +99,8 @@ _SAVE_EVERY = flags.DEFINE_integer(
 _MONITOR_EVERY = flags.DEFINE_integer(
   'monitor_every',
   0,
-  'Steps between comparisons with the gradient in float32; 0 for none.',
+  'Steps between measures of the gradient and of clipped and flushed elements;'
+  ' 0 for none.',
   lower_bound=0,
 )
 _EVAL_WINDOWS = flags.DEFINE_integer(
@@ -184,8 +189,10 @@ def train(run: lm_trainer.Settings, workdir: pathlib.Path) -> None:
     return
   if jax.process_count() == 1:
     _print_weights(run, state)
+  monitored = [r.monitored for r in records if r.monitored]
   lm_trainer.write_summary(
-    workdir / 'summary.json', lm_trainer.identity(run, corpus) | losses
+    workdir / 'summary.json',
+    lm_trainer.identity(run, corpus) | losses | (monitored or [{}])[-1],
   )
   if importlib.util.find_spec('matplotlib') is None:
     print('no plot, because matplotlib is not installed')

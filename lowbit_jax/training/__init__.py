@@ -11,6 +11,7 @@ _SUBMODULES = (
   'laws',
   'linen',
   'micro_scaling',
+  'monitors',
   'nnx',
   'optimizers',
   'qat',

@@ -19,9 +19,10 @@ from lowbit_jax import ops
 from lowbit_jax.nn.linen import RNG
 from lowbit_jax.ops import _qdot
 from lowbit_jax.recipe import Policy, Recipe
-from lowbit_jax.training import scaling
+from lowbit_jax.training import monitors, scaling
 
 COLLECTION = 'lowbit'
+WATCHED = 'watched'
 
 
 class QDotGeneral(flax_linen.Module):
@@ -36,10 +37,13 @@ class QDotGeneral(flax_linen.Module):
   Attributes:
     recipe: a recipe, a policy that picks one by the path of the layer, or None.
     fraction: how much of the training is done, for recipes that switch.
+    watch: whether the collection 'watched' has a `monitors.Lost` for each
+      layer, whose gradient is what the quantizers of the layer lose.
   """
 
   recipe: Recipe | Policy | None = None
   fraction: float = 0.0
+  watch: bool = False
 
   @flax_linen.compact
   def __call__(
@@ -68,26 +72,30 @@ class QDotGeneral(flax_linen.Module):
       key = self.make_rng(RNG) if recipe.needs_key else None
     elif recipe.needs_key:  # Evaluation: the forward product draws nothing.
       recipe = recipe.forward_only()
-    state = scaling.init_dot(recipe)
-    if state == (None, None):
-      y = ops.qdot(x, w, recipe, key=key, precision=precision)
-    else:
+    state, amax = scaling.init_dot(recipe), (None, None)
+    if state != (None, None):
       scales = self.variable(COLLECTION, 'scales', lambda: state)
-      y, noted = scaling.qdot(
-        x, w, recipe, scales.value, key=key, precision=precision
-      )
+      noted, amax = scaling.noted(x, w, scales.value)
       if self.is_mutable_collection(COLLECTION) and not self.is_initializing():
         scales.value = noted
+    y = ops.qdot(x, w, recipe, key=key, tensor_amax=amax, precision=precision)
+    if self.watch:
+      probe = self.variable(WATCHED, 'lost', monitors.zeros).value
+      y = monitors.tap(recipe, y, x, w, key, amax, probe)
     y = y.reshape(shape)
     dtype = preferred_element_type
     return y if dtype is None else y.astype(dtype)
 
 
 def dot_general_cls(
-  recipe: Recipe | Policy | None, fraction: float = 0.0
+  recipe: Recipe | Policy | None, fraction: float = 0.0, *, watch: bool = False
 ) -> Callable[[], QDotGeneral]:
-  """For the `dot_general_cls` argument of Dense, DenseGeneral and attention."""
-  return functools.partial(QDotGeneral, recipe, fraction)
+  """For the `dot_general_cls` argument of Dense, DenseGeneral and attention.
+
+  Args:
+    recipe: as in `QDotGeneral`; also `fraction`, `watch`.
+  """
+  return functools.partial(QDotGeneral, recipe, fraction, watch)
 
 
 @contextlib.contextmanager

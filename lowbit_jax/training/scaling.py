@@ -122,17 +122,19 @@ def qdot(
     The product and the state that has noted these operands. Under vmap or
     shard_map merge noted states by `merge`.
   """
+  state, amax = noted(x, w, state)
+  y = ops.qdot(x, w, recipe, key=key, tensor_amax=amax, **options)
+  return y, state
+
+
+def noted(x, w, state: DotScales) -> tuple[DotScales, tuple]:
+  """The state that has noted both, and the `tensor_amax` of `ops.qdot`."""
   states, used = [], []
   for t, s in zip((x, w), state, strict=True):
-    if s is None:
-      states.append(None)
-      used.append(None)
-      continue
-    noted, amax = s.note(largest(t))
-    states.append(noted)
+    new, amax = (None, None) if s is None else s.note(largest(t))
+    states.append(new)
     used.append(amax)
-  y = ops.qdot(x, w, recipe, key=key, tensor_amax=tuple(used), **options)
-  return y, DotScales(*states)
+  return DotScales(*states), tuple(used)
 
 
 def largest(x) -> jax.Array:

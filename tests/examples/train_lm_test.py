@@ -20,6 +20,7 @@ sys.path.insert(0, str(_ROOT / 'examples'))
 import _checkpoints  # noqa: E402
 import byte_lm  # noqa: E402
 import lm_trainer  # noqa: E402
+from lowbit_jax.training import optimizers  # noqa: E402
 
 TINY = byte_lm.Config(width=64, heads=2, blocks=2, context=32, batch=8, steps=6)
 
@@ -147,17 +148,48 @@ class GuardTest(absltest.TestCase):
         settings(**options)
 
 
+class OptimizerTest(absltest.TestCase):
+  def test_state_of_eight_bits(self):
+    def state_bytes(optimizer):
+      run = lm_trainer.Settings(optimizer=optimizer, scan=True)
+      state = jax.eval_shape(lambda: lm_trainer.init(run))
+      return optimizers.state_bytes(state.optimizer)
+
+    ratio = state_bytes('adamw8') / state_bytes('adamw')
+    self.assertBetween(ratio, 0.25, 0.3)
+
+
 class MonitorTest(absltest.TestCase):
-  def test_signal_to_noise_orders_recipes(self):
-    ratios = {}
+  def test_orders_recipes(self):
+    measured = {}
     windows = byte_lm.train_batch(corpus(), TINY, 0)
     for recipe in ('mxfp8', 'mxfp4_rtn'):
       run = settings(recipe)
       state = lm_trainer.init(run)
-      ratio = lm_trainer.make_monitor(run)(state, jnp.asarray(windows))
-      ratios[recipe] = np.median([float(r) for r in jax.tree.leaves(ratio)])
-    self.assertGreater(ratios['mxfp8'], 20)
-    self.assertBetween(ratios['mxfp4_rtn'], 3, 20)
+      monitored = lm_trainer.make_monitor(run)(state, jnp.asarray(windows))
+      measured[recipe] = lm_trainer._summary(monitored)
+    self.assertGreater(measured['mxfp8']['snr_db'], 20)
+    self.assertBetween(measured['mxfp4_rtn']['snr_db'], 3, 20)
+    self.assertLess(measured['mxfp8']['w_flushed'], 0.01)
+    self.assertEqual(measured['mxfp8']['dy_clipped'], 0)
+    for operand in ('x', 'w', 'dy'):
+      self.assertBetween(measured['mxfp4_rtn'][f'{operand}_flushed'], 0.05, 0.9)
+      self.assertGreater(measured['mxfp4_rtn'][f'{operand}_clipped'], 0)
+
+  def test_log_keeps_what_was_measured(self):
+    records = [
+      lm_trainer.Record(0, 2.5, 1.0, snr_db=7.5, dy_flushed=0.25),
+      lm_trainer.Record(1, 2.25, 0.5),
+    ]
+    with tempfile.TemporaryDirectory() as directory:
+      path = pathlib.Path(directory) / 'log.csv'
+      lm_trainer._write_log(path, records)
+      self.assertEqual(lm_trainer._read_log(path, 2), records)
+    self.assertEqual(records[1].monitored, {})
+    self.assertEqual(
+      lm_trainer._postfix(2.5, records[0].monitored),
+      {'loss': '2.500', 'snr': '7.5dB', 'flushed': '25.0%'},
+    )
 
 
 class ScriptTest(absltest.TestCase):
@@ -188,7 +220,11 @@ class ScriptTest(absltest.TestCase):
         (pathlib.Path(directory) / 'summary.json').read_text()
       )
       curve = (pathlib.Path(directory) / 'curve.png').read_bytes()
+      with (pathlib.Path(directory) / 'log.csv').open(newline='') as file:
+        log = list(csv.DictReader(file))
       self.assertEqual(summary['recipe'], 'nvfp4_rtn')
+      self.assertEqual([bool(row['x_flushed']) for row in log], [1, 0, 1])
+      self.assertEqual(summary['x_flushed'], float(log[2]['x_flushed']))
       self.assertTrue(curve.startswith(b'\x89PNG'))
       code, out = self.run_script(f'--workdir={directory}', '--recipe=mxfp8')
       self.assertEqual(code, 1, out)

@@ -1,0 +1,159 @@
+"""What the quantizers of a training product lose, while it trains.
+
+`lost` measures the six operands of one product. `tap` measures them inside a
+network, where the third of them, the cotangent dy, exists in the backward pass
+only: the result comes out as the gradient of a probe, so that scan, remat, jit
+and meshes need nothing more. `training.linen.dot_general_cls(..., watch=True)`
+puts it into the layers of a model.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from lowbit_jax import _quantize as core
+from lowbit_jax import qarray
+from lowbit_jax.doctor import _blocks
+from lowbit_jax.ops import _qdot
+from lowbit_jax.recipe import QuantSpec, Recipe
+
+SITES = (
+  'fwd.lhs', 'fwd.rhs', 'dgrad.lhs', 'dgrad.rhs', 'wgrad.lhs', 'wgrad.rhs',
+)  # fmt: skip
+OPERANDS = {'x': (0, 4), 'w': (1, 3), 'dy': (2, 5)}
+"""Operand -> its places in `SITES`."""
+
+
+class Lost(NamedTuple):
+  """Shares of elements, as the doctor has them; float32, one per site.
+
+  Attributes:
+    clipped: of all elements, those beyond the range of their block by more than
+      half of its largest step. NaN where a quantizer is no block format, or one
+      with zero points.
+    flushed: of the elements that are not zero, those that became zero.
+  """
+
+  clipped: jax.Array
+  flushed: jax.Array
+
+
+def zeros() -> Lost:
+  """A probe for `tap`."""
+  return Lost(*(jnp.zeros(len(SITES), jnp.float32) for _ in Lost._fields))
+
+
+def lost(
+  x, w, dy, recipe: Recipe, *, key=None, tensor_amax=(None, None)
+) -> Lost:
+  """Measures the operands of `ops.qdot` and its derivative.
+
+  Operands are centered, rotated and rounded as the recipe says. A site that is
+  not quantized loses nothing.
+
+  Args:
+    x: activations (..., K).
+    w: weight (K, N).
+    dy: cotangent of the product (..., N).
+    recipe: what is done to them.
+    key: as in `ops.qdot`; also `tensor_amax`.
+
+  Examples:
+    >>> import jax, jax.numpy as jnp
+    >>> from lowbit_jax.training import recipes
+    >>> x, w, dy = jax.random.normal(jax.random.key(0), (3, 64, 64))
+    >>> share = lost(x, w, dy, recipes.get('mxfp8'))
+    >>> float(share.clipped.max()), share.flushed.shape
+    (0.0, (6,))
+  """
+  x, dy = (t.reshape(-1, t.shape[-1]) for t in (x, dy))
+  if recipe.center:
+    mean = jnp.mean(x, axis=0, keepdims=True, dtype=jnp.float32)
+    x = (x - mean).astype(x.dtype)
+  amax_x, amax_w = tensor_amax
+  forward = _sites(recipe, 0, key, (x, 1, amax_x), (w, 0, amax_w))
+  if recipe.residuals == 'requantized':
+    x, w = (_values(*site) for site in forward)
+  sites = (
+    *forward,
+    *_sites(recipe, 1, key, (dy, 1, None), (w, 1, amax_w)),
+    *_sites(recipe, 2, key, (x, 0, amax_x), (dy, 0, None)),
+  )
+  shares = [_lost(*site) for site in sites]
+  return Lost(*(jnp.stack(share) for share in zip(*shares, strict=True)))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def tap(recipe: Recipe, y, x, w, key, tensor_amax, probe: Lost):
+  """Returns y; the gradient of `probe`, any `Lost`, is what `lost` measures.
+
+  The gradient of y passes, and none goes to the other arguments, which are
+  those of `lost`.
+  """
+  del recipe, x, w, key, tensor_amax, probe
+  return y
+
+
+def _tap(recipe, y, x, w, key, tensor_amax, probe):
+  del recipe, probe
+  return y, (x, w, key, tensor_amax)
+
+
+def _tap_backward(recipe, residual, dy):
+  x, w, key, tensor_amax = residual
+  share = lost(x, w, dy, recipe, key=key, tensor_amax=tensor_amax)
+  none = jax.tree.map(jnp.zeros_like, (x, w))
+  amax = jax.tree.map(jnp.zeros_like, tensor_amax)
+  return dy, *none, None, amax, share
+
+
+tap.defvjp(_tap, _tap_backward)
+
+
+def _sites(recipe: Recipe, which: int, key, lhs, rhs):
+  """(rotated operand, quantizer, axis, key, amax) of both sides."""
+  gemm = recipe.gemms[which]
+  keys = _qdot._keys(key, gemm, which)
+  rotate = _qdot._rotation(gemm, keys)
+  return [
+    (rotate(t, axis), spec, axis, k, None if gemm.hadamard else amax)
+    for (t, axis, amax), spec, k in zip(
+      (lhs, rhs), (gemm.lhs, gemm.rhs), keys, strict=False
+    )
+  ]
+
+
+def _values(t, spec, axis: int, key, amax):
+  """What a site of the forward product used."""
+  if spec is None:
+    return t
+  return qarray.dequantize(_qdot._quantized(t, spec, axis, key, amax).packed())
+
+
+def _lost(t, spec, axis: int, key, amax):
+  if spec is None:
+    return jnp.float32(0), jnp.float32(0)
+  if not isinstance(spec, QuantSpec):
+    return jnp.float32(jnp.nan), _flushed(t, spec(t, axis, key))
+  job = _qdot._quantized(t, spec, axis, key, amax).job
+  flushed = _flushed(job.blocks.view, job.values())
+  if job.scales.zero_point is not None:
+    return jnp.float32(jnp.nan), flushed
+  top, step = _blocks.top_and_step(spec.fmt)
+  element = core._scaled(
+    job.elements.x,
+    job.blocks,
+    job.fmt,
+    job.scales.scale,
+    job.scales.tensor_scale,
+  )
+  beyond = jnp.sum(jnp.abs(element) > top + step / 2, dtype=jnp.float32)
+  return beyond / t.size, flushed
+
+
+def _flushed(x, y):
+  live = jnp.sum(x != 0, dtype=jnp.float32)
+  gone = jnp.sum((x != 0) & (y == 0), dtype=jnp.float32)
+  return gone / jnp.maximum(live, 1)

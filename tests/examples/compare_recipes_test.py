@@ -1,0 +1,122 @@
+"""Comparison of recipes: its tables, and what it keeps."""
+
+import dataclasses
+import json
+import pathlib
+import sys
+import tempfile
+from unittest import mock
+
+import numpy as np
+from absl.testing import absltest
+
+_ROOT = pathlib.Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(_ROOT / 'examples'))
+
+import byte_lm  # noqa: E402
+import lm_trainer  # noqa: E402
+from tests.examples import scripts  # noqa: E402
+
+script = scripts.load('compare_recipes')
+
+_TINY = byte_lm.Config(
+  width=64, heads=2, blocks=2, context=32, batch=8, steps=3
+)
+
+
+def _corpus() -> byte_lm.Corpus:
+  text = np.random.RandomState(0).randint(97, 123, 1 << 14).astype(np.uint8)
+  return byte_lm.Corpus(text, text[: 1 << 12], 1, 'test')
+
+
+def _settings(recipe: str, optimizer: str, seed: int) -> lm_trainer.Settings:
+  model = dataclasses.replace(_TINY, seed=seed)
+  return lm_trainer.Settings(
+    model, recipe=recipe, optimizer=optimizer, scan=True
+  )
+
+
+class CompareTest(absltest.TestCase):
+  def setUp(self):
+    super().setUp()
+    directory = self.enter_context(tempfile.TemporaryDirectory())
+    self.workdir = pathlib.Path(directory)
+    self.flags(_WORKDIR=directory)
+    for name, value in (('_settings', _settings), ('_EVAL_WINDOWS', 16)):
+      self.enter_context(mock.patch.object(script, name, value))
+
+  def flags(self, **values):
+    for name, value in values.items():
+      holder = mock.Mock(value=value)
+      self.enter_context(mock.patch.object(script, name, holder))
+
+  def test_forward_products_of_one_network(self):
+    self.flags(_RECIPES=['fp8_delayed'], _OPTIMIZERS=['adamw'])
+    header, row = script.compare_forward(_corpus(), [1])
+    self.assertEqual(header[0], 'forward product')
+    trained = _settings('float32', 'adamw', 1)
+    with mock.patch.object(lm_trainer, 'make_step', side_effect=AssertionError):
+      state, _ = script._train(trained, _corpus())  # That on disk.
+    # Its scales are those of the data before the first step.
+    current = _settings('fp8_current', 'adamw', 1)
+    base, want = (
+      lm_trainer.evaluate(run, state, _corpus(), 16).mean()
+      for run in (trained, current)
+    )
+    self.assertEqual(row[:2], ['fp8_delayed', f'{want - base:+.4f}'])
+
+  def test_gaps_to_the_first_optimizer(self):
+    self.flags(_RECIPES=['float32', 'mxfp8'], _OPTIMIZERS=['adamw', 'adamw8'])
+
+    def one_run(run, corpus):
+      del corpus
+      loss = 2.0 + run.model.seed
+      loss += 0.25 * (run.recipe == 'mxfp8') * run.model.seed
+      loss += 0.125 * (run.optimizer == 'adamw8')
+      return {'loss': loss, 'float32': loss - 0.0625}
+
+    with mock.patch.object(script, 'one_run', one_run):
+      header, *rows = script.compare(_corpus(), [0, 2])
+    self.assertEqual(
+      header,
+      ['recipe', 'optimizer', 'state bytes per weight', 'seed 0', 'seed 2',
+       'mean gap', 'spread', 'float32 forward'],
+    )  # fmt: skip
+    self.assertEqual(
+      [[row[0], row[1], *row[3:]] for row in rows],
+      [
+        ['float32', 'adamw', '+0.0000', '+0.0000', '+0.0000', '0.0000',
+         '-0.0625'],
+        ['float32', 'adamw8', '+0.1250', '+0.1250', '+0.1250', '0.0000',
+         '+0.0625'],
+        ['mxfp8', 'adamw', '+0.0000', '+0.5000', '+0.2500', '0.3536',
+         '+0.1875'],
+        ['mxfp8', 'adamw8', '+0.1250', '+0.6250', '+0.3750', '0.3536',
+         '+0.3125'],
+      ],
+    )  # fmt: skip
+    full, low = (float(row[2]) for row in rows[:2])
+    self.assertBetween(full, 8, 8.01)  # Two float32 moments and a count.
+    self.assertBetween(low, 2, 8)
+
+  def test_finished_runs(self):
+    run, record = _settings('mxfp8', 'adamw', 0), lm_trainer.Record(0, 1.5, 1.0)
+    trained = mock.Mock(return_value=(None, [record]))
+    losses = mock.Mock(return_value=np.array([1.0, 2.0]))
+    with (
+      mock.patch.object(script, '_train', trained),
+      mock.patch.object(lm_trainer, 'evaluate', losses),
+    ):
+      first = script.one_run(run, _corpus())
+      self.assertEqual(script.one_run(run, _corpus()), first)
+      self.assertEqual(trained.call_count, 1)
+      script.one_run(run, _corpus()._replace(digest='other'))
+      self.assertEqual(trained.call_count, 2)
+    self.assertEqual(first['loss'], 1.5)
+    self.assertEqual(first['training_loss'], 1.5)
+    path = self.workdir / 'mxfp8-adamw-3-0.json'
+    self.assertEqual(json.loads(path.read_text())['corpus'], 'other')
+
+
+if __name__ == '__main__':
+  absltest.main()
