@@ -158,7 +158,7 @@ class State(NamedTuple):
   population: tuple[Entry, ...]
   seen: Mapping[int, int]
   times: Mapping[int, float]
-  rng: Mapping[str, Any]
+  rng: Any
   generation: int
   fits: int
 

@@ -16,6 +16,7 @@ float64 in a scope of its own.
 """
 
 import functools
+import operator
 from typing import NamedTuple
 
 import jax
@@ -249,9 +250,8 @@ def evaluate(rows, constants, x, ops, *, tangents: bool = True):
       ]
     if not tangents:
       return value, None
-    return value, sum(
-      p * t for p, (_, t) in zip(partials, arguments, strict=True)
-    )
+    _, inner = zip(*arguments, strict=True)
+    return value, sum(map(operator.mul, partials, inner))
 
   result = operand(0 * rows[0, 0])
   for row in rows:

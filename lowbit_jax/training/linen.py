@@ -11,6 +11,7 @@ Layers keep the names and shapes of their parameters.
 import contextlib
 import functools
 from collections.abc import Callable
+from typing import cast
 
 import jax
 from flax import linen as flax_linen
@@ -81,7 +82,7 @@ class QDotGeneral(flax_linen.Module):
     y = ops.qdot(x, w, recipe, key=key, tensor_amax=amax, precision=precision)
     if self.watch:
       probe = self.variable(WATCHED, 'lost', monitors.zeros).value
-      y = monitors.tap(recipe, y, x, w, key, amax, probe)
+      y = cast(jax.Array, monitors.tap(recipe, y, x, w, key, amax, probe))
     y = y.reshape(shape)
     dtype = preferred_element_type
     return y if dtype is None else y.astype(dtype)
