@@ -24,6 +24,7 @@ import importlib.util
 import json
 import os
 import pathlib
+import shlex
 import subprocess
 import sys
 import time
@@ -35,7 +36,15 @@ from absl import app, flags, logging
 
 import _report
 from lowbit_jax.search import archive as archives
-from lowbit_jax.search import evolve, islands, polish, speed, targets
+from lowbit_jax.search import (
+  certify,
+  emit,
+  evolve,
+  islands,
+  polish,
+  speed,
+  targets,
+)
 from lowbit_jax.search import program as programs
 
 _TARGET = flags.DEFINE_enum(
@@ -316,7 +325,7 @@ def report(search, workdir, states) -> None:
   elif search.objective == 'operations':
     plot(search, workdir / 'pareto.png', hall)
   if search.objective != 'operations':
-    race(search, states)
+    race(search, workdir, states)
   print(f'saved {workdir / "hall_of_fame.json"}')
 
 
@@ -358,8 +367,11 @@ def plot(search, path, hall) -> None:
   _report.write_atomically(path, data.getvalue())
 
 
-def race(search, states) -> None:
-  """Prints what the fastest programs within the bound win over XLA."""
+def race(search, workdir, states) -> None:
+  """Prints what the fastest programs within the bound win over XLA.
+
+  The fastest is certified, and written with its certificate.
+  """
   target = search.target
   if target.name == 'gelu':
     base = functools.partial(jax.nn.gelu, approximate=False)
@@ -374,15 +386,45 @@ def race(search, states) -> None:
     target = dataclasses.replace(target, wrapper=None)
   reference = targets.reference(target)
   interval = tuple(map(float, target.interval))
-  for finalist in speed.finalists(
+  finalists = speed.finalists(
     target, merged(states), base, reference, interval, bound=search.bound
-  ):
+  )
+  for finalist in finalists:
     comparison = finalist.comparison
     print(
       f'{finalist.max_ulp:.3f} ULP, {comparison.speedup:.2f} x the speed of'
       f' XLA{"" if comparison.faster else " (not certain)"}:'
       f' {finalist.program}'
     )
+  if finalists:
+    publish(search, workdir, target, finalists[0].program)
+
+
+def publish(search, workdir, target, program) -> None:
+  """Certifies a program and writes its certificate and its source."""
+  name = target.name
+  emit.check(program, target)
+  certificate = certify.certify(
+    emit.function(program, target),
+    name=name,
+    reference=targets.reference(target),
+    exact=target.exact,
+    interval=target.interval,
+    provenance=certify.Provenance(
+      command=shlex.join(['python', *sys.argv]), seed=search.seed
+    ),
+    tier='2^16',
+    bound=search.bound,
+    program=program,
+  )
+  for suffix, text in (
+    ('json', certificate.to_json()),
+    ('py', emit.python(program, target, certificate)),
+    ('c', emit.c99(program, target)),
+  ):
+    path = workdir / f'{name}.{suffix}'
+    _report.write_atomically(path, text.encode())
+    print(f'saved {path}')
 
 
 def main(argv: Sequence[str]) -> int:

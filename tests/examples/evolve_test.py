@@ -8,7 +8,11 @@ import subprocess
 import sys
 import tempfile
 
+import numpy as np
+import pytest
 from absl.testing import absltest
+
+from lowbit_jax.search import certify, emit
 
 _ROOT = pathlib.Path(__file__).resolve().parents[2]
 _TOY = (
@@ -59,6 +63,20 @@ class EvolveTest(absltest.TestCase):
       code, out = _run(directory, '--generations=6', '--seed=1')
       self.assertEqual(code, 1, out)
       self.assertIn('belongs to another search: seed 0 -> 1', out)
+
+  @pytest.mark.slow
+  def test_fastest_program_is_emitted(self):
+    with tempfile.TemporaryDirectory() as directory:
+      flags = ('--objective=time', '--bound=1e6', '--generations=3')
+      flags += ('--interval=-0.5,0.5', '--islands=1', '--ops=add,mul,fma')
+      code, out = _run(directory, *flags)
+      self.assertEqual(code, 0, out)
+      path = pathlib.Path(directory)
+      certificate = certify.Certificate.load(path / 'exp2.json')
+      self.assertIn('--objective=time', certificate.provenance.command)
+      exp2 = emit.load_python((path / 'exp2.py').read_text(), 'exp2')
+      certify.check(certificate, exp2, np.exp2)
+      self.assertIn('float lowbit_exp2(', (path / 'exp2.c').read_text())
 
   def test_bad_flags(self):
     with tempfile.TemporaryDirectory() as directory:

@@ -191,11 +191,13 @@ class FenceTest(parameterized.TestCase):
   def test_is_the_same_inside_a_larger_program(self):
     program = Program(((ADD, 0, 1, 0), (MUL, 3, 3, 0), (ADD, 4, 2, 0)),
                       (0.7, 1.3))  # fmt: skip
-    fn = emit.load_python(emit.python(program, _MINE), 'mine')
+    fn = emit.function(program, _MINE)
+    emitted = emit.load_python(emit.python(program, _MINE), 'mine')
     x = np.random.default_rng(0).uniform(0.5, 2, 4096).astype(_F)
     expected = np.asarray(jax.jit(fn)(x + _F(0.1))) + _F(0.2)
     larger = lambda fn: lambda x: fn(x + _F(0.1)) + _F(0.2)
     self.assertEqual(_differing(larger(fn), x, expected), 0)
+    self.assertEqual(_differing(larger(emitted), x, expected), 0)
     with mock.patch.object(emit, '_fence', lambda v: v):
       bare = emit.function(program, _MINE)
       self.assertGreater(_differing(larger(bare), x, expected), 0.1)
