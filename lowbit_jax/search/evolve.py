@@ -46,8 +46,9 @@ _REFITS = 6  # of one structure, over the whole run
 _KEPT_STARTS = 2  # of those from inherited constants
 _POPULATION = 64  # of NSGA-II
 _MEASURED = 4  # new structures of a step whose time is measured
-_SCREEN = (32, 24)  # starts and steps of the first look at a shrunk program
-_SHRUNK = 6  # programs that pass it
+_SCREEN = (32, 24)  # starts and steps of the first look at a simpler program
+_PROMISE = 100.0  # times the best error of its cost, to deserve a second
+_SECOND = 2  # the most that get one
 _STARTS, _STEPS = 384, 150  # of their fits
 
 
@@ -92,7 +93,7 @@ class Search:
   select: str = 'archive'
   pairs: bool = True
   fit: bool = True
-  shrink_every: int = 50
+  shrink_every: int = 20
   points: int = 40
   steps: int = 24
   rounds: int = 6
@@ -148,6 +149,7 @@ class State(NamedTuple):
     archive: the best programs at every cost.
     population: parents of 'nsga2', else empty.
     seen: how often a structure was fitted, by its hash.
+    shrunk: hashes of the structures that were shrunk.
     times: measured cost of a structure, by its hash; of 'time', else empty.
     rng: state of the generator.
     generation: steps so far.
@@ -157,6 +159,7 @@ class State(NamedTuple):
   archive: Archive
   population: tuple[Entry, ...]
   seen: Mapping[int, int]
+  shrunk: frozenset[int]
   times: Mapping[int, float]
   rng: Any
   generation: int
@@ -193,6 +196,7 @@ def init(search: Search, island: int = 0) -> State:
     archive=archive,
     population=tuple(archives.entries(archive)),
     seen={},
+    shrunk=frozenset(),
     times={},
     rng=rng.bit_generator.state,
     generation=0,
@@ -289,35 +293,37 @@ def _fitted(search, items, steps, rounds) -> list[Entry]:
 
 
 def shrink(search: Search, state: State) -> State:
-  """Tries the best programs with a row less, or squared.
+  """Tries one of the best programs with a row less, and squared.
 
-  One entry of the front is drawn, and the best of every bucket contributes its
-  square. All simpler forms are fitted from a few starts, the most promising
-  from many: half of the starts scale inherited constants by powers of two and a
-  lognormal factor, half are new.
+  It is drawn from the front, from what was not shrunk before if there is any.
+  All simpler forms are fitted from a few starts, the most promising from many:
+  half of the starts scale inherited constants by powers of two or a lognormal
+  factor, half are new.
   """
   rng = _generator(state)
-  front = [e for e in archives.front(state.archive) if len(e.program.rows) > 1]
+  front = [e.program for e in archives.front(state.archive) if e.program.rows]
+  hashes = [programs.structure_hash(program.rows) for program in front]
+  fresh = [i for i, h in enumerate(hashes) if h not in state.shrunk]
   if not front or not search.fit:
     return state
-  drawn = front[int(rng.integers(len(front)))]
-  forms = _simpler(drawn.program)
+  drawn = int(rng.choice(fresh or len(front)))
+  forms = _simpler(front[drawn])
   if programs.MUL in search.limits.ops:
-    forms += [variation.square(entry.program) for entry in front]
+    forms.append(variation.square(front[drawn]))
   forms = list({f.rows: f for f in forms if _fits(f, search.limits)}.values())
-  if not forms:
-    return state._replace(rng=rng.bit_generator.state)
   starts, steps = _SCREEN
-  screened = _best_of(search, forms, starts, steps, rng)
+  entries = _best_of(search, forms, starts, steps, rng)
 
   def promise(entry):
     return entry.error / archives.best_error(state.archive, entry.cost)
 
-  chosen = sorted(screened, key=promise)[:_SHRUNK]
-  best = _best_of(search, [e.program for e in chosen], _STARTS, _STEPS, rng)
-  return merge(search, state, [*screened, *best])._replace(
+  second = [e for e in entries if promise(e) < _PROMISE]
+  second = [e.program for e in sorted(second, key=promise)[:_SECOND]]
+  entries += _best_of(search, second, _STARTS, _STEPS, rng)
+  return merge(search, state, entries)._replace(
+    shrunk=state.shrunk | {hashes[drawn]},
     rng=rng.bit_generator.state,
-    fits=state.fits + starts * len(forms) + _STARTS * len(chosen),
+    fits=state.fits + starts * len(forms) + _STARTS * len(second),
   )
 
 
@@ -440,6 +446,7 @@ def save(path, search: Search, state: State) -> None:
     'counts': np.array([state.generation, state.fits]),
     'rng': np.array(json.dumps(state.rng)),
     'seen': np.array(list(state.seen.items()), np.int64).reshape(-1, 2),
+    'shrunk': np.array(sorted(state.shrunk), np.int64),
     'timed': np.array(list(state.times), np.int64),
     'times': np.array(list(state.times.values()), np.float64),
   }
@@ -484,6 +491,7 @@ def load(path, search: Search) -> State:
     archive=archives.insert({}, items['archive']),
     population=tuple(items['population']),
     seen=dict(arrays['seen'].tolist()),
+    shrunk=frozenset(arrays['shrunk'].tolist()),
     times=dict(
       zip(arrays['timed'].tolist(), arrays['times'].tolist(), strict=True)
     ),
