@@ -2,10 +2,10 @@
 
   PYTHONPATH=.:pallas python benchmarks/search.py
 
-512 programs of 10 rows and 5 constants with the settings of `evolve`: 24 steps of
-Levenberg-Marquardt and 6 rounds of Lawson on 40 points. Programs of all ten rows
-take longest; those of a search have fewer on average. Seconds are of CPU time, so
-N idle cores fit about N times as many in a second.
+512 programs of 10 rows and 5 constants with the settings of `evolve`: 24 steps
+of Levenberg-Marquardt and 6 rounds of Lawson on 40 points. Programs of all ten
+rows take longest; those of a search have fewer on average. Seconds are of CPU
+time, so N idle cores fit about N times as many in a second.
 """
 
 import statistics
