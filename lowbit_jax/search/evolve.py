@@ -46,10 +46,10 @@ _REFITS = 6  # of one structure, over the whole run
 _KEPT_STARTS = 2  # of those from inherited constants
 _POPULATION = 64  # of NSGA-II
 _MEASURED = 4  # new structures of a step whose time is measured
-_SCREEN = (32, 24)  # starts and steps of the first look at a simpler program
+_SCREEN = (128, 24)  # starts and steps of the first look at a simpler program
 _PROMISE = 100.0  # times the best error of its cost, to deserve a second
 _SECOND = 2  # the most that get one
-_STARTS, _STEPS = 384, 150  # of their fits
+_STARTS, _STEPS = 128, 150  # of their fits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -296,9 +296,9 @@ def shrink(search: Search, state: State) -> State:
   """Tries one of the best programs with a row less, and squared.
 
   It is drawn from the front, from what was not shrunk before if there is any.
-  All simpler forms are fitted from a few starts, the most promising from many:
-  half of the starts scale inherited constants by powers of two or a lognormal
-  factor, half are new.
+  All simpler forms are fitted from many starts, and the most promising again.
+  Most starts multiply inherited constants by powers of two, which is what they
+  change by where f becomes f^2 or loses a square.
   """
   rng = _generator(state)
   front = [e.program for e in archives.front(state.archive) if e.program.rows]
@@ -369,14 +369,14 @@ def _finite_error(entry) -> float:
 
 def _starts(c: np.ndarray, count: int, rng) -> np.ndarray:
   """Constants (count, K): as they are, near them, and anywhere."""
-  near = count // 2
-  spread = rng.choice([0.1, 1.0, 2.0], (near, 1))
-  scaled = c * np.exp(spread * rng.standard_normal((near, len(c))))
-  powers = 2.0 ** rng.integers(-2, 3, (near, len(c)))
-  scaled = np.where(rng.random((near, 1)) < 0.5, c * powers, scaled)
-  scaled[:1] = c
-  size = 10 ** rng.uniform(-1, 3.5, (count - near, len(c)))
-  return np.concatenate([scaled, size * rng.choice([-1, 1], size.shape)])
+  far = count // 8
+  powers = 2.0 ** rng.integers(-2, 3, (count - 2 * far, len(c)))
+  powers[0] = 1.0
+  spread = rng.choice([0.1, 1.0, 2.0], (far, 1))
+  near = np.exp(spread * rng.standard_normal((far, len(c))))
+  size = 10 ** rng.uniform(-1, 3.5, (far, len(c)))
+  signs = rng.choice([-1, 1], size.shape)
+  return np.concatenate([c * powers, c * near, size * signs])
 
 
 def merge(search: Search, state: State, entries: list[Entry]) -> State:
