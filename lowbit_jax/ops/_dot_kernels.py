@@ -90,9 +90,8 @@ class _Product:
     lhs, lhs_scale = _dot_xla.without_tensor_scale(lhs)
     x, w, shape = self.operands(lhs, rhs)
     run = functools.partial(self.kernel.run, out_dtype=jnp.float32)
-    if self.implementation != 'tpu':
-      run = functools.partial(_partition.partitioned, run)
-    out = run(x, w).reshape(shape)
+    has_rules = self.implementation != 'tpu'
+    out = _partition.partitioned(run, x, w, has_rules=has_rules).reshape(shape)
     rhs_scale = rhs.tensor_scale
     rhs_scale = None if rhs_scale is None else rhs_scale.reshape(())
     return _dot_xla.times(out, lhs_scale, rhs_scale)

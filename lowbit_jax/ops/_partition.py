@@ -33,13 +33,16 @@ def is_alone() -> bool:
   return is_manual() or jax.device_count() == 1
 
 
-def partitioned(run: Callable, x: jax.Array, w: Prepacked) -> jax.Array:
-  """run(x, w), float32 (m, n), wherever it is called on GPU.
+def partitioned(
+  run: Callable, x: jax.Array, w: Prepacked, *, has_rules: bool = True
+) -> jax.Array:
+  """run(x, w), float32 (m, n), wherever it is called.
 
   Args:
     run: a product of arrays on one device.
     x: (m, k).
     w: the weight.
+    has_rules: whether the partitioner of the platform calls back.
   """
   if is_manual():
     return run(x, w)
@@ -49,6 +52,8 @@ def partitioned(run: Callable, x: jax.Array, w: Prepacked) -> jax.Array:
   def call(x, *leaves):
     return run(x, jax.tree.unflatten(structure, leaves))
 
+  if not has_rules:
+    return _with_batches(call)(x, *leaves)
   product = custom_partitioning(jax.jit(call))
   product.def_partition(
     partition=_partition(run, structure, columns),
@@ -171,15 +176,22 @@ def _with_batches(product: Callable) -> Callable:
   return batched
 
 
-def rows_and_extras(run: Callable, x: jax.Array, *extras, split: bool = True):
-  """run(x, *extras), a tree of arrays with the rows of x, wherever it is called
-  on GPU.
+def rows_and_extras(
+  run: Callable,
+  x: jax.Array,
+  *extras,
+  split: bool = True,
+  has_rules: bool = True,
+):
+  """run(x, *extras), a tree of arrays with the rows of x, wherever it is
+  called.
 
   Args:
     run: works on the rows of x one by one, on one device.
     x: (rows, columns).
     *extras: arrays of rank at most 1 that all rows share.
     split: whether rows may be split over devices; else they are gathered.
+    has_rules: whether the partitioner of the platform calls back.
   """
   if is_manual():
     return run(x, *extras)
@@ -189,6 +201,35 @@ def rows_and_extras(run: Callable, x: jax.Array, *extras, split: bool = True):
   def call(*operands):
     return tuple(jax.tree.leaves(run(*operands)))
 
+  product = call
+  if has_rules:
+    product = _partitioned_extras(call, extras, count, split)
+
+  @custom_vmap
+  def batched(*operands):
+    return product(*operands)
+
+  @batched.def_vmap
+  def loop(size, in_batched, *operands):
+    if not any(in_batched[1:]) and split:
+      x = operands[0]
+      out = batched(x.reshape(-1, x.shape[-1]), *operands[1:])
+      out = tuple(leaf.reshape(*x.shape[:2], -1) for leaf in out)
+      return out, (True,) * count
+
+    def one(i):
+      pick = [
+        lax.dynamic_index_in_dim(a, i, keepdims=False) if b else a
+        for a, b in zip(operands, in_batched, strict=True)
+      ]
+      return batched(*pick)
+
+    return lax.map(one, jnp.arange(size)), (True,) * count
+
+  return jax.tree.unflatten(structure, batched(x, *extras))
+
+
+def _partitioned_extras(call, extras, count: int, split: bool) -> Callable:
   def shardings(mesh, rows):
     first = NamedSharding(mesh, PartitionSpec(rows, None))
     rest = tuple(NamedSharding(mesh, PartitionSpec()) for _ in extras)
@@ -215,29 +256,7 @@ def rows_and_extras(run: Callable, x: jax.Array, *extras, split: bool = True):
     sharding_rule=rule,
     need_replication_factors=gathered if split else ('r', *gathered),
   )
-
-  @custom_vmap
-  def batched(*operands):
-    return product(*operands)
-
-  @batched.def_vmap
-  def loop(size, in_batched, *operands):
-    if not any(in_batched[1:]) and split:
-      x = operands[0]
-      out = batched(x.reshape(-1, x.shape[-1]), *operands[1:])
-      out = tuple(leaf.reshape(*x.shape[:2], -1) for leaf in out)
-      return out, (True,) * count
-
-    def one(i):
-      pick = [
-        lax.dynamic_index_in_dim(a, i, keepdims=False) if b else a
-        for a, b in zip(operands, in_batched, strict=True)
-      ]
-      return batched(*pick)
-
-    return lax.map(one, jnp.arange(size)), (True,) * count
-
-  return jax.tree.unflatten(structure, batched(x, *extras))
+  return product
 
 
 def by_rows(

@@ -92,12 +92,13 @@ def _run(implementation, kernel, task, x, extras, options) -> QArray:
   split = options.rounding != 'stochastic'
   lead = x.shape[:-1]
   matrix = x.reshape(math.prod(lead), x.shape[-1])
-  if implementation == 'tpu':
-    packed, scale = run(matrix, *arguments.values())
-  else:
-    packed, scale = _partition.rows_and_extras(
-      run, matrix, *arguments.values(), split=split
-    )
+  packed, scale = _partition.rows_and_extras(
+    run,
+    matrix,
+    *arguments.values(),
+    split=split,
+    has_rules=implementation != 'tpu',
+  )
   tensor_scale = arguments.get('tensor_scale')
   if tensor_scale is not None:
     tensor_scale = tensor_scale.reshape((1,) * x.ndim)

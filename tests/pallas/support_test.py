@@ -10,7 +10,9 @@ from absl.testing import absltest, parameterized
 
 from lowbit_pallas import _support
 
-_PAGE = pathlib.Path(__file__).resolve().parents[2] / 'docs' / 'kernels.md'
+_ROOT = pathlib.Path(__file__).resolve().parents[2]
+_PAGE = _ROOT / 'docs' / 'kernels.md'
+_MATRIX = _ROOT / 'tests' / 'aot' / 'matrix_jax_0.11.2.md'
 
 
 def table() -> str:
@@ -28,9 +30,64 @@ def table() -> str:
   return '\n'.join(lines)
 
 
+def compiled() -> list[tuple[str, str, dict[str, str]]]:
+  """Kernel, format, and what the matrix says for every target."""
+  lines = _MATRIX.read_text('utf-8').splitlines()
+  rows = [
+    [v.strip() for v in s.split('|')[1:-1]] for s in lines if s[:1] == '|'
+  ]
+  header, _, *rows = rows
+  return [
+    (op, name, dict(zip(header[2:], marks, strict=True)))
+    for op, name, *marks in rows
+  ]
+
+
+def states_table() -> str:
+  """Formats of every kernel by how far they have been proven where."""
+  targets = _support.TPUS + _support.GPUS
+  grouped = {}
+  for op, name, marks in compiled():
+    states = tuple(state(op, t, marks[t] == 'yes') for t in targets)
+    grouped.setdefault((op, states), []).append(f'`{name}`')
+  lines = [
+    f'| kernel | format | {" | ".join(targets)} | XLA |',
+    '|' + '---|' * (3 + len(targets)),
+  ]
+  lines += [
+    f'| `{op}` | {", ".join(names)} | {" | ".join(states)} | runs |'
+    for (op, states), names in grouped.items()
+  ]
+  return '\n'.join(lines)
+
+
+def state(op: str, target: str, compiles: bool) -> str:
+  """runs, interprets, compiles or absent: the furthest that holds."""
+  implementation = 'tpu' if target in _support.TPUS else 'mosaic_gpu'
+  kernel = _support.find(op, implementation)
+  if kernel is None or target not in kernel.targets or not compiles:
+    return 'absent'
+  if target in kernel.run_on:
+    return 'runs'
+  return 'interprets' if kernel.interpreted else 'compiles'
+
+
 class SupportTest(parameterized.TestCase):
   def test_page_shows_the_table(self):
     self.assertIn(table(), _PAGE.read_text('utf-8'), f'\n{table()}')
+
+  def test_page_shows_the_states(self):
+    text = states_table()
+    self.assertIn(text, _PAGE.read_text('utf-8'), f'\n{text}')
+
+  def test_the_matrix_is_that_of_the_table(self):
+    marks = [(op, t, m) for op, _, row in compiled() for t, m in row.items()]
+    for k in _support.KERNELS:
+      known = _support.TPUS if k.implementation == 'tpu' else _support.GPUS
+      some = {t for op, t, m in marks if op == k.op and m == 'yes'}
+      self.assertEqual(some & set(known), set(k.targets))
+    self.assertEqual({op for op, *_ in marks}, {k.op for k in _support.KERNELS})
+    self.assertNotIn('FAILED', _MATRIX.read_text('utf-8'))
 
   @parameterized.parameters(*_support.KERNELS)
   def test_module(self, op, implementation, targets, interpreted, run_on):

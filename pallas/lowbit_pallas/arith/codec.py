@@ -350,7 +350,61 @@ def _round_int(x, f: Int, rounding):
   return k * jnp.float32(2.0**-f.fraction_bits)
 
 
-def decode_in_kernel(code, f):
+def unit_in_kernel(f) -> float:
+  """A power of two that `decode_in_kernel` saves work to leave out."""
+  return 1.0 if _levels(f) is None else 2.0 ** (f.emin - f.mantissa_bits)
+
+
+def _levels(f) -> list[int] | None:
+  """Magnitudes as multiples of the smallest one that fit one word, or None."""
+  if not isinstance(f, Float) or not f.subnormals or f.emin < -100:
+    return None
+  width = f.exponent_bits + f.mantissa_bits
+  step = 2.0 ** (f.emin - f.mantissa_bits)
+  levels = [int(_float_value(k, f) / step) for k in range(1 << width)]
+  whole = f.code_max == (1 << width) - 1 and f.negative_zero
+  return levels if whole and width <= 3 and levels[-1] <= 15 else None
+
+
+def decode_field(field, shift: int, bits: int, f, unit: float = 1.0):
+  """`decode_in_kernel` of codes within words, which are not cut out first.
+
+  Args:
+    field: uint32.
+    shift: place of the lowest bit of the code.
+    bits: width of the code; other bits may hold anything.
+    f: a `Float`, `Int` or `Codebook`.
+    unit: 1, or `unit_in_kernel(f)` to divide the numbers by it.
+  """
+  if isinstance(f, Int) and f.signed and f.bits == bits:
+    k = (field << (32 - shift - bits)).astype(jnp.int32) >> (32 - bits)
+    value = k.astype(jnp.float32)
+    scale = 2.0**-f.fraction_bits
+    return value if scale == 1 else value * jnp.float32(scale)
+  levels = _levels(f)
+  if levels is None or not f.signed or len(levels) << 1 != 1 << bits:
+    return decode_in_kernel(field >> shift & ((1 << bits) - 1), f, unit)
+  place = _moved(field, shift, 2) & (4 * len(levels) - 4)
+  sign = _moved(field, shift + bits - 1, 31) & jnp.uint32(1 << 31)
+  return _looked_up(levels, place, sign, f, unit)
+
+
+def _looked_up(levels, place, sign, f: Float, unit: float):
+  """The number of a level, four bits of a word, with its sign bit."""
+  word = sum(v << (4 * k) for k, v in enumerate(levels))
+  level = (jnp.uint32(word) >> place & 15).astype(jnp.int32)
+  value = level.astype(jnp.float32)
+  if unit == 1.0:
+    value = value * jnp.float32(2.0 ** (f.emin - f.mantissa_bits))
+  return fb.from_bits(_bits(value) | sign)
+
+
+def _moved(word, start: int, end: int):
+  """A word with its bit `start` in the place of bit `end`."""
+  return word << (end - start) if end >= start else word >> (start - end)
+
+
+def decode_in_kernel(code, f, unit: float = 1.0):
   """The numbers of `decode`, for vector units where selects are dear.
 
   Finite minifloats whose magnitudes are at most 15 times the smallest one, in
@@ -362,22 +416,17 @@ def decode_in_kernel(code, f):
   Args:
     code: uint32.
     f: a `Float`, `Int` or `Codebook`.
+    unit: 1, or `unit_in_kernel(f)` to divide the numbers by it.
   """
   if not isinstance(f, Float) or not f.subnormals or f.emin < -100:
     return decode(code, f)
   m, width = f.mantissa_bits, f.exponent_bits + f.mantissa_bits
-  step = 2.0 ** (f.emin - m)
   sign = jnp.uint32(0)
   if f.signed:
     sign = (code & (1 << width)) << (31 - width)
-  levels = [int(_float_value(k, f) / step) for k in range(1 << width)]
   magnitude = code & ((1 << width) - 1)
-  whole = f.code_max == (1 << width) - 1 and f.negative_zero
-  if whole and width <= 3 and levels[-1] <= 15:
-    word = sum(v << (4 * k) for k, v in enumerate(levels))
-    field = jnp.uint32(word) >> (magnitude << 2) & 15
-    value = field.astype(jnp.int32).astype(jnp.float32) * jnp.float32(step)
-    return fb.from_bits(_bits(value) | sign)
+  if (levels := _levels(f)) is not None:
+    return _looked_up(levels, magnitude << 2, sign, f, unit)
   u = (magnitude << (23 - m)) + jnp.uint32((126 + f.emin) << 23)
   u = fb.from_bits(u)
   bits = _bits(jnp.minimum(u, u + u - jnp.float32(2.0**f.emin)))

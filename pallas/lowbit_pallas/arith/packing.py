@@ -100,15 +100,24 @@ def planes_to_lanes(planes, bits: int):
     `codes_per_group(bits)` uint32 arrays of the same shape; array j holds code
     j of every packing group.
   """
-  stream = [b.astype(jnp.uint32) for b in planes]
   mask = jnp.uint32((1 << bits) - 1)
+  return [
+    field >> shift if shift + bits == 8 else field >> shift & mask
+    for field, shift in planes_to_fields(planes, bits)
+  ]
+
+
+def planes_to_fields(planes, bits: int) -> list[tuple]:
+  """As `planes_to_lanes`, with codes where they are: (uint32 array, place of
+  the lowest bit). Other bits of the first 16 hold something else."""
+  stream = [b.astype(jnp.uint32) for b in planes]
   out = []
   for j in range(codes_per_group(bits)):
     byte, shift = divmod(j * bits, 8)
-    code = stream[byte] >> shift
+    field = stream[byte]
     if shift + bits > 8:
-      code = code | stream[byte + 1] << (8 - shift)
-    out.append(code & mask if shift + bits != 8 else code)
+      field = field | stream[byte + 1] << 8
+    out.append((field, shift))
   return out
 
 

@@ -156,22 +156,29 @@ def tile_product(acc, x, planes, scale, zero, spec: Blocked, schedule, wide):
   Returns:
     float32 (m, n).
   """
-  lanes = packing.planes_to_lanes(
+  lanes = packing.planes_to_fields(
     [planes[b] for b in range(planes.shape[0])], spec.bits
   )
   tile = x.shape[1]
   block_size = tile if scale is None else tile // scale.shape[0]
   post = schedule == 'post' and scale is not None
+  factors, unit = (), 1.0
+  if not post and scale is not None:
+    factors = block.scale_factors(scale, spec.scale)
+    # The last factor of a stored scale has room for another power of two; it
+    # comes first, or else 2^127 would overflow.
+    if spec.scale is not None and zero is None:
+      unit = codec.unit_in_kernel(spec.element)
+      factors = (factors[-1] * jnp.float32(unit), *factors[:-1])
   size = block_size if post else _rows_at_once(tile, block_size)
   for first in range(0, tile, size):
     parts = []
-    for code, rows in _pieces(lanes, first, first + size):
-      value = codec.decode_in_kernel(code, spec.element)
+    for code, shift, rows in _pieces(lanes, first, first + size):
+      value = codec.decode_field(code, shift, spec.bits, spec.element, unit)
       if zero is not None:
         value = _by_block(jnp.subtract, value, _float(zero), rows, tile)
-      if not post and scale is not None:
-        for factor in block.scale_factors(scale, spec.scale):
-          value = _by_block(jnp.multiply, value, factor, rows, tile)
+      for factor in factors:
+        value = _by_block(jnp.multiply, value, factor, rows, tile)
       parts.append(value if wide else value.astype(jnp.bfloat16))
     part = _dot(x[:, first : first + size], jnp.concatenate(parts))
     if post and scale is not None:
@@ -191,12 +198,13 @@ def _rows_at_once(tile: int, block_size: int) -> int:
 
 
 def _pieces(lanes, first: int, last: int):
-  """Codes of rows first ... last - 1 of a tile, and the rows of each piece."""
-  size = lanes[0].shape[0]
-  for j, code in enumerate(lanes):
+  """Fields of rows first ... last - 1 of a tile, and the rows of each piece."""
+  size = lanes[0][0].shape[0]
+  for j, (code, shift) in enumerate(lanes):
     start, stop = max(first, j * size), min(last, (j + 1) * size)
     if start < stop:
-      yield code[start - j * size : stop - j * size], range(start, stop)
+      rows = range(start, stop)
+      yield code[start - j * size : stop - j * size], shift, rows
 
 
 def _by_block(op, value, per_block, rows: range, tile: int):

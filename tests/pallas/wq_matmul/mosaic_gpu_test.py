@@ -61,6 +61,30 @@ class MosaicGpuTest(parameterized.TestCase):
       got = mosaic_gpu.run(x, p, config=c, out_dtype=jnp.float32)
     oracle.check(got, x, w, schedule)
 
+  def test_parts_of_k_are_summed_in_float32(self):
+    w = oracle.quantized('mxfp4', 1024, 24)
+    x = oracle.normal(5, w.k, jnp.bfloat16)
+    c = config.Config(8, 64, 128, 'pre', split_k=8)
+    values = oracle.elements(w) * np.repeat(oracle.scales(w), 32, 0)
+
+    def parts(dtype):
+      def call(x, p, config):
+        del p
+        out = np.zeros((config.split_k, 64, 8), np.float32)
+        for i, rows in enumerate(np.split(np.arange(w.k), config.split_k)):
+          part = np.asarray(x, float)[:, rows] @ values[rows]
+          out[i, : w.n, : len(x)] = part.T
+        return jnp.asarray(out).astype(dtype).astype(jnp.float32)
+
+      with mock.patch.object(mosaic_gpu, '_call', call):
+        with mock.patch.object(mosaic_gpu, 'why_not', lambda *_: None):
+          p = w.prepack(128, 'nk')
+          return mosaic_gpu.run(x, p, config=c, out_dtype=jnp.float32)
+
+    oracle.check(parts(jnp.float32), x, w, 'pre')
+    with self.assertRaises(AssertionError):
+      oracle.check(parts(jnp.bfloat16), x, w, 'pre')
+
   @parameterized.parameters((0, 8, 96), (3, 0, 96), (3, 8, 0))
   def test_empty(self, m, n, k):
     w = oracle.Weight(

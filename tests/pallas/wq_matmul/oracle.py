@@ -119,6 +119,24 @@ def check(got, x, w: Weight, schedule: str, *, chain: int | None = None):
   assert rms <= 4, f'rms error {rms} u'
 
 
+def check_extreme_scales(run, schedule: str):
+  """Scale codes 0 (2^-127), 254 (2^127) and 255 (NaN), one column each; codes
+  whose product with the scale is a normal number."""
+  codes = np.tile(np.array([[0x44], [0x6C]], np.uint8), (8, 4))  # +-2, 4
+  codes[:, 1] = 0x2A  # +-1
+  scale = np.array([[0, 254, 255, 127]], np.uint8)
+  w = Weight(formats.get('mxfp4'), 32, codes, scale, None)
+  x = normal(3, 32, jnp.bfloat16)
+  x = x.at[:, 1::2].set(x[:, ::2] * 2.0**-8)  # no overflow in column 1
+  for column, factor in ((0, 2.0**40), (1, 2.0**-4), (3, 1)):
+    y = x * jnp.bfloat16(factor)
+    got = np.asarray(run(y, w), float)
+    want, size = product(y, w, schedule)
+    assert np.isnan(got[:, 2]).all()
+    error = np.abs(got[:, column] - want[:, column])
+    assert (error <= 70 * U * size[:, column]).all(), column
+
+
 def normal(m: int, k: int, dtype, seed: int = 1):
   x = np.random.default_rng([seed, m, k]).normal(size=(m, k))
   return jnp.asarray(x.astype(np.float32)).astype(dtype)

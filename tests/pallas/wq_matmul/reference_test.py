@@ -118,6 +118,21 @@ class ReferenceTest(parameterized.TestCase):
     )
     np.testing.assert_array_equal(got, want)
 
+  @parameterized.parameters('e2m1', 'e2m3', 'e4m3fn', 'int4', 'int3', 'nf4')
+  def test_decode_field_is_decode(self, name):
+    element = oracle.formats.get(name)
+    bits, f = element.bits, spec(element)
+    codes = jnp.arange(1 << bits, dtype=jnp.uint32)
+    want = codec.decode(codes, f)
+    for shift in range(8):
+      outside = 0xFFFF & ~(((1 << bits) - 1) << shift)
+      for noise in (0, 0x5A5A, 0xA5A5, 0xFFFF):
+        field = codes << shift | jnp.uint32(noise & outside)
+        for unit in (1.0, codec.unit_in_kernel(f)):
+          got = codec.decode_field(field, shift, bits, f, unit) * unit
+          a, b = (np.asarray(v).view(np.uint32) for v in (got, want))
+          np.testing.assert_array_equal(a, b)
+
   def test_wide_x_is_exact_in_parts(self):
     rng = np.random.default_rng(0)
     bits = rng.integers(0, 2**32, 20000, np.uint32)
@@ -135,21 +150,7 @@ class ReferenceTest(parameterized.TestCase):
 
   @parameterized.parameters(*reference.SCHEDULES)
   def test_extreme_scales(self, schedule):
-    # Scale bytes 0 (2^-127), 254 (2^127) and 255 (NaN), one column each; codes
-    # whose product with the scale is a normal number.
-    codes = np.tile(np.array([[0x44], [0x6C]], np.uint8), (8, 4))  # +-2, 4
-    codes[:, 1] = 0x2A  # +-1
-    scale = np.array([[0, 254, 255, 127]], np.uint8)
-    w = oracle.Weight(oracle.formats.get('mxfp4'), 32, codes, scale, None)
-    x = oracle.normal(3, 32, jnp.bfloat16)
-    x = x.at[:, 1::2].set(x[:, ::2] * 2.0**-8)  # no overflow in column 1
-    for column, factor in ((0, 2.0**40), (1, 2.0**-4), (3, 1)):
-      y = x * jnp.bfloat16(factor)
-      got = np.asarray(_run(y, w, schedule), float)
-      want, size = oracle.product(y, w, schedule)
-      self.assertTrue(np.isnan(got[:, 2]).all())
-      error = np.abs(got[:, column] - want[:, column])
-      self.assertTrue((error <= 70 * oracle.U * size[:, column]).all(), column)
+    oracle.check_extreme_scales(lambda x, w: _run(x, w, schedule), schedule)
 
   def test_zero_blocks_and_padded_scales(self):
     # K ends within a tile: what pads it must not poison the sum.
@@ -235,15 +236,15 @@ class MutantTest(parameterized.TestCase):
         _check(name, schedule)
 
   def test_swapped_nibbles(self):
-    lanes = packing.planes_to_lanes
-    self._catch(packing, 'planes_to_lanes', lambda *a: lanes(*a)[::-1])
+    fields = packing.planes_to_fields
+    self._catch(packing, 'planes_to_fields', lambda *a: fields(*a)[::-1])
 
   def test_no_sign_extension(self):
-    decode = codec.decode_in_kernel
+    decode = codec.decode_field
     self._catch(
       codec,
-      'decode_in_kernel',
-      lambda c, f: decode(c, f._replace(signed=False)),
+      'decode_field',
+      lambda *a: decode(*a[:3], a[3]._replace(signed=False), *a[4:]),
     )
 
   @parameterized.product(
@@ -291,13 +292,22 @@ class MutantTest(parameterized.TestCase):
     self._catch(reference, 'tile_product', mutant)
 
   def test_half_decoded_as_zero(self):
-    decode = codec.decode_in_kernel
+    decode = codec.decode_field
 
-    def mutant(code, f):
-      value = decode(code, f)
-      return jnp.where(jnp.abs(value) == 0.5, 0.0, value)
+    def mutant(*a):
+      value = decode(*a)
+      return jnp.where(jnp.abs(value) * a[-1] == 0.5, 0.0, value)
 
-    self._catch(codec, 'decode_in_kernel', mutant, name='mxfp4', schedule='pre')
+    self._catch(codec, 'decode_field', mutant, name='mxfp4', schedule='pre')
+
+  def test_result_of_zeros(self):
+    parts = reference.sum_of_parts
+    self._catch(reference, 'sum_of_parts', lambda *a: 0 * parts(*a))
+
+  @parameterized.parameters('int4_g32', 'mxfp4', 'uint4_g32')
+  def test_bounds_are_met_twice_over(self, name):
+    with mock.patch.object(oracle, 'U', oracle.U / 2):
+      _check(name, 'pre')
 
 
 if __name__ == '__main__':

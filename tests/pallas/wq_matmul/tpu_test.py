@@ -119,6 +119,12 @@ class TpuTest(parameterized.TestCase):
     self.assertEqual((out.shape, out.dtype), ((m, n), jnp.bfloat16))
     np.testing.assert_array_equal(np.asarray(out, np.float32), 0)
 
+  def test_extreme_scales(self):
+    def kernel(x, w):
+      return run(x, w.prepack(_tile(w)), out_dtype=jnp.float32)
+
+    oracle.check_extreme_scales(kernel, 'pre')
+
   def test_nan_scale_stays_in_its_column(self):
     w = oracle.quantized('mxfp4', 96, 4)
     scale = w.scale.copy()
