@@ -86,7 +86,7 @@ def lost(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def tap(recipe: Recipe, y, x, w, key, tensor_amax, probe: Lost):
+def tap(recipe: Recipe, y, x, w, key, tensor_amax, probe: Lost) -> jax.Array:
   """Returns y; the gradient of `probe`, any `Lost`, is what `lost` measures.
 
   The gradient of y passes, and none goes to the other arguments, which are
