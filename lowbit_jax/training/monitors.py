@@ -7,7 +7,6 @@ and meshes need nothing more. `training.linen.dot_general_cls(..., watch=True)`
 puts it into the layers of a model.
 """
 
-import functools
 from typing import NamedTuple
 
 import jax
@@ -85,31 +84,34 @@ def lost(
   return Lost(*(jnp.stack(share) for share in zip(*shares, strict=True)))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def tap(recipe: Recipe, y, x, w, key, tensor_amax, probe: Lost):
+def tap(recipe: Recipe, y, x, w, key, tensor_amax, probe: Lost) -> jax.Array:
   """Returns y; the gradient of `probe`, any `Lost`, is what `lost` measures.
 
   The gradient of y passes, and none goes to the other arguments, which are
   those of `lost`.
   """
+  return _tap(recipe, y, x, w, key, tensor_amax, probe)
+
+
+def _passed(recipe, y, x, w, key, tensor_amax, probe) -> jax.Array:
   del recipe, x, w, key, tensor_amax, probe
   return y
 
 
-def _tap(recipe, y, x, w, key, tensor_amax, probe):
+def _forward(recipe, y, x, w, key, tensor_amax, probe):
   del recipe, probe
   return y, (x, w, key, tensor_amax)
 
 
-def _tap_backward(recipe, residual, dy):
+def _backward(recipe, residual, dy):
   x, w, key, tensor_amax = residual
   share = lost(x, w, dy, recipe, key=key, tensor_amax=tensor_amax)
-  none = jax.tree.map(jnp.zeros_like, (x, w))
-  amax = jax.tree.map(jnp.zeros_like, tensor_amax)
-  return dy, *none, None, amax, share
+  none = jax.tree.map(jnp.zeros_like, (x, w, tensor_amax))
+  return dy, *none[:2], None, none[2], share
 
 
-tap.defvjp(_tap, _tap_backward)
+_tap = jax.custom_vjp(_passed, nondiff_argnums=(0,))
+_tap.defvjp(_forward, _backward)
 
 
 def _sites(recipe: Recipe, which: int, key, lhs, rhs):
