@@ -6,5 +6,5 @@ constants of many at once, `archive` keeps the best, `islands` exchanges them
 between processes, `speed` measures their time. `polish` finds the last digits
 of constants, `certify` the error of a compiled function over every float32
 input, `emit` its source code in Python and C, `timing` which of two compiled
-functions is faster.
+functions is faster. `adopted` is the record of what `special` took over.
 """

@@ -1,4 +1,4 @@
-"""Elementary functions of float32: reductions of the range, and their cores.
+"""Elementary functions of float32 with certified errors, and their parts.
 
 A core approximates a function on a short interval. A reduction turns a core
 into a function of every float32 by exact steps around it:
@@ -10,11 +10,16 @@ into a function of every float32 by exact steps around it:
   odd_clamp    f(-x) = -f(x), +-1 beyond a limit
 
 All steps are elementwise, without tables, and lower in Pallas kernels for TPU
-and GPU. Subnormal numbers count as zero, as arguments and as results, on every
-back end.
+and GPU. Subnormal arguments may count as zero, and so may subnormal results:
+CPU back ends flush both.
+
+The functions take their constants as an argument, so that the search can polish
+them; the defaults are what it found. Errors are those of XLA for CPU with fused
+multiply-add, measured on the compiled functions; `lowbit_jax.special` has the
+certificates. Other back ends round sums and products as they please.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -54,6 +59,138 @@ _PI_2 = (
 _TWO_OVER_PI = float.fromhex('0x1.45f306p-1')
 SIN_LIMIT = 1e5
 
+# 2^r = 1 + r P(r)
+EXP2 = (
+  float.fromhex('0x1.62e43p-1'),
+  float.fromhex('0x1.ebfbd8p-3'),
+  float.fromhex('0x1.c6aef8p-5'),
+  float.fromhex('0x1.3b2d74p-7'),
+  float.fromhex('0x1.5f3e02p-10'),
+  float.fromhex('0x1.41fbb8p-13'),
+)
+# e^r = 1 + r P(r)
+EXP = (
+  float.fromhex('0x1p+0'),
+  float.fromhex('0x1.fffffcp-2'),
+  float.fromhex('0x1.55544p-3'),
+  float.fromhex('0x1.5558p-5'),
+  float.fromhex('0x1.126782p-7'),
+  float.fromhex('0x1.6ae72cp-10'),
+)
+# log2(1 + t) = t log2(e) + t P(t), with log2(e) in float32
+LOG2 = (
+  float.fromhex('0x1.49dd38p-26'),
+  float.fromhex('-0x1.71547p-1'),
+  float.fromhex('0x1.ec7092p-2'),
+  float.fromhex('-0x1.715a8p-2'),
+  float.fromhex('0x1.277e48p-2'),
+  float.fromhex('-0x1.eabc88p-3'),
+  float.fromhex('0x1.a305f8p-3'),
+  float.fromhex('-0x1.874bf8p-3'),
+  float.fromhex('0x1.7d493ap-3'),
+  float.fromhex('-0x1.c25a52p-4'),
+)
+# sin(r) = r + r u P(u) and cos(r) = 1 - u / 2 + u^2 Q(u), u = r^2
+SIN_COS = (
+  float.fromhex('-0x1.555546p-3'),
+  float.fromhex('0x1.11074cp-7'),
+  float.fromhex('-0x1.9943e2p-13'),
+  float.fromhex('0x1.55554ap-5'),
+  float.fromhex('-0x1.6c0c34p-10'),
+  float.fromhex('0x1.99eb9ep-16'),
+)
+# z = x s + x u P(u) / (1 + u Q(u)), u = x^2, with the slope s of the first of
+# SCALE: see `tanh`.
+TANH = (
+  float.fromhex('-0x1.f9adf2p-2'),
+  float.fromhex('-0x1.09420ep-2'),
+  float.fromhex('-0x1.33524cp-5'),
+  float.fromhex('-0x1.946f6ap-10'),
+  float.fromhex('-0x1.4f163ap-17'),
+  float.fromhex('0x1.99a8dap-1'),
+  float.fromhex('0x1.ada40cp-3'),
+  float.fromhex('0x1.53d15ap-6'),
+  float.fromhex('0x1.6495b8p-11'),
+  float.fromhex('0x1.050272p-18'),
+)
+# e^r = 1 + r P(r)
+SIGMOID = (
+  float.fromhex('0x1p+0'),
+  float.fromhex('0x1.fffffcp-2'),
+  float.fromhex('0x1.55541ap-3'),
+  float.fromhex('0x1.555822p-5'),
+  float.fromhex('0x1.126782p-7'),
+  float.fromhex('0x1.6ae72cp-10'),
+)
+ERF = (
+  float.fromhex('-0x1.18e158p-1'),
+  float.fromhex('-0x1.34fa7ap-4'),
+  float.fromhex('-0x1.5e5e46p-8'),
+  float.fromhex('-0x1.05f64ep-12'),
+  float.fromhex('0x1.0cfb5p-2'),
+  float.fromhex('0x1.f8d9d6p-6'),
+  float.fromhex('0x1.0e36ap-9'),
+  float.fromhex('0x1.2b6336p-14'),
+)
+# (1 + a) R(a) = 1/2 + P(t), t = (a - 4) / (a + 4); e^r = 1 + r + r^2 Q(r)
+GELU = (
+  float.fromhex('-0x1.c9e158p-6'),
+  float.fromhex('-0x1.8c18fp-4'),
+  float.fromhex('0x1.cabcf8p-7'),
+  float.fromhex('0x1.d49538p-6'),
+  float.fromhex('-0x1.07c1e2p-5'),
+  float.fromhex('0x1.25ee24p-6'),
+  float.fromhex('-0x1.481736p-8'),
+  float.fromhex('-0x1.3fdcd8p-12'),
+  float.fromhex('0x1.6ccf0ap-11'),
+  float.fromhex('-0x1.d74d68p-15'),
+  float.fromhex('-0x1.258ap-14'),
+  float.fromhex('0x1.fffffep-2'),
+  float.fromhex('0x1.5554a6p-3'),
+  float.fromhex('0x1.555674p-5'),
+  float.fromhex('0x1.122768p-7'),
+  float.fromhex('0x1.6bec08p-10'),
+)
+# log(1 + e) = e + e^2 P(e); e^r = 1 + r Q(r)
+SOFTPLUS = (
+  float.fromhex('-0x1.ffffd2p-2'),
+  float.fromhex('0x1.554dfp-2'),
+  float.fromhex('-0x1.ff26e2p-3'),
+  float.fromhex('0x1.935cap-3'),
+  float.fromhex('-0x1.3a7a86p-3'),
+  float.fromhex('0x1.b579dp-4'),
+  float.fromhex('-0x1.d8633ep-5'),
+  float.fromhex('0x1.4b0852p-6'),
+  float.fromhex('-0x1.b2f608p-9'),
+  float.fromhex('0x1p+0'),
+  float.fromhex('0x1.fffffcp-2'),
+  float.fromhex('0x1.55541ap-3'),
+  float.fromhex('0x1.555822p-5'),
+  float.fromhex('0x1.126782p-7'),
+  float.fromhex('0x1.6ae72cp-10'),
+)
+_TANH_TERMS = 5
+_ERF_TERMS = 4
+_GELU_TERMS = 11
+_SOFTPLUS_TERMS = 9
+_TANH_LIMIT = 9.3
+_ERF_LIMIT = 3.93
+_GELU_LIMIT = 13.25
+
+
+# Slope of z at zero, alpha and beta: see `tanh`. The slope times 1 + alpha is
+# 4 f'(0) to 2^-27, by the choice of neighbours of 1/2 and of 0.19.
+TANH_SCALE = (
+  float.fromhex('0x1.55555p+1'),
+  float.fromhex('0x1.00000cp-1'),
+  1 / 32,
+)
+ERF_SCALE = (
+  float.fromhex('0x1.e5434cp+1'),
+  float.fromhex('0x1.863f86p-3'),
+  1 / 64,
+)
+
 
 def exp2_split(core: Core) -> Core:
   """2^x for every float32 from 2^r on [-1/2, 1/2].
@@ -89,8 +226,7 @@ def exp_split(core: Core) -> Core:
   """
 
   def exp(x: jax.Array) -> jax.Array:
-    shifted, n = _nearest(x * _LOG2_E)
-    r = (x - n * _LN2[0]) - n * _LN2[1]
+    shifted, r = _reduce_ln2(x)
     above = float.fromhex('0x1.62e430p+6')
     return _guarded(x, _EXP_MIN, above, _scaled(core(r), shifted))
 
@@ -157,6 +293,180 @@ def odd_clamp(core: Core, limit: float) -> Core:
   return odd
 
 
+def exp2(x: jax.Array, c: Sequence = EXP2) -> jax.Array:
+  """2^x within 1 ulp, exact at whole numbers; float32."""
+  return exp2_split(lambda r: 1.0 + r * _horner(c, r))(x)
+
+
+def exp(x: jax.Array, c: Sequence = EXP) -> jax.Array:
+  """e^x within 1 ulp; float32."""
+  return exp_split(lambda r: 1.0 + r * _horner(c, r))(x)
+
+
+def log2(x: jax.Array, c: Sequence = LOG2) -> jax.Array:
+  """log2(x) within 1 ulp, exact at powers of two; float32.
+
+  The leading term is split, so that its product rounds together with the sum.
+  """
+
+  def core(m):
+    t = m - 1.0
+    return t * _LOG2_E + t * _horner(c, t)
+
+  return log2_split(core)(x)
+
+
+def sin(x: jax.Array, c: Sequence = SIN_COS) -> jax.Array:
+  """sin(x) within 1 ulp for |x| <= SIN_LIMIT; float32."""
+  return _sin(x, c, 0)
+
+
+def cos(x: jax.Array, c: Sequence = SIN_COS) -> jax.Array:
+  """cos(x) within 1 ulp for |x| <= SIN_LIMIT; float32."""
+  return _sin(x, c, 1)
+
+
+def _sin(x, c, quarters: int):
+  r, excess, k = reduce_pio2(x)
+  u = r * r
+  sin_r = r - (excess - (r * u) * _horner(c[:3], u))
+  # r / 2 times r is fused, where u / 2 would carry the rounding of u.
+  cos_r = 1.0 - ((0.5 * r) * r - (u * u * _horner(c[3:], u) + excess * r))
+  return quadrant(sin_r, cos_r, k + quarters)
+
+
+def tanh(x: jax.Array, c: Sequence = TANH) -> jax.Array:
+  """tanh(x) within 2 ulp, +-1 beyond +-9.3; float32.
+
+  With h = 2 sin(asin(tanh x) / 3) it is (3 h - h^3) / 2, a polynomial that
+  is flat where h = 1: the error of a rational function for h dies out where
+  tanh saturates. In terms of z ~ 4 h, which is normal wherever x is, that is
+  (z + z (alpha - beta z^2)) / 4, where a power of two for beta does not round.
+  """
+  x = _clamped(x, _TANH_LIMIT)
+  return _saturating(x, TANH_SCALE, c, _TANH_TERMS)
+
+
+def erf(x: jax.Array, c: Sequence = ERF) -> jax.Array:
+  """erf(x) within 1.5 ulp, +-1 beyond +-3.93; float32.
+
+  As `tanh`, with z ~ 5.04 h.
+  """
+  x = _clamped(x, _ERF_LIMIT)
+  return _saturating(x, ERF_SCALE, c, _ERF_TERMS)
+
+
+def _saturating(x, scale, c, terms: int):
+  slope, alpha, beta = scale
+  u = x * x
+  p, q = _horner(c[:terms], u), 1.0 + u * _horner(c[terms:], u)
+  # 2^-60 is nothing but the sign of the product at zero.
+  z = x * slope + x * (2.0**-60 + u * (p / q))
+  return 0.25 * (z + z * (alpha - (z * beta) * z))
+
+
+def sigmoid(x: jax.Array, c: Sequence = SIGMOID) -> jax.Array:
+  """1 / (1 + e^-x) within 1.5 ulp; float32.
+
+  With e = e^-|x| it is 1 / (1 + e) or e / (1 + e). What 1 + e rounds off and
+  what the quotient leaves over are put right in one step.
+  """
+  e = _exp_of_minus(jnp.abs(x), c)
+  d = 1.0 + e
+  # Through integers, because XLA simplifies (e + 1) - 1 to e.
+  low = e - (bits.to_bits(d) - _ONE_BITS).astype(jnp.float32) * 2.0**-23
+  numerator = jnp.where(x < 0.0, e, 1.0)
+  inverse = 1.0 / d
+  y = numerator * inverse
+  return y + inverse * ((numerator - y * d) - y * low)
+
+
+def softplus(x: jax.Array, c: Sequence = SOFTPLUS) -> jax.Array:
+  """log(1 + e^x) within 2 ulp; float32.
+
+  It is max(x, 0) + log(1 + e^-|x|).
+  """
+  p, q = c[:_SOFTPLUS_TERMS], c[_SOFTPLUS_TERMS:]
+  e = _exp_of_minus(jnp.abs(x), q)
+  return jnp.where(x < 0.0, 0.0, x) + (e + (e * e) * _horner(p, e))
+
+
+def gelu(x: jax.Array, c: Sequence = GELU) -> jax.Array:
+  """x Phi(x) within 2 ulp, Phi the normal distribution function; float32.
+
+  With a = |x| and R(a) = e^(a^2/2) Phi(-a), Mills' ratio but for a factor,
+
+    x Phi(x) = max(x, 0) - a R(a) e^(-a^2/2)
+
+  (1 + a) R(a) varies little, from 1/2 to 0.4: its product with a and the
+  quotient by 1 + a are taken with what they round off. The square is exact
+  where it is large, since the leading 12 bits of `a` have an exact square.
+  """
+  p, q = c[:_GELU_TERMS], c[_GELU_TERMS:]
+  a = jnp.abs(x)
+  a = jnp.where(a > _GELU_LIMIT, _GELU_LIMIT, a)
+  r, w, scale = _gauss(a, q)
+  rest = a * _horner(p, (a - 4.0) / (a + 4.0))
+  numerator = 0.5 * a + rest
+  numerator_low = rest - (numerator - 0.5 * a)
+  d, d_low = _plus_one(a)
+  inverse = 1.0 / d
+  y = numerator * inverse
+  low = inverse * ((numerator - y * d) + (numerator_low - y * d_low))
+  tail = scale * (y + (y * r + (y * w + low)))
+  # Half of x twice, so that all of a subnormal result is flushed.
+  half = jnp.where(x < 0.0, -0.0, 0.5 * x)
+  return half + (half - tail)
+
+
+def bell(x: jax.Array, k: float, c: Sequence = GELU) -> jax.Array:
+  """e^(-k x^2) for k = 1/2 or 1 within 2 ulp; float32, NaN for NaN."""
+  a = jnp.abs(x)
+  limit = _GELU_LIMIT * (0.5 / k) ** 0.5
+  a = jnp.where(a > limit, limit, a)
+  r, w, scale = _gauss(a, c[_GELU_TERMS:], k)
+  return scale + scale * (r + w)
+
+
+def _gauss(a, c, k: float = 0.5):
+  """(r, w, s) with e^(-k a^2) = (1 + r + w) s, for k a^2 <= 87.8."""
+  head = bits.from_bits(bits.to_bits(a) & -4096)
+  shifted, n = _nearest((a * a) * (-k * _LOG2_E))
+  high = (-k * head) * head - n * _LN2[0]
+  low = n * _LN2[1] + (k * (a - head)) * (a + head)
+  r = high - low
+  w = (r * r) * _horner(c, r) + ((high - r) - low)
+  return r, w, _power(shifted)
+
+
+def _plus_one(a):
+  """a + 1 and what it rounds off (Knuth)."""
+  d = a + 1.0
+  one = d - a
+  return d, (a - (d - one)) + (1.0 - one)
+
+
+def _exp_of_minus(a, c):
+  """e^-a for a >= 0, without guards but NaN for NaN."""
+  t = -jnp.where(a > 88.0, 88.0, a)
+  shifted, r = _reduce_ln2(t)
+  return (1.0 + r * _horner(c, r)) * _power(shifted)
+
+
+def _horner(c: Sequence, x: jax.Array) -> jax.Array:
+  """c[0] + c[1] x + c[2] x^2 + ..."""
+  y = c[len(c) - 1]
+  for k in range(len(c) - 2, -1, -1):
+    y = y * x + c[k]
+  return y
+
+
+def _clamped(x, limit: float):
+  """x within +-limit, NaN for NaN; one instruction each on a CPU."""
+  x = jnp.where(x > limit, limit, x)
+  return jnp.where(x < -limit, -limit, x)
+
+
 def binade(x: jax.Array) -> tuple[jax.Array, jax.Array]:
   """(n, m) with x = 2^n m and m in [sqrt(1/2), sqrt(2)), for positive normal x.
 
@@ -183,20 +493,26 @@ def reduce_pio2(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
   to a multiple of pi/2 as 2^-27.8 (found by visiting them all).
 
   Returns:
-    `r` and `excess` float32, with |excess| <= 2^-25; `k` int32. For x = -0, `r`
+    `r` and `excess` float32, with |excess| <= 2^-24; `k` int32. For x = -0, `r`
     is -0 and `excess` +0, whose difference is -0.
   """
   shifted, n = _nearest(x * _TWO_OVER_PI)
   a = ((x - n * _PI_2[0]) - n * _PI_2[1]) - n * _PI_2[2]  # exact
   b, from_b = _less(a, n * _PI_2[3])
-  c, from_c = _less(b, n * _PI_2[4])
-  return c, n * _PI_2[5] - (from_b + from_c), shifted
+  c, from_c = _less(b, n * _PI_2[4] - from_b)  # exact
+  return c, n * _PI_2[5] - from_c, shifted
 
 
 def quadrant(sin: jax.Array, cos: jax.Array, k: jax.Array) -> jax.Array:
   """sin(r + k pi/2) from sin(r), cos(r) and int32 `k`."""
   y = jnp.where((k & 1) == 0, sin, cos)
   return bits.from_bits(bits.to_bits(y) ^ ((k & 2) << 30))
+
+
+def _reduce_ln2(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Bits of 1.5 2^23 + n, and r, with x = n ln 2 + r."""
+  shifted, n = _nearest(x * _LOG2_E)
+  return shifted, (x - n * _LN2[0]) - n * _LN2[1]
 
 
 def _nearest(x: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -212,6 +528,11 @@ def _nearest(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 def _scaled(p: jax.Array, shifted: jax.Array) -> jax.Array:
   """p 2^n for p in (1/2, 2), by addition to the exponent bits."""
   return bits.from_bits(bits.to_bits(p) + (shifted << 23))
+
+
+def _power(shifted: jax.Array) -> jax.Array:
+  """2^n, 0 for n = -127; wrong beyond -127 <= n <= 127."""
+  return bits.from_bits((shifted + 127) << 23)
 
 
 def _guarded(x, lowest: float, above: float, y: jax.Array) -> jax.Array:

@@ -1,0 +1,73 @@
+"""Accuracy and speed of `special` beside the functions of XLA.
+
+Errors are measured first, on 2^20 float32 arguments of the certified interval,
+and a function that exceeds its tier stops the run. Then both run in turns in
+one process: 256 dependent applications to 2^14 elements, and one to 2^20.
+
+  python benchmarks/special.py --function=exp2
+"""
+
+from absl import app, flags
+
+import _timing
+from lowbit_jax import special
+from lowbit_jax.search import adopted, certify, timing
+
+_FUNCTION = flags.DEFINE_multi_enum(
+  'function', list(adopted.FUNCTIONS), list(adopted.FUNCTIONS), 'Which.'
+)
+_ROUNDS = flags.DEFINE_integer('rounds', 40, 'A B B A sequences per run.')
+_APPLICATIONS = flags.DEFINE_integer('applications', 256, 'In the cached loop.')
+
+
+def row(name: str) -> list[str]:
+  """Largest errors of ours and of XLA, and ratios of speed."""
+  entry = adopted.FUNCTIONS[name]
+  errors = [
+    certify.tiered(fn, entry.reference, entry.interval, tier='2^20').max_ulp
+    for fn in (entry.function, entry.base)
+  ]
+  if errors[0] > special.MAX_ULP[name]:
+    raise SystemExit(f'{name} has an error of {errors[0]:.3f} ULP')
+  cached = timing.compare(
+    entry.function,
+    entry.base,
+    entry.timed,
+    applications=_APPLICATIONS.value,
+    rounds=_ROUNDS.value,
+  )
+  single = timing.compare(
+    entry.function,
+    entry.base,
+    entry.timed,
+    size=2**20,
+    applications=1,
+    rounds=_ROUNDS.value,
+  )
+  return [
+    name,
+    f'{errors[0]:.3f}',
+    f'{errors[1]:.4g}',
+    *(_ratio(comparison) for comparison in (cached, single)),
+    f'{min(r.nanoseconds for r in cached.repeats):.2f}',
+    f'{min(r.base_nanoseconds for r in cached.repeats):.2f}',
+  ]
+
+
+def _ratio(comparison: timing.Comparison) -> str:
+  lower = min(r.quartiles[0] for r in comparison.repeats)
+  upper = max(r.quartiles[1] for r in comparison.repeats)
+  return f'{comparison.speedup:.2f} [{lower:.2f}, {upper:.2f}]'
+
+
+def main(argv):
+  del argv
+  print(f'{_timing.machine()}\n')
+  header = ['function', 'ULP', 'ULP of XLA', 'speed, 2^14 x n', 'speed, 2^20']
+  header += ['ns', 'ns of XLA']
+  rows = [row(name) for name in _FUNCTION.value]
+  print(_timing.table('elementary functions beside XLA', header, rows))
+
+
+if __name__ == '__main__':
+  app.run(main)

@@ -1,0 +1,492 @@
+"""How the functions of `special` got their constants and certificates.
+
+Each function of `lowbit_pallas.arith.elementary` has an entry: what it
+approximates, in float64 and exactly; where; which minimax fits its constants
+start from; and what its certificate vouches for.
+
+`polish` repeats the search: `polish.minimax` for the constants of every core,
+then `polish.float32_coefficients` on the compiled function. `certify` measures
+the function that users call.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Sequence
+from importlib import resources
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lowbit_jax import special
+from lowbit_jax.search import certify as certificates
+from lowbit_jax.search import polish as polisher
+from lowbit_pallas.arith import elementary
+
+_LONG = np.longdouble
+_LOG2_E = float(np.float32(1 / math.log(2)))
+_HALF_LN2 = math.log(2) / 2
+_INF = math.inf
+_MAX = float(np.finfo(np.float32).max)
+_TINY = 2.0**-126
+SEED = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Adopted:
+  """A function of `special` and what it is measured against.
+
+  Attributes:
+    name: of the function.
+    base: what XLA offers in its place.
+    reference: in NumPy, from float64 to float64.
+    exact: of mpmath numbers.
+    interval: of the arguments that are certified; for even and odd functions
+      those of one sign.
+    timed: interval of arguments for timing.
+    wrapper: how the cores become the function.
+    start: gives the constants of minimax fits.
+    polished: interval for the polish in float32.
+    edges: inputs and the results that they must give bit for bit.
+  """
+
+  name: str
+  base: Callable
+  reference: Callable
+  exact: Callable
+  interval: tuple[float, float]
+  timed: tuple[float, float]
+  wrapper: str
+  start: Callable[[], Sequence]
+  polished: tuple[float, float]
+  edges: tuple[tuple[float, float], ...]
+
+  @property
+  def function(self) -> Callable:
+    """The public function."""
+    return getattr(special, self.name)
+
+  @property
+  def core(self) -> Callable:
+    """The function of an array and its constants."""
+    return getattr(elementary, self.name)
+
+  @property
+  def constants(self) -> tuple[float, ...]:
+    """Those in the code."""
+    name = 'sin_cos' if self.name in ('sin', 'cos') else self.name
+    return getattr(elementary, name.upper())
+
+  @property
+  def bound(self) -> float:
+    """The tier, in ULP."""
+    return special.MAX_ULP[self.name]
+
+
+def polish(name: str, *, seed: int = SEED) -> polisher.Fit:
+  """The constants of a function, from minimax fits and the float32 search.
+
+  Args:
+    name: one of FUNCTIONS.
+    seed: of the samples and the order of moves.
+
+  Returns:
+    The fit; equal arguments give equal constants on one kind of processor.
+  """
+  entry = FUNCTIONS[name]
+  return polisher.float32_coefficients(
+    lambda c, x: entry.core(x, c),
+    entry.start(),
+    entry.reference,
+    entry.polished,
+    seed=seed,
+  )
+
+
+def certify(
+  name: str, command: str, *, tier: str = 'all', seed: int = SEED
+) -> certificates.Certificate:
+  """Measures a function of `special` over its interval.
+
+  Args:
+    name: one of FUNCTIONS.
+    command: that repeats the search and this measurement, for the record.
+    tier: density of the inputs, as in `search.certify`.
+    seed: that `polish` was given.
+  """
+  entry = FUNCTIONS[name]
+  return certificates.certify(
+    entry.function,
+    name=name,
+    reference=entry.reference,
+    exact=entry.exact,
+    interval=entry.interval,
+    provenance=certificates.Provenance(command, seed, entry.wrapper),
+    tier=tier,
+    bound=entry.bound,
+    edges=entry.edges,
+    program=_Constants((), entry.constants),
+  )
+
+
+def load(name: str) -> certificates.Certificate:
+  """The certificate that the package carries."""
+  folder = resources.files('lowbit_jax.special') / 'certificates'
+  return certificates.Certificate.from_json(
+    (folder / f'{name}.json').read_text('utf-8')
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Constants:
+  rows: tuple
+  constants: tuple[float, ...]
+
+
+def _linear(powers, offset=None, scale=None) -> polisher.Model:
+  """offset(x) + scale(x) sum_k c_k x^powers[k]."""
+
+  def model(x, c):
+    jacobian = x[:, None] ** np.array(powers)
+    if scale is not None:
+      jacobian = jacobian * scale(x)[:, None]
+    y = jacobian @ c
+    return (y if offset is None else y + offset(x)), jacobian
+
+  return model
+
+
+def _fit(powers, exact, interval, *, offset=None, weight='rel'):
+  zeros = [0] * len(powers)
+  reference = polisher.extended(exact)
+  model = _linear(powers, offset)
+  return polisher.minimax(
+    model, reference, interval, zeros, weight=weight
+  ).constants
+
+
+def _mp():
+  return certificates.import_mpmath()
+
+
+def _exp_start(powers=range(1, 7)):
+  interval = (-_HALF_LN2, _HALF_LN2)
+  return _fit(powers, lambda x: _mp().exp(x), interval, offset=np.ones_like)
+
+
+def _expm1_start():
+  interval = (-_HALF_LN2, _HALF_LN2)
+
+  def exact(x):
+    return _mp().expm1(x)
+
+  return _fit(range(2, 7), exact, interval, offset=lambda x: x)
+
+
+def _exp2_start():
+
+  def exact(x):
+    return _mp().mpf(2) ** x
+
+  return _fit(range(1, 7), exact, (-0.5, 0.5), offset=np.ones_like)
+
+
+def _log2_start():
+
+  def exact(t):
+    return _mp().log(1 + t, 2)
+
+  interval = (math.sqrt(0.5) - 1, math.sqrt(2) - 1)
+  return _fit(range(1, 11), exact, interval, offset=lambda t: t * _LOG2_E)
+
+
+def _sin_start():
+  interval = (-math.pi / 4, math.pi / 4)
+  sin = _fit((3, 5, 7), lambda x: _mp().sin(x), interval, offset=lambda x: x)
+  cos = _fit(
+    (4, 6, 8),
+    lambda x: _mp().cos(x),
+    interval,
+    offset=lambda x: 1 - x * x / 2,
+  )
+  return [*sin, *cos]
+
+
+def _softplus_start():
+
+  def exact(x):
+    return _mp().log1p(x)
+
+  log = _fit(range(2, 11), exact, (0, 1), offset=lambda x: x)
+  return [*log, *_exp_start()]
+
+
+def _mills(t):
+  """(1 + a) e^(a^2/2) Phi(-a) - 1/2 for t = (a - 4) / (a + 4)."""
+  mp = _mp()
+  a = 4 * (1 + t) / (1 - t)
+  normal = mp.erfc(a / mp.sqrt(2)) / 2
+  return (1 + a) * normal * mp.exp(a * a / 2) - mp.mpf(1) / 2
+
+
+def _gelu_start():
+  interval = (-1, (13.3 - 4) / (13.3 + 4))
+  mills = _fit(range(11), _mills, interval, weight='abs')
+  return [*mills, *_expm1_start()]
+
+
+def _leading(slope: float, terms: int) -> polisher.Model:
+  """slope + u P(u) / (1 + u Q(u)), u = x^2, with `terms` constants in P."""
+
+  def model(x, c):
+    powers = (x * x)[:, None] ** np.arange(1, len(c) - terms + 1)
+    q = 1 + powers @ c[terms:]
+    y = powers[:, :terms] @ c[:terms] / q
+    jacobian = [powers[:, :terms], -y[:, None] * powers]
+    return slope + y, np.concatenate(jacobian, axis=1) / q[:, None]
+
+  return model
+
+
+def _saturating_start(reference, limit, constants, terms, start):
+  """Minimax for z / x, in the relative error of (z + z (alpha - beta z^2)) / 4.
+
+  To first order that is the error of z times (1 + alpha - 3 beta z^2) / 4.
+  """
+  slope, alpha, beta = constants
+  model = _leading(slope, terms)
+  flat = np.sqrt((1 + _LONG(alpha)) / (3 * beta))  # where the cubic is largest
+  top = flat * (1 + _LONG(alpha)) / 6
+
+  @functools.cache
+  def tables(x):
+    x = np.frombuffer(x, _LONG)
+    y = reference(x)
+    z = 2 * flat * np.sin(np.arcsin(y / top) / 3)
+    return z / x, (1 + alpha - 3 * beta * z * z) / 4 * x / y
+
+  def weighted(x, c):
+    weight = tables(x.tobytes())[1]
+    y, jacobian = model(x, c)
+    return y * weight, jacobian * weight[:, None]
+
+  def target(x):
+    return np.prod(tables(x.tobytes()), axis=0)
+
+  interval = (limit * 1e-4, limit)
+  return polisher.minimax(
+    weighted, target, interval, start, weight='abs'
+  ).constants
+
+
+def _tanh_start():
+  start = [-0.4938, -0.2317, -0.02874, -9.76e-4, -5.66e-6]
+  start += [0.7447, 0.1768, 0.01528, 4.26e-4, 2.2e-6]
+  return _saturating_start(np.tanh, 9.02, elementary.TANH_SCALE, 5, start)
+
+
+def _erf_start():
+  start = [-0.5486, -0.05812, -0.00423, -1.697e-4]
+  start += [0.231131, 0.02483, 0.001541, 4.916e-5]
+  reference = polisher.extended(lambda x: _mp().erf(x))
+  return _saturating_start(reference, 3.93, elementary.ERF_SCALE, 4, start)
+
+
+def _sigmoid(x):
+  with np.errstate(over='ignore'):
+    return 1 / (1 + np.exp(-x))
+
+
+def _special(name):
+  """A function of SciPy, imported when it is called."""
+
+  def function(x):
+    try:
+      from scipy import special as scipy_special
+    except ImportError as error:
+      raise ImportError(
+        f'{name} is measured against SciPy; install it with'
+        ' `pip install lowbit-jax[search]`'
+      ) from error
+    return getattr(scipy_special, name)(x)
+
+  return function
+
+
+def _gelu(x):
+  return x * _special('ndtr')(x)
+
+
+def _exact_gelu(x):
+  mp = _mp()
+  return x * mp.erfc(-x / mp.sqrt(2)) / 2
+
+
+def _exact_softplus(x):
+  return _mp().log1p(_mp().exp(x))
+
+
+_ODD = ((0.0, 0.0), (-0.0, -0.0), (math.nan, math.nan))
+_POWERS = (
+  (0.0, 1.0),
+  (-0.0, 1.0),
+  (_INF, _INF),
+  (-_INF, 0.0),
+  (math.nan, math.nan),
+  (_MAX, _INF),
+  (-_MAX, 0.0),
+)
+_TURNS = ((_INF, math.nan), (-_INF, math.nan), (math.nan, math.nan))
+_SATURATING = (*_ODD, (_INF, 1.0), (-_INF, -1.0), (_MAX, 1.0), (-_MAX, -1.0))
+
+FUNCTIONS = {
+  entry.name: entry
+  for entry in (
+    Adopted(
+      name='exp2',
+      base=jnp.exp2,
+      reference=np.exp2,
+      exact=lambda x: _mp().mpf(2) ** x,
+      interval=(-126.0, 127.99999),
+      timed=(-100, 100),
+      wrapper='exp2_split: 2^x = 2^n (1 + r P(r)), r = x - n',
+      start=_exp2_start,
+      polished=(-1, 1),
+      edges=(*_POWERS, (1.0, 2.0), (-126.0, _TINY), (127.0, 2.0**127)),
+    ),
+    Adopted(
+      name='exp',
+      base=jnp.exp,
+      reference=np.exp,
+      exact=lambda x: _mp().exp(x),
+      interval=(-87.33654, 88.72283),
+      timed=(-80, 80),
+      wrapper='exp_split: e^x = 2^n (1 + r P(r)), r = x - n ln 2',
+      start=_exp_start,
+      polished=(-20, 20),
+      edges=(*_POWERS, (88.72284, _INF), (-87.33655, 0.0)),
+    ),
+    Adopted(
+      name='log2',
+      base=jnp.log2,
+      reference=np.log2,
+      exact=lambda x: _mp().log(x, 2),
+      interval=(_TINY, _MAX),
+      timed=(0.01, 100),
+      wrapper='log2_split: log2(2^n (1 + t)) = n + t log2(e) + t P(t)',
+      start=_log2_start,
+      polished=(0.5, 2),
+      edges=(
+        (0.0, -_INF),
+        (-0.0, -_INF),
+        (_INF, _INF),
+        (-_INF, math.nan),
+        (-1.0, math.nan),
+        (math.nan, math.nan),
+        (1.0, 0.0),
+        (2.0, 1.0),
+        (_TINY, -126.0),
+        (2.0**127, 127.0),
+      ),
+    ),
+    Adopted(
+      name='sin',
+      base=jnp.sin,
+      reference=np.sin,
+      exact=lambda x: _mp().sin(x),
+      interval=(0.0, 1e5),
+      timed=(-100, 100),
+      wrapper='reduce_pio2 and quadrant; r + r u P(u) and 1 - u/2 + u^2 Q(u)',
+      start=_sin_start,
+      polished=(-100, 100),
+      edges=(*_TURNS, *_ODD),
+    ),
+    Adopted(
+      name='cos',
+      base=jnp.cos,
+      reference=np.cos,
+      exact=lambda x: _mp().cos(x),
+      interval=(0.0, 1e5),
+      timed=(-100, 100),
+      wrapper='as sin, a quarter of a turn further',
+      start=_sin_start,
+      polished=(-100, 100),
+      edges=(*_TURNS, (0.0, 1.0), (-0.0, 1.0)),
+    ),
+    Adopted(
+      name='tanh',
+      base=jnp.tanh,
+      reference=np.tanh,
+      exact=lambda x: _mp().tanh(x),
+      interval=(0.0, 20.0),
+      timed=(-6, 6),
+      wrapper='(z + z (a - b z^2)) / 4, z = x (s + u P(u) / (1 + u Q(u)))',
+      start=_tanh_start,
+      polished=(0.9, 4.0),
+      edges=_SATURATING,
+    ),
+    Adopted(
+      name='sigmoid',
+      base=jax.nn.sigmoid,
+      reference=_sigmoid,
+      exact=lambda x: 1 / (1 + _mp().exp(-x)),
+      interval=(-87.33654, 30.0),
+      timed=(-15, 15),
+      wrapper='e / (1 + e) or 1 / (1 + e) with e = e^-|x|, compensated',
+      start=_exp_start,
+      polished=(-20, 20),
+      edges=(
+        (0.0, 0.5),
+        (-0.0, 0.5),
+        (_INF, 1.0),
+        (-_INF, 0.0),
+        (math.nan, math.nan),
+        (-100.0, 0.0),
+        (_MAX, 1.0),
+      ),
+    ),
+    Adopted(
+      name='erf',
+      base=jax.lax.erf,
+      reference=_special('erf'),
+      exact=lambda x: _mp().erf(x),
+      interval=(0.0, 10.0),
+      timed=(-4, 4),
+      wrapper='as tanh',
+      start=_erf_start,
+      polished=(0.001, 4.1),
+      edges=_SATURATING,
+    ),
+    Adopted(
+      name='gelu',
+      base=functools.partial(jax.nn.gelu, approximate=False),
+      reference=_gelu,
+      exact=_exact_gelu,
+      interval=(-13.2, 20.0),
+      timed=(-6, 6),
+      wrapper='max(x, 0) - a R(a) e^(-a^2/2), a = |x|, compensated',
+      start=_gelu_start,
+      polished=(-13.1, 6),
+      edges=(*_ODD, (_INF, _INF), (-_INF, -0.0), (_MAX, _MAX), (-_MAX, -0.0)),
+    ),
+    Adopted(
+      name='softplus',
+      base=jax.nn.softplus,
+      reference=functools.partial(np.logaddexp, 0),
+      exact=_exact_softplus,
+      interval=(-87.33654, 30.0),
+      timed=(-15, 15),
+      wrapper='max(x, 0) + log(1 + e), e = e^-|x|',
+      start=_softplus_start,
+      polished=(-20, 20),
+      edges=(
+        (_INF, _INF),
+        (-_INF, 0.0),
+        (math.nan, math.nan),
+        (-100.0, 0.0),
+        (_MAX, _MAX),
+      ),
+    ),
+  )
+}
