@@ -237,19 +237,23 @@ def start_others(count: int) -> list[subprocess.Popen]:
   ]
 
 
-def merged(states) -> archives.Archive:
-  """One archive of all islands."""
-  archive: archives.Archive = {}
-  for state in states:
-    archive = archives.insert(archive, archives.entries(state.archive))
-  return archive
+def merged(search, states) -> evolve.State:
+  """The first island with what all others found, and squares of the best."""
+  state, *others = states
+  for other in others:
+    state = evolve.merge(search, state, archives.entries(other.archive))
+  fits = sum(s.fits for s in states)
+  state = state._replace(fits=fits)
+  if search.objective == 'operations' and 'mul' in search.ops:
+    state = evolve.append_squares(search, state)
+  return state
 
 
-def collect(search, states) -> list[dict]:
+def collect(search, state) -> list[dict]:
   """The hall of fame of all islands: the front, polished, by operations."""
   extra = targets.extra_operations(search.target)
   hall = []
-  for entry in archives.front(merged(states)):
+  for entry in archives.front(state.archive):
     program, error = evolve.polished(search, entry)
     hall.append(
       {
@@ -301,16 +305,16 @@ def classical(search) -> dict[str, list[tuple[int, float]]]:
   return result
 
 
-def report(search, workdir, states) -> None:
+def report(search, workdir, state) -> None:
   """Writes the hall of fame and the plot, and prints the table."""
-  hall = collect(search, states)
+  hall = collect(search, state)
   content = {
     'target': search.target.name,
     'interval': search.target.interval,
     'weight': search.fitted_target.weight,
     'objective': search.objective,
     'seed': search.seed,
-    'fits': sum(state.fits for state in states),
+    'fits': state.fits,
     'programs': hall,
   }
   text = json.dumps(content, indent=2) + '\n'
@@ -325,7 +329,7 @@ def report(search, workdir, states) -> None:
   elif search.objective == 'operations':
     plot(search, workdir / 'pareto.png', hall)
   if search.objective != 'operations':
-    race(search, workdir, states)
+    race(search, workdir, state)
   print(f'saved {workdir / "hall_of_fame.json"}')
 
 
@@ -367,7 +371,7 @@ def plot(search, path, hall) -> None:
   _report.write_atomically(path, data.getvalue())
 
 
-def race(search, workdir, states) -> None:
+def race(search, workdir, state) -> None:
   """Prints what the fastest programs within the bound win over XLA.
 
   The fastest is certified, and written with its certificate.
@@ -387,7 +391,7 @@ def race(search, workdir, states) -> None:
   reference = targets.reference(target)
   interval = tuple(map(float, target.interval))
   finalists = speed.finalists(
-    target, merged(states), base, reference, interval, bound=search.bound
+    target, state.archive, base, reference, interval, bound=search.bound
   )
   for finalist in finalists:
     comparison = finalist.comparison
@@ -458,7 +462,7 @@ def main(argv: Sequence[str]) -> int:
     if island == 0:
       paths = [workdir / f'island_{i}' / 'checkpoint.npz' for i in range(count)]
       states = [state, *(evolve.load(path, search) for path in paths[1:])]
-      report(search, workdir, states)
+      report(search, workdir, merged(search, states))
   except (UserError, ValueError, FileExistsError) as error:
     print(f'evolve: {error}', file=sys.stderr)
     return 1

@@ -327,6 +327,24 @@ def shrink(search: Search, state: State) -> State:
   )
 
 
+def append_squares(search: Search, state: State) -> State:
+  """Squares every program of the front until it has the most rows.
+
+  For the end of a search: each square costs a row, and where f(x)^2 = f(2 x),
+  or nearly so, it buys digits that evolution would find one by one.
+  """
+  rng = _generator(state)
+  fits = 0
+  for entry in archives.front(state.archive):
+    program = variation.square(entry.program)
+    while search.fit and _fits(program, search.limits):
+      entries = _best_of(search, [program], 4 * _STARTS, _STEPS, rng)
+      fits += 4 * _STARTS
+      state = merge(search, state, entries)
+      program = variation.square(entries[0].program)
+  return state._replace(rng=rng.bit_generator.state, fits=state.fits + fits)
+
+
 def _simpler(program: Program) -> list[Program]:
   """The program without one of its rows, in all ways."""
   result = []

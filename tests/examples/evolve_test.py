@@ -48,7 +48,7 @@ class EvolveTest(absltest.TestCase):
       self.assertIn('generation 6', out)
       hall = json.loads((path / 'hall_of_fame.json').read_text())
       self.assertEqual(hall['target'], 'exp2')
-      self.assertEqual(hall['fits'], 2 * (2 + 6 * 32))
+      self.assertGreater(hall['fits'], 2 * (2 + 6 * 32))
       errors = [entry['error'] for entry in hall['programs']]
       self.assertEqual(errors, sorted(errors, reverse=True))
       self.assertLess(errors[-1], 0.05)
