@@ -324,6 +324,10 @@ class MutantTest(parameterized.TestCase):
     got = _run(_tpu, self.a, self.b, layout, config=tiles)
     return ops.violations(got, *ops.exact_product(self.a, self.b), K)
 
+  def test_bounds_are_met_twice_over(self):
+    with mock.patch.object(ops, 'U', ops.U / 2):
+      self.assertEmpty(self._violations())
+
   @parameterized.parameters('along_lanes', 'along_sublanes')
   def test_scales_off_by_one_group(self, name):
     spread = getattr(tpu, name)
