@@ -26,6 +26,7 @@ import numpy as np
 
 from lowbit_jax.ops import _dispatch, _partition
 from lowbit_pallas import _support
+from lowbit_pallas.arith import softmax as algebra
 from lowbit_pallas.softmax import forms, reference
 
 _DTYPES = ('float32', 'bfloat16', 'float16')
@@ -38,6 +39,7 @@ class _Call(NamedTuple):
   axis: int
   scale: float
   algorithm: str
+  exp: str
   out_dtype: Any
   implementation: Any
 
@@ -50,6 +52,7 @@ def softmax(
   temperature=1.0,
   out_dtype=None,
   algorithm: str = 'auto',
+  exp: str = 'degree5',
   implementation=None,
 ) -> jax.Array:
   """exp(x / temperature), normalised to sum to one along an axis.
@@ -69,6 +72,9 @@ def softmax(
     algorithm: 'pair' (rescales by powers of two alone; NaN for rows with a
       finite entry beyond 22712), 'online' (for every row), or 'auto', which
       takes 'pair' and, for the rows where it does not hold, 'online'.
+    exp: the polynomial for exponentials in the pair form: 'degree5', or
+      'certified' for that of `special.exp`, of degree six, whose error is lower
+      by u or so; the 'xla' implementation alone has it.
     implementation: None for the best that accepts, a name or a list of names
       from 'tpu', 'mosaic_gpu', 'xla'; a named one that cannot refuses loudly.
 
@@ -102,6 +108,7 @@ def log_softmax(
   temperature=1.0,
   out_dtype=None,
   algorithm: str = 'auto',
+  exp: str = 'degree5',
   implementation=None,
 ) -> jax.Array:
   """The logarithm of `softmax`, with the error relative to the result.
@@ -126,6 +133,7 @@ def logsumexp(
   temperature=1.0,
   out_dtype=None,
   algorithm: str = 'auto',
+  exp: str = 'degree5',
   implementation=None,
 ) -> jax.Array:
   """log(sum(exp(x / temperature))) over an axis, without overflow.
@@ -167,6 +175,7 @@ def operands(
   temperature=1.0,
   out_dtype=None,
   algorithm: str = 'auto',
+  exp: str = 'degree5',
   implementation=None,
 ):
   """Checked arguments of the plans: (x, where, call)."""
@@ -174,25 +183,34 @@ def operands(
   axis = _checked_axis(axis, x.shape)
   if algorithm not in forms.ALGORITHMS:
     raise ValueError(f'{algorithm=} is not one of {forms.ALGORITHMS}')
+  if exp not in algebra.EXPONENTIALS:
+    raise ValueError(f'{exp=} is not one of {algebra.EXPONENTIALS}')
+  if exp != 'degree5' and algorithm == 'online':
+    raise ValueError(
+      f"{exp=} is for the pair form; choose algorithm='auto' or 'pair'"
+    )
   if isinstance(implementation, list):
     implementation = tuple(implementation)
   out_dtype = x.dtype if out_dtype is None else out_dtype
   dtype = _checked_dtype('out_dtype', out_dtype)
   is_number = isinstance(temperature, numbers.Real)
   scale = _checked_scale(temperature) if is_number else 1.0
-  call = _Call(kind, axis, scale, algorithm, dtype, implementation)
+  call = _Call(kind, axis, scale, algorithm, exp, dtype, implementation)
   return x, _checked_mask(where, x.shape), call
 
 
 def _plan_xla(x, where, call: _Call) -> _dispatch.Plan:
   del x, where
-  run = functools.partial(_last_axis, reference.run, call=call)
+  by_polynomial = functools.partial(reference.run, exp=call.exp)
+  run = functools.partial(_last_axis, by_polynomial, call=call)
   return _dispatch.Plan('maxima, exponentials and quotients of rows', run)
 
 
 def _plan_kernel(implementation: str, note: str, x, where, call: _Call):
   if why := _support.why_not('softmax', implementation):
     raise NotImplementedError(why)
+  if call.exp != 'degree5':
+    raise NotImplementedError(f"exp={call.exp!r} is for 'xla' alone")
   kernel = importlib.import_module(f'lowbit_pallas.softmax.{implementation}')
   columns = x.shape[call.axis]
   matrix = (math.prod(x.shape) // max(columns, 1), columns)

@@ -98,6 +98,15 @@ class AccuracyTest(Accuracy):
     )
     self.assertLessEqual(error, 12)
 
+  def test_certified_exponential_is_more_accurate(self):
+    x = rows.draw('wide', (64, 500))
+    want = rows.exact('softmax', x)
+    few, more = (
+      rows.units(lowbit.softmax(x, exp=exp), want)
+      for exp in ('degree5', 'certified')
+    )
+    self.assertLess(more, few)
+
   @parameterized.parameters(*SHAPES)
   def test_shapes(self, *shape):
     self.check_shape(*shape)
@@ -520,6 +529,19 @@ ERRORS = (
     {'algorithm': 'fast'},
     ValueError,
     ("algorithm='fast'", "'auto', 'pair', 'online'"),
+  ),
+  ('exp', {'exp': 'fast'}, ValueError, ("exp='fast'", "'certified'")),
+  (
+    'exp_online',
+    {'exp': 'certified', 'algorithm': 'online'},
+    ValueError,
+    ("exp='certified'", "algorithm='auto'"),
+  ),
+  (
+    'exp_kernel',
+    {'exp': 'certified', 'implementation': 'tpu'},
+    NotImplementedError,
+    (),
   ),
   (
     'implementation',

@@ -300,7 +300,12 @@ def exp2(x: jax.Array, c: Sequence = EXP2) -> jax.Array:
 
 def exp(x: jax.Array, c: Sequence = EXP) -> jax.Array:
   """e^x within 1 ulp; float32."""
-  return exp_split(lambda r: 1.0 + r * _horner(c, r))(x)
+  return exp_split(lambda r: exp_core(r, c))(x)
+
+
+def exp_core(r: jax.Array, c: Sequence = EXP) -> jax.Array:
+  """e^r for |r| <= 0.3476, to 2^-28.9 but for rounding; float32."""
+  return 1.0 + r * _horner(c, r)
 
 
 def log2(x: jax.Array, c: Sequence = LOG2) -> jax.Array:
@@ -450,7 +455,7 @@ def _exp_of_minus(a, c):
   """e^-a for a >= 0, without guards but NaN for NaN."""
   t = -jnp.where(a > 88.0, 88.0, a)
   shifted, r = _reduce_ln2(t)
-  return (1.0 + r * _horner(c, r)) * _power(shifted)
+  return exp_core(r, c) * _power(shifted)
 
 
 def _horner(c: Sequence, x: jax.Array) -> jax.Array:

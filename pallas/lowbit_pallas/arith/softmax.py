@@ -37,7 +37,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lowbit_pallas.arith import bits
+from lowbit_pallas.arith import bits, elementary
 
 # float32 nearest to log2(e).
 _LOG2_E = float.fromhex('0x1.715476p+0')
@@ -66,6 +66,9 @@ _EXP = (
   float.fromhex('0x1.573A1Ap-5'),
   float.fromhex('0x1.0F9F9Cp-7'),
 )
+
+# Polynomials for e^t: that above, or that of `elementary.exp`, of degree six.
+EXPONENTIALS = ('degree5', 'certified')
 
 # Largest |x| of the pair form: rint(x log2 e) stays below 2^15.
 DOMAIN = 22712.0
@@ -119,7 +122,9 @@ def exact_factor(d: jax.Array) -> jax.Array:
   return bits.from_bits(bits.to_bits(d + (_INTEGER + 127.0)) << 23)
 
 
-def ext_exp(x: jax.Array, low: jax.Array | None = None) -> Pair:
+def ext_exp(
+  x: jax.Array, low: jax.Array | None = None, exp: str = 'degree5'
+) -> Pair:
   """Returns exp(x + low) as a pair, without ever forming the power of two.
 
   Derivation. With ``n = rint(x log2 e)`` and ln 2 = P1 + P2 + P3, the steps
@@ -132,12 +137,14 @@ def ext_exp(x: jax.Array, low: jax.Array | None = None) -> Pair:
   that range (2.65u where multiply-add is fused), found by visiting them all.
 
   Error: at most 3.4u relative, 2.9u with fused multiply-add; u/4 more with
-  `low`. The pair (1, 0) for x = 0 is exact.
+  `low`; about 1u less where `exp` is 'certified'. The pair (1, 0) for x = 0 is
+  exact.
 
   Args:
     x: float32, finite with |x| <= DOMAIN. Beyond it the result is
       meaningless, see `exp_pair` for the guarded form.
     low: float32 or None, a correction with |low| <= 2^-17.
+    exp: one of EXPONENTIALS.
 
   Returns:
     Pair with `m` in [0.706, 1.416] and `n` a whole number.
@@ -146,7 +153,7 @@ def ext_exp(x: jax.Array, low: jax.Array | None = None) -> Pair:
   t = ((x - n * _LN2[0]) - n * _LN2[1]) - n * _LN2[2]
   if low is not None:
     t = t + low
-  return Pair(_exp_of_rest(t), n)
+  return Pair(_exp_of_rest(t, exp), n)
 
 
 def identity(shape: tuple[int, ...]) -> Pair:
@@ -204,7 +211,7 @@ def row_exponent(top: jax.Array) -> jax.Array:
   return jnp.where(jnp.abs(top) <= DOMAIN, n, bad)
 
 
-def scaled_exp(x: jax.Array, n: jax.Array) -> jax.Array:
+def scaled_exp(x: jax.Array, n: jax.Array, exp: str = 'degree5') -> jax.Array:
   """Returns exp(x) 2^-E, by `ext_exp` and an exact power of two.
 
     m_i 2^(n_i - E),   E = `row_exponent` of the row
@@ -219,13 +226,15 @@ def scaled_exp(x: jax.Array, n: jax.Array) -> jax.Array:
   Args:
     x: float32, -inf where masked.
     n: `row_exponent`, broadcastable with `x`.
+    exp: one of EXPONENTIALS.
 
   Returns:
     float32 array of the shape of `x`.
   """
   special = jnp.where(jnp.abs(x) < _INF, _NAN, x)
   special = jnp.where(x == -_INF, 0.0, special)
-  return jnp.where(jnp.abs(x) <= DOMAIN, _scaled(ext_exp(x), n), special)
+  pair = ext_exp(x, exp=exp)
+  return jnp.where(jnp.abs(x) <= DOMAIN, _scaled(pair, n), special)
 
 
 def is_near(top: jax.Array, low: jax.Array) -> jax.Array:
@@ -270,8 +279,10 @@ def row_pair(m: jax.Array, n: jax.Array) -> Pair:
   return Pair(0.5 * m, n + 1.0)
 
 
-def _exp_of_rest(t: jax.Array) -> jax.Array:
+def _exp_of_rest(t: jax.Array, exp: str = 'degree5') -> jax.Array:
   """The polynomial for e^t, |t| <= 0.3476."""
+  if exp == 'certified':
+    return elementary.exp_core(t)
   m = _EXP[5] * t + _EXP[4]
   for c in _EXP[3::-1]:
     m = m * t + c

@@ -31,6 +31,7 @@ def run(
   scale: float = 1.0,
   algorithm: str = 'auto',
   out_dtype=None,
+  exp: str = 'degree5',
 ) -> jax.Array:
   """softmax, log_softmax or logsumexp along the last axis.
 
@@ -41,6 +42,7 @@ def run(
     scale: factor of x, in float32.
     algorithm: one of `forms.ALGORITHMS`.
     out_dtype: dtype of the result; None for that of `x`.
+    exp: one of `EXPONENTIALS` of the algebra, for the pair form.
 
   Returns:
     Array of the shape of `x`, for logsumexp without the last axis.
@@ -57,7 +59,7 @@ def run(
 
   if algorithm == 'online':
     return _online(kind, wide(x), where).astype(out_dtype)
-  terms, m, n = _pair(wide(x), where)
+  terms, m, n = _pair(wide(x), where, exp)
   if kind == 'softmax':
     y = _normalised(terms, m, where)
   elif kind == 'log_softmax':
@@ -76,7 +78,7 @@ def run(
   return lax.cond(jnp.any(lost), by_row, lambda x, y: y, x, y)
 
 
-def _pair(x, where):
+def _pair(x, where, exp):
   """The scaled exponentials of rows, their sums M and exponents E.
 
   The maximum comes first, so that no entry has an exponent of its own: XLA
@@ -84,7 +86,7 @@ def _pair(x, where):
   """
   x = x if where is None else jnp.where(where, x, -jnp.inf)
   n = sm.row_exponent(jnp.max(x, -1))
-  terms = sm.scaled_exp(x, n[..., None])
+  terms = sm.scaled_exp(x, n[..., None], exp)
   return terms, _sum(terms), n
 
 

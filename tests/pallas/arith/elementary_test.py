@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl.testing import absltest, parameterized
+from jax.experimental import pallas as pl
 
 from lowbit_pallas.arith import elementary
 
@@ -144,6 +145,29 @@ class SplitTest(parameterized.TestCase):
     f = np.sin(x.astype(np.float64))
     ulp = np.exp2(np.floor(np.log2(np.abs(f))) - 23)
     self.assertLess(np.max(np.abs(y - f) / ulp), 2)
+
+
+class KernelTest(parameterized.TestCase):
+  @parameterized.parameters(
+    'exp2',
+    'exp',
+    'log2',
+    'sin',
+    'cos',
+    'tanh',
+    'sigmoid',
+    'erf',
+    'gelu',
+    'softplus',
+  )
+  def test_lowers_inside_a_kernel_for_tpu(self, name):
+    def kernel(x_ref, y_ref):
+      y_ref[...] = getattr(elementary, name)(x_ref[...])
+
+    x = jax.ShapeDtypeStruct((64, 256), jnp.float32)
+    traced = jax.jit(pl.pallas_call(kernel, out_shape=x)).trace(x)
+    lowered = traced.lower(lowering_platforms=('tpu',))
+    self.assertIn('tpu_custom_call', lowered.as_text())
 
 
 if __name__ == '__main__':
