@@ -135,7 +135,6 @@ def compare(corpus: byte_lm.Corpus, seeds: Sequence[int]) -> Iterator[list]:
   if several:
     header += ['optimizer', 'state bytes per weight']
   header += [f'seed {seed}' for seed in seeds]
-  yield [*header, 'mean gap', 'spread', 'float32 forward']
   base = np.array(
     [
       one_run(_settings('float32', _OPTIMIZERS.value[0], s), corpus)['loss']
@@ -143,6 +142,7 @@ def compare(corpus: byte_lm.Corpus, seeds: Sequence[int]) -> Iterator[list]:
     ]
   )
   print('float32 losses:', ' '.join(f'{loss:.4f}' for loss in base))
+  yield [*header, 'mean gap', 'spread', 'float32 forward']
   for recipe, optimizer in itertools.product(_RECIPES.value, _OPTIMIZERS.value):
     settings = [_settings(recipe, optimizer, seed) for seed in seeds]
     runs = [one_run(run, corpus) for run in settings]
