@@ -23,7 +23,7 @@ from lowbit_jax.search.program import Program
 from lowbit_jax.search.targets import Target
 
 _YARDSTICK = tuple(1 / (2.0 + k) for k in range(7))  # any coefficients
-_ROUNDS = 12  # of a measurement within a search
+_ROUNDS = 6  # of a measurement within a search
 # What of the error of unfused operations with rounded constants may go when
 # the compiler fuses products and the constants are polished.
 _SLACK = 4.0
@@ -107,7 +107,7 @@ def finalists(
   bound: float = 1.0,
   count: int = 8,
   tier: str = '2^16',
-  rounds: int = 60,
+  rounds: int = 40,
   seed: int = 0,
 ) -> list[Finalist]:
   """The cheapest programs within a bound, raced against a base.

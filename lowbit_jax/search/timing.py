@@ -3,8 +3,9 @@
 Candidate and base run in turns, A B B A, so that a busy machine slows both, and
 what counts is the ratio within a round. CPU time of the process is measured:
 the work runs on threads of the runtime, and time of the calling thread would
-be that of dispatch. The kernel books it late now and then, so that the shortest
-time may be too short; lower quartiles stand in its place. Times of code that
+be that of dispatch. The kernel books it late: a call of 0.2 ms may read as a
+quarter of that and leave the rest to the next, so a call should take 5 ms or
+more, and lower quartiles stand for the shortest times. Times of code that
 computes something else mean nothing: certify the same function, see `certify`.
 """
 
@@ -70,15 +71,15 @@ def compare(
   interval: tuple[float, float],
   *,
   size: int = 2**14,
-  applications: int = 16,
-  rounds: int = 200,
+  applications: int = 512,
+  rounds: int = 40,
   repeats: int = 3,
   clock: Callable[[], float] = time.process_time,
 ) -> Comparison:
   """Times two functions of float32 arrays in one process.
 
   The defaults keep all data in the second-level cache. Another question is
-  `size=2**20, applications=1`, a single pass over a larger array.
+  `size=2**20, applications=8`, passes over a larger array.
 
   Args:
     candidate: from float32 (N,) to float32 (N,), traceable.
