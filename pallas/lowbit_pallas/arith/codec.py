@@ -11,7 +11,6 @@ because a normal number has exponent field e - emin + 1 and mantissa k - 2^M;
 a carry k = 2^(M+1) moves into the next binade by itself.
 """
 
-import math
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -313,35 +312,13 @@ def decode(code, f):
 
 
 def rounded(x, f, rounding=nearest_even):
-  """`decode(encode(x, f, rounding), f)` for float32 `x`, without the codes.
+  """`decode(encode(x, f, rounding), f)` of float32; for `Int` without codes.
 
-  With the exponent e of an element and t = |x| * 2^(M - e) as in `encode`, the
-  number is rounding(t) * 2^(e - M).
+  Codes of floats stay: the audit of gradients follows a scale through them.
   """
   if isinstance(f, Int):
     return _round_int(x, f, rounding)
-  if isinstance(f, Float) and f.subnormals and f.emin >= -100:
-    return _round_float(x, f, rounding)
   return decode(encode(x, f, rounding), f)
-
-
-def _round_float(x, f: Float, rounding):
-  m = f.mantissa_bits
-  b = fb.to_bits(x)
-  magnitude = fb.from_bits(b & fb.MAGNITUDE)
-  magnitude = jnp.minimum(magnitude, jnp.float32(largest(f)))
-  least = f.emin + 127
-  e = jnp.maximum(fb.to_bits(magnitude) >> 23, least)
-  t = magnitude * fb.from_bits((254 + m - e) << 23)
-  k = rounding(t, None if m else e - least)
-  y = fb.to_bits(k * fb.from_bits((e - m) << 23))
-  if f.signed:
-    sign = b & ~fb.MAGNITUDE
-    y = y | (sign if f.negative_zero else jnp.where(y == 0, 0, sign))
-  else:
-    y = jnp.where(b < 0, 0, y)
-  nan = 0.0 if f.nan_code is None else math.nan
-  return jnp.where(x != x, jnp.float32(nan), fb.from_bits(y))
 
 
 def _round_int(x, f: Int, rounding):
