@@ -10,7 +10,6 @@ bare restore of the leaves would lose it. Types that NumPy files do not know
 import io as _io
 import json
 import os
-import tempfile
 import zipfile
 from importlib import metadata
 from typing import Any
@@ -21,7 +20,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from lowbit_jax import formats, qarray
+from lowbit_jax import _files, formats, qarray
 from lowbit_jax.qarray import QArray
 
 VERSION = 1
@@ -55,21 +54,14 @@ def save(path, tree, *, overwrite: bool = False) -> None:
     'library': _library_version(),
     'tree': node,
   }
-  directory = os.path.dirname(os.path.abspath(path))
-  handle, temporary = tempfile.mkstemp(dir=directory, suffix='.partial')
-  try:
-    with os.fdopen(handle, 'wb') as f:
-      with zipfile.ZipFile(f, 'w', zipfile.ZIP_STORED) as archive:
-        archive.writestr('manifest.json', json.dumps(manifest, indent=1))
-        for i, array in enumerate(entries):
-          with archive.open(f'{i}.npy', 'w', force_zip64=True) as entry:
-            np.lib.format.write_array(entry, array, allow_pickle=False)
-      f.flush()
-      os.fsync(f.fileno())
-    os.replace(temporary, path)
-  except BaseException:
-    os.unlink(temporary)
-    raise
+  with (
+    _files.replacing(path) as f,
+    zipfile.ZipFile(f, 'w', zipfile.ZIP_STORED) as archive,
+  ):
+    archive.writestr('manifest.json', json.dumps(manifest, indent=1))
+    for i, array in enumerate(entries):
+      with archive.open(f'{i}.npy', 'w', force_zip64=True) as entry:
+        np.lib.format.write_array(entry, array, allow_pickle=False)
 
 
 def load(path) -> Any:

@@ -5,6 +5,7 @@ walked here: a call maps operands one to one, branches join, and a loop repeats
 until the states of its carry no longer change.
 """
 
+import abc
 import os
 from typing import Any
 
@@ -16,7 +17,7 @@ _OURS = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 _SKIPPED = (_JAX, os.path.join(os.path.dirname(_JAX), 'jaxlib'))
 
 
-class Flow:
+class Flow(abc.ABC):
   """States of values, and how equations change them.
 
   States form a lattice of finite height under `join`. While `muted` is not
@@ -28,17 +29,17 @@ class Flow:
   constant: Any = None  # state of literals
   captured: Any = None  # state of arrays that a function closes over
 
-  def join(self, a, b):
+  @abc.abstractmethod
+  def join(self, a, b) -> Any:
     """The least state that covers both."""
-    raise NotImplementedError
 
+  @abc.abstractmethod
   def step(self, eqn, states: list, path: tuple) -> list:
     """States of the outputs of an equation without a jaxpr inside."""
-    raise NotImplementedError
 
+  @abc.abstractmethod
   def opaque(self, eqn, states: list, path: tuple) -> list:
     """The same for an equation whose inside cannot be followed."""
-    raise NotImplementedError
 
   def skips(self, eqn) -> bool:
     """Whether an equation is a `step` although it has a jaxpr inside."""

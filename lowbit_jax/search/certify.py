@@ -27,13 +27,14 @@ import os
 import pathlib
 import platform
 import re
-import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from importlib import metadata
 from typing import Any
 
 import jax
 import numpy as np
+
+from lowbit_jax import _files
 
 TIERS = ('2^12', '2^16', '2^20', 'stride61', 'all')
 CHUNK = 2**22
@@ -475,17 +476,8 @@ class Certificate:
       raise FileExistsError(
         f'path={path!r} exists; pass overwrite=True or choose another name'
       )
-    directory = os.path.dirname(os.path.abspath(path))
-    handle, temporary = tempfile.mkstemp(dir=directory, suffix='.partial')
-    try:
-      with os.fdopen(handle, 'w') as f:
-        f.write(self.to_json())
-        f.flush()
-        os.fsync(f.fileno())
-      os.replace(temporary, path)
-    except BaseException:
-      os.unlink(temporary)
-      raise
+    with _files.replacing(path) as f:
+      f.write(self.to_json().encode())
 
   @classmethod
   def load(cls, path) -> 'Certificate':

@@ -12,13 +12,13 @@ import dataclasses
 import functools
 import json
 import os
-import tempfile
 import zipfile
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from lowbit_jax import _files
 from lowbit_jax.search import archive as archives
 from lowbit_jax.search import fit as fitting
 from lowbit_jax.search import polish, speed, targets, variation
@@ -474,17 +474,8 @@ def save(path, search: Search, state: State) -> None:
   ):
     stored = archives.to_arrays(items, search.rows, search.constants)
     arrays |= {f'{name}_{key}': value for key, value in stored.items()}
-  directory = os.path.dirname(os.path.abspath(path))
-  handle, temporary = tempfile.mkstemp(dir=directory, suffix='.partial')
-  try:
-    with os.fdopen(handle, 'wb') as f:
-      np.savez_compressed(f, **arrays)
-      f.flush()
-      os.fsync(f.fileno())
-    os.replace(temporary, path)
-  except BaseException:
-    os.unlink(temporary)
-    raise
+  with _files.replacing(path) as f:
+    np.savez_compressed(f, **arrays)
 
 
 def load(path, search: Search) -> State:

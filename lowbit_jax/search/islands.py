@@ -6,14 +6,13 @@ in every run. `directory` is for any processes that share a file system: each
 leaves a snapshot and takes those of the others as they are, so runs differ.
 """
 
-import os
 import pathlib
-import tempfile
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from lowbit_jax import _files
 from lowbit_jax.search import archive as archives
 from lowbit_jax.search import evolve
 from lowbit_jax.search.archive import Entry
@@ -68,12 +67,11 @@ def directory(
   path = pathlib.Path(path)
   sent = archives.to_arrays(emigrants(state), search.rows, search.constants)
   sent['search'] = np.array(evolve.identity(search))
-  handle, temporary = tempfile.mkstemp(dir=path, suffix='.partial')
-  with os.fdopen(handle, 'wb') as f:
+  own = path / f'island_{island}.npz'
+  with _files.replacing(own) as f:
     np.savez(f, **sent)
-  os.replace(temporary, path / f'island_{island}.npz')
   for other in sorted(path.glob('island_*.npz')):
-    if other.name != f'island_{island}.npz':
+    if other != own:
       state = evolve.merge(search, state, _read(other, search))
   return state
 
