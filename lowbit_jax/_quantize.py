@@ -143,12 +143,16 @@ class Job(NamedTuple):
 
   def codes(self, elements: Elements) -> jax.Array:
     """Element codes, unpacked."""
-    y, rule = self._scaled(elements)
-    if self.scales.zero_point is None:
-      return codec.encode(y, spec(self.fmt.element), rule)
+    _, fmt, scales, _, how = self
+    rule = _rounding.rule(how.rounding, elements.random, how.random_bits)
+    y = _scaled(elements.x, self.blocks, fmt, scales.scale, scales.tensor_scale)
+    if elements.offset is not None:
+      y = y + elements.offset
+    if scales.zero_point is None:
+      return codec.encode(y, spec(fmt.element), rule)
     # round(x / s) + z, not round(x / s + z): they differ at ties.
-    k = rule(y) + self.scales.zero_point.astype(jnp.float32)
-    k = jnp.clip(k, 0, self.fmt.element.code_max)
+    k = rule(y) + scales.zero_point.astype(jnp.float32)
+    k = jnp.clip(k, 0, fmt.element.code_max)
     return jnp.where(k != k, 0, k).astype(jnp.int32).astype(jnp.uint8)
 
   def values(self, scales: Scales | None = None) -> jax.Array:
@@ -157,22 +161,10 @@ class Job(NamedTuple):
     Args:
       scales: those to multiply by, None for the ones of the quantization.
     """
-    element = spec(self.fmt.element)
-    if self.scales.zero_point is None:
-      y, rule = self._scaled(self.elements)
-      y = codec.rounded(y, element, rule)
-    else:
-      y = codec.decode(self.codes(self.elements), element)
+    codes = self.codes(self.elements)
+    offset = self.elements.offset
     scales = self.scales if scales is None else scales
-    return _unscaled(y, self.fmt, scales, self.elements.offset, self.blocks)
-
-  def _scaled(self, elements: Elements):
-    """What is rounded to elements, and the rule that rounds it."""
-    _, fmt, scales, _, how = self
-    y = _scaled(elements.x, self.blocks, fmt, scales.scale, scales.tensor_scale)
-    if elements.offset is not None:
-      y = y + elements.offset
-    return y, _rounding.rule(how.rounding, elements.random, how.random_bits)
+    return _decode(codes, self.fmt, scales, offset, self.blocks)
 
   def packed(self) -> jax.Array:
     """Packed codes in the shape of the padded array.
@@ -290,8 +282,9 @@ def _once(factor):
   return fb.from_bits(jax.lax.div(fb.to_bits(factor), one))
 
 
-def _unscaled(y, fmt, scales: Scales, offset, blocks: Blocks):
-  """Values of elements `y` in the shape of the view."""
+def _decode(codes, fmt, scales: 'Scales', offset, blocks: Blocks):
+  """Values of codes in the shape of the view."""
+  y = codec.decode(codes, spec(fmt.element))
   if offset is not None:
     y = y - offset
   if scales.zero_point is not None:
@@ -403,8 +396,8 @@ def _best(blocks: Blocks, fmt: BlockFormat, options, tensor_scale):
 
 def _squared_error(blocks: Blocks, fmt: BlockFormat, scale, tensor_scale):
   y = _scaled(blocks.view, blocks, fmt, scale, tensor_scale)
-  y = codec.rounded(y, spec(fmt.element))
-  y = _unscaled(y, fmt, Scales(scale, tensor_scale, None), None, blocks)
+  codes = codec.encode(y, spec(fmt.element))
+  y = _decode(codes, fmt, Scales(scale, tensor_scale, None), None, blocks)
   return sum_of_squares(y - blocks.view, blocks.inner)
 
 

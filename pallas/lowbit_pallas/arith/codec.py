@@ -208,16 +208,11 @@ def decode_float(code, f: Float):
 
 def encode_int(x, f: Int, rounding=nearest_even, dtype=jnp.uint8):
   """Codes of float32 `x`, clipped to the symmetric range; NaN gives 0."""
-  k = _nearest_code(x, f, rounding)
-  return (k & ((1 << f.bits) - 1)).astype(dtype)
-
-
-def _nearest_code(x, f: Int, rounding):
-  """The signed int32 that a code of `f` stands for."""
   top = (1 << (f.bits - f.signed)) - 1
   k = rounding(x * jnp.float32(1 << f.fraction_bits))
   k = jnp.clip(k, -top if f.signed else 0, top)
-  return jnp.where(k != k, 0, k).astype(jnp.int32)
+  k = jnp.where(k != k, 0, k).astype(jnp.int32)
+  return (k & ((1 << f.bits) - 1)).astype(dtype)
 
 
 def decode_int(code, f: Int):
@@ -309,22 +304,6 @@ def decode(code, f):
   if isinstance(f, Int):
     return decode_int(code, f)
   return decode_codebook(code, f)
-
-
-def rounded(x, f, rounding=nearest_even):
-  """`decode(encode(x, f, rounding), f)` of float32; for `Int` without codes.
-
-  Codes of floats stay: the audit of gradients follows a scale through them.
-  """
-  if isinstance(f, Int):
-    return _round_int(x, f, rounding)
-  return decode(encode(x, f, rounding), f)
-
-
-def _round_int(x, f: Int, rounding):
-  # By way of int32, which has no -0.
-  k = _nearest_code(x, f, rounding).astype(jnp.float32)
-  return k * jnp.float32(2.0**-f.fraction_bits)
 
 
 def unit_in_kernel(f) -> float:
