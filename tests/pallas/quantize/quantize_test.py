@@ -304,6 +304,16 @@ class RotationTest(parameterized.TestCase):
     np.testing.assert_array_equal(got[0], codes)
     np.testing.assert_array_equal(got[1], scales)
 
+  @parameterized.parameters(16, 128)
+  def test_rotation_stays_below_half_of_its_bound(self, order):
+    x = np.random.RandomState(order).randn(64, 384).astype(np.float32)
+    y = np.asarray(hadamard.hadamard(jnp.asarray(x), order), np.float64)
+    blocks = x.astype(np.float64).reshape(64, -1, order)
+    exact = blocks @ hadamard.hadamard_matrix(order) * order**-0.5
+    norm = np.linalg.norm(blocks, axis=-1, keepdims=True)
+    error = np.abs(y.reshape(blocks.shape) - exact)
+    self.assertTrue(np.all(error <= norm * (order + 1) * 2.0**-25))
+
   def test_kernel_differs_at_ties_only(self):
     check_rotation(self, tpu, 'mxfp4', 16, 40, 384)
     self.assertFalse(races_found())
