@@ -5,6 +5,7 @@ import importlib
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from absl.testing import absltest, parameterized
 
 import lowbit_jax as lowbit
@@ -27,14 +28,24 @@ def gradients(name: str):
 
 
 class RecipesTest(parameterized.TestCase):
-  @parameterized.parameters(*recipes.names())
-  def test_gradients_point_the_right_way(self, name):
+  def check_gradients(self, name):
     for got, want in zip(*gradients(name), strict=True):
       self.assertTrue(bool(jnp.isfinite(got).all()))
       error = np.linalg.norm(got - want) / np.linalg.norm(want)
       self.assertLess(error, LIMITS.get(name, 0.85))
       cosine = np.vdot(got, want) / np.linalg.norm(got) / np.linalg.norm(want)
       self.assertGreater(cosine, 0.5)
+
+  @parameterized.parameters(
+    'mxfp8', 'mxfp4_sr_rht', 'nvfp4', 'fp8_delayed', 'jetfire_int8', 'quartet'
+  )
+  def test_gradients_point_the_right_way(self, name):
+    self.check_gradients(name)
+
+  @pytest.mark.slow
+  @parameterized.parameters(*recipes.names())
+  def test_gradients_of_every_recipe(self, name):
+    self.check_gradients(name)
 
   @parameterized.parameters(*recipes.names())
   def test_has_its_name(self, name):
