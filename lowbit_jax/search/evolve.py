@@ -46,6 +46,7 @@ _REFITS = 6  # of one structure, over the whole run
 _KEPT_STARTS = 2  # of those from inherited constants
 _POPULATION = 64  # of NSGA-II
 _MEASURED = 4  # new structures of a step whose time is measured
+_SHRUNK = 4  # of each cost, from which one is drawn
 _SCREEN = (128, 24)  # starts and steps of the first look at a simpler program
 _PROMISE = 100.0  # times the best error of its cost, to deserve a second
 _SECOND = 2  # the most that get one
@@ -295,21 +296,24 @@ def _fitted(search, items, steps, rounds) -> list[Entry]:
 def shrink(search: Search, state: State) -> State:
   """Tries one of the best programs with a row less, and squared.
 
-  It is drawn from the front, from what was not shrunk before if there is any.
-  All simpler forms are fitted from many starts, and the most promising again.
-  Most starts multiply inherited constants by powers of two, which is what they
-  change by where f becomes f^2 or loses a square.
+  It is drawn from the best few of every cost, from what was not shrunk before
+  if there is any: what hides a simpler form, in a factor that could be one, is
+  often not the best of its size. All simpler forms are fitted from many starts,
+  and the most promising again. Most starts multiply inherited constants by
+  powers of two, which is what they change by where f becomes f^2 or loses a
+  square.
   """
   rng = _generator(state)
-  front = [e.program for e in archives.front(state.archive) if e.program.rows]
-  hashes = [programs.structure_hash(program.rows) for program in front]
+  best = archives.entries(state.archive, _SHRUNK)
+  best = [entry.program for entry in best if entry.program.rows]
+  hashes = [programs.structure_hash(program.rows) for program in best]
   fresh = [i for i, h in enumerate(hashes) if h not in state.shrunk]
-  if not front or not search.fit:
+  if not best or not search.fit:
     return state
-  drawn = int(rng.choice(fresh or len(front)))
-  forms = _simpler(front[drawn])
+  drawn = int(rng.choice(fresh or len(best)))
+  forms = _simpler(best[drawn])
   if programs.MUL in search.limits.ops:
-    forms.append(variation.square(front[drawn]))
+    forms.append(variation.square(best[drawn]))
   forms = list({f.rows: f for f in forms if _fits(f, search.limits)}.values())
   starts, steps = _SCREEN
   entries = _best_of(search, forms, starts, steps, rng)
