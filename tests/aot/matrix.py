@@ -125,15 +125,19 @@ def verdict(target: str, op: str, name: str) -> str:
 
 
 def column(target: str) -> dict[tuple[str, str], str]:
-  """All verdicts for a target, in a process of its own.
+  """All verdicts for a target, in a process of its own, or for a GPU in many.
 
-  The CUDA plug-in compiles for the first GPU that its process compiled for.
+  The CUDA plug-in compiles for the first GPU that its process compiled for, and
+  reports the registers of a kernel only where it first meets it.
   """
   keys = [(op, name) for op, (_, names) in OPS.items() for name in names]
   if why := targets.why_not(target):
     return dict.fromkeys(keys, f'FAILED: {why}')
   context = multiprocessing.get_context('spawn')
-  with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool:
+  tasks = 1 if target in targets.GPUS else None
+  with concurrent.futures.ProcessPoolExecutor(
+    1, mp_context=context, max_tasks_per_child=tasks
+  ) as pool:
     out = pool.map(functools.partial(verdict, target), *zip(*keys, strict=True))
     return dict(zip(keys, out, strict=True))
 
