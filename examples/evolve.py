@@ -104,6 +104,7 @@ _ISLAND = flags.DEFINE_integer('island', 0, 'Number of this island.')
 
 _SAVE_SECONDS = 30.0
 _REPORT_SECONDS = 1.0
+_POLISHED = 3  # of each cost
 
 
 class UserError(Exception):
@@ -250,15 +251,22 @@ def merged(search, states) -> evolve.State:
 
 
 def collect(search, state) -> list[dict]:
-  """The hall of fame of all islands: the front, polished, by operations."""
+  """The hall of fame of all islands: the front, polished, by operations.
+
+  The best few of every cost are polished: what was fitted in float64 to its
+  last digits is in no order.
+  """
   extra = targets.extra_operations(search.target)
-  hall = []
-  for entry in archives.front(state.archive):
-    program, error = evolve.polished(search, entry)
+  hall: list[dict] = []
+  for cost, entries in state.archive.items():
+    few = [(evolve.polished(search, e), e) for e in entries[:_POLISHED]]
+    (program, error), entry = min(few, key=lambda pair: pair[0][1])
+    if hall and error >= hall[-1]['error']:
+      continue
     hall.append(
       {
         'operations': programs.operations(program) + extra,
-        'cost': entry.cost,
+        'cost': cost,
         'error': error,
         'error_of_the_search': entry.error,
         'formula': str(program),

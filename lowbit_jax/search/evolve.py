@@ -10,6 +10,7 @@ one, bit for bit, and a run that was saved and resumed equals one that was not.
 import collections
 import dataclasses
 import functools
+import itertools
 import json
 import os
 import zipfile
@@ -390,10 +391,17 @@ def _finite_error(entry) -> float:
 
 
 def _starts(c: np.ndarray, count: int, rng) -> np.ndarray:
-  """Constants (count, K): as they are, near them, and anywhere."""
+  """Constants (count, K): as they are, near them, and anywhere.
+
+  Among those near are all products with 1, 2 and 4, if there is room: what
+  f(x)^2 = f(2 x) makes of constants that grow as x shrinks.
+  """
   far = count // 8
   powers = 2.0 ** rng.integers(-2, 3, (count - 2 * far, len(c)))
   powers[0] = 1.0
+  if 3 ** len(c) < len(powers):
+    grown = list(itertools.product((1.0, 2.0, 4.0), repeat=len(c)))
+    powers[: len(grown)] = grown
   spread = rng.choice([0.1, 1.0, 2.0], (far, 1))
   near = np.exp(spread * rng.standard_normal((far, len(c))))
   size = 10 ** rng.uniform(-1, 3.5, (far, len(c)))
