@@ -52,6 +52,9 @@ _SCREEN = (128, 24)  # starts and steps of the first look at a simpler program
 _PROMISE = 100.0  # times the best error of its cost, to deserve a second
 _SECOND = 2  # the most that get one
 _STARTS, _STEPS = 128, 150  # of their fits
+# What constants change by where f(x)^2 = f(2 x) takes over half of x, and back.
+_GROW = (1.0, 2.0, 4.0)
+_SHRINK = (1.0, 0.5, 0.25)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -300,9 +303,7 @@ def shrink(search: Search, state: State) -> State:
   It is drawn from the best few of every cost, from what was not shrunk before
   if there is any: what hides a simpler form, in a factor that could be one, is
   often not the best of its size. All simpler forms are fitted from many starts,
-  and the most promising again. Most starts multiply inherited constants by
-  powers of two, which is what they change by where f becomes f^2 or loses a
-  square.
+  and the most promising again.
   """
   rng = _generator(state)
   best = archives.entries(state.archive, _SHRUNK)
@@ -312,24 +313,36 @@ def shrink(search: Search, state: State) -> State:
   if not best or not search.fit:
     return state
   drawn = int(rng.choice(fresh or len(best)))
-  forms = _simpler(best[drawn])
-  if programs.MUL in search.limits.ops:
-    forms.append(variation.square(best[drawn]))
+  squared = programs.MUL in search.limits.ops
+  entries, fits = [], 0
+  for forms, factors in (
+    (_simpler(best[drawn]), _SHRINK),
+    ([variation.square(best[drawn])] * squared, _GROW),
+  ):
+    found, count = _screened(search, state, forms, factors, rng)
+    entries += found
+    fits += count
+  return merge(search, state, entries)._replace(
+    shrunk=state.shrunk | {hashes[drawn]},
+    rng=rng.bit_generator.state,
+    fits=state.fits + fits,
+  )
+
+
+def _screened(search, state, forms, factors, rng):
+  """Entries of programs after a look at all and another at the promising few,
+  and the number of fits."""
   forms = list({f.rows: f for f in forms if _fits(f, search.limits)}.values())
   starts, steps = _SCREEN
-  entries = _best_of(search, forms, starts, steps, rng)
+  entries = _best_of(search, forms, starts, steps, rng, factors)
 
   def promise(entry):
     return entry.error / archives.best_error(state.archive, entry.cost)
 
   second = [e for e in entries if promise(e) < _PROMISE]
   second = [e.program for e in sorted(second, key=promise)[:_SECOND]]
-  entries += _best_of(search, second, _STARTS, _STEPS, rng)
-  return merge(search, state, entries)._replace(
-    shrunk=state.shrunk | {hashes[drawn]},
-    rng=rng.bit_generator.state,
-    fits=state.fits + starts * len(forms) + _STARTS * len(second),
-  )
+  entries += _best_of(search, second, _STARTS, _STEPS, rng, factors)
+  return entries, starts * len(forms) + _STARTS * len(second)
 
 
 def append_squares(search: Search, state: State) -> State:
@@ -343,7 +356,7 @@ def append_squares(search: Search, state: State) -> State:
   for entry in archives.front(state.archive):
     program = variation.square(entry.program)
     while search.fit and _fits(program, search.limits):
-      entries = _best_of(search, [program], 4 * _STARTS, _STEPS, rng)
+      entries = _best_of(search, [program], 4 * _STARTS, _STEPS, rng, _GROW)
       fits += 4 * _STARTS
       state = merge(search, state, entries)
       program = variation.square(entries[0].program)
@@ -370,13 +383,16 @@ def _fits(program, limits) -> bool:
   return bool(program.constants)
 
 
-def _best_of(search, items, starts, steps, rng) -> list[Entry]:
-  """Each program with the best constants from several starts."""
+def _best_of(search, items, starts, steps, rng, factors) -> list[Entry]:
+  """Each program with the best constants from several starts.
+
+  Most multiply its constants by some of the factors.
+  """
   items = [item.replace_constants(map(float, item.constants)) for item in items]
   trials = [
     item.replace_constants(c.tolist())
     for item in items
-    for c in _starts(np.array(item.constants), starts, rng)
+    for c in _starts(np.array(item.constants), starts, rng, factors)
   ]
   groups = collections.defaultdict(list)
   for i in range(0, len(trials), search.batch):
@@ -390,23 +406,21 @@ def _finite_error(entry) -> float:
   return entry.error if np.isfinite(entry.error) else np.inf
 
 
-def _starts(c: np.ndarray, count: int, rng) -> np.ndarray:
-  """Constants (count, K): as they are, near them, and anywhere.
-
-  Among those near are all products with 1, 2 and 4, if there is room: what
-  f(x)^2 = f(2 x) makes of constants that grow as x shrinks.
-  """
+def _starts(c: np.ndarray, count: int, rng, factors) -> np.ndarray:
+  """Constants (count, K): as they are, near them, and anywhere."""
   far = count // 8
-  powers = 2.0 ** rng.integers(-2, 3, (count - 2 * far, len(c)))
-  powers[0] = 1.0
-  if 3 ** len(c) < len(powers):
-    grown = list(itertools.product((1.0, 2.0, 4.0), repeat=len(c)))
-    powers[: len(grown)] = grown
+  near = 2.0 ** rng.integers(-2, 3, (count - 2 * far, len(c)))
+  products = rng.choice(factors, (3 * len(near) // 4, len(c)))
+  if len(factors) ** len(c) < 4 * len(near):
+    every = np.array(list(itertools.product(factors, repeat=len(c))))
+    products = rng.permutation(every)[: len(near)]
+  near[: len(products)] = products
+  near[0] = 1.0
   spread = rng.choice([0.1, 1.0, 2.0], (far, 1))
-  near = np.exp(spread * rng.standard_normal((far, len(c))))
+  other = np.exp(spread * rng.standard_normal((far, len(c))))
   size = 10 ** rng.uniform(-1, 3.5, (far, len(c)))
   signs = rng.choice([-1, 1], size.shape)
-  return np.concatenate([c * powers, c * near, size * signs])
+  return np.concatenate([c * near, c * other, size * signs])
 
 
 def merge(search: Search, state: State, entries: list[Entry]) -> State:

@@ -269,9 +269,8 @@ class EvolveTest(parameterized.TestCase):
     search = _small()
     rows = ((DIV, 1, 0, 0), (MUL, 2, 0, 0), (ADD, 5, 6, 0), (DIV, 3, 7, 0))
     u = Program(((*rows, (ADD, 8, 4, 0))), (-7.0, 2.0, 9.0, 1.0))
-    fitted = evolve._best_of(  # noqa: SLF001
-      search, [programs.canonical(u)], 384, 40, np.random.default_rng(0)
-    )
+    items, rng = [programs.canonical(u)], np.random.default_rng(0)
+    fitted = evolve._best_of(search, items, 384, 40, rng, (1.0, 2.0))
     state = evolve.merge(search, evolve.init(search), fitted)
     before = archives.best_error(state.archive, 4)
     for _ in range(3):
