@@ -239,12 +239,14 @@ def start_others(count: int) -> list[subprocess.Popen]:
 
 
 def merged(search, states) -> evolve.State:
-  """The first island with what all others found, and squares of the best."""
+  """The first island with all that was found, its front shrunk and squared."""
   state, *others = states
   for other in others:
     state = evolve.merge(search, state, archives.entries(other.archive))
   fits = sum(s.fits for s in states)
   state = state._replace(fits=fits)
+  for _ in archives.front(state.archive):
+    state = evolve.shrink(search, state)
   if search.objective == 'operations' and 'mul' in search.ops:
     state = evolve.append_squares(search, state)
   return state

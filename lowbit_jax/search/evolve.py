@@ -47,8 +47,8 @@ _REFITS = 6  # of one structure, over the whole run
 _KEPT_STARTS = 2  # of those from inherited constants
 _POPULATION = 64  # of NSGA-II
 _MEASURED = 4  # new structures of a step whose time is measured
-_SHRUNK = 4  # of each cost, from which one is drawn
-_SCREEN = (128, 24)  # starts and steps of the first look at a simpler program
+_SHRUNK = 4  # of each cost, that are shrunk
+_SCREEN = (256, 24)  # starts and steps of the first look at a simpler program
 _PROMISE = 100.0  # times the best error of its cost, to deserve a second
 _SECOND = 2  # the most that get one
 _STARTS, _STEPS = 128, 150  # of their fits
@@ -300,33 +300,40 @@ def _fitted(search, items, steps, rounds) -> list[Entry]:
 def shrink(search: Search, state: State) -> State:
   """Tries one of the best programs with a row less, and squared.
 
-  It is drawn from the best few of every cost, from what was not shrunk before
-  if there is any: what hides a simpler form, in a factor that could be one, is
+  It is the best of a cost that was not shrunk before, else the second best of
+  one, and so on: what hides a simpler form, in a factor that could be one, is
   often not the best of its size. All simpler forms are fitted from many starts,
   and the most promising again.
   """
   rng = _generator(state)
-  best = archives.entries(state.archive, _SHRUNK)
-  best = [entry.program for entry in best if entry.program.rows]
-  hashes = [programs.structure_hash(program.rows) for program in best]
-  fresh = [i for i, h in enumerate(hashes) if h not in state.shrunk]
-  if not best or not search.fit:
+  ranked: list[list[Program]] = [
+    [own[rank].program for own in state.archive.values() if len(own) > rank]
+    for rank in range(_SHRUNK)
+  ]
+  ranked = [[p for p in same if p.rows] for same in ranked]
+  fresh = [[p for p in same if _key(p) not in state.shrunk] for same in ranked]
+  candidates = next(filter(None, [*fresh, *ranked]), None)
+  if not candidates or not search.fit:
     return state
-  drawn = int(rng.choice(fresh or len(best)))
+  drawn = candidates[rng.integers(len(candidates))]
   squared = programs.MUL in search.limits.ops
   entries, fits = [], 0
   for forms, factors in (
-    (_simpler(best[drawn]), _SHRINK),
-    ([variation.square(best[drawn])] * squared, _GROW),
+    (_simpler(drawn), _SHRINK),
+    ([variation.square(drawn)] * squared, _GROW),
   ):
     found, count = _screened(search, state, forms, factors, rng)
     entries += found
     fits += count
   return merge(search, state, entries)._replace(
-    shrunk=state.shrunk | {hashes[drawn]},
+    shrunk=state.shrunk | {_key(drawn)},
     rng=rng.bit_generator.state,
     fits=state.fits + fits,
   )
+
+
+def _key(program: Program) -> int:
+  return programs.structure_hash(program.rows)
 
 
 def _screened(search, state, forms, factors, rng):
@@ -408,7 +415,7 @@ def _finite_error(entry) -> float:
 
 def _starts(c: np.ndarray, count: int, rng, factors) -> np.ndarray:
   """Constants (count, K): as they are, near them, and anywhere."""
-  far = count // 8
+  far = count // 16
   near = 2.0 ** rng.integers(-2, 3, (count - 2 * far, len(c)))
   products = rng.choice(factors, (3 * len(near) // 4, len(c)))
   if len(factors) ** len(c) < 4 * len(near):
