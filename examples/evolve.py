@@ -255,20 +255,24 @@ def merged(search, states) -> evolve.State:
 def collect(search, state) -> list[dict]:
   """The hall of fame of all islands: the front, polished, by operations.
 
-  The best few of every cost are polished: what was fitted in float64 to its
-  last digits is in no order.
+  Where errors are over the reals, the best few of every cost are polished: what
+  was fitted in float64 to its last digits is in no order.
   """
   extra = targets.extra_operations(search.target)
+  reals = search.objective == 'operations'
+  costs = [[entry] for entry in archives.front(state.archive)]
+  if reals:
+    costs = [own[:_POLISHED] for own in state.archive.values()]
   hall: list[dict] = []
-  for cost, entries in state.archive.items():
-    few = [(evolve.polished(search, e), e) for e in entries[:_POLISHED]]
+  for entries in costs:
+    few = [(evolve.polished(search, e), e) for e in entries]
     (program, error), entry = min(few, key=lambda pair: pair[0][1])
-    if hall and error >= hall[-1]['error']:
+    if reals and hall and error >= hall[-1]['error']:
       continue
     hall.append(
       {
         'operations': programs.operations(program) + extra,
-        'cost': cost,
+        'cost': entry.cost,
         'error': error,
         'error_of_the_search': entry.error,
         'formula': str(program),

@@ -202,8 +202,9 @@ def _float_tangent(x, t):
   if isinstance(x, Prepacked):
     leaves = jax.tree.leaves(t, is_leaf=_is_zero)
     if not all(_is_zero(leaf) for leaf in leaves):
-      raise NotImplementedError(
-        'the scales of a Prepacked weight have no derivative; use the QArray'
+      raise TypeError(
+        'the scales of a Prepacked weight have no derivative: differentiate'
+        ' with respect to those of the QArray, unpack(w)'
       )
     return None
   if not isinstance(x, QArray):

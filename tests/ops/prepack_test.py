@@ -67,7 +67,7 @@ class PrepackTest(parameterized.TestCase):
       moved = dataclasses.replace(p, weight=weight)
       return lowbit_jax.dot(jnp.ones((2, 96)), moved).sum()
 
-    with self.assertRaisesRegex(NotImplementedError, 'use the QArray'):
+    with self.assertRaisesRegex(TypeError, 'of the QArray, unpack'):
       jax.grad(loss)(p.weight.scale)
 
   def test_mistakes(self):

@@ -224,7 +224,7 @@ def _whole_kernel(x_ref, *refs, static: _Static):
   def _():
     _sum_terms(sm.scaled_exp, source, first_ref, second_ref, stored, static)
 
-  m = jnp.sum(second_ref[...], axis=1, keepdims=True)
+  m = _sum_of_lanes(second_ref[...], static.tile)
   total = sm.row_pair(m, n)
   log_sum_ref[...] = sm.logsumexp(total)
   if static.kind == 'softmax':
@@ -262,6 +262,16 @@ def _sum_terms(exp, source, n_ref, sum_ref, terms_ref, static: _Static):
     return (state[0] + jnp.sum(terms, 0),)
 
   _over_chunks(per_chunk, (0.0,), (sum_ref,), static)
+
+
+def _sum_of_lanes(v, tile: int):
+  """The sum of each row, (rows, 1), in an order that the tile alone decides.
+
+  On a TPU that is so anyway. XLA:CPU, which interprets, sums the rows of
+  (32, 128) in another order than those of (24, 128).
+  """
+  tiles = (v[i : i + tile] for i in range(0, len(v), tile))
+  return jnp.concatenate([jnp.sum(t, axis=1, keepdims=True) for t in tiles])
 
 
 def _write_quotients(source, terms_ref, inverse_ref, y_ref, static: _Static):
