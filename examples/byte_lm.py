@@ -219,8 +219,9 @@ class ByteLM(nn.Module):
     activations: where (batch, time, width) lies between the layers, so that a
       partitioner gathers weights and not batches; None to leave it open.
     attention: mixes values, in place of `jax.nn.dot_product_attention`.
-    scan: one stacked block instead of several: compiles once, and recomputes
-      activations in the backward pass, which large models need.
+    scan: one stacked block instead of several, which compiles once.
+    recompute: with `scan`, whether the backward pass recomputes activations,
+      which large models need and small ones wait for.
   """
 
   config: Config
@@ -230,6 +231,7 @@ class ByteLM(nn.Module):
   activations: jax.sharding.Sharding | None = None
   attention: Callable[..., jax.Array] = jax.nn.dot_product_attention
   scan: bool = False
+  recompute: bool = True
 
   @nn.compact
   def __call__(self, tokens: jax.Array) -> jax.Array:
@@ -244,8 +246,11 @@ class ByteLM(nn.Module):
       self.attention,
     )
     if self.scan:
+      body = _Repeated
+      if self.recompute:
+        body = nn.remat(body, prevent_cse=False)
       repeated = nn.scan(
-        nn.remat(_Repeated, prevent_cse=False),
+        body,
         variable_axes={'params': 0, 'lowbit': 0, 'watched': 0},
         split_rngs={'params': True, 'quant': True},
         in_axes=nn.broadcast,

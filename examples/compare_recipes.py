@@ -52,6 +52,9 @@ _STEPS = flags.DEFINE_integer('steps', 320, 'Steps of each run.')
 _OPTIMIZERS = flags.DEFINE_list(
   'optimizers', ['adamw'], 'Optimizers to train each recipe with.'
 )
+_EXEMPT_LAST = flags.DEFINE_integer(
+  'exempt_last', 0, 'Blocks at the end that stay in float32.'
+)
 _FORWARD_ONLY = flags.DEFINE_bool(
   'forward_only', False, 'Evaluate networks trained in float32.'
 )
@@ -66,13 +69,18 @@ def _settings(recipe: str, optimizer: str, seed: int) -> lm_trainer.Settings:
     byte_lm.Config(steps=_STEPS.value, seed=seed),
     recipe=recipe,
     optimizer=optimizer,
-    scan=True,
+    exempt_last=_EXEMPT_LAST.value,
+    # Stacked blocks start from other weights, so all runs of a table have them
+    # or none.
+    scan=not _EXEMPT_LAST.value,
+    recompute=False,
   )
 
 
 def _path(run: lm_trainer.Settings, suffix: str = '') -> pathlib.Path:
   steps, seed = run.model.steps, run.model.seed
-  name = f'{run.recipe}-{run.optimizer}-{steps}-{seed}{suffix}'
+  exempt = f'-last{run.exempt_last}' if run.exempt_last else ''
+  name = f'{run.recipe}-{run.optimizer}-{steps}-{seed}{exempt}{suffix}'
   return pathlib.Path(_WORKDIR.value) / name
 
 
@@ -172,7 +180,10 @@ def compare_forward(
 
   def losses(recipe: Recipe | None) -> np.ndarray:
     network = byte_lm.ByteLM(
-      runs[0].model, dot_general_cls=low.dot_general_cls(recipe), scan=True
+      runs[0].model,
+      dot_general_cls=low.dot_general_cls(recipe),
+      scan=runs[0].scan,
+      recompute=False,
     )
     loss = lm_trainer.make_loss(network)
     return np.array(
@@ -193,6 +204,7 @@ def compare_forward(
           name,
           GemmSpec(*operands, forward.hadamard, forward.signs),
           center=recipe.center,
+          principal=recipe.principal,
         )
       )
       - base

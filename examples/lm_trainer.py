@@ -49,6 +49,7 @@ class Settings:
     optimizer: a name from `OPTIMIZERS`.
     accumulate: microbatches whose gradients make one step.
     scan: whether the blocks are one stacked block, as in `byte_lm.ByteLM`.
+    recompute: whether that recomputes activations.
   """
 
   model: byte_lm.Config = byte_lm.Config()
@@ -58,6 +59,7 @@ class Settings:
   optimizer: str = 'adamw'
   accumulate: int = 1
   scan: bool = False
+  recompute: bool = True
 
   def __post_init__(self):
     recipes.get(self.recipe)
@@ -162,6 +164,7 @@ def model(
     dot_general_cls=low.dot_general_cls(chosen, fraction, watch=watch),
     activations=None if mesh is None else _batch_sharding(mesh),
     scan=settings.scan,
+    recompute=settings.recompute,
   )
 
 

@@ -268,6 +268,13 @@ class Recipe:
       backward products alike. Features whose mean is far from zero, as behind a
       GELU, then no longer fix the scales of their blocks. The rounding of a
       token depends on the others of its batch.
+    principal: how many leading directions of x, about its mean with `center`,
+      are multiplied in high precision, x w = (x - x P P^T) w + (x P) (P^T w)
+      with orthonormal columns P (K, principal) from two subspace iterations
+      over all tokens of a call, in forward and backward products alike. A few
+      directions hold much of the activations of trained networks ('Metis',
+      2025). Adds principal (6 / N + 1 / K) of the multiplications of x w, and
+      depends on the other tokens as `center` does.
     switches: ((fraction, recipe), ...) in ascending order: from that fraction
       of the training on another recipe takes over, see `at`.
 
@@ -285,6 +292,7 @@ class Recipe:
   wgrad: GemmSpec = GemmSpec()
   residuals: str = 'high_precision'
   center: bool = False
+  principal: int = 0
   switches: tuple[tuple[float, 'Recipe'], ...] = ()
 
   def __post_init__(self):
@@ -311,12 +319,19 @@ class Recipe:
           "residuals='requantized' saves what the forward product used, which"
           ' is rotated; drop fwd.hadamard'
         )
-    lhs = self.fwd.lhs
-    if self.center and isinstance(lhs, QuantSpec) and lhs.tensor_scaling:
+    if not isinstance(self.principal, int) or self.principal < 0:
       raise ValueError(
-        'center=True with tensor_scaling on fwd.lhs: the magnitude that is held'
-        ' is that of x, not of its distance from the mean; drop one of them'
+        f'principal={self.principal!r} must be a number of directions, or 0'
       )
+    lhs = self.fwd.lhs
+    held = isinstance(lhs, QuantSpec) and lhs.tensor_scaling
+    for name in ('center', 'principal'):
+      if held and getattr(self, name):
+        raise ValueError(
+          f'{name}={getattr(self, name)} with tensor_scaling on fwd.lhs: the'
+          ' magnitude that is held is that of x, not of what remains of it;'
+          ' drop one of them'
+        )
     starts = [start for start, _ in self.switches]
     if starts != sorted(starts) or not all(0 < s <= 1 for s in starts):
       raise ValueError(
@@ -348,7 +363,10 @@ class Recipe:
   def forward_only(self) -> 'Recipe':
     """The same forward product with a derivative in high precision."""
     return Recipe(
-      f'{self.name}, forward only', fwd=self.fwd, center=self.center
+      f'{self.name}, forward only',
+      fwd=self.fwd,
+      center=self.center,
+      principal=self.principal,
     )
 
 

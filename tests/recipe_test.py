@@ -168,6 +168,16 @@ class RefusalTest(parameterized.TestCase):
       lambda: QuantSpec(formats.mxfp4, tensor_scaling=TensorScaling()),
       'needs a format with a tensor scale',
     ),
+    (lambda: Recipe('a', principal=-1), 'principal=-1 must be a number'),
+    (lambda: Recipe('a', principal=1.0), 'principal=1.0 must be a number'),
+    (
+      lambda: Recipe(
+        'a',
+        GemmSpec(QuantSpec(formats.nvfp4, tensor_scaling=TensorScaling())),
+        principal=2,
+      ),
+      'principal=2 with tensor_scaling',
+    ),
     (
       lambda: Recipe(
         'a',

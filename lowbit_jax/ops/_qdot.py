@@ -7,10 +7,11 @@ With x (M, K), w (K, N) and Q_s the quantizer of site s of a `Recipe`,
   dw = Q(x)^T Q(dy)       wgrad, times the derivative of fwd's quantizer of w
 
 each quantizer in blocks along the axis that its product reduces. With
-`Recipe.center`, x here is its distance from the mean of the tokens. A Hadamard
-rotation R of both operands along that axis cancels, (a R)(R^T b) = a b, before
-rounding. Products accumulate in float32; tensor scales and the inverse of
-prescales multiply the float32 result, so that operands stay exact in bfloat16.
+`Recipe.center` and `Recipe.principal`, x here is what `apart` leaves of it. A
+Hadamard rotation R of both operands along that axis cancels before rounding,
+(a R)(R^T b) = a b. Products accumulate in float32; tensor scales and the
+inverse of prescales multiply the float32 result, so that operands stay exact in
+bfloat16.
 
 Where a kernel takes the operands it gets them packed; elsewhere they are
 rounded in place, which gives the same numbers without the packing.
@@ -126,16 +127,55 @@ def qdot(
   product = functools.partial(
     _compiled, call, w=w, key=key, tensor_amax=tuple(tensor_amax)
   )
-  y = _centered(product, rows, w, precision) if recipe.center else product(rows)
+  rest, terms = apart(rows, recipe)
+  y = product(rest)
+  for term in terms:
+    exact = w.astype(jnp.float32)
+    for factor in reversed(term):
+      exact = jnp.matmul(factor, exact, precision=precision)
+    y = (y + exact).astype(y.dtype)
   return y.reshape(*x.shape[:-1], w.shape[1])
 
 
-def _centered(product, x, w, precision) -> jax.Array:
-  """(x - m) w + m w with m the mean of the rows, the second in float32."""
-  mean = jnp.mean(x, axis=0, keepdims=True, dtype=jnp.float32)
-  y = product((x - mean).astype(x.dtype))
-  row = jnp.matmul(mean, w.astype(jnp.float32), precision=precision)
-  return (y + row).astype(y.dtype)
+def apart(x, recipe: Recipe):
+  """Splits off what is multiplied in high precision.
+
+  Args:
+    x: rows (M, K).
+    recipe: whose `center` and `principal` say what that is.
+
+  Returns:
+    (rest, terms): x is the sum of `rest`, of its dtype, and of the terms, each
+    the product of a tuple of float32 matrices: (m,) for the mean of the rows
+    and (x P, P^T) for the leading directions P.
+  """
+  rest, terms = x.astype(jnp.float32), []
+  if recipe.center:
+    mean = jnp.mean(rest, axis=0, keepdims=True)
+    rest = rest - mean
+    terms.append((mean,))
+  if recipe.principal:
+    p = _leading(lax.stop_gradient(rest), recipe.principal)
+    matmul = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
+    coordinates = matmul(rest, p)
+    rest = rest - matmul(coordinates, p.T)
+    terms.append((coordinates, p.T))
+  return rest.astype(x.dtype), terms
+
+
+def _leading(x, count: int):
+  """Orthonormal columns (K, count) near the leading right singular vectors.
+
+  Two subspace iterations from fixed signs (Halko et al., 2011). For any P that
+  does not depend on what is differentiated the split is exact.
+  """
+  matmul = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
+  words = jnp.array(_FIXED_SIGNS, jnp.uint32)
+  signs = hadamard.random_signs(words, x.shape[1] * count, x.dtype)
+  p = signs.reshape(x.shape[1], count)
+  for _ in range(2):
+    p, _ = jnp.linalg.qr(matmul(x.T, matmul(x, p)))
+  return p
 
 
 def matrices(lhs, rhs, dimension_numbers):
@@ -173,6 +213,11 @@ def _check(x, w, recipe: Recipe, key) -> None:
   if x.ndim < 1 or w.ndim != 2 or x.shape[-1] != w.shape[0]:
     raise ValueError(
       f'x.shape={x.shape} and w.shape={w.shape} must be (..., K) and (K, N)'
+    )
+  if recipe.principal > w.shape[0]:
+    raise ValueError(
+      f'recipe.principal={recipe.principal} directions do not fit in the K ='
+      f' {w.shape[0]} of w.shape={w.shape}; use fewer'
     )
   if recipe.needs_key and key is None:
     raise ValueError(

@@ -49,7 +49,7 @@ def lost(
 ) -> Lost:
   """Measures the operands of `ops.qdot` and its derivative.
 
-  Operands are centered, rotated and rounded as the recipe says. A site that is
+  Operands are split, rotated and rounded as the recipe says. A site that is
   not quantized loses nothing.
 
   Args:
@@ -68,9 +68,7 @@ def lost(
     (0.0, (6,))
   """
   x, dy = (t.reshape(-1, t.shape[-1]) for t in (x, dy))
-  if recipe.center:
-    mean = jnp.mean(x, axis=0, keepdims=True, dtype=jnp.float32)
-    x = (x - mean).astype(x.dtype)
+  x, _ = _qdot.apart(x, recipe)
   amax_x, amax_w = tensor_amax
   forward = _sites(recipe, 0, key, (x, 1, amax_x), (w, 0, amax_w))
   if recipe.residuals == 'requantized':

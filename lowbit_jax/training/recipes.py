@@ -127,9 +127,20 @@ def _mxfp4_row_scaled() -> Recipe:
   return dataclasses.replace(_mxfp4_rotated(), fwd=forward)
 
 
+def _mxfp4_unbiased() -> Recipe:
+  """As mxfp4_centered, with all operands rounded to nearest and unbiased by a
+  factor for each row, gradients after new rotations in every call."""
+  spec = quantizers.Eden(_spec('mxfp4', 'mse'))
+  backward = GemmSpec(spec, spec, 32, 'per_call')
+  return Recipe(
+    '', GemmSpec(spec, spec, 32, 'fixed'), backward, backward, center=True
+  )
+
+
 def _mxfp4_lowbit() -> Recipe:
-  """Ours: mxfp4_rotated with centered activations and row scales."""
-  return dataclasses.replace(_mxfp4_row_scaled(), center=True)
+  """Ours: mxfp4_unbiased with eight directions of the activations multiplied
+  in high precision."""
+  return dataclasses.replace(_mxfp4_unbiased(), principal=8)
 
 
 def _mxfp4_nv() -> Recipe:
@@ -160,6 +171,16 @@ def _nvfp4() -> Recipe:
 def _nvfp4_rtn() -> Recipe:
   """NVFP4 at all sites, rounded to nearest."""
   return _everywhere(_spec('nvfp4'))
+
+
+def _nvfp4_lowbit() -> Recipe:
+  """Ours: mxfp4_unbiased in NVFP4, with rotations of 16 and scales that map the
+  largest element of a block to 4 or 6."""
+  spec = quantizers.Eden(_spec('nvfp4', 'four_over_six'))
+  backward = GemmSpec(spec, spec, 16, 'per_call')
+  return Recipe(
+    '', GemmSpec(spec, spec, 16, 'fixed'), backward, backward, center=True
+  )
 
 
 def _fp4_all_the_way() -> Recipe:
@@ -358,11 +379,13 @@ _RECIPES = {
   'mxfp4_rotated': _mxfp4_rotated,
   'mxfp4_centered': _mxfp4_centered,
   'mxfp4_row_scaled': _mxfp4_row_scaled,
+  'mxfp4_unbiased': _mxfp4_unbiased,
   'mxfp4_lowbit': _mxfp4_lowbit,
   'mxfp4_nv': _mxfp4_nv,
   'mxfp4_bwd': _mxfp4_bwd,
   'nvfp4': _nvfp4,
   'nvfp4_rtn': _nvfp4_rtn,
+  'nvfp4_lowbit': _nvfp4_lowbit,
   'fp4_all_the_way': _fp4_all_the_way,
   'ue5m3_hold50': _ue5m3_hold50,
   'tetrajet': _tetrajet,

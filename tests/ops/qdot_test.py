@@ -10,6 +10,7 @@ from absl.testing import absltest, parameterized
 
 import lowbit_jax as lowbit
 from lowbit_jax import formats
+from lowbit_jax.ops import _qdot
 from lowbit_jax.recipe import GemmSpec, QuantSpec, Recipe
 from lowbit_jax.training import recipes
 from lowbit_pallas.arith import hadamard
@@ -110,7 +111,7 @@ class DefinitionTest(parameterized.TestCase):
     assert_products(recipe, data(M, K), data(K, N, seed=1), data(M, N, seed=2))
 
   def test_centered(self):
-    recipe = recipes.get('mxfp4_lowbit')
+    recipe = recipes.get('mxfp4_centered')
     x, w, dy = data(M, K) + 1, data(K, N, seed=1), data(M, N, seed=2)
     mean = np.asarray(jnp.mean(x, 0, keepdims=True), np.float64)
     centered, wide = x - jnp.mean(x, 0, keepdims=True), np.float64(w)
@@ -139,6 +140,60 @@ class DefinitionTest(parameterized.TestCase):
       for name in ('mxfp4_centered', 'mxfp4_rotated')
     ]
     self.assertLess(errors[0], 0.5 * errors[1])
+
+  @parameterized.parameters(False, True)
+  def test_principal(self, center):
+    recipe = dataclasses.replace(
+      recipes.get('mxfp4_rotated'), center=center, principal=3
+    )
+    # Four directions well above the noise, none of them an axis.
+    x = data(M, 4, seed=3) @ np.diag([9.0, 8.0, 7.0, 1.0]) @ data(4, K, seed=4)
+    x = jnp.asarray(x + data(M, K) + 2, jnp.float32)
+    w, dy = data(K, N, seed=1), data(M, N, seed=2)
+    rest, terms = _qdot.apart(x, recipe)
+    exact = sum(functools.reduce(np.matmul, map(np.float64, t)) for t in terms)
+    tolerance = 64 * U * np.abs(x).max()
+    np.testing.assert_allclose(np.float64(rest) + exact, x, atol=tolerance)
+
+    p = np.float64(terms[-1][1].T)
+    np.testing.assert_allclose(p.T @ p, np.eye(3), atol=64 * U)
+    relative = np.float64(x) - center * np.float64(x).mean(0)
+    left = np.linalg.norm(relative - relative @ p @ p.T) ** 2
+    least = np.sum(np.linalg.svd(relative, compute_uv=False)[3:] ** 2)
+    self.assertLess(left, 1.02 * least)
+
+    y, dx, dw = run(recipe, x, w, dy)
+    w, dy = np.float64(w), np.float64(dy)
+    # |a| |p| for a = x P has entries up to sqrt(K) times larger than |a p|.
+    slack = (K + M) * U * K**0.5
+    want, size = product(recipe.fwd, 0, rest, 1, w, 0)
+    bound = slack * (size + np.abs(exact) @ np.abs(w))
+    np.testing.assert_array_less(np.abs(y - (want + exact @ w)), bound)
+
+    want, size = product(recipe.wgrad, 2, rest, 0, dy, 0)
+    bound = slack * (size + np.abs(exact).T @ np.abs(dy))
+    np.testing.assert_array_less(np.abs(dw - (want + exact.T @ dy)), bound)
+
+    # With q the quantized product, P sees the plain one, and so does the mean.
+    q, size = product(recipe.dgrad, 1, dy, 1, w, 1)
+    want = q + (dy @ w.T - q) @ p @ p.T
+    if center:
+      want += np.mean(dy @ w.T - want, 0)
+    bound = slack * np.max(size + np.abs(dy) @ np.abs(w).T)
+    np.testing.assert_array_less(np.abs(dx - want), bound)
+
+  def test_principal_of_few_or_no_tokens(self):
+    recipe = dataclasses.replace(recipes.get('mxfp4_rtn'), principal=4)
+    w = data(K, N)
+    for x in (data(2, K, seed=1), jnp.zeros((M, K)), jnp.zeros((0, K))):
+      y, dx, dw = run(recipe, x, w, jnp.ones((len(x), N)))
+      np.testing.assert_allclose(y, x @ w, atol=1e-3)
+      self.assertTrue(np.isfinite(dx).all() and np.isfinite(dw).all())
+
+  def test_more_directions_than_there_are(self):
+    recipe = dataclasses.replace(recipes.get('mxfp4_rtn'), principal=K + 1)
+    with self.assertRaisesRegex(ValueError, f'principal={K + 1} .* use fewer'):
+      lowbit.qdot(data(M, K), data(K, N), recipe)
 
   def test_signs_of_every_call(self):
     spec = QuantSpec(formats.mxfp4, 'rceil')

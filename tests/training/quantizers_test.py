@@ -16,6 +16,7 @@ from lowbit_jax.training.quantizers import (
   DoReFaActivation,
   DoReFaGradient,
   DoReFaWeight,
+  Eden,
   FixedPoint,
   OutlierCompensated,
   Quartet,
@@ -26,6 +27,7 @@ from lowbit_jax.training.quantizers import (
 
 KEY = jax.random.key(3)
 MXFP4 = QuantSpec(formats.mxfp4, 'rceil')
+MXFP4_TILES = QuantSpec(formats.get('mxfp4_32x32'), 'rceil')
 EVERY = (
   DoReFaWeight(2),
   DoReFaActivation(2),
@@ -36,6 +38,7 @@ EVERY = (
   Quest(),
   OutlierCompensated(MXFP4),
   RowScaled(MXFP4),
+  Eden(MXFP4),
   FixedPoint(3, 4),
   FixedPoint(3, 4, 'nearest_even'),
   MicroScaling(rounding='stochastic'),
@@ -285,6 +288,46 @@ class RowScaledTest(parameterized.TestCase):
     )
 
 
+class EdenTest(parameterized.TestCase):
+  def test_error_is_orthogonal_at_any_magnitude(self):
+    x = normal((8, 96), 20)
+    q = np.float64(quantizers.apply(MXFP4, x))
+    wide = np.float64(x)
+    want = q * np.sum(wide**2, -1, keepdims=True)
+    want /= np.sum(wide * q, -1, keepdims=True)
+    for scale in (1.0, 2.0**-80, 2.0**70):  # squares leave the range
+      y, dx = pulled_back(Eden(MXFP4), x * np.float32(scale), x)
+      np.testing.assert_allclose(y / scale, want, rtol=1e-5)
+      np.testing.assert_array_equal(dx, x)
+    np.testing.assert_array_equal(Eden(MXFP4)(np.zeros((2, 64))), 0)
+
+  def test_less_noise_than_stochastic_rounding_and_little_bias(self):
+    # Behind a new rotation in every call, over the same gradients.
+    nearest = QuantSpec(formats.mxfp4, 'mse')
+    noisy = QuantSpec(formats.mxfp4, 'rceil', rounding='stochastic')
+    x = jnp.asarray(normal((64, 128), 21))
+    eye = jnp.eye(128)
+
+    def moments(spec):
+      gemm = GemmSpec(spec, None, 32, 'per_call')
+      recipe = Recipe('rotated', fwd=gemm)
+
+      @jax.jit
+      def error(i):
+        key = jax.random.fold_in(KEY, i)
+        return lowbit_jax.qdot(x, eye, recipe, key=key) - x
+
+      errors = np.stack([np.float64(error(i)) for i in range(400)])
+      return np.mean(errors**2), np.mean(errors.mean(0) * np.float64(x))
+
+    noise, _ = moments(noisy)
+    less, along = moments(Eden(nearest))
+    _, shrunk = moments(nearest)
+    self.assertLess(less, 0.5 * noise)
+    self.assertLess(abs(along), 1e-3)
+    self.assertLess(shrunk, -5e-3)
+
+
 class FixedPointTest(parameterized.TestCase):
   def test_lattice_and_saturation(self):
     x = np.float32([-9, -4, -0.3, 0.26, 3.7, 3.8, 9])
@@ -365,6 +408,8 @@ class ArgumentsTest(parameterized.TestCase):
       ValueError,
       'round to nearest',
     ),
+    (lambda: Eden(None), TypeError, 'inner=None'),
+    (lambda: Eden(MXFP4_TILES), ValueError, 'blocks along one axis'),
     (lambda: RowScaled(MXFP4, 1), ValueError, 'candidates=1'),
     (lambda: FixedPoint(20, 8), ValueError, '1..24'),
     (lambda: FixedPoint(3, 2, 'up'), ValueError, "rounding='up'"),
