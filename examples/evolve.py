@@ -288,25 +288,30 @@ def collect(search, state) -> list[dict]:
 def classical(search) -> dict[str, list[tuple[int, float]]]:
   """(operations, error) of minimax polynomials and rational functions.
 
-  A polynomial of degree n takes n products and n sums by Horner's scheme, and
-  R[m/m] as a continued fraction 3 m operations.
+  A polynomial of degree n takes n products and n sums by Horner's scheme.
+  Rational functions as continued fractions take 3 m operations for R[m/m], one
+  less for R[m-1/m], and two more for R[m+1/m].
   """
   target = search.target
-  reference = targets.core_reference(target)
+  reference = _remembered(targets.core_reference(target))
   interval = targets.core_interval(target)
   weight = targets.core_weight(target)
   extra = targets.extra_operations(target)
   most = search.rows + extra
   families = {
     'polynomials': [(n, 0, 2 * n) for n in range(1, 12)],
-    'rational functions': [(n, n, 3 * n) for n in range(1, 8)],
+    'rational functions': [
+      (n + k, n, 3 * n + more)
+      for n in range(1, 8)
+      for k, more in ((-1, -1), (0, 0), (1, 2))
+    ],
   }
   result = {}
   for name, members in families.items():
     points = []
     for m, n, cost in members:
       if cost + extra > most:
-        break
+        continue
       start = polish.rational_start(m, n, reference, interval)
       try:
         fit = polish.minimax(
@@ -319,9 +324,24 @@ def classical(search) -> dict[str, list[tuple[int, float]]]:
   return result
 
 
+def _remembered(reference):
+  """The same function of arrays, evaluated once for each of them."""
+  known = {}
+
+  def call(x):
+    key = x.tobytes()
+    if key not in known:
+      known[key] = reference(x)
+    return known[key]
+
+  return call
+
+
 def report(search, workdir, state) -> None:
   """Writes the hall of fame and the plot, and prints the table."""
   hall = collect(search, state)
+  reals = search.objective == 'operations'
+  families = classical(search) if reals else {}
   content = {
     'target': search.target.name,
     'interval': search.target.interval,
@@ -330,24 +350,26 @@ def report(search, workdir, state) -> None:
     'seed': search.seed,
     'fits': state.fits,
     'programs': hall,
+    'classical': families,
   }
   text = json.dumps(content, indent=2) + '\n'
   _report.write_atomically(workdir / 'hall_of_fame.json', text.encode())
-  print(f'{"operations":>10}  {"error":>10}  formula')
+  print(f'{"operations":>10}  {"error":>10}  {"classical":>10}  formula')
   for entry in hall:
-    print(
-      f'{entry["operations"]:>10}  {entry["error"]:>10.3e}  {entry["formula"]}'
-    )
+    count, error = entry['operations'], entry['error']
+    known = [e for own in families.values() for n, e in own if n <= count]
+    best = f'{min(known):.3e}' if known else ''
+    print(f'{count:>10}  {error:>10.3e}  {best:>10}  {entry["formula"]}')
   if importlib.util.find_spec('matplotlib') is None:
     print('no plot, because matplotlib is not installed')
-  elif search.objective == 'operations':
-    plot(search, workdir / 'pareto.png', hall)
-  if search.objective != 'operations':
+  elif reals:
+    plot(search, workdir / 'pareto.png', hall, families)
+  if not reals:
     race(search, workdir, state)
   print(f'saved {workdir / "hall_of_fame.json"}')
 
 
-def plot(search, path, hall) -> None:
+def plot(search, path, hall, families) -> None:
   """Error against operations, ours and the classical ones."""
   import io
 
@@ -357,9 +379,7 @@ def plot(search, path, hall) -> None:
   from matplotlib import pyplot
 
   figure, axes = pyplot.subplots(figsize=(7, 4.5), layout='constrained')
-  for (name, points), marker in zip(
-    classical(search).items(), 'os', strict=True
-  ):
+  for (name, points), marker in zip(families.items(), 'os', strict=True):
     if points:
       axes.plot(*zip(*points, strict=True), marker=marker, ls='', label=name)
   axes.step(
