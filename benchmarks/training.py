@@ -27,8 +27,8 @@ _ROUNDS = flags.DEFINE_integer('rounds', 11, 'Timed calls of each candidate.')
 _RECIPES = flags.DEFINE_list(
   'recipes',
   ['mxfp8', 'mxint8', 'mxfp4_rtn', 'mxfp4_sr_rht', 'mxfp4_rotated',
-   'mxfp4_lowbit', 'nvfp4', 'nvfp4_rtn', 'fp8_current', 'fp8_block',
-   'jetfire_int8', 'switchback'],
+   'mxfp4_unbiased', 'mxfp4_lowbit', 'nvfp4', 'nvfp4_rtn', 'nvfp4_lowbit',
+   'fp8_current', 'fp8_block', 'jetfire_int8', 'switchback'],
   'Recipes to time.',
 )  # fmt: skip
 _OPTIMIZERS = flags.DEFINE_list(

@@ -43,8 +43,9 @@ from lowbit_jax.training import optimizers, recipes
 
 _RECIPES = flags.DEFINE_list(
   'recipes',
-  ['mxfp8', 'mxint8', 'nvfp4', 'nvfp4_rtn', 'mxfp4_rtn', 'mxfp4_sr_rht',
-   'mxfp4_rotated', 'mxfp4_lowbit'],
+  ['mxfp8', 'mxint8', 'nvfp4', 'nvfp4_rtn', 'nvfp4_lowbit', 'mxfp4_rtn',
+   'mxfp4_sr_rht', 'mxfp4_rotated', 'mxfp4_centered', 'mxfp4_unbiased',
+   'mxfp4_lowbit'],
   'Recipes to compare with float32.',
 )  # fmt: skip
 _SEEDS = flags.DEFINE_list('seeds', ['0', '1', '2'], 'Seeds.')

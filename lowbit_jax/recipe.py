@@ -271,10 +271,11 @@ class Recipe:
     principal: how many leading directions of x, about its mean with `center`,
       are multiplied in high precision, x w = (x - x P P^T) w + (x P) (P^T w)
       with orthonormal columns P (K, principal) from two subspace iterations
-      over all tokens of a call, in forward and backward products alike. A few
-      directions hold much of the activations of trained networks ('Metis',
-      2025). Adds principal (6 / N + 1 / K) of the multiplications of x w, and
-      depends on the other tokens as `center` does.
+      over some of the tokens of a call, in forward and backward products alike.
+      A few directions hold much of the activations of trained networks
+      ('Metis', 2025). Adds principal (2 / N + 1 / K) of the multiplications of
+      x w and the search of P, which takes at most 1024 tokens; depends on the
+      other tokens as `center` does.
     switches: ((fraction, recipe), ...) in ascending order: from that fraction
       of the training on another recipe takes over, see `at`.
 

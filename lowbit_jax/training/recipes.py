@@ -130,7 +130,7 @@ def _mxfp4_row_scaled() -> Recipe:
 def _mxfp4_unbiased() -> Recipe:
   """As mxfp4_centered, with all operands rounded to nearest and unbiased by a
   factor for each row, gradients after new rotations in every call."""
-  spec = quantizers.Eden(_spec('mxfp4', 'mse'))
+  spec = quantizers.Eden(_spec('mxfp4', 'even'))
   backward = GemmSpec(spec, spec, 32, 'per_call')
   return Recipe(
     '', GemmSpec(spec, spec, 32, 'fixed'), backward, backward, center=True

@@ -182,6 +182,13 @@ class DefinitionTest(parameterized.TestCase):
     bound = slack * np.max(size + np.abs(dy) @ np.abs(w).T)
     np.testing.assert_array_less(np.abs(dx - want), bound)
 
+  def test_principal_directions_of_many_tokens(self):
+    # Found from some of them, they serve the others of the same distribution.
+    recipe = Recipe('split', principal=2)
+    x = data(4096, 2, seed=3) * np.float32([5, 4]) @ data(2, K, seed=4)
+    rest, _ = _qdot.apart(x + data(4096, K), recipe)
+    self.assertLess(np.mean(np.square(rest)), 1.02)
+
   def test_principal_of_few_or_no_tokens(self):
     recipe = dataclasses.replace(recipes.get('mxfp4_rtn'), principal=4)
     w = data(K, N)

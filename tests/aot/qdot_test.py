@@ -1,0 +1,39 @@
+"""The training product compiles for accelerators, its directions included."""
+
+import jax
+import jax.numpy as jnp
+from absl.testing import absltest, parameterized
+
+import lowbit_jax
+from lowbit_jax.training import recipes
+from tests.aot import targets
+
+
+class QdotTest(parameterized.TestCase):
+  @parameterized.parameters('v5e', 'h100')
+  def test_both_directions(self, target):
+    if (why := targets.why_not(target)) is not None:
+      self.skipTest(why)
+
+    def gradients(x, w):
+      def loss(x, w):
+        y = lowbit_jax.qdot(
+          x, w, recipes.get('mxfp4_lowbit'), key=jax.random.key(0)
+        )
+        return jnp.sum(jnp.square(y))
+
+      return jax.grad(loss, (0, 1))(x, w)
+
+    compiled = targets.compile_for(
+      target,
+      gradients,
+      jax.ShapeDtypeStruct((2048, 512), jnp.bfloat16),
+      jax.ShapeDtypeStruct((512, 256), jnp.float32),
+    )
+    self.assertLess(
+      compiled.memory_analysis().temp_size_in_bytes, 128 * 1024**2
+    )
+
+
+if __name__ == '__main__':
+  absltest.main()
