@@ -8,6 +8,7 @@ goes on ends in the same bits as one that was not interrupted.
 
 import csv
 import dataclasses
+import hashlib
 import io
 import json
 import math
@@ -555,9 +556,14 @@ def held_out(
 
 
 def identity(settings: Settings, corpus: byte_lm.Corpus) -> dict[str, Any]:
-  """What decides the trained weights, as JSON values."""
+  """What decides the trained weights, as JSON values.
+
+  A recipe counts by what it does, not by its name alone.
+  """
   values = dataclasses.asdict(settings)
-  return values.pop('model') | values | {'corpus': corpus.digest}
+  recipe = hashlib.sha256(repr(recipes.get(settings.recipe)).encode())
+  values |= {'corpus': corpus.digest, 'recipe_digest': recipe.hexdigest()[:16]}
+  return values.pop('model') | values
 
 
 def _read_log(path: pathlib.Path | None, start: int) -> list[Record]:

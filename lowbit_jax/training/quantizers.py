@@ -283,7 +283,30 @@ class OutlierCompensated:
 
 
 @dataclasses.dataclass(frozen=True)
-class RowScaled(_Deterministic):
+class _PerRow(_Deterministic):
+  """What has one more number for each row than its block format."""
+
+  inner: QuantSpec
+
+  def __post_init__(self):
+    spec = self.inner
+    if not isinstance(spec, QuantSpec):
+      raise TypeError(f'inner={spec!r} must be a QuantSpec')
+    plain = spec.rounding == 'nearest_even' and spec.backward == 'identity'
+    if not plain or spec.fmt.is_tile or spec.prescale != 1:
+      raise ValueError(
+        f'inner={spec} must round to nearest with backward="identity", no'
+        ' prescale, and blocks along one axis'
+      )
+
+  @property
+  def is_straight_through(self) -> bool:
+    """Whether its derivative is the identity, so that none is taken."""
+    return True
+
+
+@dataclasses.dataclass(frozen=True)
+class RowScaled(_PerRow):
   """A block format with one more scale c for each row, by least squares.
 
     x_hat = q(c x) / c,  c = 2^(i / candidates),  0 <= i < candidates
@@ -299,17 +322,12 @@ class RowScaled(_Deterministic):
     candidates: values of c within a factor of two.
   """
 
-  inner: QuantSpec
   candidates: int = 4
 
   def __post_init__(self):
-    _check_rows(self.inner)
+    super().__post_init__()
     if not isinstance(self.candidates, int) or self.candidates < 2:
       raise ValueError(f'candidates={self.candidates!r} must be an int above 1')
-
-  @property
-  def is_straight_through(self) -> bool:
-    return True
 
   def __call__(self, x, axis: int = -1, key=None) -> jax.Array:
     del key
@@ -328,7 +346,7 @@ class RowScaled(_Deterministic):
 
 
 @dataclasses.dataclass(frozen=True)
-class Eden(_Deterministic):
+class Eden(_PerRow):
   """A block format with a factor for each row in place of stochastic rounding.
 
     x_hat = q(x) |x|^2 / <x, q(x)>
@@ -338,21 +356,13 @@ class Eden(_Deterministic):
   `GemmSpec.signs='per_call'`, nothing but noise around zero remains, less than
   half of that of stochastic rounding (EDEN, 2022; Quartet II, 2026, has the
   factor in the scales of blocks). In blocks the rotation is not uniform and a
-  small bias is left. The factor does not vary along the axis that a product
-  reduces and multiplies its result. dx = g.
+  small bias is left: below 0.1 % of the norm of Gaussian rows behind rotations
+  of 32, 1.4 % for cubes of Gaussians. The factor does not vary along the axis
+  that a product reduces and can multiply its result. dx = g.
 
   Attributes:
     inner: a `QuantSpec` that rounds to nearest, straight through.
   """
-
-  inner: QuantSpec
-
-  def __post_init__(self):
-    _check_rows(self.inner)
-
-  @property
-  def is_straight_through(self) -> bool:
-    return True
 
   def __call__(self, x, axis: int = -1, key=None) -> jax.Array:
     del key
@@ -487,17 +497,6 @@ def _with_slope(y, x, slope):
 def _with_slope_jvp(primals, tangents):
   y, x, slope = primals
   return _with_slope(y, x, slope), jnp.where(slope == 0, 0, tangents[1] * slope)
-
-
-def _check_rows(inner) -> None:
-  if not isinstance(inner, QuantSpec):
-    raise TypeError(f'inner={inner!r} must be a QuantSpec')
-  plain = inner.rounding == 'nearest_even' and inner.backward == 'identity'
-  if not plain or inner.fmt.is_tile or inner.prescale != 1:
-    raise ValueError(
-      f'inner={inner} must round to nearest with backward="identity", no'
-      ' prescale, and blocks along one axis'
-    )
 
 
 def _check_bits(bits: int) -> None:

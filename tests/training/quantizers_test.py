@@ -323,7 +323,9 @@ class EdenTest(parameterized.TestCase):
     noise, _ = moments(noisy)
     less, along = moments(Eden(nearest))
     _, shrunk = moments(nearest)
+    even, _ = moments(Eden(QuantSpec(formats.mxfp4, 'even')))
     self.assertLess(less, 0.5 * noise)
+    self.assertLess(even, 0.5 * noise)
     self.assertLess(abs(along), 1e-3)
     self.assertLess(shrunk, -5e-3)
 
