@@ -35,6 +35,7 @@ import numpy as np
 from absl import app, flags, logging
 
 import _report
+from lowbit_jax import special
 from lowbit_jax.search import archive as archives
 from lowbit_jax.search import (
   certify,
@@ -44,6 +45,7 @@ from lowbit_jax.search import (
   polish,
   speed,
   targets,
+  timing,
 )
 from lowbit_jax.search import program as programs
 
@@ -408,7 +410,8 @@ def plot(search, path, hall, families) -> None:
 def race(search, workdir, state) -> None:
   """Prints what the fastest programs within the bound win over XLA.
 
-  The fastest is certified, and written with its certificate.
+  The fastest is also compared with `lowbit_jax.special`, where it has the
+  function, and written with its certificate.
   """
   target = search.target
   if target.name == 'gelu':
@@ -434,8 +437,19 @@ def race(search, workdir, state) -> None:
       f' XLA{"" if comparison.faster else " (not certain)"}:'
       f' {finalist.program}'
     )
-  if finalists:
-    publish(search, workdir, target, finalists[0].program)
+  if not finalists:
+    print(f'no program is within {search.bound:g} ULP once compiled')
+    return
+  fastest = finalists[0].program
+  if hasattr(special, target.name):
+    ours = getattr(special, target.name)
+    comparison = timing.compare(emit.function(fastest, target), ours, interval)
+    print(
+      f'the first has {comparison.speedup:.2f} x the speed of'
+      f' lowbit_jax.special.{target.name}, which is within'
+      f' {special.MAX_ULP[target.name]:g} ULP'
+    )
+  publish(search, workdir, target, fastest)
 
 
 def publish(search, workdir, target, program) -> None:

@@ -105,12 +105,11 @@ def finalists(
   interval: tuple[float, float],
   *,
   bound: float = 1.0,
-  count: int = 8,
   tier: str = '2^16',
   rounds: int = 40,
   seed: int = 0,
 ) -> list[Finalist]:
-  """The cheapest programs within a bound, raced against a base.
+  """Programs of the front that meet a bound, raced against a base.
 
   Args:
     target: of the search.
@@ -120,7 +119,6 @@ def finalists(
     interval: (lo, hi) of x that is certified and timed; the interval of the
       target unless it has a wrapper.
     bound: ULP of the compiled function.
-    count: how many, those of smallest cost.
     tier: density of the sweep.
     rounds: of timing.
     seed: of polishing.
@@ -128,13 +126,11 @@ def finalists(
   Returns:
     Those that met the bound, fastest first.
   """
-  within = [e for e in archives.entries(archive) if e.error <= _SLACK * bound]
-  within.sort(key=lambda e: (e.cost, e.error))
-  first: dict[tuple, Program] = {}
-  for entry in within:
-    first.setdefault(entry.program.rows, entry.program)
   result = []
-  for program in list(first.values())[:count]:
+  for entry in archives.front(archive):
+    if entry.error > _SLACK * bound:
+      continue
+    program = entry.program
     fit = polish.float32_coefficients(
       emit.with_constants(program, target),
       program.constants,

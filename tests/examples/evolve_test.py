@@ -71,6 +71,7 @@ class EvolveTest(absltest.TestCase):
       flags += ('--interval=-0.5,0.5', '--islands=1', '--ops=add,mul,fma')
       code, out = _run(directory, *flags)
       self.assertEqual(code, 0, out)
+      self.assertIn('x the speed of lowbit_jax.special.exp2, which', out)
       path = pathlib.Path(directory)
       certificate = certify.Certificate.load(path / 'exp2.json')
       self.assertIn('--objective=time', certificate.provenance.command)
