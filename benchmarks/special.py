@@ -16,6 +16,9 @@ from lowbit_jax.search import adopted, certify, timing
 _FUNCTION = flags.DEFINE_multi_enum(
   'function', list(adopted.FUNCTIONS), list(adopted.FUNCTIONS), 'Which.'
 )
+_INTERVAL = flags.DEFINE_list(
+  'interval', None, 'LO,HI of the arguments that are timed.'
+)
 _ROUNDS = flags.DEFINE_integer('rounds', 40, 'A B B A sequences per run.')
 
 
@@ -28,11 +31,12 @@ def row(name: str) -> list[str]:
   ]
   if errors[0] > special.MAX_ULP[name]:
     raise SystemExit(f'{name} has an error of {errors[0]:.3f} ULP')
+  interval = tuple(map(float, _INTERVAL.value or entry.timed))
   cached, large = (
     timing.compare(
       entry.function,
       entry.base,
-      entry.timed,
+      interval,
       size=size,
       applications=applications,
       rounds=_ROUNDS.value,
