@@ -15,6 +15,8 @@ from importlib import metadata
 
 import jax
 
+from lowbit_jax.search import timing
+
 
 @dataclasses.dataclass(frozen=True)
 class Ratio:
@@ -53,6 +55,13 @@ def compare(
     )
     for name in thunks
   ]
+
+
+def speed(comparison: timing.Comparison) -> str:
+  """Speed over the base, with the widest quartiles of the runs."""
+  lower = min(r.quartiles[0] for r in comparison.repeats)
+  upper = max(r.quartiles[1] for r in comparison.repeats)
+  return f'{comparison.speedup:.2f} [{lower:.2f}, {upper:.2f}]'
 
 
 def machine() -> str:

@@ -47,16 +47,10 @@ def row(name: str) -> list[str]:
     name,
     f'{errors[0]:.3f}',
     f'{errors[1]:.4g}',
-    *(_ratio(comparison) for comparison in (cached, large)),
+    *(_timing.speed(comparison) for comparison in (cached, large)),
     f'{min(r.nanoseconds for r in cached.repeats):.2f}',
     f'{min(r.base_nanoseconds for r in cached.repeats):.2f}',
   ]
-
-
-def _ratio(comparison: timing.Comparison) -> str:
-  lower = min(r.quartiles[0] for r in comparison.repeats)
-  upper = max(r.quartiles[1] for r in comparison.repeats)
-  return f'{comparison.speedup:.2f} [{lower:.2f}, {upper:.2f}]'
 
 
 def main(argv):

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,7 @@ sys.path.insert(0, str(_ROOT / 'examples'))
 import _checkpoints  # noqa: E402
 import byte_lm  # noqa: E402
 import lm_trainer  # noqa: E402
-from lowbit_jax.training import optimizers  # noqa: E402
+from lowbit_jax.training import optimizers, recipes  # noqa: E402
 
 TINY = byte_lm.Config(width=64, heads=2, blocks=2, context=32, batch=8, steps=6)
 
@@ -49,6 +50,14 @@ class Interrupted(Exception):
 
 
 class ResumeTest(absltest.TestCase):
+  def test_a_changed_recipe_is_another_run(self):
+    run, text = settings(), corpus()
+    before = lm_trainer.identity(run, text)
+    self.assertEqual(before, lm_trainer.identity(run, text))
+    changed = dataclasses.replace(recipes.get(run.recipe), center=True)
+    with mock.patch.object(recipes, 'get', return_value=changed):
+      self.assertNotEqual(before, lm_trainer.identity(run, text))
+
   def test_ends_in_the_same_bits(self):
     self.check_resume('mxfp4_sr_rht')
 
