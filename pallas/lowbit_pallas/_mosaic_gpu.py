@@ -6,8 +6,26 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 _OLD = tuple(map(int, jax.__version__.split('.')[:2])) < (0, 11)
 
 
-def kernel(body, **kwargs):
-  """`plgpu.kernel` with warpgroup semantics, the default since JAX 0.11."""
+# CUDA launches that many blocks along every axis but its first, our last.
+MOST_BLOCKS = 65535
+
+
+def why_not_grid(grid) -> str | None:
+  """Why no device launches this grid, or None."""
+  if any(blocks > MOST_BLOCKS for blocks in grid[:-1]):
+    return f'grid={tuple(grid)}: over {MOST_BLOCKS} blocks along a leading axis'
+  return None
+
+
+def kernel(body, *, grid, **kwargs):
+  """`plgpu.kernel` with warpgroup semantics, the default since JAX 0.11.
+
+  Raises:
+    ValueError: for a grid that no device launches.
+  """
+  if reason := why_not_grid(grid):
+    raise ValueError(f'{reason}; cut the operands')
+  kwargs['grid'] = grid
   if _OLD:
     semantics = plgpu.LoweringSemantics.Warpgroup
     kwargs['compiler_params'] = plgpu.CompilerParams(

@@ -4,7 +4,7 @@
 everything that sizes may depend on but the number of rows: the order of sums
 follows from the entry, and a row must not depend on the rows beside it. Where
 there is no table or no entry, the heuristic of the kernel decides. Tables are
-written by `benchmarks/gpu.py --tune`.
+written by `benchmarks/gpu.py`.
 """
 
 import functools
@@ -69,7 +69,7 @@ def find(op: str, implementation: str, key: str, make: Callable):
   except (TypeError, ValueError) as error:
     raise ValueError(
       f'entry {key!r} of {table} is {sizes}, which does not fit: {error}.'
-      ' Delete the entry, or time it again with benchmarks/gpu.py --tune'
+      ' Delete the entry, or time it again with benchmarks/gpu.py'
     ) from error
 
 

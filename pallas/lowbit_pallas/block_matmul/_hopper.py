@@ -1,7 +1,8 @@
 """Hopper kernels of block_matmul: a ring filled by TMA, and WGMMA.
 
 The last warpgroup loads; every other one multiplies 64 rows of the tile. All
-sizes are multiples of the tiles.
+sizes are multiples of the tiles. A slot of the ring is released once for every
+time that it is filled, and the loader waits for all of it before it ends.
 """
 
 import jax
@@ -42,7 +43,7 @@ def promoted(a, b, sa, sb, config: GpuConfig, interpret=None):
   """
   bm, bn, bk, stages = config.bm, config.bn, config.bk, config.stages
   (m, k), n = a.shape, b.shape[0]
-  groups = bm // WGMMA_ROWS
+  groups, steps = bm // WGMMA_ROWS, k // bk
 
   def body(a, b, sa, sb, out, a_s, b_s, sa_s, out_s, full, empty):
     i, j, group = (lax.axis_index(name) for name in ('m', 'n', 'group'))
@@ -58,15 +59,20 @@ def promoted(a, b, sa, sb, config: GpuConfig, interpret=None):
           sa.at[step, pl.ds(i * bm, bm)], sa_s.at[slot], full.at[slot]
         )
 
-      _fill_ring(load, k // bk, stages, empty)
+      _fill_ring(load, steps, stages, empty)
 
     @pl.when(group < groups)
     def _():
       plgpu.set_max_registers(MULTIPLY_REGISTERS, action='increase')
 
-      def step(index, acc):
+      def step(index, carry):
+        acc, column = carry
         slot = lax.rem(index, stages)
+        # The scale of rhs comes from global memory: a whole step ahead, so that
+        # no product waits for it.
+        next_column = sb[lax.min(index + 1, steps - 1), j]
         plgpu.barrier_wait(full.at[slot])
+        row = mgpu.load(sa_s.at[slot, rows], ROW_LAYOUT) * column
 
         def product(partial):
           plgpu.wgmma(partial, a_s.at[slot, rows], mgpu.transpose(b_s.at[slot]))
@@ -75,14 +81,15 @@ def promoted(a, b, sa, sb, config: GpuConfig, interpret=None):
 
         accumulator = plgpu.WGMMAAccumulatorRef((WGMMA_ROWS, bn), jnp.float32)
         partial = pl.run_scoped(product, accumulator)
-        row = mgpu.load(sa_s.at[slot, rows], ROW_LAYOUT)
+        # Threads read the row scales, TMA writes the next ones over them.
+        plgpu.commit_smem()
         plgpu.barrier_arrive(empty.at[slot])
-        row = lax.broadcast_in_dim(row * sb[index, j], partial.shape, (0,))
-        return reference.promote(acc, partial, row, 1)
+        row = lax.broadcast_in_dim(row, partial.shape, (0,))
+        return reference.promote(acc, partial, row, 1), next_column
 
       zero = jnp.zeros((WGMMA_ROWS, bn), jnp.float32)
       zero = plgpu.layout_cast(zero, plgpu.Layout.WGMMA)
-      out_s[rows] = lax.fori_loop(0, k // bk, step, zero)
+      out_s[rows], _ = lax.fori_loop(0, steps, step, (zero, sb[0, j]))
       _store(out_s.at[rows], out, i * bm + group * WGMMA_ROWS, j * bn)
 
   return mgpu.kernel(
@@ -155,6 +162,7 @@ def integer(a, b, row, column, config: GpuConfig, interpret=None):
 
         lax.fori_loop(0, steps, step, None)
         plgpu.wgmma_wait(0)
+        plgpu.barrier_arrive(empty.at[lax.rem(steps - 1, stages)])
         return total[...]
 
       total = pl.run_scoped(
@@ -212,9 +220,9 @@ def _load_tiles(sources, rings, tile, config, step, slot, full):
 
 
 def _fill_ring(load, steps: int, stages: int, empty):
-  """Calls load(step, slot) as slots become free."""
+  """Calls load(step, slot) as slots become free, and waits until all are."""
 
-  def step(index, _):
+  def fill(index, _):
     slot = lax.rem(index, stages)
 
     @pl.when(index >= stages)
@@ -223,7 +231,11 @@ def _fill_ring(load, steps: int, stages: int, empty):
 
     load(index, slot)
 
-  lax.fori_loop(0, steps, step, None)
+  def drain(index, _):
+    plgpu.barrier_wait(empty.at[lax.rem(index, stages)])
+
+  lax.fori_loop(0, steps, fill, None)
+  lax.fori_loop(max(steps - stages, 0), steps, drain, None)
 
 
 def _store(tile, out, row, column):

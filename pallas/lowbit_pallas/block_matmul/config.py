@@ -136,6 +136,8 @@ def why_not_gpu(config: GpuConfig, target: str) -> str | None:
   columns = (128, 256) if target == 'b200' else (128,)
   if config.bn not in columns:
     return f'bn={config.bn} is not in {columns}'
+  if config.stages < 2:
+    return f'stages={config.stages}: one is filled while another is read'
   used = smem_bytes(config)
   if used > SMEM_BYTES:
     return f'tiles {config} take {used} bytes of {SMEM_BYTES}'

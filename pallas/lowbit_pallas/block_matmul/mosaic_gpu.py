@@ -91,7 +91,8 @@ def why_not(
     )
   elif config.bits != bits:
     return f'tiles for codes of {config.bits} bits, not {bits}'
-  return _config.why_not_gpu(config, target)
+  grid = -(-m // config.bm), -(-n // config.bn)
+  return _config.why_not_gpu(config, target) or mgpu.why_not_grid(grid)
 
 
 def _why_not_hopper(specs, mode) -> str | None:

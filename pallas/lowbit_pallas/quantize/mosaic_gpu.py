@@ -31,7 +31,8 @@ _WGMMA = plgpu.Layout.WGMMA
 
 def why_not(shape, dtype, task: Task) -> str | None:
   """Why this kernel does not take x, or None."""
-  return cfg.why_not(shape, dtype, task)
+  reason = cfg.why_not(shape, dtype, task)
+  return reason or compat.why_not_grid(_grid(shape, LANES))
 
 
 def run(
@@ -72,7 +73,8 @@ def run(
     operands[name] = jnp.asarray(matrix, jnp.bfloat16)
   full = None if origin is None else tuple(origin[1])
   tile = _Tile(task, config.columns, width, unit, cols, full, rows)
-  tall = -(-rows // ROWS) * ROWS
+  grid = _grid(x.shape, config.columns)
+  tall = grid[0] * ROWS
   packed, scale = compat.kernel(
     functools.partial(_kernel, tile, tuple(operands)),
     out_type=[
@@ -81,13 +83,18 @@ def run(
         (x.shape[1] // spec.block, tall), cfg.scale_dtype(task)
       ),
     ],
-    grid=(tall // ROWS, -(-x.shape[1] // config.columns)),
+    grid=grid,
     grid_names=('i', 'j'),
     scratch_types=_scratch(tile, operands),
     interpret=interpret,
   )(*operands.values())
   packed = packed[:rows, : cfg.packed_columns(cols, task)]
   return packed, scale[: cfg.scale_columns(cols, task), :rows].T
+
+
+def _grid(shape, columns: int) -> tuple[int, int]:
+  """Tiles along both axes."""
+  return -(-shape[0] // ROWS), -(-shape[1] // columns)
 
 
 class _Tile(NamedTuple):

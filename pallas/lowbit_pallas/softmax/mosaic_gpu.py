@@ -4,7 +4,10 @@ One warpgroup takes 256 columns at a time and keeps 256 independent sums. A row
 that fits shared memory is read once and needs one kernel, which looks at the
 sum of its row and goes on in the pair or the online form. Longer rows are
 split: one kernel sums the pieces, their sums are joined in the order of the
-pieces, a second kernel normalises. No atomics, so the same bits in every run.
+pieces, and another one normalises. Between the two, rows that the pair form
+lost are summed once more, in the online form: that kernel ends at once where a
+row was not lost, which is cheaper than to ask the host whether to launch it. No
+atomics, so the same bits in every run.
 """
 
 from typing import Any, NamedTuple
@@ -120,50 +123,38 @@ def _in_place(static: _Static) -> bool:
 
 
 def _logsumexp(operands, static: _Static, interpret):
-  """Joins partial sums; rows that the pair form lost are summed once more."""
+  """The logarithms of the sums of rows."""
+  total = _totals(operands, static, interpret)
   if static.algorithm != 'auto':
-    form = getattr(forms, static.algorithm.upper())
-    y = form.logsumexp(_total(form, operands, static, interpret))
-    return y.astype(static.out_dtype)
-  pair = _total(forms.PAIR, operands, static, interpret)
-
-  def by_row(_):
-    total = _total(forms.ONLINE, operands, static, interpret)
-    online = forms.ONLINE.logsumexp(total)
-    return jnp.where(jnp.isnan(pair[0]), online, forms.PAIR.logsumexp(pair))
-
-  y = lax.cond(
-    jnp.any(jnp.isnan(pair[0])),
-    by_row,
-    lambda _: forms.PAIR.logsumexp(pair),
-    None,
-  )
+    y = getattr(forms, static.algorithm.upper()).logsumexp(*total)
+  else:
+    pair, online = total
+    y = jnp.where(
+      jnp.isnan(pair[0]),
+      forms.ONLINE.logsumexp(online),
+      forms.PAIR.logsumexp(pair),
+    )
   return y.astype(static.out_dtype)
 
 
 def _split(operands, static: _Static, interpret):
   """Both passes over rows in pieces."""
+  totals = _totals(operands, static, interpret)
+  return _normalised(operands, totals, static, interpret)
 
-  def finish(form, total):
-    return _normalised(form, operands, total, static, interpret)
 
+def _totals(operands, static: _Static, interpret):
+  """The sums of rows in the form of the algorithm; in 'auto' in both forms.
+
+  The online sums of 'auto' are those of rows whose pair sums are NaN, and
+  undefined for all others.
+  """
   if static.algorithm != 'auto':
     form = getattr(forms, static.algorithm.upper())
-    return finish(form, _total(form, operands, static, interpret))
-  pair = _total(forms.PAIR, operands, static, interpret)
-  lost = jnp.isnan(pair[0])
-
-  def by_row(_):
-    online = _total(forms.ONLINE, operands, static, interpret)
-    return jnp.where(
-      lost[:, None, None, None],
-      finish(forms.ONLINE, online),
-      finish(forms.PAIR, pair),
-    )
-
-  return lax.cond(
-    jnp.any(lost), by_row, lambda _: finish(forms.PAIR, pair), None
-  )
+    return (_total(form, operands, None, static, interpret),)
+  pair = _total(forms.PAIR, operands, None, static, interpret)
+  online = _total(forms.ONLINE, operands, pair[0], static, interpret)
+  return pair, online
 
 
 def _whole(operands, static: _Static, interpret):
@@ -184,7 +175,7 @@ def _whole(operands, static: _Static, interpret):
       write(form, _join(form, _sum(form, tiles, static)))
     else:
       pair = _join(forms.PAIR, _sum(forms.PAIR, tiles, static))
-      lost = pair[0] != pair[0]
+      lost = _is_lost(pair[0])
 
       @pl.when(lost)
       def _():
@@ -207,52 +198,86 @@ def _whole(operands, static: _Static, interpret):
   )(*operands)
 
 
-def _total(form, operands, static: _Static, interpret):
-  """The sums of rows, two `(rows,)` arrays."""
+def _total(form, operands, lost, static: _Static, interpret):
+  """The sums of rows, two `(rows,)` arrays.
+
+  Args:
+    form: of the sums.
+    operands: x, and the mask if there is one.
+    lost: None for all rows; or `(rows,)`, where only rows with a NaN are summed
+      and the sums of others are undefined.
+    static: see `_Static`.
+    interpret: see `run`.
+  """
   rows, splits, *_ = operands[0].shape
+  some = () if lost is None else (lost,)
 
   def body(*refs):
-    *sources, first_ref, second_ref, tiles, first, second, barrier = refs
+    *refs, first_ref, second_ref, tiles, first, second, barrier = refs
+    sources = refs[: len(operands)]
     row, split = lax.axis_index('row'), lax.axis_index('split')
-    _fetch([ref.at[row, split] for ref in sources], tiles, barrier)
-    first[...], second[...] = _sum(form, tiles, static)
-    _send(first, first_ref.at[row, split])
-    _send(second, second_ref.at[row, split])
+
+    def add():
+      _fetch([ref.at[row, split] for ref in sources], tiles, barrier)
+      first[...], second[...] = _sum(form, tiles, static)
+      _send(first, first_ref.at[row, split])
+      _send(second, second_ref.at[row, split])
+
+    if lost is None:
+      add()
+    else:
+      pl.when(_is_lost(refs[-1][row]))(add)
 
   part = jax.ShapeDtypeStruct((rows, splits, _SLICE), jnp.float32)
   lanes = plgpu.SMEM((_SLICE,), jnp.float32)
   parts = _kernel(
     body,
     (part, part),
-    (rows, splits),
-    ('row', 'split'),
+    (splits, rows),
+    ('split', 'row'),
     [_tiles(static), lanes, lanes, _barrier(static)],
     interpret,
-  )(*operands)
+  )(*operands, *some)
   return form.total(form.total(form.state(*parts), 1), 1)
 
 
-def _normalised(form, operands, total, static: _Static, interpret):
-  """The second pass over rows in pieces."""
+def _normalised(operands, totals, static: _Static, interpret):
+  """The second pass over rows in pieces; `totals` as from `_totals`."""
   shape = operands[0].shape
+  sums = [leaf for total in totals for leaf in total]
 
   def body(*refs):
-    *sources, first_ref, second_ref, out_ref, tiles, out_tile, barrier = refs
+    *refs, out_ref, tiles, out_tile, barrier = refs
+    sources, sums = refs[: len(operands)], refs[len(operands) :]
     row, split = lax.axis_index('row'), lax.axis_index('split')
     _fetch([ref.at[row, split] for ref in sources], tiles, barrier)
     out_tile = tiles[0] if out_tile is None else out_tile
-    total = form.state(first_ref[row], second_ref[row])
-    _write(form, tiles, total, out_tile, static)
+
+    def write(form, first_ref, second_ref):
+      total = form.state(first_ref[row], second_ref[row])
+      _write(form, tiles, total, out_tile, static)
+
+    if static.algorithm != 'auto':
+      write(getattr(forms, static.algorithm.upper()), *sums)
+    else:
+      lost = _is_lost(sums[0][row])
+      pl.when(lost)(lambda: write(forms.ONLINE, *sums[2:]))
+      pl.when(jnp.logical_not(lost))(lambda: write(forms.PAIR, *sums[:2]))
     _send(out_tile, out_ref.at[row, split])
 
   return _kernel(
     body,
     jax.ShapeDtypeStruct(shape, static.out_dtype),
-    shape[:2],
-    ('row', 'split'),
+    (shape[1], shape[0]),
+    ('split', 'row'),
     [_tiles(static), _out_tile(static), _barrier(static)],
     interpret,
-  )(*operands, *total)
+  )(*operands, *sums)
+
+
+def _is_lost(first):
+  """Whether the first number of a pair sum says that the row needs 'online'."""
+  return first != first
 
 
 def _kernel(body, out_type, grid, grid_names, scratch_types, interpret):

@@ -67,6 +67,8 @@ def why_not_gpu(config: Config, steps: int) -> str | None:
     return f'config.bm={config.bm} is not a multiple of 8 from 8 to 256'
   if steps % config.split_k:
     return f'config.split_k={config.split_k} does not divide {steps} tiles'
+  if config.stages < 2:
+    return f'config.stages={config.stages}: one is filled while another is read'
   return None
 
 
@@ -123,10 +125,8 @@ def mosaic_gpu(
       raise ValueError(why)
     if bm > _most_rows(plain.schedule, spec):
       raise ValueError(f'{bm=} needs more registers than there are')
-    if stages < 2 or smem_bytes(config, spec) > SMEM_BYTES:
-      raise ValueError(
-        f'{config} has under 2 stages or over {SMEM_BYTES} bytes'
-      )
+    if smem_bytes(config, spec) > SMEM_BYTES:
+      raise ValueError(f'{config} takes over {SMEM_BYTES} bytes')
     return dataclasses.replace(config, bm=_even_tiles(rows, bm))
 
   entry = key(n, k, spec, dtype, plain.schedule)

@@ -44,6 +44,8 @@ def why_not(x_shape, x_dtype, w: Prepacked, config: Config) -> str | None:
   if lane not in (64, 128):
     return f'tiles of {w.tile} rows have lanes of {lane}, not 64 or 128'
   refusal = _config.why_not_gpu(config, w.steps)
+  if refusal is None:
+    refusal = _mosaic_gpu.why_not_grid(_grid(x_shape[0], w.n, config))
   if refusal is not None:
     return refusal
   wide = x_dtype != jnp.bfloat16
@@ -125,10 +127,15 @@ def _call(x, w: Prepacked, config: Config):
   return _mosaic_gpu.kernel(
     body,
     out_type=jax.ShapeDtypeStruct((config.split_k, n, m), jnp.float32),
-    grid=(n // ROWS, config.split_k, m // bm),
+    grid=_grid(m, n, config),
     grid_names=('n', 'part', 'm'),
     scratch_types=[plgpu.SMEM((ROWS, bm), jnp.float32)],
   )(*inputs)
+
+
+def _grid(m: int, n: int, config: Config) -> tuple[int, int, int]:
+  """Tiles of the weight's columns, parts of K, tiles of the rows of x."""
+  return -(-n // ROWS), config.split_k, -(-m // config.bm)
 
 
 def _kernel(
@@ -180,6 +187,7 @@ def _kernel(
       xs, codes, scale, zero = unpack(refs)
       weights = _weights(codes, scale, zero, spec, lane)
       _multiply(acc, weights, xs)
+      plgpu.commit_smem()  # what threads read is about to be overwritten
 
     pipeline(step)
     return acc[...]
@@ -202,6 +210,7 @@ def _kernel(
         for factor in block.scale_factors(stored, spec.scale):
           part = part * _along_rows(factor, part.shape)
         total = total + part
+      plgpu.commit_smem()
       return total
 
     zeros = jnp.zeros((ROWS, config.bm), jnp.float32)

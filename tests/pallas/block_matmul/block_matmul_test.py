@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 from absl.testing import absltest, parameterized
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 
 from lowbit_pallas.arith import codec
 from lowbit_pallas.arith.block import Blocked
 from lowbit_pallas.block_matmul import config, reference, tpu
+from tests.pallas import races
 from tests.pallas.block_matmul import operands as ops
 
 MX = (
@@ -49,7 +49,7 @@ def _tpu(*arrays, lhs_spec, rhs_spec, layout, mode, config=None):
     layout=layout,
     mode=mode,
     config=config,
-    interpret=pltpu.InterpretParams(detect_races=True),
+    interpret=races.TPU,
   )
 
 
@@ -71,14 +71,6 @@ def _run(function, a, b, layout='nt', mode='exact', **kwargs):
 def _tiles(a, b, layout='nt', bm=M, bn=128):
   """The smallest tiles along K, so that there are several."""
   return config.TpuConfig(bm, bn, config.k_unit(a.spec, b.spec, layout))
-
-
-def _no_races():
-  # Where the interpreter keeps its findings differs between JAX versions.
-  from jax._src.pallas.mosaic.interpret import interpret_pallas_call as module
-
-  races = getattr(module, 'races', None)
-  assert races is None or not races.races_found
 
 
 class ReferenceTest(parameterized.TestCase):
@@ -246,7 +238,6 @@ class TpuTest(parameterized.TestCase):
     a, b = ops.normal(left, M, k, 0), ops.normal(right, N, k, 1)
     got = _run(_tpu, a, b, layout, config=_tiles(a, b, layout))
     self.assertEmpty(ops.violations(got, *ops.exact_product(a, b), k))
-    _no_races()
 
   @parameterized.parameters('nt', 'nn', 'tn')
   def test_layouts_agree_bit_for_bit_where_sums_are_exact(self, layout):
@@ -260,7 +251,6 @@ class TpuTest(parameterized.TestCase):
     b = ops.normal('fp8_128_e5m2', N, 384, 1, tile=tile)
     got = _run(_tpu, a, b, layout, 'fp8_128', config=_tiles(a, b, layout))
     self.assertEmpty(ops.violations(got, *ops.promoted_product(a, b), 131))
-    _no_races()
 
   @parameterized.parameters(('int8', 'nt'), ('int4', 'tn'))
   def test_integers_are_exact(self, name, layout):

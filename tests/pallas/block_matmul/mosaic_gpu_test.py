@@ -9,24 +9,24 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from absl.testing import absltest, parameterized
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from lowbit_pallas import _mosaic_gpu as mgpu
 from lowbit_pallas.arith import codec
 from lowbit_pallas.arith.block import Blocked
 from lowbit_pallas.block_matmul import (
   _blackwell,
+  _hopper,
   config,
   mosaic_gpu,
   reblock,
   reference,
 )
 from lowbit_pallas.wq_matmul import reference as wq_reference
+from tests.pallas import races
 from tests.pallas.block_matmul import operands as ops
 
-INTERPRETED = hasattr(plgpu, 'InterpretGPUParams')
 needs_interpreter = pytest.mark.skipif(
-  not INTERPRETED, reason='the interpreter takes these kernels from JAX 0.11'
+  not races.GPU, reason='the interpreter takes these kernels from JAX 0.11'
 )
 M, N = 20, 130
 
@@ -51,8 +51,7 @@ def _run(a, b, layout='nt', mode='exact', target='h100', **kwargs):
 
 
 def _interpreted(a, b, layout, mode):
-  interpret = plgpu.InterpretGPUParams()
-  return _run(a, b, layout, mode, interpret=interpret)
+  return _run(a, b, layout, mode, interpret=races.GPU)
 
 
 @needs_interpreter
@@ -71,6 +70,28 @@ class HopperTest(parameterized.TestCase):
     total = (a.elements @ b.elements.T).astype(np.float32)
     got = _interpreted(a, b, layout, 'integer')
     np.testing.assert_array_equal(got, total * a.stored * b.stored.T)
+
+  def test_rings_that_wrap(self):
+    k = 1152  # nine steps in a ring of four
+    a = ops.normal('fp8_128', M, k, 0)
+    b = ops.normal('fp8_128', 66, k, 1, tile=True)
+    got = _interpreted(a, b, 'nt', 'fp8_128')
+    exact = ops.promoted_product(a, b)
+    self.assertEmpty(ops.violations(got, *exact, k // 128 + 128))
+    a, b = ops.normal('int8', 66, k, 0), ops.normal('int8', M, k, 1)
+    got = _interpreted(a, b, 'nt', 'integer')
+    total = (a.elements @ b.elements.T).astype(np.float32)
+    np.testing.assert_array_equal(got, total * a.stored * b.stored.T)
+
+  def test_scales_that_are_overwritten_while_read_are_seen(self):
+    a = ops.normal('fp8_128', M, 640, 0)
+    b = ops.normal('fp8_128', M, 640, 1, tile=True)
+    with (
+      races.recorded() as found,
+      mock.patch.object(_hopper.plgpu, 'commit_smem', lambda: None),
+    ):
+      _interpreted(a, b, 'nt', 'fp8_128')
+    self.assertTrue(any(state.races_found for state in found))
 
   def test_finds_missing_scales(self):
     a = ops.normal('fp8_128', M, 256, 0)
@@ -193,6 +214,7 @@ class WhyNotTest(parameterized.TestCase):
     (config.GpuConfig(192, 128, 128, 4), 'bm=192'),
     (config.GpuConfig(64, 256, 128, 4), 'bn=256'),
     (config.GpuConfig(128, 128, 128, 9), 'bytes'),
+    (config.GpuConfig(128, 128, 128, 1), 'stages=1'),
     (config.GpuConfig(128, 128, 256, 2, 4), 'of 4 bits'),
   )
   def test_refuses_tiles(self, tiles, reason):

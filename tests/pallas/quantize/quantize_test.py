@@ -11,8 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from absl.testing import absltest, parameterized
-from jax.experimental.pallas import mosaic_gpu as plgpu
-from jax.experimental.pallas import tpu as pltpu
 
 import lowbit_jax
 from lowbit_jax import formats, transforms
@@ -21,12 +19,14 @@ from lowbit_jax.numerics._codec import blocked
 from lowbit_pallas.arith import block, codec, hadamard, packing
 from lowbit_pallas.quantize import config, mosaic_gpu, reference, tpu
 from lowbit_pallas.quantize.config import Config, Task
+from tests.pallas import races
 
 FORMATS = (
   'mxfp4', 'mxfp8_e4m3', 'mxfp8_e5m2', 'mxfp6_e2m3', 'mxfp6_e3m2', 'mxint8',
   'mxint4', 'nvfp4', 'nvint4', 'int4_g32', 'int8_g128', 'int2_g64', 'int3_g32',
   'int7_g32', 'fp8_1x128', 'nf4_g64', 'bfp5_g16',
 )  # fmt: skip
+
 KEY = 7
 
 
@@ -76,9 +76,9 @@ def want(x, name: str, task: Task, origin=None):
 def run(module, x, task: Task, **kwargs):
   words = jax.random.key_data(jax.random.key(KEY))
   if module is tpu:
-    kwargs['interpret'] = pltpu.InterpretParams(detect_races=True)
+    kwargs['interpret'] = races.TPU
   if module is mosaic_gpu:
-    kwargs['interpret'] = plgpu.InterpretGPUParams()
+    kwargs['interpret'] = races.GPU
 
   @jax.jit
   def quantize(x, tensor_scale, signs):
@@ -94,14 +94,6 @@ def run(module, x, task: Task, **kwargs):
   return quantize(
     x, kwargs.pop('tensor_scale', None), kwargs.pop('signs', None)
   )
-
-
-def races_found() -> bool:
-  # Where the interpreter keeps its findings differs between JAX versions.
-  from jax._src.pallas.mosaic.interpret import interpret_pallas_call as module
-
-  races = getattr(module, 'races', None)
-  return races is not None and races.races_found
 
 
 def differences(module, x, name: str, task: Task, **kwargs) -> int:
@@ -238,7 +230,6 @@ class ReferenceTest(parameterized.TestCase):
 class TpuTest(parameterized.TestCase):
   def check(self, name, x, task, **kwargs):
     self.assertEqual(differences(tpu, x, name, task, **kwargs), 0)
-    self.assertFalse(races_found())
 
   @parameterized.parameters(
     ('mxfp4', (33, 300), 'float32', {'rule': 'even'}),
@@ -316,12 +307,10 @@ class RotationTest(parameterized.TestCase):
 
   def test_kernel_differs_at_ties_only(self):
     check_rotation(self, tpu, 'mxfp4', 16, 40, 384)
-    self.assertFalse(races_found())
 
   @pytest.mark.slow
   def test_rotation_over_many_blocks(self):
     check_rotation(self, tpu, 'nvfp4', 128, 40, 384)
-    self.assertFalse(races_found())
 
   def test_poison_stays_in_its_blocks(self):
     # Integers: sums are exact in any order.
@@ -351,7 +340,7 @@ def _product(shape, pairs):
 
 
 @pytest.mark.skipif(
-  not hasattr(plgpu, 'InterpretGPUParams'),
+  not races.GPU,
   reason='the interpreter of this JAX cannot load from tiled shared memory',
 )
 class MosaicGpuTest(parameterized.TestCase):
@@ -448,6 +437,15 @@ class RefusalTest(parameterized.TestCase):
   def test_says_why(self, shape, dtype, how, reason):
     task = task_of('mxfp4', **how)
     self.assertRegex(tpu.why_not(shape, dtype, task), reason)
+
+  def test_more_rows_than_a_gpu_launches(self):
+    most, dtype, task = 65535 * 64, 'bfloat16', task_of('mxfp4')
+    self.assertIsNone(mosaic_gpu.why_not((most, 64), dtype, task))
+    refusal = mosaic_gpu.why_not((most + 1, 64), dtype, task)
+    self.assertIn('65535 blocks', refusal)
+    with self.assertRaisesRegex(ValueError, '65535 blocks'):
+      x = jax.ShapeDtypeStruct((most + 1, 64), dtype)
+      jax.eval_shape(lambda x: mosaic_gpu.run(x, task), x)
 
   @parameterized.parameters('int4_channel', 'uint4_g32')
   def test_refuses_formats(self, name):

@@ -10,23 +10,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl.testing import absltest, parameterized
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from lowbit_pallas.arith import softmax as sm
 from lowbit_pallas.softmax import config, forms, mosaic_gpu, reference
+from tests.pallas import races
 from tests.pallas.softmax import rows
 
-INTERPRETED = hasattr(plgpu, 'InterpretGPUParams')
 SPLIT = config.GpuConfig(1, 3)
 
 
 def _run(x, where=None, **options):
-  interpret = plgpu.InterpretGPUParams()
-  y = mosaic_gpu.run(jnp.asarray(x), where, interpret=interpret, **options)
+  y = mosaic_gpu.run(jnp.asarray(x), where, interpret=races.GPU, **options)
   return np.asarray(y)
 
 
-@absltest.skipUnless(INTERPRETED, 'JAX 0.10 cannot interpret these kernels')
+@absltest.skipUnless(races.GPU, 'JAX 0.10 cannot interpret these kernels')
 class MosaicGpuTest(parameterized.TestCase):
   @parameterized.named_parameters(
     ('whole', 'pair', 'float32', None, 'wide'),
@@ -37,7 +35,11 @@ class MosaicGpuTest(parameterized.TestCase):
     y = _run(x, algorithm=algorithm, config=cut, out_dtype=jnp.float32)
     self.assertLessEqual(rows.units(y, rows.exact('softmax', x)), 24)
 
-  @parameterized.parameters((None, 'softmax'), (SPLIT, 'logsumexp'))
+  @parameterized.parameters(
+    (None, 'softmax'),
+    (SPLIT, 'softmax'),
+    (SPLIT, 'logsumexp'),
+  )
   def test_auto_decides_row_by_row(self, cut, kind):
     x = rows.draw('wide', (3, 600))
     x[1] = rows.draw('beyond', (1, 600))
@@ -78,6 +80,13 @@ class MosaicGpuTest(parameterized.TestCase):
 
 
 class RefusalTest(parameterized.TestCase):
+  @parameterized.parameters('softmax', 'log_softmax', 'logsumexp')
+  def test_many_rows_in_pieces_can_be_launched(self, kind):
+    x = jax.ShapeDtypeStruct((1 << 20, 16384), jnp.float32)
+    run = lambda x: mosaic_gpu.run(x, kind=kind)
+    self.assertGreater(config.mosaic_gpu(16384, 4).splits, 1)
+    self.assertEqual(jax.eval_shape(run, x).shape[0], 1 << 20)
+
   @parameterized.parameters(
     ((3,), 'float32', r'x.shape=\(3,\)'),
     ((0, 512), 'float32', 'a row'),

@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 from absl.testing import absltest, parameterized
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 
 from lowbit_pallas.arith import softmax as sm
 from lowbit_pallas.softmax import config, forms, reference, tpu
+from tests.pallas import races
 from tests.pallas.softmax import rows
 
 NARROW = config.TpuConfig(8, 128)
@@ -46,8 +46,7 @@ SLOW_CASES = tuple(
 
 
 def _run(x, where=None, **options):
-  interpret = pltpu.InterpretParams(detect_races=True)
-  return np.asarray(tpu.run(x, where, interpret=interpret, **options))
+  return np.asarray(tpu.run(x, where, interpret=races.TPU, **options))
 
 
 def _chain(columns: int) -> int:

@@ -15,6 +15,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from lowbit_pallas import _mosaic_gpu
 from lowbit_pallas.wq_matmul import config, mosaic_gpu
+from tests.pallas import races
 from tests.pallas.wq_matmul import oracle
 
 
@@ -37,9 +38,9 @@ def _multiply(acc, weights, xs):
 
 @contextlib.contextmanager
 def _interpreted():
-  if not hasattr(plgpu, 'force_gpu_interpret_mode'):
+  if not races.GPU:
     raise absltest.SkipTest('Mosaic GPU is interpreted from JAX 0.11 on')
-  with plgpu.force_gpu_interpret_mode():
+  with plgpu.force_gpu_interpret_mode(races.GPU):
     with mock.patch.object(mosaic_gpu, '_multiply', _multiply):
       yield
 
@@ -51,6 +52,8 @@ class MosaicGpuTest(parameterized.TestCase):
     ('int3_g32', 3, 64, 544, 'pre', 'bfloat16'),
     ('uint4_g32', 3, 64, 160, 'pre', 'bfloat16'),
     ('int8_channel', 2, 64, 128, 'pre', 'float32'),
+    ('mxfp4', 3, 64, 1152, 'pre', 'bfloat16'),  # the ring of four wraps
+    ('int4_g128', 3, 64, 1152, 'post', 'bfloat16'),
   )
   def test_agrees_with_oracle(self, name, m, n, k, schedule, dtype):
     w = oracle.quantized(name, k, n)
@@ -111,6 +114,7 @@ class MosaicGpuTest(parameterized.TestCase):
       (nk, 'bfloat16', bad(bn=128), 'bn=128'),
       (nk, 'bfloat16', bad(bm=264), 'bm=264'),
       (nk, 'bfloat16', bad(split_k=3), 'split_k=3'),
+      (nk, 'bfloat16', bad(stages=1), 'stages=1'),
       (nk, 'float32', bad(schedule='pre'), 'float32'),
     ):
       why = mosaic_gpu.why_not((2, 256), jnp.dtype(dtype), p, c)
@@ -120,6 +124,16 @@ class MosaicGpuTest(parameterized.TestCase):
         self.assertIn(reason, why)
         with self.assertRaises(NotImplementedError):
           mosaic_gpu.run(jnp.zeros((2, 256), jnp.dtype(dtype)), p, config=c)
+
+  @parameterized.parameters('int4_g32', 'mxfp4', 'nvfp4', 'int3_g32')
+  def test_narrow_blocks_name_the_version_that_they_need(self, name):
+    w = oracle.quantized(name, 256, 8)
+    c = config.gpu_heuristic(2, 8, 256, w.spec, jnp.bfloat16)
+    p = w.prepack(c.tile, 'nk')
+    x = jnp.zeros((2, 256), jnp.bfloat16)
+    with mock.patch.object(_mosaic_gpu, 'concatenates', lambda: False):
+      with self.assertRaisesRegex(NotImplementedError, 'JAX 0.11'):
+        mosaic_gpu.run(x, p, config=c)
 
   @parameterized.parameters('int4_g128', 'mxfp4', 'int3_g32', 'int8_channel')
   def test_order_of_sums_does_not_depend_on_rows(self, name):

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from absl.testing import absltest, parameterized
-from jax.experimental.pallas import tpu as pltpu
 
 from lowbit_pallas.wq_matmul import config, prepack, reference, tpu
+from tests.pallas import races
 from tests.pallas.wq_matmul import oracle
 
 FORMATS = (
@@ -26,8 +26,7 @@ FORMATS = (
   'int7_g64',
   'int8_channel',
 )
-INTERPRET = pltpu.InterpretParams(detect_races=True)
-run = functools.partial(tpu.run, interpret=INTERPRET)
+run = functools.partial(tpu.run, interpret=races.TPU)
 
 
 def _tile(w):
