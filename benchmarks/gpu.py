@@ -1,400 +1,223 @@
-"""Kernels on a GPU: correctness first, then device time against XLA's best.
+"""Kernels on a GPU: are they right, how fast are they, with which tiles.
 
 Needs JAX with CUDA, Flax and NumPy and nothing else. From a bare checkout:
 
-  PYTHONPATH=.:pallas python benchmarks/gpu.py
-  PYTHONPATH=.:pallas python benchmarks/gpu.py --only softmax,weights
-  PYTHONPATH=.:pallas python benchmarks/gpu.py --tune
+  PYTHONPATH=.:pallas python benchmarks/gpu.py --out gpu_out
+  PYTHONPATH=.:pallas python benchmarks/gpu.py --out gpu_out --only weights
+  PYTHONPATH=.:pallas python benchmarks/gpu.py --out gpu_out --cpu
 
-Times are device times of the kernels alone, medians over inputs that are
-rotated through more memory than the L2 cache holds. The rooflines, a copy and a
-bfloat16 product, are measured in the same run. `--tune` times tile sizes and
-writes the table of this device, `pallas/lowbit_pallas/<op>/tuned/`. On a
-machine with several GPUs let it see one: CUDA_VISIBLE_DEVICES=0.
+Checks come first, for all kernels; then times against XLA's best; then sizes of
+tiles; each in the order of importance, until --seconds are over. Nothing that
+fails stops the rest: cases run in worker processes, each result is on disk
+before the next case starts, and a worker that crashes or is silent for too long
+is replaced by one that goes on behind the case. This process imports no JAX.
+
+Into the folder --out go `results.jsonl` with every fact, `summary.md`,
+`log.txt`, and tables of tile sizes that are ready for
+`cp -r gpu_out/*/ pallas/lowbit_pallas/`. `--cpu` runs all cases in miniature on
+XLA's CPU implementations and plants a crash, a hang and a wrong result: a test
+of this script, not of kernels. On a machine with several GPUs let it see one:
+CUDA_VISIBLE_DEVICES=0.
 """
 
 import argparse
-import functools
-import itertools
-import statistics
-from collections.abc import Callable, Iterator
-from typing import NamedTuple
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-from jax import lax
-from jax.experimental.mosaic.gpu import profiler
+import _gpu_plan
+import _gpu_report
 
-import _tuning
-import lowbit_jax as lowbit
-from lowbit_jax.numerics._codec import blocked
-from lowbit_pallas import _tuned
-from lowbit_pallas.block_matmul import config as block_config
-from lowbit_pallas.quantize import config as quantize_config
-from lowbit_pallas.softmax import config as softmax_config
-from lowbit_pallas.wq_matmul import config as weight_config
-
-GPU = 'mosaic_gpu'
-ROTATE_BYTES = 200 << 20
-ROUNDS = 21
-
-SOFTMAX = (
-  (8192, 1024), (4096, 4096), (4096, 32768), (64, 131072), (512, 262144),
-)  # fmt: skip
-WEIGHTS = (
-  'int4_g128', 'int4_g32', 'mxfp4', 'nvfp4', 'mxfp8_e4m3', 'int8_channel',
-)  # fmt: skip
-SIZES = 4096, 8192
-ROWS = 1, 16, 64, 256
-BLOCKS = (
-  ('fp8_1x128', 'fp8_128x128'),
-  ('mxfp8_e4m3', 'mxfp8_e4m3'),
-  ('mxfp4', 'mxfp4'),
-  ('nvfp4', 'nvfp4'),
-  ('int8_channel', 'int8_channel'),
-)
-QUANTIZE = (
-  ('mxfp4', 0), ('mxfp8_e4m3', 0), ('nvfp4', 0), ('mxfp4', 32), ('mxfp4', 128),
-)  # fmt: skip
+_WORKER = pathlib.Path(__file__).with_name('_gpu_worker.py')
+_TOGETHER = {'env': 1, 'check': 8, 'time': 1, 'tune': 1}  # workers at once
 
 
-class Case(NamedTuple):
-  """One row of the table.
+class Patience(NamedTuple):
+  """Seconds of silence after which a worker counts as hung."""
 
-  Attributes:
-    name: what is computed.
-    run: computes it by a kernel.
-    inputs: arguments of `run`, several of them.
-    check: raises AssertionError for a wrong result of the first ones.
-    bytes: that any implementation must move.
-    flops: bfloat16 operations that it must do.
-    others: what XLA has for it: functions and inputs.
-  """
-
-  name: str
-  run: Callable
-  inputs: list[tuple]
-  check: Callable
-  bytes: int
-  flops: float
-  others: dict[str, tuple[Callable, list[tuple]]]
+  first: float = 75  # until its first result: JAX starts, CUDA too
+  later: float = 40
 
 
-class Group(NamedTuple):
-  """Cases that share one entry of a table, if they have one."""
+class Job:
+  """A worker process on the cases of one family, and what it said."""
 
-  cases: list[Case]
-  op: str = ''
-  key: str = ''
-  candidates: list[dict[str, int]] = []
+  def __init__(self, command: list[str], part: pathlib.Path, log, env: dict):
+    self.part = part
+    self.lines: list[dict[str, Any]] = []
+    self.heard = time.monotonic()
+    self.process = subprocess.Popen(
+      command, env=env, stdout=log, stderr=log, start_new_session=True
+    )
 
+  def listen(self) -> list[dict[str, Any]]:
+    """New facts."""
+    text = self.part.read_text() if self.part.exists() else ''
+    whole = text[: text.rfind('\n') + 1].splitlines()
+    new = [json.loads(line) for line in whole[len(self.lines) :]]
+    if new:
+      self.lines += new
+      self.heard = time.monotonic()
+    return new
 
-class Rotated:
-  """A jitted function that takes the next of its inputs in every call.
+  def silence(self) -> float:
+    return time.monotonic() - self.heard
 
-  The profiler warms functions up with their arguments: these have none, so what
-  it times has not been read just before.
-  """
+  def named(self, event: str) -> list[str]:
+    return [x['case'] for x in self.lines if x['event'] == event]
 
-  def __init__(self, f: Callable, inputs: list[tuple]):
-    self._f = jax.jit(f)
-    self._inputs = itertools.cycle(inputs)
-
-  def __call__(self):
-    return self._f(*next(self._inputs))
-
-  def trace(self):
-    return self._f.trace(*next(self._inputs))
-
-  def lower(self):
-    return self._f.lower(*next(self._inputs))
-
-
-def device_time(f: Callable, inputs: list[tuple]) -> float:
-  """Median device seconds of `f` over rotated inputs."""
-  _, times = profiler.measure(Rotated(f, inputs), iterations=ROUNDS)()
-  return statistics.median(times) / 1e3
-
-
-def rotated(make: Callable) -> list[tuple]:
-  """Enough different inputs to leave the cache cold."""
-  first = make(0)
-  size = sum(leaf.nbytes for leaf in jax.tree.leaves(first))
-  count = max(2, min(24, -(-ROTATE_BYTES // max(size, 1))))
-  return [first, *(make(i) for i in range(1, count))]
+  def kill(self) -> None:
+    try:
+      os.killpg(self.process.pid, signal.SIGKILL)
+      self.process.wait(20)
+    except (ProcessLookupError, subprocess.TimeoutExpired):
+      pass  # a kernel without end can hold its process for a while
 
 
-def normal(seed: int, shape, dtype=jnp.bfloat16):
-  return jax.random.normal(jax.random.key(seed), shape, dtype)
+class Driver:
+  """Runs stages of cases and keeps their results."""
 
+  def __init__(
+    self,
+    out: pathlib.Path,
+    seconds: float,
+    *,
+    cpu: bool = False,
+    patience: Patience | None = None,
+  ):
+    out.mkdir(parents=True, exist_ok=True)
+    self.out, self.cpu = out, cpu
+    self.patience = patience or Patience()
+    self.end = time.monotonic() + seconds
+    self.facts: list[dict[str, Any]] = []
+    self._results = open(out / 'results.jsonl', 'w', encoding='utf-8')
+    self._log = open(out / 'log.txt', 'wb')
+    self._parts = tempfile.TemporaryDirectory(prefix='gpu_')
 
-@functools.cache
-def copy_bandwidth() -> float:
-  """Bytes per second of a copy that reads and writes 512 MiB."""
-  inputs = [(normal(i, (128, 1 << 20)),) for i in range(2)]
-  seconds = device_time(lambda x: x + jnp.bfloat16(1), inputs)
-  return 2 * inputs[0][0].nbytes / seconds
+  def close(self) -> None:
+    self._results.close()
+    self._log.close()
+    self._parts.cleanup()
 
+  def keep(self, **fact) -> None:
+    """Adds a fact, on disk before this returns."""
+    self.facts.append(fact)
+    self._results.write(json.dumps(fact) + '\n')
+    self._results.flush()
+    os.fsync(self._results.fileno())
+    if fact['event'] == 'end' and not fact['ok']:
+      text = str(fact.get('error', fact))[:300]
+      print(f'WRONG {fact["stage"]} {fact["case"]}: {text}', flush=True)
 
-@functools.cache
-def bf16_rate() -> float:
-  """Floating-point operations per second of a bfloat16 product."""
-  n = 8192
-  inputs = [(normal(i, (n, n)), normal(i + 9, (n, n))) for i in range(2)]
-  return 2 * n**3 / device_time(jnp.dot, inputs)
+  def run(self, stage: str, families: dict[str, list]) -> None:
+    """Runs the families of a stage, as many at once as the stage allows."""
+    todo = {name: list(cases) for name, cases in families.items() if cases}
+    jobs: dict[str, Job] = {}
+    while (todo or jobs) and time.monotonic() < self.end:
+      for family in list(todo):
+        if len(jobs) < _TOGETHER[stage] and family not in jobs:
+          jobs[family] = self._start(stage, family, todo[family])
+      time.sleep(0.1)
+      for family, job in list(jobs.items()):
+        if self._is_over(job):
+          del jobs[family]
+          todo[family] = self._rest(stage, family, job, todo[family])
+          if not todo[family]:
+            del todo[family]
+    for job in jobs.values():
+      job.kill()
+      for fact in job.listen():
+        self.keep(**fact)
+    for family, cases in todo.items():
+      done = jobs[family].named('end') if family in jobs else []
+      for name, _ in cases:
+        if name not in done:
+          self.keep(event='skipped', stage=stage, family=family, case=name)
 
+  def _start(self, stage: str, family: str, cases: list) -> Job:
+    part = pathlib.Path(self._parts.name) / f'{stage}_{family}.jsonl'
+    part.unlink(missing_ok=True)
+    task = dict(
+      stage=stage, family=family, cases=cases, part=str(part), cpu=self.cpu
+    )
+    env = os.environ | {'XLA_PYTHON_CLIENT_PREALLOCATE': 'false'}
+    if self.cpu:
+      env['JAX_PLATFORMS'] = 'cpu'
+    command = [sys.executable, '-u', str(_WORKER), json.dumps(task)]
+    return Job(command, part, self._log, env)
 
-def check_product(want, got) -> None:
-  """Errors against the root mean square of the result: 1 % on average, which
-  one wrong column of 8192 exceeds, and 8 % at most."""
-  want, got = np.asarray(want, np.float32), np.asarray(got, np.float32)
-  size = np.sqrt(np.mean(want**2))
-  error = np.abs(got - want) / size
-  mean, most = np.sqrt(np.mean(error**2)), np.max(error)
-  if not (mean <= 0.01 and most <= 0.08):
-    raise AssertionError(f'error {mean} on average, {most} at most')
-
-
-def check_entries(want, got, *, tolerance: float) -> None:
-  """Errors relative to every entry."""
-  want, got = np.asarray(want, np.float32), np.asarray(got, np.float32)
-  error = np.max(np.abs(got - want) / np.maximum(want, 1e-30))
-  if not error <= tolerance:
-    raise AssertionError(f'error {error}, allowed {tolerance}')
-
-
-def check_codes(want, got, *, share: float) -> None:
-  """Values that differ: none, or next to ties those of another summation."""
-  a, b = (np.asarray(lowbit.dequantize(q, jnp.float32)) for q in (want, got))
-  differ = np.mean(a != b)
-  if not differ <= share:
-    raise AssertionError(f'{differ} of the values differ, allowed {share}')
-
-
-def softmax_groups() -> Iterator[Group]:
-  for shape in SOFTMAX:
-    for dtype in (jnp.float32, jnp.bfloat16):
-      inputs = rotated(lambda i, s=shape, d=dtype: (normal(i, s, d),))
-      want = jax.nn.softmax(inputs[0][0].astype(jnp.float32))
-      tolerance = 1e-2 if dtype == jnp.bfloat16 else 1e-5
-      case = Case(
-        f'softmax {shape} {jnp.dtype(dtype).name}',
-        functools.partial(lowbit.softmax, implementation=GPU),
-        inputs,
-        functools.partial(check_entries, want, tolerance=tolerance),
-        2 * inputs[0][0].nbytes,
-        0,
-        {'jax.nn.softmax': (jax.nn.softmax, inputs)},
+  def _is_over(self, job: Job) -> bool:
+    """Takes what a worker said; whether it ended or had to be ended."""
+    ended = job.process.poll() is not None  # before its last words are read
+    for fact in job.listen():
+      self.keep(**fact)
+    if not ended:
+      patience = (
+        self.patience.later if job.named('end') else self.patience.first
       )
-      slices = -(-shape[1] // softmax_config.SLICE)
-      splits = [s for s in (1, 2, 4, 8, 16, 32, 64) if s <= slices]
-      candidates = [{'slices': -(-slices // s), 'splits': s} for s in splits]
-      key = softmax_config.key(shape[1], jnp.dtype(dtype).itemsize)
-      yield Group([case], 'softmax', key, candidates)
+      if job.silence() < patience:
+        return False
+      job.kill()
+    return True
 
-
-def weight_groups() -> Iterator[Group]:
-  for n in SIZES:
-    for name in WEIGHTS:
-      dense = normal(99, (n, n), jnp.float32)
-      q = lowbit.quantize(dense, lowbit.formats.get(name), axis=-2)
-      weight = lowbit.prepack(q, implementation='mosaic_gpu')
-      cases = [weight_case(name, m, n, q, weight) for m in ROWS]
-      spec = weight.weight.spec
-      schedule = weight_config.heuristic_schedule(spec)
-      key = weight_config.key(n, n, spec, jnp.bfloat16, schedule)
-      candidates = [
-        {'bm': bm, 'stages': stages, 'split_k': split_k}
-        for bm in (64, 128, 256)
-        for stages in (2, 4, 6)
-        for split_k in (1, 2, 4, 8)
-      ]
-      yield Group(cases, 'wq_matmul', key, candidates)
-
-
-def weight_case(name: str, m: int, n: int, q, weight) -> Case:
-  values = lowbit.dequantize(q, jnp.bfloat16)
-
-  def pairs(w):
-    return rotated(lambda i: (normal(i, (m, n)), jax.tree.map(jnp.copy, w)))
-
-  def dequantize_then_dot(x, q):
-    return jnp.dot(x, lowbit.dequantize(q, jnp.bfloat16))
-
-  inputs = pairs(weight)
-  return Case(
-    f'{name} m={m} n=k={n}',
-    functools.partial(
-      lowbit.dot, preferred_element_type=jnp.bfloat16, implementation=GPU
-    ),
-    inputs,
-    functools.partial(check_product, exact_product(inputs[0][0], values)),
-    weight.nbytes + 4 * m * n,
-    2 * m * n * n,
-    {
-      'jnp.dot of bfloat16': (jnp.dot, pairs(values)),
-      'dequantize, then jnp.dot': (dequantize_then_dot, pairs(q)),
-    },
-  )
-
-
-def exact_product(x, w):
-  x, w = x.astype(jnp.float32), w.astype(jnp.float32)
-  return jnp.dot(x, w, precision='highest')
-
-
-def block_groups() -> Iterator[Group]:
-  for n in SIZES:
-    for names in BLOCKS:
-      left, right = map(lowbit.formats.get, names)
-      rhs_axis = (-2, -1) if right.is_tile else -1
-
-      def make(i, n=n, left=left, right=right, axis=rhs_axis):
-        a, b = (normal(s, (n, n), jnp.float32) for s in (i, i + 50))
-        return lowbit.quantize(a, left), lowbit.quantize(b, right, axis=axis)
-
-      inputs = rotated(make)
-      lhs, rhs = inputs[0]
-      dense = [
-        tuple(lowbit.dequantize(q, jnp.bfloat16) for q in pair)
-        for pair in inputs[:2]
-      ]
-      want = exact_product(dense[0][0], dense[0][1].T)
-      others = {'bfloat16': (product_nt, dense)}
-      if names == ('mxfp8_e4m3', 'mxfp8_e4m3'):
-        others['jax.nn.scaled_matmul'] = (scaled_matmul, inputs)
-      narrow = names[0] in ('fp8_1x128', 'int8_channel')
-      case = Case(
-        f'{names[0]} x {names[1]}, m=n=k={n}',
-        functools.partial(
-          lowbit.dot_general, dimension_numbers=NT, implementation=GPU
-        ),
-        inputs,
-        functools.partial(check_product, want),
-        lhs.nbytes + rhs.nbytes + 4 * n * n,
-        2 * n**3 / (2 if narrow else 1),  # 8-bit products at twice the rate
-        others,
+  def _rest(self, stage: str, family: str, job: Job, cases: list) -> list:
+    """Cases that a worker which is over has left, its last one marked."""
+    done, begun = job.named('end'), job.named('start')
+    code = job.process.returncode
+    why = f'exit code {code}'
+    if code in (None, -signal.SIGKILL):
+      why = f'silent for {job.silence():.0f} s, killed'
+    lost = [name for name in begun if name not in done]
+    if not begun:  # it would not start again either
+      lost = [name for name, _ in cases]
+      why = f'the worker did not start: {why}, see log.txt'
+    for name in lost:
+      self.keep(
+        event='end', stage=stage, family=family, case=name, ok=False, error=why
       )
-      if not narrow:  # decoded by wq_matmul on Hopper, whose entries they use
-        yield Group([case])
-        continue
-      key = block_config.key(n, n, blocked(left), blocked(right), 'nt')
-      candidates = [
-        {'bm': bm, 'bn': 128, 'stages': stages}
-        for bm in (64, 128)
-        for stages in (2, 3, 4, 5, 6)
-      ]
-      yield Group([case], 'block_matmul', key, candidates)
+    return [case for case in cases if case[0] not in {*done, *lost}]
 
-
-NT = (((1,), (1,)), ((), ()))
-
-
-def product_nt(a, b):
-  return lax.dot_general(a, b, NT, preferred_element_type=jnp.float32)
-
-
-def scaled_matmul(lhs, rhs):
-  codes = [
-    lax.bitcast_convert_type(q.codes, jnp.float8_e4m3fn)[None]
-    for q in (lhs, rhs)
-  ]
-  scales = [
-    lax.bitcast_convert_type(q.scale, jnp.float8_e8m0fnu)[None]
-    for q in (lhs, rhs)
-  ]
-  return jax.nn.scaled_matmul(*codes, *scales)[0]
-
-
-def quantize_groups() -> Iterator[Group]:
-  for n in SIZES:
-    for name, rotation in QUANTIZE:
-      fmt = lowbit.formats.get(name)
-      options = {}
-      if rotation:
-        options['rotation'] = lowbit.transforms.Hadamard(rotation)
-      quantize = functools.partial(lowbit.quantize, fmt=fmt, **options)
-      plain = functools.partial(quantize, implementation='xla')
-      inputs = rotated(lambda i, n=n: (normal(i, (n, n)),))
-      want = jax.jit(plain)(*inputs[0])
-      case = Case(
-        f'quantize {name} {n}x{n} bfloat16'
-        + (f', rotation {rotation}' if rotation else ''),
-        functools.partial(quantize, implementation=GPU),
-        inputs,
-        functools.partial(check_codes, want, share=0.01 if rotation else 0.0),
-        inputs[0][0].nbytes + want.nbytes,
-        0,
-        {'XLA': (plain, inputs)},
-      )
-      task = quantize_config.Task(blocked(fmt), '', rotation=rotation)
-      key = quantize_config.key(n, 2, task)
-      candidates = [{'columns': c} for c in (128, 256, 512)]
-      yield Group([case], 'quantize', key, candidates)
-
-
-GROUPS = {
-  'softmax': softmax_groups,
-  'weights': weight_groups,
-  'blocks': block_groups,
-  'quantize': quantize_groups,
-}
-
-
-def checked_time(case: Case) -> float:
-  """Device seconds of a kernel whose result is right."""
-  case.check(jax.jit(case.run)(*case.inputs[0]))
-  return device_time(case.run, case.inputs)
-
-
-def row(case: Case) -> str:
-  """Time, share of what the roofline allows, and XLA's best beside it."""
-  seconds = checked_time(case)
-  floor = case.bytes / copy_bandwidth()
-  if case.flops:
-    floor = max(floor, case.flops / bf16_rate())
-  others = {k: device_time(*v) for k, v in case.others.items()}
-  other = min(others, key=others.get)
-  return (
-    f'| {case.name} | {seconds * 1e6:.1f} | {floor / seconds:.0%} |'
-    f' {others[other] / seconds:.2f}x | {other} |'
-  )
-
-
-def measure(names: list[str]) -> None:
-  print(
-    f'copy {copy_bandwidth() / 1e12:.2f} TB/s, bfloat16 product'
-    f' {bf16_rate() / 1e12:.0f} TFLOP/s\n'
-  )
-  print('| case | us | of the roofline | faster than XLA | which |')
-  print('|---|---|---|---|---|')
-  for name in names:
-    for group in GROUPS[name]():
-      for case in group.cases:
-        print(row(case), flush=True)
-
-
-def tune(names: list[str]) -> None:
-  kind = jax.devices()[0].device_kind
-  for name in names:
-    for group in GROUPS[name]():
-      if not group.candidates:
-        continue
-      print(f'{group.op}: {group.key}', flush=True)
-      trials = [functools.partial(checked_time, case) for case in group.cases]
-      sizes = _tuning.best(_tuning.Job(*group[1:], trials))
-      print(f'  kept: {sizes or "the heuristic"}', flush=True)
-      _tuning.write(_tuned.path(group.op, kind), {group.key: sizes})
+  def wrong(self) -> set[str]:
+    """Operations of which no check was right."""
+    right = {True: set(), False: set()}
+    for x in self.facts:
+      if x['event'] == 'end' and x['stage'] == 'check':
+        right[bool(x['ok'])].add(x['family'].split('.')[0])
+    return right[False] - right[True]
 
 
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument('--only', default=','.join(GROUPS))
-  parser.add_argument('--tune', action='store_true')
+  parser.add_argument('--out', type=pathlib.Path, default='gpu_out')
+  parser.add_argument('--seconds', type=float, default=500)
+  parser.add_argument('--only', default='', help='operations, by commas')
+  parser.add_argument('--stages', default='check,time,tune')
+  parser.add_argument('--cpu', action='store_true')
   options = parser.parse_args()
-  print(f'{jax.devices()[0].device_kind}, jax {jax.__version__}')
-  (tune if options.tune else measure)(options.only.split(','))
+  patience = Patience(60, 10) if options.cpu else Patience()
+  driver = Driver(
+    options.out, options.seconds, cpu=options.cpu, patience=patience
+  )
+  only = set(filter(None, options.only.split(',')))
+  for stage in ('env', *options.stages.split(',')):
+    families = {
+      family: cases
+      for family, cases in _gpu_plan.families(stage, options.cpu).items()
+      if stage == 'env' or not only or family.split('.')[0] in only
+    }
+    if stage in ('time', 'tune'):  # what is wrong is not timed
+      for family in driver.wrong() & set(families):
+        del families[family]
+    driver.run(stage, families)
+    text = _gpu_report.write(driver.facts, options.out)
+  driver.close()
+  print(text)
 
 
 if __name__ == '__main__':

@@ -187,7 +187,7 @@ class TunedTest(parameterized.TestCase):
       *({**sizes, name: v} for v in values),
     ):
       table = self.write(op, json.dumps({key: damaged}))
-      with self.assertRaisesRegex(ValueError, 'tune'):
+      with self.assertRaisesRegex(ValueError, 'gpu.py'):
         choose(1000)
       with self.assertRaises(ValueError) as error:
         run()
