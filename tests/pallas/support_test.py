@@ -12,7 +12,10 @@ from lowbit_pallas import _support
 
 _ROOT = pathlib.Path(__file__).resolve().parents[2]
 _PAGE = _ROOT / 'docs' / 'kernels.md'
-_MATRIX = _ROOT / 'tests' / 'aot' / 'matrix_jax_0.11.2.md'
+_MATRIX, _OLDER = (
+  _ROOT / 'tests' / 'aot' / f'matrix_jax_{version}.md'
+  for version in ('0.11.2', '0.10.2')
+)
 
 
 def table() -> str:
@@ -30,9 +33,9 @@ def table() -> str:
   return '\n'.join(lines)
 
 
-def compiled() -> list[tuple[str, str, dict[str, str]]]:
-  """Kernel, format, and what the matrix says for every target."""
-  lines = _MATRIX.read_text('utf-8').splitlines()
+def compiled(matrix=_MATRIX) -> list[tuple[str, str, dict[str, str]]]:
+  """Kernel, format, and what a matrix says for every target."""
+  lines = matrix.read_text('utf-8').splitlines()
   rows = [
     [v.strip() for v in s.split('|')[1:-1]] for s in lines if s[:1] == '|'
   ]
@@ -47,8 +50,12 @@ def states_table() -> str:
   """Formats of every kernel by how far they have been proven where."""
   targets = _support.TPUS + _support.GPUS
   grouped = {}
-  for op, name, marks in compiled():
-    states = tuple(state(op, t, marks[t] == 'yes') for t in targets)
+  for (op, name, marks), (*_, older) in zip(
+    compiled(), compiled(_OLDER), strict=True
+  ):
+    states = tuple(
+      state(op, t, marks[t] == 'yes', older[t] == 'yes') for t in targets
+    )
     grouped.setdefault((op, states), []).append(f'`{name}`')
   lines = [
     f'| kernel | format | {" | ".join(targets)} | XLA |',
@@ -61,8 +68,14 @@ def states_table() -> str:
   return '\n'.join(lines)
 
 
-def state(op: str, target: str, compiles: bool) -> str:
-  """runs, interprets, compiles or absent: the furthest that holds."""
+def state(op: str, target: str, newer: bool, older: bool) -> str:
+  """runs, interprets, compiles or absent: the furthest that holds; with the
+  version of JAX where an older one does not compile it."""
+  found = _state(op, target, newer)
+  return found if newer == older else f'{found} (JAX 0.11)'
+
+
+def _state(op: str, target: str, compiles: bool) -> str:
   implementation = 'tpu' if target in _support.TPUS else 'mosaic_gpu'
   kernel = _support.find(op, implementation)
   if kernel is None or target not in kernel.targets or not compiles:
@@ -87,7 +100,8 @@ class SupportTest(parameterized.TestCase):
       some = {t for op, t, m in marks if op == k.op and m == 'yes'}
       self.assertEqual(some & set(known), set(k.targets))
     self.assertEqual({op for op, *_ in marks}, {k.op for k in _support.KERNELS})
-    self.assertNotIn('FAILED', _MATRIX.read_text('utf-8'))
+    for matrix in (_MATRIX, _OLDER):
+      self.assertNotIn('FAILED', matrix.read_text('utf-8'))
 
   @parameterized.parameters(*_support.KERNELS)
   def test_module(self, op, implementation, targets, interpreted, run_on):
