@@ -2,20 +2,37 @@
 
 Eight host devices let sharding tests run in the same process as all others.
 They do not change what one device computes, nor how long it takes.
+
+Compilation takes most of the time, so the processes of a run, those that tests
+start included, share what they compile in a folder that goes when the run ends.
+To keep it from run to run name another in JAX_COMPILATION_CACHE_DIR: programs
+of the same machine, JAX and flags are found again.
 """
 
+import atexit
 import os
 import pathlib
+import shutil
+import tempfile
 
 _DEVICES = '--xla_force_host_platform_device_count'
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 if _DEVICES not in os.environ.get('XLA_FLAGS', ''):
   os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {_DEVICES}=8'
 
+if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
+  _cache = tempfile.mkdtemp(prefix='jax_cache_')
+  os.environ['JAX_COMPILATION_CACHE_DIR'] = _cache
+  atexit.register(shutil.rmtree, _cache, ignore_errors=True)
+os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0')
+os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES', '-1')
+
 import hypothesis  # noqa: E402
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
+_SLOWEST = 10
+_LONG = 20  # seconds after which a test needs a reason
 _TESTS = pathlib.Path(__file__).parent
 _STRICT = ('formats', 'numerics', 'ops', 'pallas', 'qarray', 'transforms')
 
@@ -38,3 +55,29 @@ def _strict_dtypes_in_the_core(request: pytest.FixtureRequest):
     return
   with jax.numpy_dtype_promotion('strict'):
     yield
+
+
+def pytest_terminal_summary(terminalreporter):
+  """The slowest tests; beside those that take long, why they do."""
+  seconds, reasons = {}, {}
+  for reports in terminalreporter.stats.values():
+    for report in reports:
+      if isinstance(report, pytest.TestReport):
+        name = report.nodeid
+        seconds[name] = seconds.get(name, 0) + report.duration
+        reasons.update((name, v) for k, v in report.user_properties)
+  slowest = sorted(seconds, key=seconds.get, reverse=True)[:_SLOWEST]
+  if not slowest or seconds[slowest[0]] < 1:
+    return
+  terminalreporter.section('slowest tests')
+  for name in slowest:
+    reason = reasons.get(name, '')
+    if seconds[name] > _LONG and not reason:
+      reason = f'over {_LONG} s: mark it long(reason), or shorten it'
+    terminalreporter.line(f'{seconds[name]:6.1f} s  {name}  {reason}'.rstrip())
+
+
+def pytest_runtest_setup(item: pytest.Item):
+  """Lets the report of a test say why it takes long."""
+  if mark := item.get_closest_marker('long'):
+    item.user_properties.append(('long', *mark.args))
