@@ -159,6 +159,7 @@ class GpuTest(parameterized.TestCase):
     else:
       self.assertIn('JAX 0.11', out)
 
+  @pytest.mark.long('four kernels by ptxas in a process of their own')
   def test_blackwell(self):
     _skip_without('b200')
     cases = [case[:3] for case in BLACKWELL_CASES]

@@ -77,11 +77,11 @@ class OpsTest(parameterized.TestCase):
   def test_v5e(self, f, arguments):
     self.compile('v5e', f, arguments)
 
-  @pytest.mark.slow
   @parameterized.product(
     target=tuple(t for t in _support.TPUS if t != 'v5e'),
     operation=tuple(name for name, *_ in operations()),
   )
+  @pytest.mark.slow
   def test_others(self, target, operation):
     for name, f, arguments in operations():
       if name == operation:

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import pytest
 from absl.testing import absltest, parameterized
 
 import lowbit_jax
@@ -11,6 +12,7 @@ from tests.aot import targets
 
 class QdotTest(parameterized.TestCase):
   @parameterized.parameters('v5e', 'h100')
+  @pytest.mark.long('both directions of a product with rotations and a QR')
   def test_both_directions(self, target):
     if (why := targets.why_not(target)) is not None:
       self.skipTest(why)

@@ -89,6 +89,7 @@ class GpuTest(parameterized.TestCase):
       self.assertGreater(report['registers'], 0)
       self.assertEqual((report['spill_stores'], report['spill_loads']), (0, 0))
 
+  @pytest.mark.long('six kernels by ptxas, one after the other')
   def test_hopper(self):
     _skip_without('h100')
     self._check(_gpu('h100', CASES))

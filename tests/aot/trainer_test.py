@@ -6,6 +6,7 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from absl.testing import absltest
 
 from tests.aot import targets
@@ -21,6 +22,7 @@ MEMORY = 16 * 1024**3  # bytes of a v5e chip
 
 
 class TrainerTest(absltest.TestCase):
+  @pytest.mark.long('the compiler lays a model out over 256 chips')
   def test_a_step_fits_on_v5e_256(self):
     if (why := targets.why_not('v5e')) is not None:
       self.skipTest(why)
