@@ -24,21 +24,48 @@ RANDOM_BITS = 3
 ORACLE_RULES = (*oracle.EXPONENT_RULES, 'absmax', 'minmax')
 BLOCK_FORMATS = formats.names('block')
 LINE_FORMATS = tuple(n for n in BLOCK_FORMATS if not formats.get(n).is_tile)
-# Each width with blocks of 32 and each block size with 4 bits are enough for
-# every day; the other pairs of the integer families take the slow test.
-FAMILY_PAIRS = tuple(
-  n
-  for n in LINE_FORMATS
-  if n.startswith(('int', 'uint', 'bfp'))
-  and formats.get(n).element.bits != 4
-  and formats.get(n).block[0] in (16, 64, 128)
-)
-TILE_FORMATS = tuple(n for n in BLOCK_FORMATS if formats.get(n).is_tile)
-# One format of each kind, for what does not depend on the element.
-KINDS = (
-  'mxfp4', 'mxint8', 'nvfp4', 'nvint4', 'fp8_1x128', 'nf4_g64', 'int3_g32',
-  'uint4_g32', 'int8_channel', 'e4m3fn_tensor',
+# Each element, each block, each kind of scale: enough for every day. The rest
+# of the registry takes the slow test, which also tries every rule.
+EVERY_DAY = (
+  'mxfp8_e4m3', 'mxfp8_e5m2', 'mxfp6_e2m3', 'mxfp6_e3m2', 'mxfp4', 'mxint8',
+  'mxint4', 'nvfp4', 'nvint4', 'nf4_g64', 'fp8_1x128', 'e4m3fn_tensor',
+  'e5m2_channel', 'int2_tensor', 'int7_tensor', 'int3_channel', 'int8_channel',
+  'int3_g32', 'int4_g64', 'int5_g32', 'int6_g128', 'int8_g32', 'uint2_g32',
+  'uint3_g64', 'uint4_g32', 'uint5_g128', 'uint6_g64', 'uint7_g32', 'uint8_g32',
+  'bfp2_g16', 'bfp3_g32', 'bfp4_g64', 'bfp5_g128', 'bfp6_g32', 'bfp7_g16',
+  'bfp8_g32', 'ternary_channel',
 )  # fmt: skip
+TILE_FORMATS = tuple(n for n in BLOCK_FORMATS if formats.get(n).is_tile)
+# Rules beside that of the format, so that each meets several elements.
+OTHER_RULES = (
+  ('mxfp4', 'ceil', 'even', 'rceil', 'round'),
+  ('mxfp8_e4m3', 'rceil'),
+  ('mxfp8_e5m2', 'even'),
+  ('mxfp6_e2m3', 'round'),
+  ('mxfp6_e3m2', 'ceil'),
+  ('mxint8', 'rceil'),
+  ('mxint4', 'rceil'),
+  ('bfp2_g16', 'round'),
+  ('bfp5_g128', 'ceil'),
+  ('bfp8_g32', 'rceil'),
+)
+TILES = (
+  ('mxfp4_32x32', 'floor'),
+  ('mxfp8_e4m3_32x32', 'round'),
+  ('mxint8_32x32', 'rceil'),
+  ('nvfp4_16x16', 'absmax'),
+  ('fp8_128x128', 'absmax'),
+)
+# One format of each kind of scale, for what depends on little else, and more
+# blocks and elements.
+KINDS = (
+  'mxfp4', 'nvfp4', 'nf4_g64', 'uint4_g32', 'int8_channel', 'e4m3fn_tensor',
+)  # fmt: skip
+MORE_KINDS = ('mxint8', 'nvint4', 'fp8_1x128', 'int3_g32')
+
+
+unpack = jax.jit(numerics.unpack, static_argnums=(1, 2))
+random_words = jax.jit(numerics.random_words, static_argnums=1)
 
 
 def rules_of(fmt: formats.BlockFormat) -> tuple[str, ...]:
@@ -109,9 +136,7 @@ def oracle_blocks(x, fmt, rule, **kwargs) -> list[oracle.Block]:
 
 
 def codes_of(q) -> np.ndarray:
-  axis = q.axes[0]
-  codes = numerics.unpack(q.codes, q.fmt.element.bits, axis)
-  return np.asarray(codes)
+  return np.asarray(unpack(q.codes, q.fmt.element.bits, q.axes[0]))
 
 
 def assert_bits(got, want, message):
@@ -148,33 +173,49 @@ def assert_agrees(x, fmt, rule, **kwargs):
   assert_bits(blocks_of(back, fmt), values, f'{label} values')
 
 
-def assert_agrees_on_all_data(fmt):
-  """Every rule on `extreme`, one on `ordinary`, one on `poisoned`."""
-  rules = rules_of(fmt)
+def assert_lines_agree(fmt, *rules):
+  """`ordinary` by the first rule, `poisoned` by the last, `extreme` by each."""
   assert_agrees(ordinary(), fmt, rules[0])
   assert_agrees(poisoned(), fmt, rules[-1])
   for rule in rules:
     assert_agrees(extreme(), fmt, rule)
 
 
-class RegistryTest(parameterized.TestCase):
-  @parameterized.parameters(*(n for n in LINE_FORMATS if n not in FAMILY_PAIRS))
-  def test_lines(self, name):
-    assert_agrees_on_all_data(formats.get(name))
+def assert_tiles_agree(fmt, *rules):
+  """`poisoned` by the first rule, `extreme` by the last."""
+  p, q = fmt.block
+  shape = (p, q) if p == 128 else (p, 2 * q)
+  assert_agrees(poisoned(shape), fmt, rules[0])
+  if p < 128:
+    assert_agrees(extreme(shape), fmt, rules[-1])
 
+
+class RegistryTest(parameterized.TestCase):
+  @parameterized.parameters(*EVERY_DAY)
+  def test_lines(self, name):
+    fmt = formats.get(name)
+    assert_lines_agree(fmt, rules_of(fmt)[0])
+
+  @parameterized.parameters(*OTHER_RULES)
+  def test_other_rules(self, name, *rules):
+    for rule in rules:
+      assert_agrees(extreme(), formats.get(name), rule)
+
+  @parameterized.parameters(*LINE_FORMATS)
   @pytest.mark.slow
-  @parameterized.parameters(*FAMILY_PAIRS)
-  def test_lines_of_the_other_pairs(self, name):
-    assert_agrees_on_all_data(formats.get(name))
+  def test_all_lines_and_rules(self, name):
+    fmt = formats.get(name)
+    assert_lines_agree(fmt, *rules_of(fmt))
+
+  @parameterized.parameters(*TILES)
+  def test_tiles(self, name, rule):
+    assert_tiles_agree(formats.get(name), rule)
 
   @parameterized.parameters(*TILE_FORMATS)
-  def test_tiles(self, name):
+  @pytest.mark.slow
+  def test_all_tiles(self, name):
     fmt = formats.get(name)
-    p, q = fmt.block
-    shape = (p, q) if p == 128 else (p, 2 * q)
-    assert_agrees(poisoned(shape), fmt, rules_of(fmt)[0])
-    if p < 128:
-      assert_agrees(extreme(shape), fmt, rules_of(fmt)[-1])
+    assert_tiles_agree(fmt, *rules_of(fmt))
 
   def test_every_format_has_a_rule_with_an_oracle(self):
     without = {n for n in BLOCK_FORMATS if not rules_of(formats.get(n))}
@@ -196,8 +237,7 @@ class RegistryTest(parameterized.TestCase):
 
 
 class ArgumentsTest(parameterized.TestCase):
-  @parameterized.parameters(*KINDS)
-  def test_toward_zero(self, name):
+  def assert_agrees_toward_zero(self, name):
     fmt = formats.get(name)
     assert_agrees(
       ordinary(),
@@ -207,12 +247,21 @@ class ArgumentsTest(parameterized.TestCase):
       oracle_kwargs={'rounding': 'toward_zero'},
     )
 
+  @parameterized.parameters(*KINDS)
+  def test_toward_zero(self, name):
+    self.assert_agrees_toward_zero(name)
+
+  @parameterized.parameters(*MORE_KINDS)
+  @pytest.mark.slow
+  def test_toward_zero_in_more_formats(self, name):
+    self.assert_agrees_toward_zero(name)
+
   @parameterized.parameters('mxfp4', 'nvfp4', 'int4_g32', 'uint4_g32')
   def test_stochastic(self, name):
     fmt = formats.get(name)
     key = jax.random.key(3)
     x = ordinary()
-    words = np.asarray(numerics.random_words(key, x.shape))
+    words = np.asarray(random_words(key, x.shape))
     integers = blocks_of(words >> (32 - RANDOM_BITS), fmt).tolist()
     q = lowbit_jax.quantize(
       jnp.asarray(x),
@@ -237,17 +286,34 @@ class ArgumentsTest(parameterized.TestCase):
     ]
     assert_bits(blocks_of(codes_of(q), fmt), want, name)
 
-  @parameterized.parameters(*KINDS)
-  def test_sixteen_bit_inputs_are_exact_float32(self, name):
+  def assert_exact_in_float32(self, name, dtype):
     fmt = formats.get(name)
-    for dtype in (jnp.float16, jnp.bfloat16):
-      x = jnp.asarray(ordinary(SHAPE, 4)).astype(dtype)
-      q = lowbit_jax.quantize(x, fmt)
-      wide = lowbit_jax.quantize(x.astype(jnp.float32), fmt)
-      np.testing.assert_array_equal(q.codes, wide.codes)
-      self.assertEqual(q.dtype, dtype)
-      back = lowbit_jax.dequantize(wide).astype(dtype)
-      np.testing.assert_array_equal(lowbit_jax.dequantize(q), back)
+    x = ordinary(SHAPE, 4).astype(dtype)
+    q = lowbit_jax.quantize(x, fmt)
+    wide = lowbit_jax.quantize(x.astype(np.float32), fmt)
+    np.testing.assert_array_equal(q.codes, wide.codes)
+    self.assertEqual(q.dtype, dtype)
+    back = np.asarray(lowbit_jax.dequantize(wide)).astype(dtype)
+    np.testing.assert_array_equal(lowbit_jax.dequantize(q), back)
+
+  @parameterized.parameters(
+    ('mxfp4', jnp.float16),
+    ('mxfp4', jnp.bfloat16),
+    ('nvfp4', jnp.float16),
+    ('nf4_g64', jnp.bfloat16),
+    ('uint4_g32', jnp.float16),
+    ('int8_channel', jnp.bfloat16),
+    ('e4m3fn_tensor', jnp.float16),
+  )
+  def test_sixteen_bit_inputs_are_exact_float32(self, name, dtype):
+    self.assert_exact_in_float32(name, dtype)
+
+  @parameterized.product(
+    name=(*KINDS, *MORE_KINDS), dtype=(jnp.float16, jnp.bfloat16)
+  )
+  @pytest.mark.slow
+  def test_sixteen_bit_inputs_in_more_formats(self, name, dtype):
+    self.assert_exact_in_float32(name, dtype)
 
   def test_other_scale_formats(self):
     for fmt in (
@@ -261,8 +327,7 @@ class ArgumentsTest(parameterized.TestCase):
       assert_agrees(ordinary(), fmt, fmt.scale_rule)
       assert_agrees(extreme(), fmt, fmt.scale_rule)
 
-  @parameterized.parameters(*KINDS)
-  def test_another_axis_an_odd_size_and_jit(self, name):
+  def assert_jit_on_an_odd_axis_agrees(self, name):
     # Padding with zeros changes no code, and compiling nothing at all.
     fmt = formats.get(name)
     x = ordinary()[:, :150]
@@ -273,6 +338,15 @@ class ArgumentsTest(parameterized.TestCase):
 
     back = np.ascontiguousarray(there_and_back(jnp.asarray(x.T)).T)
     assert_bits(back, oracle_odd(x, fmt), name)
+
+  @parameterized.parameters(*KINDS)
+  def test_another_axis_an_odd_size_and_jit(self, name):
+    self.assert_jit_on_an_odd_axis_agrees(name)
+
+  @parameterized.parameters(*MORE_KINDS)
+  @pytest.mark.slow
+  def test_another_axis_and_jit_in_more_formats(self, name):
+    self.assert_jit_on_an_odd_axis_agrees(name)
 
   @parameterized.parameters('nf4_g64', 'int2_g32', 'mxfp4', 'int8_tensor')
   def test_numbers_near_the_end_of_float32(self, name):
