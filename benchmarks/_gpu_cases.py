@@ -303,10 +303,22 @@ def _said(command: str) -> str:
 # --- operations
 
 
-def normal(seed: int, shape, dtype: Any = jnp.bfloat16) -> jax.Array:
-  return jax.random.normal(jax.random.key(seed), shape, jnp.float32).astype(
-    dtype
-  )
+def normal(seed: int, shape, dtype: Any = 'bfloat16') -> jax.Array:
+  return _normal(seed, tuple(shape), str(jnp.dtype(dtype)))
+
+
+# Compiled whole, like all that prepares operands: on a GPU every small program
+# takes a tenth of a second to compile.
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _normal(seed, shape, dtype):
+  return jax.random.normal(jax.random.key(seed), shape).astype(dtype)
+
+
+_quantize = jax.jit(
+  lowbit.quantize, static_argnames=('fmt', 'axis', 'implementation')
+)
+_dequantize = jax.jit(lowbit.dequantize, static_argnums=1)
+_prepack = jax.jit(lowbit.prepack, static_argnames='implementation')
 
 
 def softmax(
@@ -394,7 +406,7 @@ def weights(
   schedule = weight_config.heuristic_schedule(spec)
   stored = q
   if implementation != 'xla':
-    stored = lowbit.prepack(q, implementation=implementation)
+    stored = _prepack(q, implementation=implementation)
 
   def run(x, w):
     return lowbit.dot(
@@ -414,7 +426,7 @@ def weights(
     return jnp.dot(x, lowbit.dequantize(q, jnp.bfloat16))
 
   is_large = n * k > 1 << 22
-  values = lowbit.dequantize(q, jnp.bfloat16)
+  values = _dequantize(q, jnp.bfloat16)
   x = jnp.eye(k, dtype=dtype) if probe else normal(1, (rows, k), dtype)
   return Setup(
     run,
@@ -438,8 +450,8 @@ def weights(
 
 @functools.cache
 def _weight(fmt: str, n: int, k: int) -> lowbit.QArray:
-  return lowbit.quantize(
-    normal(99, (k, n), jnp.float32), lowbit.formats.get(fmt), axis=-2
+  return _quantize(
+    normal(99, (k, n), jnp.float32), fmt=lowbit.formats.get(fmt), axis=-2
   )
 
 
@@ -475,8 +487,8 @@ def blocks(implementation: str, formats, m: int, n: int, k: int) -> Setup:
 
   def inputs(seed):
     return (
-      lowbit.quantize(normal(seed, (m, k), jnp.float32), left),
-      lowbit.quantize(normal(seed + 50, (n, k), jnp.float32), right, axis=axis),
+      _quantize(normal(seed, (m, k), jnp.float32), fmt=left),
+      _quantize(normal(seed + 50, (n, k), jnp.float32), fmt=right, axis=axis),
     )
 
   def run(a, b):
@@ -485,7 +497,7 @@ def blocks(implementation: str, formats, m: int, n: int, k: int) -> Setup:
     )
 
   def dense(seed):
-    return tuple(lowbit.dequantize(q, jnp.bfloat16) for q in inputs(seed))
+    return tuple(_dequantize(q, jnp.bfloat16) for q in inputs(seed))
 
   others = {'bfloat16': (product_nt, dense)}
   if formats[0] == formats[1] == 'mxfp8_e4m3' and implementation != 'xla':
@@ -552,7 +564,7 @@ def glance(values, result, inputs) -> Fact:
 def glance_at_blocks(result, inputs) -> Fact:
   """Sampled rows of a large product."""
   at = _sample(len(result))
-  a, b = (lowbit.dequantize(q, jnp.float32) for q in inputs)
+  a, b = (_dequantize(q, jnp.float32) for q in inputs)
   want = lax.dot_general(a[at], b, NT, precision='highest')
   return compare_means(result[at], want)
 
