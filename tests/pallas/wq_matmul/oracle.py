@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -13,6 +14,10 @@ from lowbit_pallas.arith.block import Blocked
 from lowbit_pallas.wq_matmul import prepack
 
 U = 2.0**-24
+
+_prepack = jax.jit(
+  prepack.prepack, static_argnames=('spec', 'tile', 'k', 'layout')
+)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -36,9 +41,7 @@ class Weight:
   def prepack(self, tile: int, layout: str = 'kn') -> prepack.Prepacked:
     leaves = (self.codes, self.scale, self.zero_point)
     leaves = [None if v is None else jnp.asarray(v) for v in leaves]
-    return prepack.prepack(
-      *leaves, self.spec, tile=tile, k=self.k, layout=layout
-    )
+    return _prepack(*leaves, self.spec, tile=tile, k=self.k, layout=layout)
 
 
 def quantized(name: str, k: int, n: int, seed: int = 0) -> Weight:
@@ -59,13 +62,17 @@ def random_codes(name: str, k: int, n: int, scale, seed: int = 0) -> Weight:
   return Weight(fmt, k, codes, scale, None)
 
 
+def codes(packed, bits: int) -> np.ndarray:
+  """Codes (rows, n) of bytes that are packed along the first axis."""
+  stream = np.unpackbits(packed, axis=0, bitorder='little')
+  stream = stream.reshape(-1, bits, packed.shape[1]).astype(int)
+  return (stream << np.arange(bits)[:, None]).sum(1)
+
+
 def elements(w: Weight) -> np.ndarray:
   """Float64 (rows, n): values of the codes minus zero points."""
-  bits = w.fmt.element.bits
-  stream = np.unpackbits(w.codes, axis=0, bitorder='little')
-  stream = stream.reshape(-1, bits, w.n).astype(int)
-  codes = (stream << np.arange(bits)[:, None]).sum(1)
-  values = w.fmt.element.values().astype(float)[codes]
+  values = w.fmt.element.values().astype(float)
+  values = values[codes(w.codes, w.fmt.element.bits)]
   if w.zero_point is not None:
     values = values - _rows(w.zero_point.astype(float), len(values))
   return values
