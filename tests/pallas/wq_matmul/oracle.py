@@ -1,6 +1,7 @@
 """Weights, and products with them in float64 under the same contract."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -44,6 +45,7 @@ class Weight:
     return _prepack(*leaves, self.spec, tile=tile, k=self.k, layout=layout)
 
 
+@functools.cache
 def quantized(name: str, k: int, n: int, seed: int = 0) -> Weight:
   """A quantized N(0, 1) weight without its tensor scale."""
   w = np.random.default_rng([seed, k, n]).normal(size=(k, n))

@@ -3,6 +3,7 @@
 import functools
 from unittest import mock
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -26,7 +27,11 @@ FORMATS = (
   'int7_g64',
   'int8_channel',
 )
-run = functools.partial(tpu.run, interpret=races.TPU)
+eager = functools.partial(tpu.run, interpret=races.TPU)
+run = functools.partial(
+  jax.jit(tpu.run, static_argnames=('config', 'out_dtype', 'interpret')),
+  interpret=races.TPU,
+)
 
 
 def _tile(w):
@@ -59,7 +64,7 @@ class TpuTest(parameterized.TestCase):
     # The scales of the first tile for the second one, too.
     two = mock.PropertyMock(return_value=2)
     with mock.patch.object(prepack.Prepacked, 'tiles_per_block', two):
-      got = run(x, w.prepack(128), config=c, out_dtype=jnp.float32)
+      got = eager(x, w.prepack(128), config=c, out_dtype=jnp.float32)
     with self.assertRaises(AssertionError):
       oracle.check(got, x, w, 'pre')
 
@@ -101,8 +106,8 @@ class TpuTest(parameterized.TestCase):
     p = w.prepack(256)
     c = config.Config(bm=16, bn=128, tile=256, schedule='pre')
     np.testing.assert_array_equal(
-      np.asarray(run(x, p, config=c), np.float32),
-      np.asarray(reference.run(x, p, 'pre'), np.float32),
+      np.asarray(run(x, p, config=c), float),
+      np.asarray(jax.jit(reference.run, static_argnums=2)(x, p, 'pre'), float),
     )
 
   @parameterized.parameters((0, 8, 96), (3, 0, 96), (3, 8, 0))
