@@ -9,8 +9,8 @@ import functools
 from unittest import mock
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+import pytest
 from absl.testing import absltest, parameterized
 
 from lowbit_pallas.arith import softmax as sm
@@ -18,17 +18,8 @@ from lowbit_pallas.softmax import config, forms, reference
 from tests.pallas.softmax import rows
 
 GUARD = 12
-SHAPES = (
-  (1, 1),
-  (1, 2),
-  (3, 5),
-  (7, 127),
-  (8, 128),
-  (9, 129),
-  (5, 1000),
-  (13, 300),
-  (2, 9000),
-)
+SHAPES = ((1, 1), (3, 5), (9, 129), (2, 9000))
+MORE_SHAPES = ((1, 2), (7, 127), (8, 128), (5, 1000), (13, 300))
 
 
 @functools.cache
@@ -54,6 +45,14 @@ class ReferenceTest(parameterized.TestCase):
 
   @parameterized.parameters(*SHAPES)
   def test_shapes(self, *shape):
+    self.check_shape(shape)
+
+  @parameterized.parameters(*MORE_SHAPES)
+  @pytest.mark.slow
+  def test_more_shapes(self, *shape):
+    self.check_shape(shape)
+
+  def check_shape(self, shape):
     x = rows.draw('wide', shape)
     y = _compiled()(x)
     self.assertEqual(y.shape, shape)
@@ -76,13 +75,13 @@ class ReferenceTest(parameterized.TestCase):
     self.assertTrue(np.all(np.abs(y - want) <= bound))
 
   def test_auto_decides_row_by_row(self):
-    x = rows.draw('wide', (4, 300))
-    x[2] = rows.draw('huge', (1, 300))
-    y = np.asarray(_compiled()(x))
+    x = rows.draw('wide', (3, 300))
+    x[1] = rows.draw('huge', (1, 300))
+    y = np.asarray(_compiled(algorithm='auto')(x))
     pair = np.asarray(_compiled(algorithm='pair')(x))
     online = np.asarray(_compiled(algorithm='online')(x))
-    np.testing.assert_array_equal(y[[0, 1, 3]], pair[[0, 1, 3]])
-    np.testing.assert_array_equal(y[2], online[2])
+    np.testing.assert_array_equal(y[[0, 2]], pair[[0, 2]])
+    np.testing.assert_array_equal(y[1], online[1])
 
   def test_skipped_rescale_is_seen(self):
     x = rows.draw('wide', (3, 300))
@@ -95,16 +94,20 @@ class ReferenceTest(parameterized.TestCase):
 class OnlineTotalTest(absltest.TestCase):
   def test_joins_partial_sums(self):
     x = rows.draw('huge', (5, 64))
-    state = sm.online_reduce(x.reshape(5, 8, 8), None, 1)
-    total = sm.online_total(state, 1)
-    np.testing.assert_allclose(
-      sm.online_logsumexp(total), rows.exact('logsumexp', x), rtol=4 * rows.U
-    )
+
+    @jax.jit
+    def joined(x):
+      state = sm.online_reduce(x.reshape(5, 8, 8), None, 1)
+      return sm.online_logsumexp(sm.online_total(state, 1))
+
+    want = rows.exact('logsumexp', x)
+    np.testing.assert_allclose(joined(x), want, rtol=4 * rows.U)
 
   def test_special_partial_sums(self):
-    peak = jnp.array([[-jnp.inf, -jnp.inf], [jnp.inf, 3.0], [1.0, 3.0]])
-    total = jnp.array([[0.0, 0.0], [1.0, 2.0], [jnp.nan, 1.0]])
-    got = sm.online_logsumexp(sm.online_total(sm.Peak(peak, total), 1))
+    peak = np.float32([[-np.inf, -np.inf], [np.inf, 3.0], [1.0, 3.0]])
+    total = np.float32([[0.0, 0.0], [1.0, 2.0], [np.nan, 1.0]])
+    join = lambda state: sm.online_logsumexp(sm.online_total(state, 1))
+    got = jax.jit(join)(sm.Peak(peak, total))
     np.testing.assert_array_equal(got, [-np.inf, np.inf, np.nan])
 
 
