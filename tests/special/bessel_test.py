@@ -1,5 +1,6 @@
 """log I_v and log K_v against 20-digit values, mpmath identities and bounds."""
 
+import functools
 import pathlib
 
 import jax
@@ -18,6 +19,26 @@ _TABLE = np.genfromtxt(
 )
 _V, _X = _TABLE['v'], _TABLE['x']
 _FUNCTIONS = {'iv': log_iv, 'kv': log_kv}
+_COMPILED = {name: jax.jit(f) for name, f in _FUNCTIONS.items()}
+_POINTS = 4000
+# Derivatives are long programs: fusion is most of the time to compile them.
+_jit_unfused = functools.partial(
+  jax.jit, compiler_options={'xla_disable_hlo_passes': 'fusion'}
+)
+
+
+def evaluate(name: str, v, x) -> np.ndarray:
+  """The function at up to 4000 points, by one program for each dtype."""
+  v, x = np.broadcast_arrays(v, x)
+  got = _COMPILED[name](np.resize(v, _POINTS), np.resize(x, _POINTS))
+  return np.asarray(got)[: v.size]
+
+
+@functools.cache
+def derivatives_along(name: str):
+  """The compiled (v, x, dv, dx) -> change of the function."""
+  f = _FUNCTIONS[name]
+  return _jit_unfused(lambda v, x, dv, dx: jax.jvp(f, (v, x), (dv, dx))[1])
 
 
 def error(got, want, floor: float = 1.0) -> float:
@@ -27,23 +48,33 @@ def error(got, want, floor: float = 1.0) -> float:
   return float(np.max(np.abs(got - want) / np.maximum(floor, np.abs(want))))
 
 
-def points(n: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def points(seed: int) -> tuple[np.ndarray, np.ndarray]:
   """v and x, log-uniform from 1e-8 to 1e6."""
   rng = np.random.default_rng(seed)
-  return tuple(10 ** rng.uniform(-8, 6, (2, n)))
+  return tuple(10 ** rng.uniform(-8, 6, (2, _POINTS)))
+
+
+def forward_in_x(f):
+  """The function (v, x) -> value and d/dx, by forward mode."""
+  return lambda v, x: jax.jvp(lambda x: f(v, x), (x,), (jnp.ones_like(x),))
+
+
+def reverse_in_x(f):
+  """The same by reverse mode."""
+  return jax.value_and_grad(f, 1)
 
 
 class TableTest(parameterized.TestCase):
   @parameterized.parameters(('iv', 1e-13), ('kv', 2e-13))
   def test_float64(self, name, bound):
     with jax.enable_x64(True):
-      got = _FUNCTIONS[name](jnp.asarray(_V), jnp.asarray(_X))
+      got = evaluate(name, _V, _X)
     self.assertEqual(got.dtype, np.float64)
     self.assertLess(error(got, _TABLE[f'log_{name}']), bound)
 
   @parameterized.parameters(('iv', 5e-6), ('kv', 2e-5))
   def test_float32(self, name, bound):
-    got = _FUNCTIONS[name](np.float32(_V), np.float32(_X))
+    got = evaluate(name, np.float32(_V), np.float32(_X))
     self.assertEqual(got.dtype, np.float32)
     # The reference is at the decimal; rounding v and x moves the logarithm.
     moved = np.abs(_V * _TABLE[f'dlog_{name}_dv']) + np.abs(
@@ -56,12 +87,10 @@ class TableTest(parameterized.TestCase):
 
   @parameterized.product(name=('iv', 'kv'), argument=(0, 1))
   def test_derivatives(self, name, argument):
-    f = _FUNCTIONS[name]
+    tangents = [np.zeros_like(_V), np.zeros_like(_X)]
+    tangents[argument][:] = 1
     with jax.enable_x64(True):
-      v, x = jnp.asarray(_V), jnp.asarray(_X)
-      tangents = [jnp.zeros_like(v), jnp.zeros_like(x)]
-      tangents[argument] = jnp.ones_like(v)
-      got = jax.jit(lambda v, x: jax.jvp(f, (v, x), tuple(tangents))[1])(v, x)
+      got = derivatives_along(name)(_V, _X, *tangents)
     want = _TABLE[f'dlog_{name}_d{"vx"[argument]}']
     self.assertLess(error(got, want, 1e-3), 1e-10)
     if (name, argument) == ('kv', 0):
@@ -70,20 +99,24 @@ class TableTest(parameterized.TestCase):
 
 class IdentityTest(parameterized.TestCase):
   def test_no_overflow(self):
-    v, x = points(4000, 0)
+    v, x = points(0)
     for dtype in (np.float32, np.float64):
       with jax.enable_x64(dtype == np.float64):
-        for f in _FUNCTIONS.values():
-          got = np.asarray(f(v.astype(dtype), x.astype(dtype)))
+        for name in _FUNCTIONS:
+          got = evaluate(name, v.astype(dtype), x.astype(dtype))
+          self.assertEqual(got.dtype, dtype)
           self.assertTrue(np.isfinite(got).all())
 
   def test_wronskian(self):
     # x (I_v K_{v+1} + I_{v+1} K_v) = 1; errors of the logarithms add up.
-    v, x = points(4000, 1)
+    v, x = points(1)
     with jax.enable_x64(True):
-      parts = [np.asarray(g) for g in (
-        log_iv(v, x), log_kv(v + 1, x), log_iv(v + 1, x), log_kv(v, x)
-      )]  # fmt: skip
+      parts = [
+        evaluate('iv', v, x),
+        evaluate('kv', v + 1, x),
+        evaluate('iv', v + 1, x),
+        evaluate('kv', v, x),
+      ]
     total = np.logaddexp(parts[0] + parts[1], parts[2] + parts[3]) + np.log(x)
     size = 1 + sum(map(np.abs, parts))
     np.testing.assert_array_less(np.abs(total), 1e-13 * size)
@@ -91,13 +124,13 @@ class IdentityTest(parameterized.TestCase):
   def test_half_order(self):
     x = 10 ** np.linspace(-6, 5, 500)
     with jax.enable_x64(True):
-      got = log_kv(0.5, x)
+      got = evaluate('kv', 0.5, x)
     want = 0.5 * np.log(np.pi / (2 * x)) - x
     self.assertLess(error(got, want), 2e-15 * 8)
 
   def test_bounds_of_the_ratio(self):
     # Amos, "Computation of modified Bessel functions and their ratios" (1974).
-    v, x = points(4000, 2)
+    v, x = points(2)
     with jax.enable_x64(True):
       ratio = np.asarray(jax.jit(_bessel.iv_ratio)(v, x))
     low = x / (v + 0.5 + np.sqrt((v + 1.5) ** 2 + x * x))
@@ -107,9 +140,9 @@ class IdentityTest(parameterized.TestCase):
     self.assertTrue((ratio <= high * (1 + slack)).all())
 
   def test_k_is_even_in_its_order(self):
-    v, x = np.float32(points(500, 3))
+    v, x = np.float32(points(3))
     np.testing.assert_allclose(
-      log_kv(-v, x), log_kv(v, x), rtol=1e-6, atol=1e-6
+      evaluate('kv', -v, x), evaluate('kv', v, x), rtol=1e-6, atol=1e-6
     )
 
   @pytest.mark.slow
@@ -122,16 +155,24 @@ class IdentityTest(parameterized.TestCase):
         for leaf in jax.tree.leaves(hessian(np.float64(v), np.float64(x))):
           self.assertTrue(np.isfinite(leaf).all())
 
-  def test_modified_bessel_equation(self):
+  def assert_solves_bessels_equation(self, name, derivative):
     # With r = d/dx log B: r' = 1 + v^2 / x^2 - r / x - r^2.
     v, x = np.array([0.0, 0.7, 3.0, 20.0]), np.array([0.5, 3.0, 8.0, 40.0])
+    first = jax.grad(_FUNCTIONS[name], 1)
     with jax.enable_x64(True):
-      for f in _FUNCTIONS.values():
-        first = jax.grad(lambda v, x, f=f: f(v, x), 1)
-        r = np.asarray(jax.vmap(first)(v, x))
-        slope = np.asarray(jax.vmap(jax.grad(first, 1))(v, x))
-        want = 1 + (v / x) ** 2 - r / x - r * r
-        np.testing.assert_allclose(slope, want, rtol=1e-8, atol=1e-10)
+      both = _jit_unfused(jax.vmap(derivative(first)))(v, x)
+    r, slope = map(np.asarray, both)
+    want = 1 + (v / x) ** 2 - r / x - r * r
+    np.testing.assert_allclose(slope, want, rtol=1e-8, atol=1e-10)
+
+  @parameterized.parameters(('iv', reverse_in_x), ('kv', forward_in_x))
+  def test_modified_bessel_equation(self, name, derivative):
+    self.assert_solves_bessels_equation(name, derivative)
+
+  @parameterized.parameters(('iv', forward_in_x), ('kv', reverse_in_x))
+  @pytest.mark.slow
+  def test_modified_bessel_equation_by_the_other_mode(self, name, derivative):
+    self.assert_solves_bessels_equation(name, derivative)
 
 
 class EdgesTest(parameterized.TestCase):
@@ -156,7 +197,7 @@ class EdgesTest(parameterized.TestCase):
       want = f(v, x)
       self.assertEqual(want.shape, (3, 2))
       np.testing.assert_allclose(jax.jit(f)(v, x), want, rtol=1e-6)
-      rows = jax.vmap(lambda x, f=f: f(v, x))(x)
+      rows = jax.jit(jax.vmap(lambda x, f=f: f(v, x)))(x)
       np.testing.assert_allclose(rows, want, rtol=1e-6)
 
   def test_refuses(self):
