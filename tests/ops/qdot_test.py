@@ -6,13 +6,14 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from absl.testing import absltest, parameterized
 
 import lowbit_jax as lowbit
 from lowbit_jax import formats
 from lowbit_jax.ops import _qdot
 from lowbit_jax.recipe import GemmSpec, QuantSpec, Recipe
-from lowbit_jax.training import recipes
+from lowbit_jax.training import quantizers, recipes
 from lowbit_pallas.arith import hadamard
 
 U = 2.0**-24
@@ -25,24 +26,53 @@ def data(*shape, seed: int = 0, dtype=jnp.float32) -> jax.Array:
   return jnp.asarray(x, dtype)
 
 
-def everywhere(spec: QuantSpec) -> Recipe:
-  gemm = GemmSpec(spec, spec)
+def operands():
+  """x, w and dy."""
+  return data(M, K), data(K, N, seed=1), data(M, N, seed=2)
+
+
+def rotated_mxfp4(signs: str) -> Recipe:
+  """All products rotated, with the cheapest quantizer that never saturates."""
+  spec = QuantSpec(formats.mxfp4, 'rceil')
+  gemm = GemmSpec(spec, spec, 32, signs)
   return Recipe('test', gemm, gemm, gemm)
 
 
-def run(recipe: Recipe, x, w, dy, key=KEY, **options):
+def eager(recipe: Recipe, x, w, dy, key=KEY, **options):
   """y, dx, dw."""
   f = functools.partial(lowbit.qdot, recipe=recipe, key=key, **options)
   y, pull = jax.vjp(lambda x, w: f(x, w), x, w)
   return y, *pull(dy)
 
 
-def quantized(t, spec, axis: int, key):
-  """A site's values in float64, by the public fake_quant."""
-  if spec is None:
+def run(recipe: Recipe, x, w, dy, key=KEY, **options):
+  """The same by one program for each recipe, which the tests share."""
+  return _run(recipe, x, w, dy, key, **options)
+
+
+_run = jax.jit(eager, static_argnums=0)
+apart = jax.jit(_qdot.apart, static_argnums=1)
+
+
+def quantized(t, spec, axis: int, key, rotation=(None, 'none', None)):
+  """A site's values in float64, by the public fake_quant.
+
+  `rotation` is the size of the blocks, the signs and their key.
+  """
+  if spec is None and not rotation[0]:
     return np.asarray(t, np.float64)
+  y = np.asarray(_quantized(t, spec, axis, key, *rotation), np.float64)
+  return y / getattr(spec, 'prescale', 1)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 4, 5))
+def _quantized(t, spec, axis: int, key, block, signs, signs_key):
+  """The same in float32, times the prescale."""
+  t = rotated(t, axis, block, signs, signs_key) if block else t
+  if spec is None:
+    return t
   if not isinstance(spec, QuantSpec):
-    return np.asarray(spec(t, axis, key), np.float64)
+    return spec(t, axis, key)
   axis = (axis, 1 - axis) if spec.fmt.is_tile else axis
   options = {
     'axis': axis,
@@ -52,43 +82,45 @@ def quantized(t, spec, axis: int, key):
   }
   t = jnp.float32(t)
   if spec.prescale == 1:
-    y = lowbit.fake_quant(t, spec.fmt, scale_rule=spec.scale_rule, **options)
-  else:
-    q = lowbit.quantize(t, spec.fmt, axis=axis, scale_rule=spec.scale_rule)
-    y = lowbit.fake_quant_with(t * spec.prescale, q.scale, spec.fmt, **options)
-  return np.asarray(y, np.float64) / spec.prescale
+    return lowbit.fake_quant(t, spec.fmt, scale_rule=spec.scale_rule, **options)
+  q = lowbit.quantize(t, spec.fmt, axis=axis, scale_rule=spec.scale_rule)
+  return lowbit.fake_quant_with(t * spec.prescale, q.scale, spec.fmt, **options)
 
 
-def rotated(t, gemm: GemmSpec, axis: int, key):
+def rotated(t, axis: int, block: int, signs: str, key):
   """A site's operand after the rotation of its product, in float32."""
-  if not gemm.hadamard:
-    return t
-  pad = [
-    (0, -n % gemm.hadamard if i == axis else 0) for i, n in enumerate(t.shape)
-  ]
+  pad = [(0, -n % block if i == axis else 0) for i, n in enumerate(t.shape)]
   t = jnp.pad(t, pad)
   words = jnp.array([0x243F6A88, 0x85A308D3], jnp.uint32)
-  if gemm.signs == 'per_call':
+  if signs == 'per_call':
     words = jax.random.key_data(key)
-  if gemm.signs != 'none':
-    signs = hadamard.random_signs(words, gemm.hadamard)
-    signs = jnp.tile(signs, t.shape[axis] // gemm.hadamard)
+  if signs != 'none':
+    signs = hadamard.random_signs(words, block)
+    signs = jnp.tile(signs, t.shape[axis] // block)
     t = t * jnp.expand_dims(signs, 1 - axis)
-  return hadamard.hadamard(t, gemm.hadamard, axis)
+  return hadamard.hadamard(t, block, axis)
+
+
+@functools.cache
+def keys_of(which: int):
+  """Keys of both operands and of the signs, of one of the three products."""
+  return [jax.random.fold_in(KEY, 3 * which + i) for i in range(3)]
 
 
 def product(gemm: GemmSpec, which: int, a, axis_a: int, b, axis_b: int):
   """sum of products, and of their magnitudes, of two sites in float64."""
-  keys = [jax.random.fold_in(KEY, 3 * which + i) for i in range(3)]
-  a = quantized(rotated(a, gemm, axis_a, keys[2]), gemm.lhs, axis_a, keys[0])
-  b = quantized(rotated(b, gemm, axis_b, keys[2]), gemm.rhs, axis_b, keys[1])
+  keys = keys_of(which)
+  rotation = gemm.hadamard, gemm.signs, keys[2]
+  a = quantized(a, gemm.lhs, axis_a, keys[0], rotation)
+  b = quantized(b, gemm.rhs, axis_b, keys[1], rotation)
   a = a if axis_a else a.T
   b = b.T if axis_b else b
   return a @ b, np.abs(a) @ np.abs(b)
 
 
-def assert_products(recipe: Recipe, x, w, dy):
+def assert_products(recipe: Recipe):
   """All three within the rounding of float32 sums: (k + 8) u sum |a| |b|."""
+  x, w, dy = operands()
   y, dx, dw = run(recipe, x, w, dy)
   for got, which, gemm, args in (
     (y, 0, recipe.fwd, (x, 1, w, 0)),
@@ -101,17 +133,35 @@ def assert_products(recipe: Recipe, x, w, dy):
     assert np.all(error <= bound), (which, np.max(error / bound))
 
 
+CENTERED = dataclasses.replace(rotated_mxfp4('fixed'), center=True)
+
+
 class DefinitionTest(parameterized.TestCase):
   @parameterized.parameters(
-    'mxfp4_sr_rht', 'mxfp4_nv', 'mxfp4_bwd', 'nvfp4', 'fp8_current',
-    'fp8_block', 'switchback', 'mxfp4_rotated', 'mxfp4_row_scaled',
+    'mxfp4_sr_rht', 'mxfp4_nv', 'nvfp4', 'fp8_current', 'fp8_block',
+    'switchback',
   )  # fmt: skip
   def test_recipes(self, name):
-    recipe = recipes.get(name)
-    assert_products(recipe, data(M, K), data(K, N, seed=1), data(M, N, seed=2))
+    assert_products(recipes.get(name))
+
+  @parameterized.parameters('mxfp4_bwd', 'mxfp4_rotated', 'mxfp4_row_scaled')
+  @pytest.mark.slow
+  def test_more_recipes(self, name):
+    assert_products(recipes.get(name))
+
+  def test_rows_with_scales_of_their_own(self):
+    """The forward product of mxfp4_row_scaled, with a rule that is cheaper."""
+    scaled = quantizers.RowScaled(QuantSpec(formats.mxfp4, 'rceil'))
+    assert_products(Recipe('test', GemmSpec(scaled, scaled, 32, 'fixed')))
 
   def test_centered(self):
-    recipe = recipes.get('mxfp4_centered')
+    self.assert_centered(CENTERED)
+
+  @pytest.mark.slow
+  def test_centered_recipe(self):
+    self.assert_centered(recipes.get('mxfp4_centered'))
+
+  def assert_centered(self, recipe):
     x, w, dy = data(M, K) + 1, data(K, N, seed=1), data(M, N, seed=2)
     mean = np.asarray(jnp.mean(x, 0, keepdims=True), np.float64)
     centered, wide = x - jnp.mean(x, 0, keepdims=True), np.float64(w)
@@ -133,24 +183,36 @@ class DefinitionTest(parameterized.TestCase):
     np.testing.assert_array_less(np.abs(dx - want), bound)
 
   def test_centering_helps_where_the_mean_is_large(self):
+    self.assert_centering_helps(CENTERED)
+
+  @pytest.mark.slow
+  def test_centering_helps_a_recipe(self):
+    self.assert_centering_helps(recipes.get('mxfp4_centered'))
+
+  def assert_centering_helps(self, recipe):
     x, w = data(M, K) + 4, data(K, N, seed=1)
     exact = np.float64(x) @ np.float64(w)
-    errors = [
-      np.linalg.norm(lowbit.qdot(x, w, recipes.get(name), key=KEY) - exact)
-      for name in ('mxfp4_centered', 'mxfp4_rotated')
-    ]
+    centered, _, _ = run(recipe, x, w, data(M, N, seed=2))
+    plain, _ = product(recipe.fwd, 0, x, 1, w, 0)
+    errors = [np.linalg.norm(y - exact) for y in (centered, plain)]
     self.assertLess(errors[0], 0.5 * errors[1])
 
   @parameterized.parameters(False, True)
   def test_principal(self, center):
-    recipe = dataclasses.replace(
-      recipes.get('mxfp4_rotated'), center=center, principal=3
-    )
+    self.assert_principal(rotated_mxfp4('fixed'), center)
+
+  @parameterized.parameters(False, True)
+  @pytest.mark.slow
+  def test_principal_of_a_recipe(self, center):
+    self.assert_principal(recipes.get('mxfp4_rotated'), center)
+
+  def assert_principal(self, recipe, center):
+    recipe = dataclasses.replace(recipe, center=center, principal=3)
     # Four directions well above the noise, none of them an axis.
     x = data(M, 4, seed=3) @ np.diag([9.0, 8.0, 7.0, 1.0]) @ data(4, K, seed=4)
     x = jnp.asarray(x + data(M, K) + 2, jnp.float32)
     w, dy = data(K, N, seed=1), data(M, N, seed=2)
-    rest, terms = _qdot.apart(x, recipe)
+    rest, terms = apart(x, recipe)
     exact = sum(functools.reduce(np.matmul, map(np.float64, t)) for t in terms)
     tolerance = 64 * U * np.abs(x).max()
     np.testing.assert_allclose(np.float64(rest) + exact, x, atol=tolerance)
@@ -185,8 +247,8 @@ class DefinitionTest(parameterized.TestCase):
   def test_principal_directions_of_many_tokens(self):
     # Found from some of them, they serve the others of the same distribution.
     recipe = Recipe('split', principal=2)
-    x = data(4096, 2, seed=3) * np.float32([5, 4]) @ data(2, K, seed=4)
-    rest, _ = _qdot.apart(x + data(4096, K), recipe)
+    x = np.float32([5, 4]) * data(4096, 2, seed=3) @ data(2, K, seed=4)
+    rest, _ = apart(jnp.asarray(x + data(4096, K)), recipe)
     self.assertLess(np.mean(np.square(rest)), 1.02)
 
   def test_principal_of_few_or_no_tokens(self):
@@ -203,13 +265,10 @@ class DefinitionTest(parameterized.TestCase):
       lowbit.qdot(data(M, K), data(K, N), recipe)
 
   def test_signs_of_every_call(self):
-    spec = QuantSpec(formats.mxfp4, 'rceil')
-    gemm = GemmSpec(spec, spec, 32, 'per_call')
-    recipe = Recipe('test', gemm, gemm, gemm)
-    x, w, dy = data(M, K), data(K, N, seed=1), data(M, N, seed=2)
-    assert_products(recipe, x, w, dy)
-    other = run(recipe, x, w, dy, key=jax.random.key(8))
-    self.assertFalse(np.array_equal(other[0], run(recipe, x, w, dy)[0]))
+    recipe = rotated_mxfp4('per_call')
+    assert_products(recipe)
+    other = run(recipe, *operands(), key=jax.random.key(8))
+    self.assertFalse(np.array_equal(other[0], run(recipe, *operands())[0]))
 
   def test_nothing_quantized_is_the_plain_product(self):
     x, w, dy = data(3, 5), data(5, 4, seed=1), data(3, 4, seed=2)
@@ -228,11 +287,19 @@ class DefinitionTest(parameterized.TestCase):
     np.testing.assert_array_equal(dx.reshape(M, K), flat[1])
     np.testing.assert_array_equal(dw, flat[2])
 
+  def test_without_jit(self):
+    spec = QuantSpec(formats.get('int8_channel'))
+    recipe = Recipe('test', GemmSpec(spec, spec), GemmSpec(spec))
+    x, w, dy = operands()
+    got, want = eager(recipe, x, w, dy), run(recipe, x, w, dy)
+    for a, b in zip(got, want, strict=True):
+      np.testing.assert_array_equal(a, b)
+
   def test_tokens_are_padded_with_zeros(self):
     recipe = recipes.get('mxfp4_sr_rht')
     wgrad = dataclasses.replace(recipe.wgrad, rhs=recipe.wgrad.lhs)
     recipe = Recipe('test', recipe.fwd, GemmSpec(), wgrad)
-    x, w, dy = data(M, K), data(K, N, seed=1), data(M, N, seed=2)
+    x, w, dy = operands()
     more = [jnp.pad(t, [(0, 14), (0, 0)]) for t in (x, dy)]
     _, _, dw = run(recipe, x, w, dy)
     np.testing.assert_array_equal(dw, run(recipe, more[0], w, more[1])[2])
@@ -240,31 +307,30 @@ class DefinitionTest(parameterized.TestCase):
   def test_tiles_serve_both_directions(self):
     tile = QuantSpec(formats.get('mxfp4_32x32'))
     recipe = Recipe('test', GemmSpec(None, tile), GemmSpec(None, tile))
-    w = data(K, N, seed=1)
-    y, dx, _ = run(recipe, jnp.eye(K), w, jnp.zeros((K, N)))
-    _, dx, _ = run(recipe, jnp.zeros((N, K)), w, jnp.eye(N))
+    eye = np.eye(N, dtype=np.float32)
+    y, dx, _ = run(recipe, eye, data(N, N, seed=1), eye)
     np.testing.assert_array_equal(y, dx.T)
 
   def test_blocks_along_one_axis_do_not(self):
     spec = QuantSpec(formats.nvfp4)
     recipe = Recipe('test', GemmSpec(None, spec), GemmSpec(None, spec))
-    w = data(K, N, seed=1)
-    y = run(recipe, jnp.eye(K), w, jnp.zeros((K, N)))[0]
-    dx = run(recipe, jnp.zeros((N, K)), w, jnp.eye(N))[1]
+    eye = np.eye(N, dtype=np.float32)
+    y, dx, _ = run(recipe, eye, data(N, N, seed=1), eye)
     self.assertLess(np.mean(np.asarray(y) == np.asarray(dx).T), 0.5)
 
   def test_rotation_alone_changes_nothing(self):
     gemm = GemmSpec(hadamard=32, signs='fixed')
-    x, w, dy = data(M, K), data(K, N, seed=1), data(M, N, seed=2)
+    x, w, dy = operands()
     got = run(Recipe('test', gemm, gemm, gemm), x, w, dy)
     want = run(Recipe('none'), x, w, dy)
     for a, b in zip(got, want, strict=True):
       error = np.linalg.norm(np.subtract(a, b)) / np.linalg.norm(b)
       self.assertBetween(error, 1e-9, 1e-6)
 
-  @parameterized.parameters('nvfp4_rtn', 'fp8_block')
-  def test_half_precision_adds_one_rounding(self, name):
-    recipe = recipes.get(name)
+  @parameterized.parameters(
+    recipes.get('nvfp4_rtn').forward_only(), recipes.get('fp8_block')
+  )
+  def test_half_precision_adds_one_rounding(self, recipe):
     x, w = (
       data(M, K, dtype=jnp.bfloat16),
       data(K, N, seed=1, dtype=jnp.bfloat16),
@@ -318,7 +384,7 @@ class StochasticTest(parameterized.TestCase):
 
   def test_the_key_alone_decides(self):
     recipe = recipes.get('nvfp4')
-    args = data(M, K), data(K, N, seed=1), data(M, N, seed=2)
+    args = operands()
     first, again = run(recipe, *args), run(recipe, *args)
     other = run(recipe, *args, key=jax.random.key(1))
     for a, b in zip(first, again, strict=True):
@@ -336,7 +402,7 @@ def _still(spec):
 class ResidualTest(parameterized.TestCase):
   def test_codes_serve_both_directions(self):
     recipe = recipes.get('jetfire_int8')
-    x, w, dy = data(M, K), data(K, N, seed=1), data(M, N, seed=2)
+    x, w, dy = operands()
     _, dx, dw = run(recipe, x, w, dy)
     qx = quantized(x, recipe.fwd.lhs, 1, None)
     qw = quantized(w, recipe.fwd.rhs, 0, None)
@@ -349,9 +415,9 @@ class ResidualTest(parameterized.TestCase):
     sizes = {}
     for name in ('jetfire_int8', 'tetrajet', 'mxfp8'):
       f = functools.partial(lowbit.qdot, recipe=recipes.get(name), key=KEY)
-      _, pull = jax.vjp(lambda x, w, f=f: f(x, w), x, w)
+      pull = jax.eval_shape(lambda x, w, f=f: jax.vjp(f, x, w)[1], x, w)
       leaves = jax.tree.leaves(pull)
-      sizes[name] = sum(t.nbytes for t in leaves if hasattr(t, 'nbytes'))
+      sizes[name] = sum(t.size * t.dtype.itemsize for t in leaves)
     full = 2 * 4 * 256 * 128
     self.assertLess(sizes['jetfire_int8'], 0.27 * full)
     self.assertLess(sizes['tetrajet'], 0.14 * full)
@@ -363,7 +429,7 @@ class ResidualTest(parameterized.TestCase):
     nearest = dataclasses.replace(recipe.dgrad.rhs, rounding='nearest_even')
     gemm = GemmSpec(nearest, nearest)
     recipe = dataclasses.replace(recipe, dgrad=gemm, wgrad=gemm)
-    x, w, dy = data(M, K), data(K, N, seed=1), data(M, N, seed=2)
+    x, w, dy = operands()
     _, dx, _ = run(recipe, x, w, dy)
     seen = quantized(w, recipe.fwd.rhs, 0, None)
     want, size = product(gemm, 1, dy, 1, jnp.asarray(seen, jnp.float32), 1)
@@ -375,9 +441,10 @@ class DerivativeTest(parameterized.TestCase):
   def test_of_the_quantizer_multiplies_the_product(self, backward):
     spec = QuantSpec(formats.mxfp4, backward=backward)
     recipe = Recipe('test', GemmSpec(spec, spec))
-    x, w, dy = data(M, K), data(K, N, seed=1), data(M, N, seed=2)
+    x, w, dy = operands()
     _, dx, dw = run(recipe, x, w, dy)
 
+    @functools.partial(jax.jit, static_argnums=1)
     def pulled(t, axis, g):
       f = functools.partial(
         lowbit.fake_quant, fmt=spec.fmt, axis=axis, backward=backward
@@ -393,15 +460,18 @@ class DerivativeTest(parameterized.TestCase):
     """Quartet: rotate the cotangent, mask, rotate back."""
     spec = QuantSpec(formats.mxfp4, backward='trust')
     recipe = Recipe('test', GemmSpec(spec, None, 32))
-    x, w, dy = data(M, K), data(K, N, seed=1), data(M, N, seed=2)
+    x, w, dy = operands()
 
     def f(x):
       x = hadamard.hadamard(x, 32, 1)
       x = lowbit.fake_quant(x, spec.fmt, axis=1, backward='trust')
       return x @ hadamard.hadamard(w, 32, 0)
 
+    def pulled(x):
+      return jax.vjp(f, x)[1](dy)[0]
+
     _, dx, _ = run(recipe, x, w, dy)
-    np.testing.assert_allclose(dx, jax.vjp(f, x)[1](dy)[0], atol=3e-4)
+    np.testing.assert_allclose(dx, jax.jit(pulled)(x), atol=3e-4)
 
   def test_any_hashable_function_quantizes(self):
     recipe = Recipe('test', GemmSpec(_Halved(), None))
@@ -419,34 +489,43 @@ class _Halved:
     return x / 2
 
 
-class CompositionTest(parameterized.TestCase):
-  RECIPE = recipes.get('nvfp4')
+def _random_mxfp4() -> Recipe:
+  """Random bits in both directions, and little else."""
+  spec = QuantSpec(formats.mxfp4, 'rceil')
+  drawn = dataclasses.replace(spec, rounding='stochastic')
+  return Recipe('test', GemmSpec(drawn, spec), GemmSpec(drawn), GemmSpec(spec))
 
+
+RANDOM = _random_mxfp4()
+
+
+class CompositionTest(parameterized.TestCase):
   def setUp(self):
     super().setUp()
-    self.x, self.w = data(M, K), data(K, N, seed=1)
-    self.dy = data(M, N, seed=2)
-    self.want = run(self.RECIPE, self.x, self.w, self.dy)
-
-  def assert_same(self, got):
-    for a, b in zip(got, self.want, strict=True):
-      np.testing.assert_array_equal(a, b)
+    self.x, self.w, self.dy = operands()
 
   def test_remat_replays_the_same_bits(self):
-    f = jax.checkpoint(
-      lambda x, w, key: lowbit.qdot(x, w, self.RECIPE, key=key)
-    )
-    y, pull = jax.vjp(lambda x, w: f(x, w, KEY), self.x, self.w)
-    self.assert_same((y, *pull(self.dy)))
+    f = jax.checkpoint(lambda x, w, key: lowbit.qdot(x, w, RANDOM, key=key))
+
+    @jax.jit
+    def replayed(x, w, dy, key):
+      y, pull = jax.vjp(lambda x, w: f(x, w, key), x, w)
+      return y, *pull(dy)
+
+    args = self.x, self.w, self.dy
+    got, want = replayed(*args, KEY), run(RANDOM, *args)
+    for a, b in zip(got, want, strict=True):
+      np.testing.assert_array_equal(a, b)
 
   def test_vmap_over_keys_and_rows(self):
     keys = jax.random.split(jax.random.key(1), 3)
-    rows = jnp.stack([self.x, 2 * self.x, self.x - 1])
+    x = np.asarray(self.x)
+    rows = jnp.asarray(np.stack([x, 2 * x, x - 1]))
 
     def f(x, key):
-      return run(self.RECIPE, x, self.w, self.dy, key=key)
+      return run(recipes.get('nvfp4'), x, self.w, self.dy, key=key)
 
-    batch = jax.vmap(f)(rows, keys)
+    batch = jax.jit(jax.vmap(f))(rows, keys)
     for i in range(3):
       for a, b in zip(batch, f(rows[i], keys[i]), strict=True):
         np.testing.assert_allclose(a[i], b, rtol=0, atol=1e-4)
@@ -456,7 +535,7 @@ class CompositionTest(parameterized.TestCase):
     keys = jax.random.split(KEY, 2)
 
     def layer(x, wk):
-      return lowbit.qdot(x, wk[0], self.RECIPE, key=wk[1]), None
+      return lowbit.qdot(x, wk[0], RANDOM, key=wk[1]), None
 
     def scanned(w):
       return jnp.sum(jax.lax.scan(layer, self.x, (w, keys))[0] ** 2)
@@ -467,7 +546,7 @@ class CompositionTest(parameterized.TestCase):
         x, _ = layer(x, (w[i], keys[i]))
       return jnp.sum(x**2)
 
-    got, want = jax.grad(scanned)(w), jax.grad(unrolled)(w)
+    got, want = jax.jit(jax.grad(scanned))(w), jax.jit(jax.grad(unrolled))(w)
     np.testing.assert_allclose(
       got, want, rtol=0.05, atol=1e-3 * np.abs(want).max()
     )
