@@ -52,6 +52,15 @@ def run(rule: TensorScaling, seen) -> list[float]:
   return used
 
 
+def normal(*shape) -> np.ndarray:
+  random = np.random.default_rng(shape)
+  return random.standard_normal(shape).astype(np.float32)
+
+
+qdot = jax.jit(lowbit.qdot, static_argnums=2)
+scaled_qdot = jax.jit(scaling.qdot, static_argnums=2)
+
+
 class StateTest(parameterized.TestCase):
   @parameterized.parameters(1, 2, 3, 16)
   def test_delayed(self, window):
@@ -94,17 +103,16 @@ class DotTest(parameterized.TestCase):
       formats.get('e4m3fn_tensor'), tensor_scaling=TensorScaling(window=4)
     )
     recipe = Recipe('test', GemmSpec(spec, spec))
-    x = jax.random.normal(jax.random.key(0), (6, 32))
-    w = jax.random.normal(jax.random.key(1), (32, 8))
+    x, w = normal(6, 32), normal(32, 8)
     state = scaling.init_dot(recipe)
-    first, state = scaling.qdot(x, w, recipe, state)
-    np.testing.assert_array_equal(first, lowbit.qdot(x, w, recipe))
+    first, state = scaled_qdot(x, w, recipe, state)
+    np.testing.assert_array_equal(first, qdot(x, w, recipe))
     state = scaling.advance(state)
-    self.assertEqual(float(state.x.amax), float(jnp.abs(x).max()))
+    self.assertEqual(float(state.x.amax), np.abs(x).max())
     # Twice the activations saturate at the magnitude of the first step.
-    second, _ = scaling.qdot(2 * x, w, recipe, state)
-    amax = jnp.abs(x).max(), jnp.abs(w).max()
-    want = lowbit.qdot(2 * x, w, recipe, tensor_amax=amax)
+    second, _ = scaling.qdot(2 * x, w, recipe, state)  # without jit
+    amax = np.abs(x).max(), np.abs(w).max()
+    want = qdot(2 * x, w, recipe, tensor_amax=amax)
     np.testing.assert_array_equal(second, want)
     self.assertFalse(np.array_equal(second, 2 * first))
 
@@ -115,8 +123,7 @@ class DotTest(parameterized.TestCase):
 
   def test_remat_notes_once(self):
     recipe = recipes.get('fp8_delayed')
-    x = jax.random.normal(jax.random.key(0), (6, 32))
-    w = jax.random.normal(jax.random.key(1), (32, 8))
+    x, w = normal(6, 32), normal(32, 8)
 
     def loss(w, state, wrap):
       f = wrap(lambda x, w, s: scaling.qdot(x, w, recipe, s))
@@ -124,7 +131,7 @@ class DotTest(parameterized.TestCase):
       return jnp.sum(y**2), state
 
     state = scaling.init_dot(recipe)
-    grad = jax.grad(loss, has_aux=True)
+    grad = jax.jit(jax.grad(loss, has_aux=True), static_argnums=2)
     want = grad(w, state, lambda f: f)
     got = grad(w, state, jax.checkpoint)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
