@@ -1,0 +1,18 @@
+"""Examples compile with few optimizations: no test here looks at speed."""
+
+import jax
+import pytest
+
+_OPTION = 'jax_disable_most_optimizations'
+
+
+@pytest.fixture(autouse=True, scope='module')
+def _quick_compilation():
+  """In this process and, through the environment, in those of scripts."""
+  before = jax.config.read(_OPTION)
+  jax.config.update(_OPTION, True)
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setenv(_OPTION.upper(), '1')
+    yield
+  jax.config.update(_OPTION, before)
+  jax.clear_caches()
