@@ -10,6 +10,7 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from absl.testing import absltest, parameterized
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -33,21 +34,34 @@ def product(x, w):
   return _partition.partitioned(RUN, x, w)
 
 
+_plain = jax.jit(RUN)
+
+
+def plain(x, w) -> np.ndarray:
+  """The product by itself."""
+  return np.asarray(_plain(x, w))
+
+
 def integers(seed: int, shape) -> np.ndarray:
   """Small integers: float32 sums of their products are exact in any order."""
   return np.random.RandomState(seed).randint(-3, 4, shape).astype(np.float32)
 
 
 def operands(name: str, layout: str):
-  q = lowbit_jax.quantize(integers(0, (K, N)), formats.get(name), axis=-2)
+  w = _weight(integers(0, (K, N)), formats.get(name), layout)
+  return jnp.asarray(integers(1, (M, K)), jnp.bfloat16), w
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _weight(w, fmt, layout: str):
+  q = lowbit_jax.quantize(w, fmt, axis=-2)
   # Powers of two keep shards that are scaled one by one exact.
   scale = q.scale
   if scale.dtype == np.float32:
     scale = jnp.exp2(jnp.round(jnp.log2(scale)))
-  w = prepack.prepack(
-    q.codes, scale, q.zero_point, blocked(q.fmt), tile=TILE, layout=layout
+  return prepack.prepack(
+    q.codes, scale, q.zero_point, blocked(fmt), tile=TILE, layout=layout
   )
-  return jnp.asarray(integers(1, (M, K)), jnp.bfloat16), w
 
 
 def place(mesh, x, w, x_spec, planes_spec, scale_spec=None):
@@ -64,38 +78,54 @@ def place(mesh, x, w, x_spec, planes_spec, scale_spec=None):
   return x, dataclasses.replace(w, planes=planes)
 
 
+CASES = ('mxfp4', 'kn'), ('uint4_g32', 'nk'), ('int8_channel', 'kn')
+MORE_CASES = ('mxfp4', 'nk'), ('uint4_g32', 'kn'), ('int8_channel', 'nk')
+
+
 class PartitionTest(parameterized.TestCase):
   def setUp(self):
     super().setUp()
     auto = (jax.sharding.AxisType.Auto,) * 2
     self.mesh = jax.make_mesh((4, 2), ('d', 't'), axis_types=auto)
 
-  @parameterized.product(
-    name=('mxfp4', 'uint4_g32', 'int8_channel'), layout=('kn', 'nk')
-  )
+  @parameterized.parameters(*CASES)
   def test_rows_and_columns_stay_split(self, name, layout):
+    self.check_rows_and_columns(name, layout)
+
+  @parameterized.parameters(*MORE_CASES)
+  @pytest.mark.slow
+  def test_more_rows_and_columns(self, name, layout):
+    self.check_rows_and_columns(name, layout)
+
+  def check_rows_and_columns(self, name, layout):
     x, w = operands(name, layout)
-    want = np.asarray(RUN(x, w))
+    want = plain(x, w)
     scale = P(None, None, 't')
     x, w = place(self.mesh, x, w, P('d', None), P(None, None, 't'), scale)
-    f = jax.jit(product)
+    f = jax.jit(product).lower(x, w).compile()
     out = f(x, w)
     np.testing.assert_array_equal(out, want)
     self.assertEqual(out.sharding.spec, P('d', 't'))
-    text = f.lower(x, w).compile().as_text()
+    text = f.as_text()
     for collective in ('all-gather', 'all-reduce', 'collective-permute'):
       self.assertNotIn(f'{collective}(', text)
 
-  @parameterized.product(
-    name=('mxfp4', 'uint4_g32', 'int8_channel'), layout=('kn', 'nk')
-  )
+  @parameterized.parameters(*CASES)
   def test_shards_of_k_are_summed(self, name, layout):
+    self.check_shards_of_k(name, layout)
+
+  @parameterized.parameters(*MORE_CASES)
+  @pytest.mark.slow
+  def test_more_shards_of_k(self, name, layout):
+    self.check_shards_of_k(name, layout)
+
+  def check_shards_of_k(self, name, layout):
     x, w = operands(name, layout)
-    want = np.asarray(RUN(x, w))
+    want = plain(x, w)
     x, w = place(self.mesh, x, w, P(None, 'd'), P(None, 'd', None))
-    f = jax.jit(product)
+    f = jax.jit(product).lower(x, w).compile()
     np.testing.assert_array_equal(f(x, w), want)
-    text = f.lower(x, w).compile().as_text()
+    text = f.as_text()
     self.assertIn('all-reduce(', text)
     self.assertNotIn('all-gather(', text)
 
@@ -107,34 +137,52 @@ class PartitionTest(parameterized.TestCase):
       (P(None, ('d', 't')), P(None, ('d', 't'), None)),
     ):
       x, w = operands('mxfp4', 'kn')
-      want = np.asarray(RUN(x, w))
+      want = plain(x, w)
       x, w = place(self.mesh, x, w, x_spec, planes)
       np.testing.assert_array_equal(jax.jit(product)(x, w), want)
 
   def test_vmap(self):
     x, w = operands('uint4_g32', 'kn')
-    want = np.asarray(RUN(x, w))
-    xs = jnp.stack([x, 2 * x])
-    ws = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), w)
+    want = plain(x, w)
+    x = np.asarray(x)
+    xs = np.stack([x, 2 * x])
+    ws = jax.tree.map(lambda leaf: np.stack([leaf, leaf]), w)
     both = np.stack([want, 2 * want])
     same = np.stack([want, want])
-    for f in (lambda f: f, jax.jit):
-      got = f(jax.vmap(product, in_axes=(0, None)))(xs, w)
-      np.testing.assert_array_equal(got, both)
-      got = f(jax.vmap(product, in_axes=(None, 0)))(x, ws)
-      np.testing.assert_array_equal(got, same)
-      np.testing.assert_array_equal(f(jax.vmap(product))(xs, ws), both)
+    got = jax.jit(jax.vmap(product, in_axes=(0, None)))(xs, w)
+    np.testing.assert_array_equal(got, both)
+    got = jax.jit(jax.vmap(product, in_axes=(None, 0)))(x, ws)
+    np.testing.assert_array_equal(got, same)
+    np.testing.assert_array_equal(jax.jit(jax.vmap(product))(xs, ws), both)
+
+  def test_vmap_without_jit(self):
+    self.check_vmap_without_jit(0, None)
+
+  @parameterized.parameters((None, 0), (0, 0))
+  @pytest.mark.slow
+  def test_more_vmaps_without_jit(self, rows, weights):
+    self.check_vmap_without_jit(rows, weights)
+
+  def check_vmap_without_jit(self, rows, weights):
+    x, w = operands('uint4_g32', 'kn')
+    want = plain(x, w)
+    x = x if rows is None else jnp.stack([x, 2 * x])
+    if weights is not None:
+      w = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), w)
+    got = jax.vmap(product, in_axes=(rows, weights))(x, w)
+    second = want if rows is None else 2 * want
+    np.testing.assert_array_equal(got, np.stack([want, second]))
 
   def test_shard_map(self):
     x, w = operands('mxfp4', 'kn')
     f = jax.shard_map(
       product, mesh=self.mesh, in_specs=(P('d'), P()), out_specs=P('d')
     )
-    np.testing.assert_array_equal(jax.jit(f)(x, w), RUN(x, w))
+    np.testing.assert_array_equal(jax.jit(f)(x, w), plain(x, w))
 
   def test_donated_operands(self):
     x, w = operands('mxfp4', 'nk')
-    want = np.asarray(RUN(x, w))
+    want = plain(x, w)
     x, w = place(self.mesh, x, w, P('d', None), P(None, None, 't'))
     got = jax.jit(product, donate_argnums=(0, 1))(x, w)
     np.testing.assert_array_equal(got, want)
@@ -154,6 +202,12 @@ class PartitionTest(parameterized.TestCase):
 
 
 NVFP4 = Task(blocked(formats.nvfp4), formats.nvfp4.scale_rule)
+
+
+@jax.jit
+def _quantized(x, scale, signs):
+  """What is split, as a whole."""
+  return quantize.run(x * signs, NVFP4, tensor_scale=scale)
 
 
 class RowsTest(parameterized.TestCase):
@@ -183,7 +237,7 @@ class RowsTest(parameterized.TestCase):
   )
   def test_bits_do_not_depend_on_the_mesh(self, split, spec):
     f = functools.partial(self.quantize, split)
-    want = jax.jit(f)(*self.arguments())
+    want = _quantized(*self.arguments())
     got = jax.jit(f)(*self.arguments(*spec))
     for a, b in zip(got, want, strict=True):
       np.testing.assert_array_equal(a, b)
@@ -196,12 +250,13 @@ class RowsTest(parameterized.TestCase):
     x, *extras = self.arguments()
     for split in (True, False):
       f = functools.partial(self.quantize, split)
-      want = f(x, *extras)
-      got = jax.vmap(f, (0, None, None))(x.reshape(2, -1, 64), *extras)
+      want = _quantized(x, *extras)
+      some = self.x.reshape(2, -1, 64)
+      got = jax.jit(jax.vmap(f, (0, None, None)))(some, *extras)
       for a, b in zip(got, want, strict=True):
         np.testing.assert_array_equal(a.reshape(b.shape), b)
-      scales = jnp.stack([extras[0], 2 * extras[0]])
-      got = jax.vmap(f, (None, 0, None))(x, scales, extras[1])
+      scales = np.float32([0.01, 0.02])
+      got = jax.jit(jax.vmap(f, (None, 0, None)))(x, scales, extras[1])
       np.testing.assert_array_equal(got[0][0], want[0])
     inside = jax.shard_map(
       functools.partial(self.quantize, True),
