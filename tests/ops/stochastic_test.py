@@ -19,6 +19,7 @@ import math  # noqa: E402
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
+import pytest  # noqa: E402
 from absl.testing import absltest, parameterized  # noqa: E402
 from jax.sharding import NamedSharding  # noqa: E402
 from jax.sharding import PartitionSpec as P  # noqa: E402
@@ -26,11 +27,11 @@ from jax.sharding import PartitionSpec as P  # noqa: E402
 import lowbit_jax  # noqa: E402
 from lowbit_jax import formats, numerics, qarray  # noqa: E402
 from lowbit_pallas.arith import codec, hash  # noqa: E402
-from tests import kinds  # noqa: E402
+from tests.ops import coarse  # noqa: E402
 
 KEYS = 4096
 
-BLOCK_FORMATS = kinds.block_formats()
+BLOCK_FORMATS, MORE_FORMATS = coarse.split()
 ELEMENTS = (
   'e4m3fn', 'e5m2', 'e4m3', 'e3m4', 'e4m3fnuz', 'e2m3', 'e3m2', 'e2m1', 'e1m2',
   'e3m0', 'e4m0', 'ue4m3', 'e8m0', 'int8', 'int4', 'int2', 'uint4', 'uint8',
@@ -40,6 +41,7 @@ ELEMENTS = (
 FRACTIONS = (1, -0.43, 0.11, 0.77, -0.88, 0.3, -0.015, 0.6)
 
 
+@functools.cache
 def keys(n: int = KEYS, seed: int = 0) -> jax.Array:
   return jax.random.split(jax.random.key(seed), n)
 
@@ -76,6 +78,14 @@ def assert_unbiased(test, draws, t, grid):
 class UnbiasedTest(parameterized.TestCase):
   @parameterized.parameters(*BLOCK_FORMATS)
   def test_block_format(self, name):
+    self.check_block_format(name)
+
+  @parameterized.parameters(*MORE_FORMATS)
+  @pytest.mark.slow
+  def test_more_block_formats(self, name):
+    self.check_block_format(name)
+
+  def check_block_format(self, name):
     fmt = formats.get(name)
     rule = 'rceil' if fmt.has_exponent_scale else fmt.scale_rule
     rule = 'absmax' if rule == 'absmean' else rule  # absmean saturates
@@ -243,6 +253,11 @@ class RandomBitsTest(parameterized.TestCase):
 @functools.partial(jax.jit, static_argnames=('fmt', 'axis'))
 def quantize(x, key, fmt, axis=None):
   return lowbit_jax.quantize(x, fmt, axis=axis, rounding='stochastic', key=key)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def random_words(key, shape, *origin):
+  return numerics.random_words(key, shape, *origin)
 
 
 @jax.jit
@@ -468,8 +483,13 @@ N = 2**15
 @functools.cache
 def words(key: tuple[int, int] = (0, 0), start: int = 0) -> np.ndarray:
   """N consecutive words of raw key data."""
-  raw = jnp.array(key, jnp.uint32)
-  return np.asarray(numerics.random_words(raw, (N,), ((start,), (2**31,))))
+  raw = np.array(key, np.uint32)
+  return np.asarray(_words(raw, start))
+
+
+@jax.jit
+def _words(raw, start):
+  return numerics.random_words(raw, (N,), ((start,), (2**31,)))
 
 
 def bit_matrix(w: np.ndarray) -> np.ndarray:
@@ -535,7 +555,7 @@ class HashTest(parameterized.TestCase):
     base = jax.random.key(0)
     streams = [jax.random.key(s) for s in range(4)]
     streams += [jax.random.fold_in(base, i) for i in range(4)]
-    w = [np.asarray(numerics.random_words(k, (N,))) for k in streams]
+    w = [np.asarray(random_words(k, (N,))) for k in streams]
     for i in range(len(w)):
       for j in range(i):
         self.assert_balanced(bit_matrix(w[i] ^ w[j]))
