@@ -8,6 +8,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from absl.testing import absltest, parameterized
 from jax.experimental.pallas import tpu as pltpu
 
@@ -27,17 +28,22 @@ def interpreted(f, *arguments, **options):
     return jax.block_until_ready(f(*arguments, implementation='tpu', **options))
 
 
-def weight(name: str, k: int = K):
+quantized = jax.jit(lowbit_jax.quantize, static_argnames=('fmt', 'axis'))
+dequantized = jax.jit(lowbit_jax.dequantize)
+
+
+@functools.cache
+def weight(name: str, k: int = K, n: int = N):
   fmt = formats.get(name)
   axis = (-2, -1) if fmt.is_tile else -2
-  return lowbit_jax.quantize(data(k, N, seed=1), fmt, axis=axis)
+  return quantized(data(k, n, seed=1), fmt, axis=axis)
 
 
 def assert_product(got, a, b, rounding: float = 0.0):
   """Within (k + 8) u sum |a| |b|, as tests/ops/dot_test.py derives it, and the
   rounding of weights."""
   a, b = (
-    np.asarray(lowbit_jax.dequantize(v) if is_quantized(v) else v, np.float64)
+    np.asarray(dequantized(v) if is_quantized(v) else v, np.float64)
     for v in (a, b)
   )
   bound = ((a.shape[-1] + 8) * U + rounding) * (np.abs(a) @ np.abs(b)) + 1e-30
@@ -76,19 +82,19 @@ class DotTest(parameterized.TestCase):
 
   def test_einsum_of_several_axes(self):
     x = data(2, 64, 3, seed=2)
-    q = lowbit_jax.quantize(data(3, 64, 8), formats.mxfp4, axis=1)
+    q = quantized(data(3, 64, 8), formats.mxfp4, axis=1)
     f = functools.partial(lowbit_jax.einsum, 'bkh,hkn->nb')
-    want = np.einsum('bkh,hkn->nb', x, lowbit_jax.dequantize(q))
+    want = np.einsum('bkh,hkn->nb', x, dequantized(q))
     np.testing.assert_allclose(interpreted(f, x, q), want, rtol=0, atol=1e-4)
 
   @parameterized.parameters(
-    ('nvfp4', 'nvfp4'),
-    ('int8_channel', 'int8_channel'),
-    ('fp8_1x128', 'fp8_128x128'),
+    ('nvfp4', 'nvfp4', N),
+    ('int8_channel', 'int8_channel', N),
+    ('fp8_1x128', 'fp8_128x128', 200),
   )
-  def test_two_quantized_operands(self, left, right):
-    x = lowbit_jax.quantize(data(M, K), formats.get(left))
-    q = weight(right)
+  def test_two_quantized_operands(self, left, right, n):
+    x = quantized(data(M, K), formats.get(left))
+    q = weight(right, n=n)
     note = lowbit_jax.select_implementation(
       'dot', x, q, implementation='tpu'
     ).note
@@ -97,10 +103,8 @@ class DotTest(parameterized.TestCase):
     assert_product(got, x, q)
 
   def test_square_tiles_fit_both_layouts(self):
-    x = lowbit_jax.quantize(data(M, K), formats.fp8_1x128)
-    tiles = functools.partial(
-      lowbit_jax.quantize, fmt=formats.fp8_128x128, axis=(-2, -1)
-    )
+    x = quantized(data(M, K), formats.fp8_1x128)
+    tiles = functools.partial(quantized, fmt=formats.fp8_128x128, axis=(-2, -1))
     w = data(K, 200, seed=1)
     want = interpreted(lowbit_jax.dot, x, tiles(w))
     f = functools.partial(
@@ -116,64 +120,84 @@ class DotTest(parameterized.TestCase):
   def test_gradient(self):
     x, q = data(M, K), weight('mxfp4')
 
-    def loss(x, implementation):
+    @functools.partial(jax.jit, static_argnames='implementation')
+    @jax.grad
+    def slope(x, implementation):
       y = lowbit_jax.dot(x, q, implementation=implementation)
       return jnp.sum(jnp.sin(y))
 
-    with pltpu.force_tpu_interpret_mode():
-      got = jax.grad(loss)(x, 'tpu')
-    np.testing.assert_allclose(got, jax.grad(loss)(x, 'xla'), atol=1e-4)
+    got, want = interpreted(slope, x), slope(x, implementation='xla')
+    np.testing.assert_allclose(got, want, atol=1e-4)
+
+
+def stochastic() -> dict:
+  return {'rounding': 'stochastic', 'key': jax.random.key(3)}
 
 
 class QuantizeTest(parameterized.TestCase):
-  @parameterized.parameters(
-    ('nvfp4', (2, 3, 50)), ('mxfp8_e4m3', (40,)), ('mxfp6_e2m3', (3, 64)),
-  )  # fmt: skip
-  def test_same_bits(self, name, shape):
-    fmt, x = formats.get(name), data(*shape)
-    quantize = functools.partial(lowbit_jax.quantize, fmt=fmt)
+  def check_bits(self, name, shape, **options):
+    x = data(*shape)
+    quantize = functools.partial(
+      lowbit_jax.quantize, fmt=formats.get(name), **options
+    )
     got, want = interpreted(quantize, x), quantize(x)
     self.assertEqual(jax.tree.structure(got), jax.tree.structure(want))
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
       np.testing.assert_array_equal(a, b)
 
-  def test_stochastic_rounding_draws_the_same(self):
-    quantize = functools.partial(
-      lowbit_jax.quantize,
-      fmt=formats.mxfp4,
-      scale_rule='rceil',
-      rounding='stochastic',
-      key=jax.random.key(3),
-    )
-    x = data(2, 3, 64)
-    got, want = interpreted(quantize, x), quantize(x)
-    np.testing.assert_array_equal(got.codes, want.codes)
+  @parameterized.parameters(
+    ('nvfp4', (2, 3, 50), None), ('mxfp8_e4m3', (40,), 'rceil')
+  )
+  def test_same_bits(self, name, shape, rule):
+    self.check_bits(name, shape, scale_rule=rule)
 
-  def test_held_tensor_scale(self):
-    quantize = functools.partial(
-      lowbit_jax.quantize, fmt=formats.nvfp4, tensor_scale=jnp.float32(0.01)
-    )
-    got, want = interpreted(quantize, data(3, 64)), quantize(data(3, 64))
-    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-      np.testing.assert_array_equal(a, b)
+  @pytest.mark.slow
+  def test_same_bits_of_whole_blocks(self):
+    self.check_bits('mxfp6_e2m3', (3, 64))
+    self.check_bits('nvfp4', (3, 64), tensor_scale=jnp.float32(0.01))
 
-  @parameterized.parameters('mxfp4', 'nvfp4')
-  def test_rotation(self, name):
+  def test_held_tensor_scale_and_stochastic_rounding(self):
+    self.check_bits(
+      'nvfp4', (3, 64), tensor_scale=jnp.float32(0.01), **stochastic()
+    )
+
+  @pytest.mark.slow
+  def test_rule_and_stochastic_rounding(self):
+    self.check_bits('mxfp4', (2, 3, 64), scale_rule='rceil', **stochastic())
+
+  # As many signs as there are numbers, or as there are in a block, or none.
+  @parameterized.parameters(('mxfp4', 128), ('nvfp4', 32), ('mxfp4', None))
+  def test_rotation(self, name, signs):
+    self.check_rotation(name, signs)
+
+  @parameterized.parameters(('mxfp4', 32), ('nvfp4', None), ('nvfp4', 128))
+  @pytest.mark.slow
+  def test_more_rotations(self, name, signs):
+    self.check_rotation(name, signs)
+
+  def check_rotation(self, name, signs):
     fmt, x = formats.get(name), data(24, 128)
-    for signs in (None, 128, 32):
-      rotation = transforms.Hadamard(32)
-      if signs is not None:
-        rotation = transforms.random_hadamard(jax.random.key(1), signs, 32)
-      quantize = functools.partial(
-        lowbit_jax.quantize, fmt=fmt, rotation=rotation
+    rotation = transforms.Hadamard(32)
+    if signs is not None:
+      rotation = transforms.random_hadamard(jax.random.key(1), signs, 32)
+
+    @functools.partial(jax.jit, static_argnames='implementation')
+    def quantize(x, implementation):
+      q = lowbit_jax.quantize(
+        x, fmt, rotation=rotation, implementation=implementation
       )
-      got, want = interpreted(quantize, x), quantize(x)
-      np.testing.assert_array_equal(
-        want.codes, lowbit_jax.quantize(rotation.apply(x), fmt).codes
-      )
-      # Sums of another order: an element next to a tie may go either way.
-      got, want = map(lowbit_jax.dequantize, (got, want))
-      self.assertLess(np.mean(np.asarray(got) != np.asarray(want)), 0.01)
+      return q.codes, lowbit_jax.dequantize(q)
+
+    @jax.jit
+    def want(x):
+      q = lowbit_jax.quantize(rotation.apply(x), fmt)
+      return *quantize(x, 'xla'), q.codes
+
+    _, got = interpreted(quantize, x)
+    codes, numbers, rotated_codes = want(x)
+    np.testing.assert_array_equal(codes, rotated_codes)
+    # Sums of another order: an element next to a tie may go either way.
+    self.assertLess(np.mean(np.asarray(got) != np.asarray(numbers)), 0.01)
 
   def test_rotations_fit(self):
     x = data(4, 96)
