@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+import pytest
 from absl.testing import absltest, parameterized
 
 import lowbit_jax
@@ -104,10 +105,15 @@ class AssertsTest(parameterized.TestCase):
 
 class QuantizerSuiteTest(parameterized.TestCase):
   @parameterized.parameters(
-    'mxfp4', 'nvfp4', 'int8_channel', 'e4m3fn_tensor', 'uint4_g32',
-    'nvfp4_16x16',
-  )  # fmt: skip
+    'mxfp4', 'e4m3fn_tensor', 'uint4_g32', 'nvfp4_16x16'
+  )
   def test_own_quantizer_passes(self, name):
+    fmt = formats.get(name)
+    testing.check_quantizer(quantizer(fmt), fmt)
+
+  @parameterized.parameters('nvfp4', 'int8_channel')
+  @pytest.mark.slow
+  def test_own_quantizer_passes_in_more_formats(self, name):
     fmt = formats.get(name)
     testing.check_quantizer(quantizer(fmt), fmt)
 
@@ -122,12 +128,18 @@ class QuantizerSuiteTest(parameterized.TestCase):
     with self.assertRaisesRegex(AssertionError, 'mxfp4 floor .* values'):
       testing.check_quantizer(fake, fmt)
 
+  def assert_rule_is_that_of_quantize(self, fmt, rule):
+    run = quantizer(fmt, scale_rule=rule)
+    testing.check_quantizer(run, fmt, scale_rule=rule)
+    with self.assertRaisesRegex(AssertionError, f'{rule} blocks'):
+      testing.check_quantizer(quantizer(fmt), fmt, scale_rule=rule)
+
   def test_rules_without_oracle(self):
-    fmt = formats.nvfp4
-    run = quantizer(fmt, scale_rule='four_over_six')
-    testing.check_quantizer(run, fmt, scale_rule='four_over_six')
-    with self.assertRaisesRegex(AssertionError, 'four_over_six blocks'):
-      testing.check_quantizer(quantizer(fmt), fmt, scale_rule='four_over_six')
+    self.assert_rule_is_that_of_quantize(formats.get('int8_channel'), 'absmean')
+
+  @pytest.mark.slow
+  def test_four_over_six(self):
+    self.assert_rule_is_that_of_quantize(formats.nvfp4, 'four_over_six')
 
   def test_wrong_format_or_layout(self):
     fmt = formats.mxfp4
@@ -224,6 +236,10 @@ class DotSuiteTest(parameterized.TestCase):
     testing.check_dot(jax.jit(lowbit_jax.dot), formats.get(name), shapes=SHAPES)
 
   def test_all_small_shapes(self):
+    testing.check_dot(jax.jit(lowbit_jax.dot), formats.get('e4m3fn_tensor'))
+
+  @pytest.mark.slow
+  def test_all_small_shapes_in_blocks(self):
     testing.check_dot(jax.jit(lowbit_jax.dot), formats.mxfp8_e4m3)
 
   def test_quantized_activations(self):
