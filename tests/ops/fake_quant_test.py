@@ -7,24 +7,26 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from absl.testing import absltest, parameterized
 
 import lowbit_jax
 from lowbit_jax import formats
-from tests import kinds
+from tests.ops import coarse
 
 SHAPE = (3, 70)
 TILE_SHAPE = (40, 70)
 COTANGENTS = (1e-8, 1.0, 1e8)
 
-BLOCK_FORMATS = kinds.block_formats()
+BLOCK_FORMATS, MORE_FORMATS = coarse.split()
 KINDS = (
-  'mxfp8_e4m3', 'mxfp4', 'mxint8', 'nvfp4', 'nf4_g64', 'int4_g32', 'uint4_g32',
-  'int8_channel', 'e4m3fn_tensor', 'mxfp4_32x32',
+  'mxfp4', 'nvfp4', 'nf4_g64', 'uint4_g32', 'int8_channel', 'e4m3fn_tensor',
+  'mxfp4_32x32',
 )  # fmt: skip
+# These scale as one of the above does.
+MORE_KINDS = 'mxfp8_e4m3', 'mxint8', 'int4_g32'
 # The formats whose scale follows the largest magnitude.
 ABSMAX_KINDS = tuple(n for n in KINDS if n != 'uint4_g32')
-DTYPES = (jnp.float16, jnp.bfloat16, jnp.float32)
 NARROW = (jnp.float16, jnp.bfloat16)
 
 
@@ -103,6 +105,14 @@ def assert_bits(got, want):
 class ForwardTest(parameterized.TestCase):
   @parameterized.parameters(*BLOCK_FORMATS)
   def test_equals_dequantized_quantize_and_passes_gradients(self, name):
+    self.check_forward(name)
+
+  @parameterized.parameters(*MORE_FORMATS)
+  @pytest.mark.slow
+  def test_more_formats(self, name):
+    self.check_forward(name)
+
+  def check_forward(self, name):
     fmt, x = formats.get(name), input_for(name)
     want = round_trip(x, fmt)
     for c in COTANGENTS:
@@ -112,11 +122,29 @@ class ForwardTest(parameterized.TestCase):
       assert_bits(dx, g)
 
   @parameterized.parameters(
-    *((name, jnp.bfloat16) for name in KINDS),
-    ('mxfp4', jnp.float16),
+    ('mxfp4', jnp.bfloat16),
+    ('nvfp4', jnp.bfloat16),
+    ('uint4_g32', jnp.bfloat16),
+    ('e4m3fn_tensor', jnp.bfloat16),
+    ('mxfp4_32x32', jnp.bfloat16),
     ('int8_channel', jnp.float16),
   )
   def test_narrow_dtypes(self, name, dtype):
+    self.check_narrow(name, dtype)
+
+  @parameterized.parameters(
+    ('mxfp8_e4m3', jnp.bfloat16),
+    ('mxint8', jnp.bfloat16),
+    ('nf4_g64', jnp.bfloat16),
+    ('int4_g32', jnp.bfloat16),
+    ('int8_channel', jnp.bfloat16),
+    ('mxfp4', jnp.float16),
+  )
+  @pytest.mark.slow
+  def test_more_narrow_dtypes(self, name, dtype):
+    self.check_narrow(name, dtype)
+
+  def check_narrow(self, name, dtype):
     fmt, x = formats.get(name), jnp.asarray(input_for(name), dtype)
     want = round_trip(x, fmt)
     for c in COTANGENTS if dtype == jnp.bfloat16 else (1.0, 2.0**-14):
@@ -128,11 +156,17 @@ class ForwardTest(parameterized.TestCase):
   @parameterized.parameters(
     ('mxfp4', dict(scale_rule='rceil')),
     ('mxfp4', dict(axis=0)),
-    ('nvfp4', dict(scale_rule='sweep')),
     ('mxfp8_e4m3', dict(scale_rule='mse')),
     ('mxfp4_32x32', dict(axis=(-1, -2))),
   )
   def test_takes_the_arguments_of_quantize(self, name, kwargs):
+    self.check_arguments(name, kwargs)
+
+  @pytest.mark.slow
+  def test_takes_the_rule_that_takes_longest(self):
+    self.check_arguments('nvfp4', dict(scale_rule='sweep'))
+
+  def check_arguments(self, name, kwargs):
     fmt, x = formats.get(name), input_for(name)
     y, _ = fake(x, np.ones_like(x), fmt, **kwargs)
     assert_bits(y, round_trip(x, fmt, **kwargs))
@@ -164,12 +198,16 @@ class ForwardTest(parameterized.TestCase):
     assert_bits(got, jax.jit(f)(x)[2:])
 
   def test_scalars(self):
-    for name in ('nvfp4', 'int8_tensor', 'mxfp4_32x32'):
+    for name, backward in (
+      ('nvfp4', 'absmax'),
+      ('int8_tensor', 'identity'),
+      ('mxfp4_32x32', 'identity'),
+      ('mxfp4_32x32', 'absmax'),
+    ):
       fmt = formats.get(name)
-      for backward in ('identity', 'absmax'):
-        y, dx = fake(jnp.float32(0.75), jnp.float32(3), fmt, backward=backward)
-        self.assertEqual((y.shape, dx.shape), ((), ()))
-        self.assertAlmostEqual(float(y), 0.75, delta=0.1)
+      y, dx = fake(np.float32(0.75), np.float32(3), fmt, backward=backward)
+      self.assertEqual((y.shape, dx.shape), ((), ()))
+      self.assertAlmostEqual(float(y), 0.75, delta=0.1)
     y, dx, ds = fake_with(
       jnp.float32(0.8),
       np.full((1,), 0.25, np.float32),
@@ -190,6 +228,14 @@ class ForwardTest(parameterized.TestCase):
 class EquationTest(parameterized.TestCase):
   @parameterized.parameters(*KINDS)
   def test_clipped(self, name):
+    self.check_clipped(name)
+
+  @parameterized.parameters(*MORE_KINDS)
+  @pytest.mark.slow
+  def test_clipped_in_more_kinds(self, name):
+    self.check_clipped(name)
+
+  def check_clipped(self, name):
     fmt = formats.get(name)
     x, g = input_for(name), data(input_for(name).shape, seed=1)
     rule = 'floor' if fmt.has_exponent_scale else None  # saturates
@@ -222,6 +268,14 @@ class EquationTest(parameterized.TestCase):
 
   @parameterized.parameters(*KINDS)
   def test_trust(self, name):
+    self.check_trust(name)
+
+  @parameterized.parameters(*MORE_KINDS)
+  @pytest.mark.slow
+  def test_trust_in_more_kinds(self, name):
+    self.check_trust(name)
+
+  def check_trust(self, name):
     fmt = formats.get(name)
     x, g = input_for(name), data(input_for(name).shape, seed=1)
     rule = 'floor' if fmt.has_exponent_scale else None
@@ -260,6 +314,14 @@ class EquationTest(parameterized.TestCase):
 
   @parameterized.parameters(*ABSMAX_KINDS)
   def test_absmax(self, name):
+    self.check_absmax(name)
+
+  @parameterized.parameters(*MORE_KINDS)
+  @pytest.mark.slow
+  def test_absmax_in_more_kinds(self, name):
+    self.check_absmax(name)
+
+  def check_absmax(self, name):
     fmt, x = formats.get(name), input_for(name).copy()
     x[1] = 0
     x[0, 3] = -x[0, 5]
@@ -449,6 +511,14 @@ class LearnedStepTest(parameterized.TestCase):
 class WithTest(parameterized.TestCase):
   @parameterized.parameters(*KINDS)
   def test_every_kind_of_scale(self, name):
+    self.check_scale(name)
+
+  @parameterized.parameters(*MORE_KINDS)
+  @pytest.mark.slow
+  def test_more_kinds_of_scale(self, name):
+    self.check_scale(name)
+
+  def check_scale(self, name):
     fmt, x = formats.get(name), input_for(name)
     g = data(x.shape, seed=1)
     q = quantize(x, fmt)
@@ -553,15 +623,31 @@ class CotangentTest(parameterized.TestCase):
     ]
     self.assertEmpty(casts)
 
-  @parameterized.parameters(
-    *itertools.product(
-      KINDS, ('identity', 'clipped', 'trust', 'absmax'), (jnp.bfloat16,)
-    )
+  @parameterized.product(
+    name=('mxfp4', 'nvfp4', 'int8_channel'),
+    backward=('identity', 'clipped', 'trust', 'absmax'),
   )
-  def test_of_fake_quant(self, name, backward, dtype):
-    if name == 'uint4_g32' and backward == 'absmax':
-      return
-    fmt = formats.get(name)
+  def test_of_fake_quant(self, name, backward):
+    self.check_fake_quant(name, backward)
+
+  @parameterized.parameters(
+    ('nf4_g64', 'absmax'), ('uint4_g32', 'clipped'),
+    ('e4m3fn_tensor', 'absmax'), ('mxfp4_32x32', 'trust'),
+  )  # fmt: skip
+  def test_of_other_kinds(self, name, backward):
+    self.check_fake_quant(name, backward)
+
+  @parameterized.product(
+    name=(*KINDS, *MORE_KINDS),
+    backward=('identity', 'clipped', 'trust', 'absmax'),
+  )
+  @pytest.mark.slow
+  def test_of_every_kind(self, name, backward):
+    if name != 'uint4_g32' or backward != 'absmax':
+      self.check_fake_quant(name, backward)
+
+  def check_fake_quant(self, name, backward):
+    fmt, dtype = formats.get(name), jnp.dtype(jnp.bfloat16)
     x = jax.ShapeDtypeStruct((3, 70), dtype)
 
     def f(x, g):
