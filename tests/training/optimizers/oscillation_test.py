@@ -133,6 +133,18 @@ class DeoscillateTest(parameterized.TestCase):
       tx.update(jnp.ones(3), tx.init(jnp.ones(3)))
 
 
+# Eager calls would compile every operation on its own.
+quantize = jax.jit(
+  lowbit_jax.quantize, static_argnums=1, static_argnames='axis'
+)
+dequantize = jax.jit(lowbit_jax.dequantize)
+fake_quant = jax.jit(lowbit_jax.fake_quant, static_argnums=1)
+ema_quantize = jax.jit(optimizers.ema_quantize, static_argnums=2)
+grid_neighbours = jax.jit(
+  optimizers.grid_neighbours, static_argnums=1, static_argnames='axis'
+)
+
+
 @functools.cache
 def weights(shape=(64, 96)) -> np.ndarray:
   return np.random.RandomState(3).randn(*shape).astype(np.float32)
@@ -140,11 +152,10 @@ def weights(shape=(64, 96)) -> np.ndarray:
 
 def neighbours_by_table(w, fmt, axis):
   """Lower and upper grid point of each element, from the stored scales."""
-  q = lowbit_jax.quantize(w, fmt, axis=axis)
-  ones = lowbit_jax.qarray.replace(
-    q, codes=jnp.full_like(q.codes, code_of_one(fmt))
-  )
-  unit = np.asarray(lowbit_jax.dequantize(ones), np.float64)
+  q = quantize(w, fmt, axis=axis)
+  codes = np.full(q.codes.shape, code_of_one(fmt), q.codes.dtype)
+  ones = lowbit_jax.qarray.replace(q, codes=codes)
+  unit = np.asarray(dequantize(ones), np.float64)
   values = fmt.element.values()
   values = values[np.isfinite(values) & (np.abs(values) <= fmt.element.max)]
   values = np.unique(values)
@@ -171,10 +182,11 @@ class GridNeighboursTest(parameterized.TestCase):
     fmt = formats.get(name)
     axis = None if fmt.is_tile else -2
     w = weights()
+    # Without jit, where the largest number of a block, whose scale is rounded,
+    # would not always be found to lie on the grid.
     near, other = optimizers.grid_neighbours(w, fmt, axis=axis)
-    np.testing.assert_array_equal(
-      near, lowbit_jax.dequantize(lowbit_jax.quantize(w, fmt, axis=axis))
-    )
+    nearest = dequantize(quantize(w, fmt, axis=axis))
+    np.testing.assert_array_equal(near, nearest)
     low, high = neighbours_by_table(w, fmt, axis)
     np.testing.assert_allclose(np.minimum(near, other), low, rtol=2e-7)
     np.testing.assert_allclose(np.maximum(near, other), high, rtol=2e-7)
@@ -182,7 +194,7 @@ class GridNeighboursTest(parameterized.TestCase):
 
   def test_padding_does_not_matter(self):
     w = weights((5, 70))
-    near, other = optimizers.grid_neighbours(w, formats.mxfp4)
+    near, other = grid_neighbours(w, formats.mxfp4)
     low, high = neighbours_by_table(w, formats.mxfp4, -1)
     np.testing.assert_array_equal(np.minimum(near, other), low)
     np.testing.assert_array_equal(np.maximum(near, other), high)
@@ -215,11 +227,11 @@ class QEMATest(parameterized.TestCase):
   def test_picks_the_neighbour_of_the_mean(self):
     w = np.tile(np.float32([[0.7, -2.2, 6.0, 0.0]]), 8)
     ema = np.tile(np.float32([[0.9, -2.6, 1.0, 0.3]]), 8)
-    y = optimizers.ema_quantize(w, ema, formats.mxfp4)
+    y = ema_quantize(w, ema, formats.mxfp4)
     # Pairs (.5, 1), (-2, -3), 6 and 0 alone.
     np.testing.assert_array_equal(y, np.tile([[1.0, -3.0, 6.0, 0.0]], 8))
-    same = optimizers.ema_quantize(w, w, formats.mxfp4)
-    np.testing.assert_array_equal(same, lowbit_jax.fake_quant(w, formats.mxfp4))
+    same = optimizers.ema_quantize(w, w, formats.mxfp4)  # without jit
+    np.testing.assert_array_equal(same, fake_quant(w, formats.mxfp4))
 
   def test_gradient_is_straight_through(self):
     w, ema, c = weights(), weights() * 1.1, weights()[::-1]
@@ -235,17 +247,17 @@ class QEMATest(parameterized.TestCase):
     # Between .745 and .765: their mean is above the middle of .5 and 1.
     tx = optax.chain(optax.sgd(1.0), optimizers.q_ema(0.9, start=0))
     w = np.tile(np.float32([[0.745, 6.0]]), 16)
-    state = tx.init(w)
+    state, update = tx.init(w), jax.jit(tx.update)
     seen, plain = set(), set()
     for step in range(40):
       g = np.tile(np.float32([[(-1) ** (step + 1) * 0.02, 0.0]]), 16)
-      updates, state = tx.update(g, state, w)
+      updates, state = update(g, state, w)
       w = np.asarray(optax.apply_updates(w, updates))
       ema = optax.tree.get(state, 'ema')
-      y = optimizers.ema_quantize(w, ema, formats.mxfp4)
+      y = ema_quantize(w, ema, formats.mxfp4)
       if step >= 10:
-        seen.add(float(y[0, 0]))
-        plain.add(float(lowbit_jax.fake_quant(w, formats.mxfp4)[0, 0]))
+        seen.add(float(np.asarray(y)[0, 0]))
+        plain.add(float(np.asarray(fake_quant(w, formats.mxfp4))[0, 0]))
     self.assertLen(plain, 2)
     self.assertLen(seen, 1)
 
