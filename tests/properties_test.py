@@ -22,6 +22,7 @@ import hypothesis
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from absl.testing import absltest, parameterized
 from hypothesis import strategies as st
 
@@ -40,6 +41,9 @@ FLOOR_AND_EVEN = tuple(
   for r in ('floor', 'even')
   if r in numerics.scale_rules(formats.get(n))
 )
+# Scales that are powers of two, in two levels, and beside zero points.
+SCALE_KINDS = ('mxfp4', 'nvfp4', 'uint4_g32')
+OTHER_FORMATS = tuple(n for n in FORMATS if n not in SCALE_KINDS)
 SYMMETRIC_FORMATS = tuple(n for n in FORMATS if not formats.get(n).zero_point)
 SHAPES = (
   (0,), (37,), (2, 40), (3, 0), (0, 7), (2, 1, 33),
@@ -82,7 +86,8 @@ def round_trip_of(name: str, rule: str | None):
 
 def round_trip(x, name, rule=None, tensor_scale=None):
   """(quantized, dequantized as a NumPy array)."""
-  q, back = round_trip_of(name, rule)(jnp.asarray(x), tensor_scale)
+  rule = rule or formats.get(name).scale_rule
+  q, back = round_trip_of(name, rule)(x, tensor_scale)
   return q, np.asarray(back)
 
 
@@ -97,8 +102,16 @@ def assert_same_bits(got, want):
 
 
 class RoundTripTest(parameterized.TestCase):
-  @parameterized.parameters(*FORMATS)
+  @parameterized.parameters(*SCALE_KINDS)
   def test_with_its_own_scales(self, name):
+    self._with_its_own_scales(name)
+
+  @parameterized.parameters(*OTHER_FORMATS)
+  @pytest.mark.slow
+  def test_with_its_own_scales_in_other_formats(self, name):
+    self._with_its_own_scales(name)
+
+  def _with_its_own_scales(self, name):
     @jax.jit
     def with_scales_of(q, x):
       return lowbit_jax.quantize_with(
@@ -130,8 +143,18 @@ class RoundTripTest(parameterized.TestCase):
 
     law()
 
-  @parameterized.product(name=EXPONENT_FORMATS, rule=('ceil', 'rceil'))
+  @parameterized.parameters(
+    ('mxfp4', 'ceil'), *((name, 'rceil') for name in EXPONENT_FORMATS)
+  )
   def test_values(self, name, rule):
+    self._values(name, rule)
+
+  @parameterized.parameters('mxfp8_e4m3', 'mxint4')
+  @pytest.mark.slow
+  def test_values_of_other_formats(self, name):
+    self._values(name, 'ceil')
+
+  def _values(self, name, rule):
     @few_examples
     @hypothesis.given(arrays())
     def law(x):
@@ -190,8 +213,16 @@ class NumbersTest(parameterized.TestCase):
 
     law()
 
-  @parameterized.parameters(*FORMATS)
+  @parameterized.parameters(*SCALE_KINDS)
   def test_fake_quant_is_the_round_trip(self, name):
+    self._fake_quant_is_the_round_trip(name)
+
+  @parameterized.parameters(*OTHER_FORMATS)
+  @pytest.mark.slow
+  def test_fake_quant_is_the_round_trip_in_other_formats(self, name):
+    self._fake_quant_is_the_round_trip(name)
+
+  def _fake_quant_is_the_round_trip(self, name):
     fmt = formats.get(name)
     fake_quant = jax.jit(lambda x: lowbit_jax.fake_quant(x, fmt))
 
@@ -222,32 +253,45 @@ class NumbersTest(parameterized.TestCase):
 
 
 class ShapesTest(parameterized.TestCase):
-  @parameterized.parameters('mxfp4', 'int3_g32', 'nvfp4', 'int8_channel')
-  def test_any_shape_axis_and_dtype(self, name):
-    fmt = formats.get(name)
+  @parameterized.parameters(
+    ('int8_channel', (0,), 0, jnp.float32),
+    ('nvfp4', (37,), 0, jnp.bfloat16),
+    ('mxfp4', (2, 40), 1, jnp.float16),
+    ('int3_g32', (3, 0), 0, jnp.bfloat16),
+    ('nvfp4', (0, 7), 1, jnp.float32),
+    ('int8_channel', (2, 1, 33), 2, jnp.float16),
+    ('int3_g32', (2, 1, 33), 1, jnp.float32),
+  )
+  def test_shape_axis_and_dtype(self, name, shape, axis, dtype):
+    self._shape_axis_and_dtype(name, shape, axis, dtype)
 
+  @parameterized.parameters('mxfp4', 'int3_g32', 'nvfp4', 'int8_channel')
+  @pytest.mark.slow
+  def test_any_shape_axis_and_dtype(self, name):
     @few_examples
     @hypothesis.given(
       st.sampled_from(SHAPES), st.integers(0, 2), st.sampled_from(DTYPES)
     )
     def law(shape, axis, dtype):
-      axis %= len(shape)
-      size = math.prod(shape)
-      x = jnp.asarray(np.linspace(-3, 4, size).reshape(shape), dtype)
-
-      @jax.jit
-      def there_and_back(x):
-        q = lowbit_jax.quantize(x, fmt, axis=axis)
-        return q, lowbit_jax.dequantize(q)
-
-      q, back = there_and_back(x)
-      self.assertEqual((q.shape, back.shape), (shape, shape))
-      self.assertEqual((q.dtype, back.dtype), (dtype, dtype))
-      self.assertEqual(q.axis, axis - len(shape))
-      error = np.abs(np.float64(x) - np.float64(back))
-      self.assertTrue(np.all(error <= 1.0))  # saturation is 1 - 6 / 8
+      self._shape_axis_and_dtype(name, shape, axis % len(shape), dtype)
 
     law()
+
+  def _shape_axis_and_dtype(self, name, shape, axis, dtype):
+    fmt = formats.get(name)
+    x = np.linspace(-3, 4, math.prod(shape)).reshape(shape).astype(dtype)
+
+    @jax.jit
+    def there_and_back(x):
+      q = lowbit_jax.quantize(x, fmt, axis=axis)
+      return q, lowbit_jax.dequantize(q)
+
+    q, back = there_and_back(x)
+    self.assertEqual((q.shape, back.shape), (shape, shape))
+    self.assertEqual((q.dtype, back.dtype), (dtype, dtype))
+    self.assertEqual(q.axis, axis - len(shape))
+    error = np.abs(np.float64(x) - np.float64(back))
+    self.assertTrue(np.all(error <= 1.0))  # saturation is 1 - 6 / 8
 
   def test_tiles(self):
     shapes = tuple(s for s in SHAPES if len(s) > 1)
