@@ -1,8 +1,9 @@
 """Runs the Python of the README, of the pages under docs/ and of docstrings.
 
-The blocks of one file share a namespace and run in order, in a process of
-their own and in an empty directory. A block of prompts (`>>>`) is compared with
-the output it shows. Tracebacks name the line of the page.
+The blocks of one file share a namespace and run in order, in an empty
+directory. Files share processes, so that JAX starts twice and not twenty times,
+but for those that change what others see. A block of prompts (`>>>`) is
+compared with the output it shows. Tracebacks name the line of the page.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import traceback
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -25,6 +27,7 @@ from absl.testing import absltest, parameterized
 _ROOT = pathlib.Path(__file__).resolve().parents[1]
 _README = _ROOT / 'README.md'
 _FENCE = re.compile(r'^(?P<indent> *)```(?P<language>[^\s`{]*).*$')
+_ALONE = re.compile(r'config\.update|formats\.register')  # global state
 _SKIPPED = ('', 'bash', 'console', 'json', 'mermaid', 'sh', 'text', 'toml')
 
 
@@ -64,6 +67,20 @@ def run_page(path: pathlib.Path) -> None:
       exec(compile(padding + block.text, str(path), 'exec'), namespace)
 
 
+def run_pages(paths: list[pathlib.Path]) -> int:
+  """Runs every page, each in an empty directory; returns how many failed."""
+  failed = 0
+  for path in paths:
+    with tempfile.TemporaryDirectory() as directory:
+      with contextlib.chdir(directory):
+        try:
+          run_page(path)
+        except Exception:
+          traceback.print_exc()
+          failed += 1
+  return failed
+
+
 def _run_prompts(block: Block, path: pathlib.Path, namespace: dict) -> None:
   test = doctest.DocTestParser().get_doctest(
     block.text, namespace, path.name, str(path), block.line - 1
@@ -92,7 +109,11 @@ def run_docstrings(package: str) -> int:
 
 def _in_fresh_process(*arguments: str) -> subprocess.CompletedProcess:
   path = os.pathsep.join([str(_ROOT), str(_ROOT / 'pallas')])
-  environment = os.environ | {'PYTHONPATH': path, 'JAX_PLATFORMS': 'cpu'}
+  environment = os.environ | {
+    'PYTHONPATH': path,
+    'JAX_PLATFORMS': 'cpu',
+    'JAX_DISABLE_MOST_OPTIMIZATIONS': '1',  # No page measures speed.
+  }
   with tempfile.TemporaryDirectory() as directory:
     return subprocess.run(
       [sys.executable, __file__, *arguments],
@@ -120,18 +141,31 @@ def _pages() -> list[str]:
   return [str(page.relative_to(_ROOT)) for page in [_README, *pages]]
 
 
+def _groups() -> list[list[str]]:
+  """The pages of each process: two for those that leave no traces."""
+  shared, alone = [], []
+  for page in _pages():
+    text = (_ROOT / page).read_text('utf-8')
+    (alone if _ALONE.search(text) else shared).append(page)
+  return [shared[::2], shared[1::2], *([page] for page in alone)]
+
+
 class DocsTest(parameterized.TestCase):
-  @parameterized.parameters((page,) for page in _pages())
-  def test_page_runs(self, page):
-    result = _in_fresh_process('--page', str(_ROOT / page))
+  @parameterized.parameters((group,) for group in _groups())
+  def test_pages_run(self, pages):
+    result = _in_fresh_process('--pages', *(str(_ROOT / p) for p in pages))
     self.assertEqual(result.returncode, 0, result.stdout + result.stderr)
+
+  def test_every_page_is_in_one_group(self):
+    grouped = [page for group in _groups() for page in group]
+    self.assertCountEqual(grouped, _pages())
 
   def test_readme_has_code(self):
     self.assertTrue(_has_python(_README))
 
-  @parameterized.parameters('lowbit_jax', 'lowbit_pallas')
-  def test_docstring_examples_run(self, package):
-    result = _in_fresh_process('--docstrings', package)
+  def test_docstring_examples_run(self):
+    packages = ('lowbit_jax', 'lowbit_pallas')
+    result = _in_fresh_process('--docstrings', *packages)
     self.assertEqual(result.returncode, 0, result.stdout + result.stderr)
 
 
@@ -140,7 +174,7 @@ class RunnerTest(parameterized.TestCase):
     with tempfile.TemporaryDirectory() as directory:
       page = pathlib.Path(directory) / 'page.md'
       page.write_text(text)
-      return _in_fresh_process('--page', str(page))
+      return _in_fresh_process('--pages', str(page))
 
   def test_blocks_share_a_namespace(self):
     text = '```python\nx = 1\n```\ntext\n```python\nassert x == 1\n```\n'
@@ -200,12 +234,13 @@ def _on_path(directory: str):
 
 if __name__ == '__main__':
   parser = argparse.ArgumentParser(add_help=False)
-  parser.add_argument('--page', type=pathlib.Path)
-  parser.add_argument('--docstrings')
+  parser.add_argument('--pages', type=pathlib.Path, nargs='+')
+  parser.add_argument('--docstrings', nargs='+')
   known, _ = parser.parse_known_args()
-  if known.page:
-    run_page(known.page)
+  if known.pages:
+    sys.exit(run_pages(known.pages) > 0)
   elif known.docstrings:
-    run_docstrings(known.docstrings)
+    for package in known.docstrings:
+      run_docstrings(package)
   else:
     absltest.main()
