@@ -44,8 +44,11 @@ def data(*shape, seed: int = 0) -> np.ndarray:
   return np.random.RandomState(seed).randn(*shape).astype(np.float32)
 
 
+@functools.cache
 def weight():
-  return lowbit_jax.quantize(data(K, 8, seed=1), formats.mxfp4, axis=-2)
+  """To be called outside of transformations first."""
+  make = functools.partial(lowbit_jax.quantize, fmt=formats.mxfp4, axis=-2)
+  return jax.jit(make)(data(K, 8, seed=1))
 
 
 def operations(implementation: str) -> dict:
@@ -59,12 +62,14 @@ def operations(implementation: str) -> dict:
   }
 
 
-OPS = operations('tpu')
+EAGER = operations('tpu')
+OPS = {name: jax.jit(f) for name, f in EAGER.items()}
 SMOOTH = 'dot', 'softmax'
 
 
 def digest() -> str:
   """Of the bits of all operations."""
+  weight()
   with interpreted():
     leaves = [leaf for f in OPS.values() for leaf in f(data(ROWS, K))]
   return hashlib.sha256(
@@ -75,6 +80,7 @@ def digest() -> str:
 class TransformsTest(parameterized.TestCase):
   def setUp(self):
     super().setUp()
+    weight()
     self.enter_context(interpreted())
 
   def assert_same(self, got, want):
@@ -84,14 +90,13 @@ class TransformsTest(parameterized.TestCase):
   @parameterized.parameters(*OPS)
   def test_vmap_scan_and_donation_keep_bits(self, name):
     f, x = OPS[name], data(STEPS, ROWS, K)
-    want = [jnp.stack(v) for v in zip(*map(f, x), strict=True)]
+    want = [np.stack(v) for v in zip(*map(f, x), strict=True)]
     _, scanned = jax.lax.scan(lambda c, x: (c, f(x)), 0, x)
     self.assert_same(scanned, want)
     donated = jax.jit(lambda x: (jax.vmap(f)(x), -x), donate_argnums=0)
     self.assert_same(donated(jnp.asarray(x))[0], want)
 
-  @parameterized.parameters(*OPS)
-  def test_shards_keep_bits(self, name):
+  def check_shards(self, name):
     f, x = OPS[name], data(8 * ROWS, K)
     mesh = Mesh(np.array(jax.devices()[:8]), ('rows',))
     spec = P('rows')
@@ -99,19 +104,31 @@ class TransformsTest(parameterized.TestCase):
       f, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False
     )
     parts = map(f, np.split(x, 8))
-    want = [jnp.concatenate(v) for v in zip(*parts, strict=True)]
+    want = [np.concatenate(v) for v in zip(*parts, strict=True)]
     self.assert_same(jax.jit(sharded)(x), want)
+
+  @parameterized.parameters(*SMOOTH)
+  def test_shards_keep_bits(self, name):
+    self.check_shards(name)
+
+  @pytest.mark.slow
+  def test_shards_of_quantize_keep_bits(self):
+    self.check_shards('quantize')
 
   def check_rows(self, name, sizes, most: int):
     f, x = OPS[name], data(most, K)
-    whole = f(x)
+    whole = [np.asarray(v) for v in f(x)]
     for m in sizes:
       self.assert_same(f(x[:m]), [v[:m] for v in whole])
     order = np.random.RandomState(0).permutation(most)
     self.assert_same(f(x[order]), [v[order] for v in whole])
-    padded = np.concatenate([x, np.full((9, K), 1e4, np.float32)])
-    self.assert_same([v[:most] for v in f(padded)], whole)
-    self.assert_same(f(x), whole)
+    huge = x.copy()
+    huge[most // 2 :] = 1e4
+    self.assert_same(
+      [np.asarray(v)[: most // 2] for v in f(huge)],
+      [v[: most // 2] for v in whole],
+    )
+    self.assert_same(EAGER[name](x), whole)
 
   @parameterized.parameters(*SMOOTH)
   def test_rows_keep_bits_among_others(self, name):
@@ -121,26 +138,42 @@ class TransformsTest(parameterized.TestCase):
   @pytest.mark.slow
   def test_any_number_of_rows(self, name):
     self.check_rows(name, (1, 2, 3, 7, 8, 16, 17, 64), 300)
+    x = data(ROWS, K)
+    padded = OPS[name](np.concatenate([x, np.full((9, K), 1e4, np.float32)]))
+    self.assert_same([np.asarray(v)[:ROWS] for v in padded], OPS[name](x))
 
-  @parameterized.parameters(*SMOOTH)
-  def test_derivatives(self, name):
-    x, t = data(ROWS, K), data(ROWS, K, seed=2)
+  def derivatives(self, name, implementation, remat):
+    """A gradient, that of a remat if asked for, and a forward derivative."""
+    f = operations(implementation)[name]
 
     def loss(f, x):
       return jnp.sum(jnp.sin(f(x)[0]))
 
-    f, g = OPS[name], operations('xla')[name]
-
-    @functools.partial(jax.jit, static_argnums=0)
-    def derivatives(f, x, t):
+    @jax.jit
+    def all_of(x, t):
       plain = jax.grad(functools.partial(loss, f))(x)
-      remat = jax.grad(functools.partial(loss, jax.checkpoint(f)))(x)
-      return plain, remat, jax.jvp(f, (x,), (t,))
+      again = functools.partial(loss, jax.checkpoint(f))
+      return (
+        plain,
+        jax.grad(again)(x) if remat else plain,
+        jax.jvp(f, (x,), (t,)),
+      )
 
-    got, want = (derivatives(h, x, t) for h in (f, g))
+    return all_of(data(ROWS, K), data(ROWS, K, seed=2))
+
+  def check_derivatives(self, name, remat):
+    got, want = (self.derivatives(name, i, remat) for i in ('tpu', 'xla'))
     np.testing.assert_allclose(got[1], got[0], atol=1e-6)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
       np.testing.assert_allclose(a, b, atol=1e-4)
+
+  @parameterized.parameters(('dot', True), ('softmax', False))
+  def test_derivatives(self, name, remat):
+    self.check_derivatives(name, remat)
+
+  @pytest.mark.slow
+  def test_derivatives_of_remat(self):
+    self.check_derivatives('softmax', True)
 
 
 class ProcessTest(absltest.TestCase):
