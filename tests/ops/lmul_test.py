@@ -8,6 +8,7 @@ import jax
 import jax.extend.core as jex
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from absl.testing import absltest, parameterized
 
 import lowbit_jax
@@ -28,13 +29,20 @@ OPTIONS = (
 )
 
 
+# Under jit; the tests of jit and of derivatives call them without.
+_OPTIONS = 'fmt', 'mantissa_bits', 'reading'
+multiply = jax.jit(lmul, static_argnames=_OPTIONS)
+dot = jax.jit(lmul_dot, static_argnames=_OPTIONS)
+attend = jax.jit(lmul_attention, static_argnames=(*_OPTIONS, 'is_causal'))
+
+
 def _normal(seed: int, *shape: int) -> np.ndarray:
   return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
 def _exact_sum(x, y, axis: int, **options) -> tuple[np.ndarray, np.ndarray]:
   """The float64 sum of L-Mul products, and that of their magnitudes."""
-  products = np.asarray(lmul(x, y, **options), np.float64)
+  products = np.asarray(multiply(x, y, **options), np.float64)
   return products.sum(axis), np.abs(products).sum(axis)
 
 
@@ -55,9 +63,9 @@ class ElementsTest(parameterized.TestCase):
     (math.nan, 1, math.nan, math.nan),
   )
   def test_by_hand(self, x, y, integer, formula):
-    x, y = jnp.float32(x), jnp.float32(y)
+    x, y = np.float32(x), np.float32(y)
     want = np.float32([integer, formula])
-    got = [lmul(x, y, reading=reading) for reading in arith.READINGS]
+    got = [multiply(x, y, reading=reading) for reading in arith.READINGS]
     np.testing.assert_array_equal(got, want)
 
   def test_worst_case(self):
@@ -77,69 +85,90 @@ class ElementsTest(parameterized.TestCase):
     layout = _lmul._LAYOUTS[fmt]
     a, b = (arith.to_codes(jnp.asarray(v), layout) for v in (x, y))
     want = arith.from_codes(arith.multiply(a, b, layout), layout)
-    np.testing.assert_array_equal(lmul(x, y, fmt=fmt), want)
+    np.testing.assert_array_equal(multiply(x, y, fmt=fmt), want)
 
   def test_narrow_float32_is_a_narrow_format(self):
     # Inside the range of E4M3, its codes are float32 with 3 mantissa bits.
     x, y = np.exp2(np.random.default_rng(2).uniform(-2, 2, (2, 1000)))
     x, y = x.astype(np.float32), y.astype(np.float32)
     for reading in arith.READINGS:
-      wide = lmul(x, y, mantissa_bits=3, reading=reading)
-      narrow = lmul(x, y, fmt=formats.e4m3fn, reading=reading)
+      wide = multiply(x, y, mantissa_bits=3, reading=reading)
+      narrow = multiply(x, y, fmt=formats.e4m3fn, reading=reading)
       if reading == 'formula':  # a format of 3 bits rounds the product
         wide = lowbit_jax.round_to(wide, formats.e4m3fn)
       np.testing.assert_array_equal(wide, narrow)
 
   def test_dtypes(self):
     x, y = (jnp.asarray(v) for v in _normal(3, 2, 100))
-    narrow = lmul(x.astype(jnp.bfloat16), y.astype(jnp.bfloat16))
+    narrow = multiply(x.astype(jnp.bfloat16), y.astype(jnp.bfloat16))
     self.assertEqual(narrow.dtype, jnp.bfloat16)
     np.testing.assert_array_equal(
-      narrow.astype(jnp.float32), lmul(x, y, fmt=formats.bfloat16)
+      narrow.astype(jnp.float32), multiply(x, y, fmt=formats.bfloat16)
     )
-    mixed = lmul(x.astype(jnp.bfloat16), y)
+    mixed = multiply(x.astype(jnp.bfloat16), y)
     self.assertEqual(mixed.dtype, jnp.float32)
-    half = lmul(x.astype(jnp.float16), y.astype(jnp.float16))
+    half = multiply(x.astype(jnp.float16), y.astype(jnp.float16))
     self.assertEqual(half.dtype, jnp.float16)
 
-  @parameterized.product(options=OPTIONS, wrap=(jax.jit, jax.vmap))
-  def test_jit_and_vmap_give_the_same_bits(self, options, wrap):
+  @parameterized.parameters(*OPTIONS)
+  def test_jit_and_vmap_give_the_same_bits(self, **options):
     x, y = _normal(4, 2, 7, 9)
     run = functools.partial(lmul, **options)
-    np.testing.assert_array_equal(wrap(run)(x, y), run(x, y))
+    want = run(x, y)
+    for wrapped in (jax.jit(run), jax.vmap(run)):
+      np.testing.assert_array_equal(wrapped(x, y), want)
 
   @parameterized.parameters(*OPTIONS)
   def test_derivative_is_that_of_the_product(self, **options):
     x, y, dx, dy = _normal(5, 4, 3, 5)
     y, dy = y[:1], dy[:1]  # broadcasts
     run = functools.partial(lmul, **options)
-    out, tangent = jax.jvp(run, (x, y), (dx, dy))
-    np.testing.assert_array_equal(out, run(x, y))
-    exact = jax.jvp(jnp.multiply, (x, y), (dx, dy))[1]
+
+    @jax.jit
+    def derivatives(x, y, dx, dy):
+      gradients = jax.grad(lambda x, y: run(x, y).sum(), (0, 1))(x, y)
+      second = jax.grad(jax.grad(lambda x: run(x, x)))(jnp.float32(3.0))
+      return jax.jvp(run, (x, y), (dx, dy)), gradients, second
+
+    (out, tangent), gradients, second = derivatives(x, y, dx, dy)
+    np.testing.assert_array_equal(out, multiply(x, y, **options))
+    exact = dx * y + x * dy
     np.testing.assert_allclose(tangent, exact, rtol=0, atol=1e-6)
-    for argument in (0, 1):
-      got = jax.grad(lambda x, y: run(x, y).sum(), argument)(x, y)
-      want = jax.grad(lambda x, y: (x * y).sum(), argument)(x, y)
+    exact = np.broadcast_to(y, x.shape), x.sum(0, keepdims=True)
+    for got, want in zip(gradients, exact, strict=True):
       np.testing.assert_allclose(got, want, rtol=8 * U)
-    second = jax.grad(jax.grad(lambda x: run(x, x)))(jnp.float32(3.0))
     self.assertEqual(second, 2)
 
 
+SHAPES = (
+  ((5, 33), (33, 7)), ((2, 1, 4, 10), (3, 10, 6)), ((1, 1), (1, 1)),
+)  # fmt: skip
+
+
 class DotTest(parameterized.TestCase):
-  @parameterized.product(
-    options=OPTIONS,
-    tile=(1, 100, 1 << 20),
-    shapes=(((5, 33), (33, 7)), ((2, 1, 4, 10), (3, 10, 6)), ((1, 1), (1, 1))),
+  @parameterized.parameters(
+    (OPTIONS[0], 1, SHAPES[0]),
+    (OPTIONS[0], 100, SHAPES[1]),
+    (OPTIONS[1], 100, SHAPES[0]),
+    (OPTIONS[2], 1 << 20, SHAPES[0]),
+    (OPTIONS[3], 1 << 20, SHAPES[1]),
+    (OPTIONS[4], 1, SHAPES[1]),
+    (OPTIONS[5], 100, SHAPES[2]),
   )
   def test_is_the_sum_of_products(self, options, tile, shapes):
+    self.check_sum(options, tile, shapes)
+
+  @parameterized.product(options=OPTIONS, tile=(1, 100, 1 << 20), shapes=SHAPES)
+  @pytest.mark.slow
+  def test_every_sum_of_products(self, options, tile, shapes):
+    self.check_sum(options, tile, shapes)
+
+  def check_sum(self, options, tile, shapes):
     x, y = (_normal(i, *shape) for i, shape in enumerate(shapes))
+    how = {'fmt': None, 'mantissa_bits': None, 'reading': 'integer', **options}
+    how = _lmul._Options(**how).for_operands(x, y)
     with mock.patch.object(_lmul, '_TILE', tile):
-      got = _lmul._dot(
-        jnp.asarray(x),
-        jnp.asarray(y),
-        _lmul._Options(**{**dict.fromkeys(('fmt', 'mantissa_bits')),
-                          'reading': 'integer', **options}).for_operands(x, y),
-      )  # fmt: skip
+      got = jax.jit(lambda x, y: _lmul._dot(x, y, how))(x, y)
     want, scale = _exact_sum(x[..., None], y[..., None, :, :], -2, **options)
     depth = x.shape[-1]
     self.assertEqual(got.shape, want.shape)
@@ -168,15 +197,15 @@ class DotTest(parameterized.TestCase):
   def test_infinity_and_nan_stay_in_their_row(self):
     x = np.ones((3, 5), np.float32)
     x[0, 1], x[1, 2] = np.inf, np.nan
-    y = lmul_dot(x, np.ones((5, 2), np.float32))
+    y = dot(x, np.ones((5, 2), np.float32))
     np.testing.assert_array_equal(
       y, [[np.inf] * 2, [np.nan] * 2, [5 * 1.0625] * 2]
     )
 
   def test_bfloat16_is_rounded_once(self):
     x, y = (jnp.asarray(_normal(i, 64, 64), jnp.bfloat16) for i in (0, 1))
-    got = lmul_dot(x, y)
-    wide = lmul_dot(
+    got = dot(x, y)
+    wide = dot(
       x.astype(jnp.float32), y.astype(jnp.float32), fmt=formats.bfloat16
     )
     np.testing.assert_array_equal(got, wide.astype(jnp.bfloat16))
@@ -186,17 +215,21 @@ class DotTest(parameterized.TestCase):
     x, dx = _normal(6, 2, 2, 3, 5)
     y, dy = _normal(7, 2, 5, 4)  # broadcasts
     run = functools.partial(lmul_dot, **options)
-    exact = functools.partial(jnp.matmul, precision='highest')
-    out, tangent = jax.jvp(run, (x, y), (dx, dy))
-    np.testing.assert_array_equal(out, run(x, y))
-    want = jax.jvp(exact, (x, y), (dx, dy))[1]
+    cotangent = _normal(8, 2, 3, 4)
+
+    @jax.jit
+    def derivatives(x, y, dx, dy):
+      return jax.jvp(run, (x, y), (dx, dy)), jax.vjp(run, x, y)[1](cotangent)
+
+    (out, tangent), gradients = derivatives(x, y, dx, dy)
+    np.testing.assert_array_equal(out, dot(x, y, **options))
+    want = dx @ y + x @ dy
     np.testing.assert_allclose(tangent, want, rtol=0, atol=1e-5)
-    cotangent = _normal(8, *out.shape)
-    for got, want in zip(
-      jax.vjp(run, x, y)[1](cotangent),
-      jax.vjp(exact, x, y)[1](cotangent),
-      strict=True,
-    ):
+    exact = (
+      (cotangent @ y.swapaxes(-1, -2)).reshape(x.shape),
+      np.sum(x.swapaxes(-1, -2) @ cotangent, 0).reshape(y.shape),
+    )
+    for got, want in zip(gradients, exact, strict=True):
       np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)
 
 
@@ -214,11 +247,24 @@ def _attention(q, k, v, live, **options):
 
 
 class AttentionTest(parameterized.TestCase):
+  @parameterized.parameters(
+    ({}, 'both'),
+    ({}, 'causal'),
+    ({'reading': 'formula'}, 'mask'),
+    ({'mantissa_bits': 23}, 'plain'),
+  )
+  def test_against_float64(self, options, case):
+    self.check_attention(options, case)
+
   @parameterized.product(
     options=({}, {'reading': 'formula'}, {'mantissa_bits': 23}),
     case=('plain', 'causal', 'mask', 'both'),
   )
-  def test_against_float64(self, options, case):
+  @pytest.mark.slow
+  def test_every_case_against_float64(self, options, case):
+    self.check_attention(options, case)
+
+  def check_attention(self, options, case):
     q, v = _normal(9, 2, 6, 3, 8), _normal(10, 2, 6, 3, 4)
     k = _normal(11, 2, 6, 3, 8)
     mask = np.random.default_rng(12).random((2, 1, 6, 6)) < 0.7
@@ -229,19 +275,20 @@ class AttentionTest(parameterized.TestCase):
       arguments['is_causal'], live = True, np.tri(6, dtype=bool) & live
     if case in ('mask', 'both'):
       arguments['mask'], live = mask, live & mask
-    got = lmul_attention(q, k, v, **arguments, **options)
+    got = attend(q, k, v, **arguments, **options)
     want = _attention(q, k, v, live, **options)
     # Logits are off by 8 u sum |q k| / sqrt(8), below 60 u; weights by that and
     # 16 u of the softmax; L-Mul doubles a relative error at most.
     self.assertLess(np.abs(got - want).max(), 200 * U * np.abs(v).max())
 
   def test_is_near_the_exact_one_and_the_bits_matter(self):
-    q, k, v = _normal(13, 3, 2, 32, 2, 16)
-    exact = jax.nn.dot_product_attention(q, k, v, is_causal=True)
+    q, k, v = _normal(13, 3, 2, 24, 2, 8)
+    exact = jax.jit(jax.nn.dot_product_attention, static_argnames='is_causal')
+    exact = np.asarray(exact(q, k, v, is_causal=True))
 
     def error(**options):
-      got = lmul_attention(q, k, v, is_causal=True, **options)
-      return float(jnp.linalg.norm(got - exact) / jnp.linalg.norm(exact))
+      got = attend(q, k, v, is_causal=True, **options)
+      return np.linalg.norm(got - exact) / np.linalg.norm(exact)
 
     self.assertLess(error(), 0.05)
     self.assertLess(error(), error(reading='formula'))
@@ -250,21 +297,30 @@ class AttentionTest(parameterized.TestCase):
   def test_masked_rows_are_zero(self):
     q, k, v = _normal(14, 3, 1, 4, 1, 8)
     mask = np.array([1, 0, 1, 1], bool)[:, None]
-    out, vjp = jax.vjp(lambda *a: lmul_attention(*a, mask=mask), q, k, v)
+
+    @jax.jit
+    def derivatives(*arrays):
+      out, vjp = jax.vjp(lambda *a: lmul_attention(*a, mask=mask), *arrays)
+      return out, vjp(jnp.ones_like(out))
+
+    out, gradients = derivatives(q, k, v)
     self.assertEqual(np.abs(out[0, 1]).max(), 0)
-    for gradient in vjp(jnp.ones_like(out)):
+    for gradient in gradients:
       self.assertTrue(np.isfinite(gradient).all())
 
   def test_forward_and_reverse_derivatives_agree(self):
     q, k, v, dq, dk, dv = _normal(15, 6, 1, 5, 2, 8)
     run = functools.partial(lmul_attention, is_causal=True)
-    out, tangent = jax.jvp(run, (q, k, v), (dq, dk, dv))
-    cotangent = _normal(16, *out.shape)
-    backward = jax.vjp(run, q, k, v)[1](cotangent)
-    left = float(jnp.vdot(tangent, cotangent))
-    right = sum(
-      float(jnp.vdot(g, d)) for g, d in zip(backward, (dq, dk, dv), strict=True)
-    )
+    cotangent = _normal(16, *v.shape)
+
+    @jax.jit
+    def derivatives(*arrays):
+      tangent = jax.jvp(run, arrays, (dq, dk, dv))[1]
+      return tangent, jax.vjp(run, *arrays)[1](cotangent)
+
+    tangent, backward = derivatives(q, k, v)
+    left = np.vdot(tangent, cotangent)
+    right = sum(map(np.vdot, backward, (dq, dk, dv)))
     self.assertAlmostEqual(left, right, delta=1e-4)
     self.assertGreater(abs(left), 0.1)
 
@@ -273,7 +329,7 @@ class AttentionTest(parameterized.TestCase):
     out = lmul_attention(q, k, v)
     self.assertEqual(out.dtype, jnp.bfloat16)
     wide = (a.astype(jnp.float32) for a in (q, k, v))
-    wide = lmul_attention(*wide, fmt=formats.bfloat16)
+    wide = attend(*wide, fmt=formats.bfloat16)
     np.testing.assert_array_equal(out, wide.astype(jnp.bfloat16))
 
 
