@@ -1,5 +1,6 @@
 """quantize_params: selection, block axes, mixed formats, boxes, refusals."""
 
+import functools
 import os
 import shutil
 import tempfile
@@ -19,8 +20,20 @@ from lowbit_jax import QArray, formats, nn
 IS_Q = dict(is_leaf=lambda x: isinstance(x, QArray))
 
 
+# Tracing and compiling op by op is what costs time here.
+_quantize_params = jax.jit(
+  nn.quantize_params,
+  static_argnames=('select', 'fmt', 'axis', 'stacked', 'scale_rule'),
+)
+
+
+@functools.partial(jax.jit, static_argnames=('fmt', 'axis', 'scale_rule'))
+def _quantize(x, fmt, axis, scale_rule=None):
+  return lowbit.quantize(x, fmt, axis=axis, scale_rule=scale_rule)
+
+
 def _rand(*shape):
-  return jax.random.normal(jax.random.key(sum(shape)), shape)
+  return np.random.default_rng(sum(shape)).standard_normal(shape, np.float32)
 
 
 def _attention(*stack):
@@ -47,16 +60,16 @@ class LayoutTest(parameterized.TestCase):
     tree = x
     for name in reversed(path):
       tree = {name: tree}
-    q = nn.quantize_params(tree, '', formats.mxfp4)
+    q = _quantize_params(tree, '', formats.mxfp4)
     for name in path:
       q = q[name]
-    expected = lowbit.quantize(x, formats.mxfp4, axis=axis)
+    expected = _quantize(x, formats.mxfp4, axis=axis)
     self.assertEqual(q.axis, axis)
     np.testing.assert_array_equal(q.codes, expected.codes)
     np.testing.assert_array_equal(q.scale, expected.scale)
 
   def test_attention(self):
-    q = nn.quantize_params({'self': _attention()}, None, formats.mxfp4)['self']
+    q = _quantize_params({'self': _attention()}, None, formats.mxfp4)['self']
     axes = {name: q[name]['kernel'].axis for name in q}
     self.assertEqual(axes, {'query': -3, 'key': -3, 'value': -3, 'out': -2})
     self.assertNotIsInstance(q['out']['bias'], QArray)
@@ -74,21 +87,19 @@ class LayoutTest(parameterized.TestCase):
       'a': {'kernel': _rand(64, 32)},
       'query': {'kernel': _rand(64, 32)},
     }
-    q = nn.quantize_params(params, None, formats.get('mxfp4_32x32'))
+    q = _quantize_params(params, None, formats.get('mxfp4_32x32'))
     self.assertEqual(q['a']['kernel'].axis, (-2, -1))
-    attention = nn.quantize_params(
-      _attention(), None, formats.get('mxfp4_32x32')
-    )
+    attention = _quantize_params(_attention(), None, formats.get('mxfp4_32x32'))
     self.assertEqual(attention['query']['kernel'].axis, (-3, -1))
 
   def test_stacked_layers_are_quantized_one_by_one(self):
-    kernel = _rand(3, 64, 8) * jnp.array([1.0, 10.0, 100.0])[:, None, None]
+    kernel = _rand(3, 64, 8) * np.float32([1.0, 10.0, 100.0])[:, None, None]
     params = {'layers': {'Dense_0': {'kernel': kernel}, **_attention(3)}}
-    q = nn.quantize_params(params, None, formats.nvfp4, stacked='^layers/')
+    q = _quantize_params(params, None, formats.nvfp4, stacked='^layers/')
     dense = q['layers']['Dense_0']['kernel']
     self.assertEqual(dense.tensor_scale.shape, (3, 1, 1))
     for i in range(3):
-      one = lowbit.quantize(kernel[i], formats.nvfp4, axis=-2)
+      one = _quantize(kernel[i], formats.nvfp4, axis=-2)
       np.testing.assert_array_equal(dense[i].tensor_scale, one.tensor_scale)
       np.testing.assert_array_equal(dense[i].codes, one.codes)
     self.assertEqual(q['layers']['query']['kernel'].axis, -3)
@@ -112,11 +123,11 @@ class LayoutTest(parameterized.TestCase):
 
   def test_axis_argument(self):
     params = {'DenseGeneral_0': {'kernel': _rand(64, 4, 8)}}
-    q = nn.quantize_params(params, None, formats.mxfp4, axis=-3)
+    q = _quantize_params(params, None, formats.mxfp4, axis=-3)
     self.assertEqual(q['DenseGeneral_0']['kernel'].axis, -3)
     params['Dense_0'] = {'kernel': _rand(64, 8)}
     axis = lambda path, leaf: -3 if leaf.ndim == 3 else None
-    q = nn.quantize_params(params, None, formats.mxfp4, axis=axis)
+    q = _quantize_params(params, None, formats.mxfp4, axis=axis)
     self.assertEqual(q['DenseGeneral_0']['kernel'].axis, -3)
     self.assertEqual(q['Dense_0']['kernel'].axis, -2)
     with self.assertRaisesRegex(ValueError, "axis=0 of '.*' must count from"):
@@ -134,7 +145,7 @@ class SelectTest(parameterized.TestCase):
     }
 
   def _selected(self, select, fmt=formats.mxfp4):
-    q = nn.quantize_params(self.params, select, fmt)
+    q = _quantize_params(self.params, select, fmt)
     leaves = jax.tree_util.tree_leaves_with_path(q, **IS_Q)
     return {
       jax.tree_util.keystr(p, simple=True, separator='/'): leaf.fmt.name
@@ -173,7 +184,7 @@ class SelectTest(parameterized.TestCase):
       nn.quantize_params(self.params, 'Kernel', formats.mxfp4)
 
   def test_a_second_time_changes_nothing(self):
-    once = nn.quantize_params(self.params, None, formats.mxfp4)
+    once = _quantize_params(self.params, None, formats.mxfp4)
     twice = nn.quantize_params(once, None, formats.int8_channel)
     self.assertIs(twice['Dense_0']['kernel'], once['Dense_0']['kernel'])
 
@@ -185,10 +196,10 @@ class SelectTest(parameterized.TestCase):
       nn.quantize_params(self.params, None, 'mxfp4')
 
   def test_scale_rule(self):
-    q = nn.quantize_params(
+    q = _quantize_params(
       self.params, 'Dense_0/kernel', formats.mxfp4, scale_rule='rceil'
     )
-    expected = lowbit.quantize(
+    expected = _quantize(
       self.params['Dense_0']['kernel'],
       formats.mxfp4,
       axis=-2,
@@ -198,9 +209,9 @@ class SelectTest(parameterized.TestCase):
 
   def test_under_jit_and_eval_shape(self):
     run = lambda p: nn.quantize_params(p, None, formats.mxfp4)
-    q = jax.jit(run)(self.params)
+    q, eager = jax.jit(run)(self.params), run(self.params)
     np.testing.assert_array_equal(
-      q['Dense_0']['kernel'].codes, run(self.params)['Dense_0']['kernel'].codes
+      q['Dense_0']['kernel'].codes, eager['Dense_0']['kernel'].codes
     )
     shapes = jax.eval_shape(run, self.params)
     self.assertEqual(shapes['Dense_0']['kernel'].shape, (32, 8))
@@ -209,14 +220,14 @@ class SelectTest(parameterized.TestCase):
 class ContainerTest(absltest.TestCase):
   def test_frozen_dict(self):
     params = freeze({'Dense_0': {'kernel': _rand(32, 8)}})
-    q = nn.quantize_params(params, None, formats.mxfp4)
+    q = _quantize_params(params, None, formats.mxfp4)
     self.assertIs(type(q), type(params))
     self.assertIsInstance(q['Dense_0']['kernel'], QArray)
 
   def test_partitioned_boxes_stay(self):
     box = meta.Partitioned(_rand(32, 8), ('a', None))
     logical = flax_linen.LogicallyPartitioned(_rand(32, 8), ('embed', 'mlp'))
-    q = nn.quantize_params(
+    q = _quantize_params(
       {'a': {'kernel': box}, 'b': {'kernel': logical}}, None, formats.mxfp4
     )
     self.assertIs(type(q['a']['kernel']), meta.Partitioned)
@@ -239,7 +250,7 @@ class ContainerTest(absltest.TestCase):
 
   def test_save_and_load(self):
     params = {'Dense_0': {'kernel': _rand(40, 8), 'bias': _rand(8)}}
-    q = nn.quantize_params(params, None, formats.nvfp4)
+    q = _quantize_params(params, None, formats.nvfp4)
     directory = tempfile.mkdtemp()
     self.addCleanup(shutil.rmtree, directory)
     path = os.path.join(directory, 'model.lowbit')
@@ -253,7 +264,7 @@ class OptaxTest(absltest.TestCase):
   def setUp(self):
     super().setUp()
     params = {'kernel': _rand(32, 8), 'bias': _rand(8), 'steps': jnp.int32(0)}
-    self.params = nn.quantize_params(params, None, formats.mxfp4)
+    self.params = _quantize_params(params, None, formats.mxfp4)
 
   def test_mask(self):
     self.assertEqual(
@@ -280,7 +291,7 @@ class OptaxTest(absltest.TestCase):
     state = optimizer.init(trainable)
     shapes = sorted(x.shape for x in jax.tree.leaves(state))
     self.assertEqual(shapes, [(), (8,), (8,)])
-    grads = jax.grad(loss)(trainable)
+    grads = jax.jit(jax.grad(loss))(trainable)
     updates, _ = optimizer.update(grads, state, trainable)
     after = optax.apply_updates(trainable, updates)
     self.assertLess(loss(after), loss(trainable))
