@@ -28,6 +28,12 @@ E8M0 = dict(scale=SCALES['E8M0'], tensor_scale='off')
 NARROW = dict(tensor_scale='off', allow_underflow=True)
 
 
+# Of programs that run a few times, the machine code need not be the best.
+quick_jit = functools.partial(
+  jax.jit, compiler_options={'xla_backend_optimization_level': 0}
+)
+
+
 @functools.cache
 def normal(shape=(1, 131072), seed: int = 0) -> np.ndarray:
   return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
@@ -205,7 +211,7 @@ MORE_VARIANTS = (
 )
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(quick_jit, static_argnums=0)
 def pulled_back(quantizer, x, g):
   """The value and the pulled-back cotangent g."""
   y, vjp = jax.vjp(quantizer, x)
@@ -313,7 +319,7 @@ class PublishedFiguresTest(parameterized.TestCase):
     self.assertLess(snr(x, other), snr(x, how))
 
 
-slope_on = jax.jit(
+slope_on = quick_jit(
   lambda surrogate, lattice, v: surrogate.slope(v, lattice),
   static_argnums=(0, 1),
 )
@@ -501,7 +507,7 @@ class AgreementTest(parameterized.TestCase):
 def draws(how, x, seed: int, n: int) -> np.ndarray:
   """n independent roundings of x."""
 
-  @jax.jit
+  @quick_jit
   def run(key):
     return jax.vmap(lambda k: how(x, -1, k))(jax.random.split(key, n))
 
