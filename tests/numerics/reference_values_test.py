@@ -4,8 +4,12 @@ The MX values are those of gfloat, microxcaling (round='even') and torchao; the
 NVFP4 values those of torchao, TransformerEngine's reference and JAX.
 """
 
+import functools
+
+import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from absl.testing import absltest, parameterized
 
 import lowbit_jax
@@ -107,19 +111,23 @@ PACKED = (
 )
 # fmt: on
 RULES = ('floor', 'even', 'rceil', 'ceil')
+# Formats that differ in the kind of their elements or of their scales.
 BLOCK_FORMATS = (
-  'mxfp4', 'mxfp6_e2m3', 'mxfp6_e3m2', 'mxfp8_e4m3', 'mxfp8_e5m2', 'mxint8',
-  'nvfp4', 'nvint4', 'int4_g32', 'int8_g32', 'uint4_g32', 'nf4_g64',
+  'mxfp4', 'mxfp8_e4m3', 'mxint8', 'nvfp4', 'int4_g32', 'uint4_g32', 'nf4_g64',
   'fp8_1x128', 'bfp4_g16',
 )  # fmt: skip
-EXPONENT_FORMATS = tuple(
-  n for n in BLOCK_FORMATS if formats.get(n).has_exponent_scale
-)
-FLOAT_ELEMENTS = tuple(
-  n
-  for n in BLOCK_FORMATS
-  if isinstance(formats.get(n).element, formats.FloatFormat)
-)
+OTHER_FORMATS = (
+  'mxfp6_e2m3', 'mxfp6_e3m2', 'mxfp8_e5m2', 'nvint4', 'int8_g32',
+)  # fmt: skip
+
+
+def exponent_scaled(names):
+  return tuple(n for n in names if formats.get(n).has_exponent_scale)
+
+
+def with_float_elements(names):
+  is_float = lambda f: isinstance(f.element, formats.FloatFormat)
+  return tuple(n for n in names if is_float(formats.get(n)))
 
 
 # All arrays have one shape, so that each operation is compiled few times.
@@ -133,17 +141,30 @@ def embed(x) -> np.ndarray:
   return out
 
 
+# Tracing and compiling op by op is what costs time here.
+@functools.partial(jax.jit, static_argnames=('name', 'scale_rule'))
+def _quantize(x, name, scale_rule=None):
+  fmt = formats.get(name)
+  return lowbit_jax.quantize(x, fmt, scale_rule=scale_rule)
+
+
+@jax.jit
+def _read(q):
+  """Values, and element codes, one in a byte."""
+  codes = numerics.unpack(q.codes, q.fmt.element.bits)
+  return lowbit_jax.dequantize(q), codes
+
+
 def quantize(x, name, **kwargs):
-  return lowbit_jax.quantize(jnp.asarray(x), formats.get(name), **kwargs)
+  return _quantize(np.asarray(x), name, **kwargs)
 
 
 def dequantize(q) -> np.ndarray:
-  return np.array(lowbit_jax.dequantize(q))
+  return np.array(_read(q)[0])
 
 
 def codes_of(q) -> np.ndarray:
-  """Element codes, one in a byte."""
-  return np.asarray(numerics.unpack(q.codes, q.fmt.element.bits))
+  return np.asarray(_read(q)[1])
 
 
 def scale_codes(amax, name, rule) -> np.ndarray:
@@ -194,9 +215,9 @@ class BlockTest(parameterized.TestCase):
   @parameterized.parameters(*PACKED)
   def test_packing(self, bits, stream):
     codes = np.arange(8, dtype=np.uint8) % 2**bits
-    packed = numerics.pack(jnp.asarray(codes), bits)
+    packed = jax.jit(lambda codes: numerics.pack(codes, bits))(codes)
     self.assertEqual(np.asarray(packed).tobytes().hex(), stream)
-    back = numerics.unpack(packed, bits)
+    back = jax.jit(lambda packed: numerics.unpack(packed, bits))(packed)
     np.testing.assert_array_equal(back, codes)
 
 
@@ -262,6 +283,14 @@ class EdgeCaseTest(parameterized.TestCase):
 
   @parameterized.product(name=BLOCK_FORMATS, bad=('nan', 'inf', '-inf'))
   def test_poison_stays_in_its_block(self, name, bad):
+    self._poison_stays_in_its_block(name, bad)
+
+  @parameterized.product(name=OTHER_FORMATS, bad=('nan', 'inf', '-inf'))
+  @pytest.mark.slow
+  def test_poison_stays_in_its_block_of_others(self, name, bad):
+    self._poison_stays_in_its_block(name, bad)
+
+  def _poison_stays_in_its_block(self, name, bad):
     fmt = formats.get(name)
     n = fmt.block[0]
     x, block = self.ordinary(n)
@@ -276,7 +305,7 @@ class EdgeCaseTest(parameterized.TestCase):
       self.assertEqual(int(q.scale[0, 1]), fmt.scale.nan_code)
     else:
       self.assertTrue(np.isnan(np.asarray(q.scale)[0, 1]))
-    zero = int(numerics.encode(jnp.float32(0), fmt.element))
+    zero = int(jax.jit(lambda: numerics.encode(jnp.float32(0), fmt.element))())
     np.testing.assert_array_equal(codes_of(q)[block], zero)
 
   @parameterized.parameters('e4m3fn_tensor', 'int8_tensor')
@@ -286,6 +315,14 @@ class EdgeCaseTest(parameterized.TestCase):
 
   @parameterized.parameters(*BLOCK_FORMATS)
   def test_zero_blocks(self, name):
+    self._zero_blocks(name)
+
+  @parameterized.parameters(*OTHER_FORMATS)
+  @pytest.mark.slow
+  def test_zero_blocks_in_others(self, name):
+    self._zero_blocks(name)
+
+  def _zero_blocks(self, name):
     fmt = formats.get(name)
     x, block = self.ordinary(fmt.block[0])
     x[block] = 0.0
@@ -298,19 +335,43 @@ class EdgeCaseTest(parameterized.TestCase):
 
   @parameterized.parameters(*BLOCK_FORMATS)
   def test_subnormal_blocks_are_zero_blocks(self, name):
+    self._subnormal_blocks_are_zero_blocks(name)
+
+  @parameterized.parameters(*OTHER_FORMATS)
+  @pytest.mark.slow
+  def test_subnormal_blocks_are_zero_blocks_in_others(self, name):
+    self._subnormal_blocks_are_zero_blocks(name)
+
+  def _subnormal_blocks_are_zero_blocks(self, name):
     x, block = self.ordinary(formats.get(name).block[0])
     x[block] = 1e-40
     got = dequantize(quantize(x, name))
     np.testing.assert_array_equal(got[block], 0.0)
     self.assertTrue(np.all(got[3, -100:]))
 
-  @parameterized.parameters(*EXPONENT_FORMATS)
+  @parameterized.parameters(*exponent_scaled(BLOCK_FORMATS))
   def test_smallest_normal_block_is_not_a_zero_block(self, name):
+    self._smallest_normal_block_is_not_a_zero_block(name)
+
+  @parameterized.parameters(*exponent_scaled(OTHER_FORMATS))
+  @pytest.mark.slow
+  def test_smallest_normal_block_is_not_a_zero_block_in_others(self, name):
+    self._smallest_normal_block_is_not_a_zero_block(name)
+
+  def _smallest_normal_block_is_not_a_zero_block(self, name):
     x = embed(np.float32([2.0**-126]))
     self.assertEqual(dequantize(quantize(x, name))[0, 0], x[0, 0])
 
-  @parameterized.parameters(*FLOAT_ELEMENTS)
+  @parameterized.parameters(*with_float_elements(BLOCK_FORMATS))
   def test_negative_zero_is_kept(self, name):
+    self._negative_zero_is_kept(name)
+
+  @parameterized.parameters(*with_float_elements(OTHER_FORMATS))
+  @pytest.mark.slow
+  def test_negative_zero_is_kept_in_others(self, name):
+    self._negative_zero_is_kept(name)
+
+  def _negative_zero_is_kept(self, name):
     n = formats.get(name).block[0]
     x, block = self.ordinary(n)
     x[0, 0] = -0.0
