@@ -11,21 +11,18 @@ import itertools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from absl.testing import absltest, parameterized
 from jax.sharding import PartitionSpec as P
 
 import lowbit_jax
 from lowbit_jax import QArray, formats, ops, qarray
-from tests import kinds
+from tests.ops import coarse
 
 U = 2.0**-24
 K, N = 300, 5  # ragged in every block, several tiles for few rows
 
-BLOCK_FORMATS = kinds.block_formats()
-KINDS = (
-  'mxfp4', 'mxfp6_e2m3', 'nvfp4', 'nf4_g64', 'int3_g32', 'uint4_g32',
-  'int8_channel', 'e4m3fn_tensor', 'mxfp4_32x32',
-)  # fmt: skip
+BLOCK_FORMATS, MORE_FORMATS = coarse.split()
 
 
 @functools.cache
@@ -46,6 +43,7 @@ def make(name: str, *shape, axis=-2, seed: int = 1) -> QArray:
 
 
 product = jax.jit(lowbit_jax.dot)
+einsum = jax.jit(lowbit_jax.einsum, static_argnums=0)
 
 
 @jax.jit
@@ -116,7 +114,15 @@ def random_weight(fmt: formats.BlockFormat) -> tuple[QArray, np.ndarray]:
 
 class DotTest(parameterized.TestCase):
   @parameterized.parameters(*BLOCK_FORMATS)
+  def test_formats(self, name):
+    self.check_format(name)
+
+  @parameterized.parameters(*MORE_FORMATS)
+  @pytest.mark.slow
   def test_every_format(self, name):
+    self.check_format(name)
+
+  def check_format(self, name):
     x = data(2, K)
     q, w = random_weight(formats.get(name))
     qarray.validate(q)
@@ -124,8 +130,18 @@ class DotTest(parameterized.TestCase):
     assert_product(out, 'mk,kn->mn', x, w)
     self.assertEqual(out.dtype, jnp.float32)
 
-  @parameterized.parameters(*KINDS)
+  @parameterized.parameters('mxfp4', 'nvfp4', 'uint4_g32', 'int8_channel')
   def test_many_rows_and_either_side(self, name):
+    self.check_either_side(name)
+
+  @parameterized.parameters(
+    'mxfp6_e2m3', 'nf4_g64', 'int3_g32', 'e4m3fn_tensor', 'mxfp4_32x32'
+  )
+  @pytest.mark.slow
+  def test_more_rows_and_either_side(self, name):
+    self.check_either_side(name)
+
+  def check_either_side(self, name):
     many, w = data(6, K, seed=2), data(K, N, seed=3)
     right, left = make(name, K, N), make(name, 3, K, axis=-1)
     for a, b in (many, right), (left, w), (left, right):
@@ -191,8 +207,16 @@ class DotTest(parameterized.TestCase):
     x, q = data(2, 64), make(name, 64, 40, axis=-1)
     assert_product(product(x, q), 'mk,kn->mn', x, q)
 
-  @parameterized.product(name=('mxfp4', 'int8_channel'), m=(1, 6))
+  @parameterized.parameters(('mxfp4', 6), ('int8_channel', 1))
   def test_shard_map_over_rows_and_columns(self, name, m):
+    self.check_shard_map(name, m)
+
+  @parameterized.parameters(('mxfp4', 1), ('int8_channel', 6))
+  @pytest.mark.slow
+  def test_more_shards(self, name, m):
+    self.check_shard_map(name, m)
+
+  def check_shard_map(self, name, m):
     x, q = data(4 * m, 512), make(name, 512, 16)
     mesh = jax.make_mesh(
       (4, 2), ('rows', 'columns'), axis_types=(jax.sharding.AxisType.Auto,) * 2
@@ -284,10 +308,16 @@ class DotTest(parameterized.TestCase):
 class ExactTest(parameterized.TestCase):
   """Sums of integers below 2^24 have no rounding error in any order."""
 
-  @parameterized.parameters(
-    'mxfp4', 'mxfp6_e2m3', 'mxfp8_e4m3', 'mxint8', 'mxfp4_32x32', 'bfp5_g16'
-  )
+  @parameterized.parameters('mxfp6_e2m3', 'mxint8', 'mxfp4_32x32')
   def test_integer_data(self, name):
+    self.check_integer_data(name)
+
+  @parameterized.parameters('mxfp4', 'mxfp8_e4m3', 'bfp5_g16')
+  @pytest.mark.slow
+  def test_more_integer_data(self, name):
+    self.check_integer_data(name)
+
+  def check_integer_data(self, name):
     fmt = formats.get(name)
     random = np.random.RandomState(0)
     w = random.choice([-6, -4, -3, -2, -1, 0, 1, 2, 3, 4, 6], (K, N))
@@ -296,24 +326,31 @@ class ExactTest(parameterized.TestCase):
     axis = (-2, -1) if fmt.is_tile else -2
     q = _quantize(w.astype(np.float32), fmt, axis)
     np.testing.assert_array_equal(dense(q), w)
-    f = jax.jit(lowbit_jax.dot)
     for m in (1, 6):
-      got = f(x[:m].astype(np.float32), q)
+      got = product(x[:m].astype(np.float32), q)
       np.testing.assert_array_equal(got, x[:m] @ w)
     left = _quantize(
       w.T.astype(np.float32), fmt, (-2, -1) if fmt.is_tile else -1
     )
-    np.testing.assert_array_equal(f(left, q), w.T @ w)
+    np.testing.assert_array_equal(product(left, q), w.T @ w)
 
   @parameterized.parameters(
-    ('int8_channel', 'int8_channel'),
     ('int8_channel', 'int4_channel'),
-    ('int8_tensor', 'int3_channel'),
     ('int5_channel', 'int8_tensor'),
     ('int8_tensor', 'int4_tensor'),
     ('int8_channel', 'ternary_tensor'),
   )
   def test_integer_products_are_exact_in_int32(self, left, right):
+    self.check_integer_products(left, right)
+
+  @parameterized.parameters(
+    ('int8_channel', 'int8_channel'), ('int8_tensor', 'int3_channel')
+  )
+  @pytest.mark.slow
+  def test_more_integer_products(self, left, right):
+    self.check_integer_products(left, right)
+
+  def check_integer_products(self, left, right):
     a, b = make(left, 3, K, axis=-1), make(right, K, N)
     f = jax.jit(
       lambda a, b: (
@@ -375,18 +412,25 @@ class ExactTest(parameterized.TestCase):
 
 class DtypeTest(parameterized.TestCase):
   @parameterized.parameters(
-    ('mxfp4', jnp.bfloat16, jnp.bfloat16, None),
     ('mxfp4', jnp.float16, jnp.float16, None),
     ('mxfp4', jnp.bfloat16, jnp.float32, jnp.float32),
     ('mxfp4', jnp.float32, jnp.bfloat16, jnp.bfloat16),
-    ('mxfp4_32x32', jnp.bfloat16, jnp.bfloat16, None),
     ('mxfp4_32x32', jnp.float16, jnp.bfloat16, jnp.float32),
     ('int8_channel', jnp.bfloat16, jnp.bfloat16, None),
+  )
+  def test_narrow_operands_accumulate_in_float32(self, *case):
+    self.check_narrow(*case)
+
+  @parameterized.parameters(
+    ('mxfp4', jnp.bfloat16, jnp.bfloat16, None),
+    ('mxfp4_32x32', jnp.bfloat16, jnp.bfloat16, None),
     ('int8_channel', jnp.bfloat16, jnp.float32, jnp.float32),
   )
-  def test_narrow_operands_accumulate_in_float32(
-    self, name, x_dtype, w_dtype, preferred
-  ):
+  @pytest.mark.slow
+  def test_more_narrow_operands(self, *case):
+    self.check_narrow(*case)
+
+  def check_narrow(self, name, x_dtype, w_dtype, preferred):
     x = jnp.asarray(data(6, 64), x_dtype)
     q = make(name, 64, 4).astype(w_dtype)
     left = make(name, 3, 64, axis=-1).astype(w_dtype)
@@ -466,13 +510,18 @@ class EinsumTest(parameterized.TestCase):
     ('mk,mk->m', (2, 64), (2, 64), -1),
   )
   def test_equals_float64(self, spec, a_shape, b_shape, axis):
-    x, f = data(*a_shape), jax.jit(functools.partial(lowbit_jax.einsum, spec))
-    q = make('mxfp4', *b_shape, axis=axis)
-    assert_product(f(x, q), spec, x, q)
+    x, q = data(*a_shape), make('mxfp4', *b_shape, axis=axis)
     left, right = spec.split('->')[0].split(',')
     turned = f'{right},{left}->{spec.split("->")[1]}'
-    got = jax.jit(functools.partial(lowbit_jax.einsum, turned))(q, x)
-    assert_product(got, turned, q, x)
+
+    @jax.jit
+    def both(x, q):
+      e = lowbit_jax.einsum
+      return e(spec, x, q), e(turned, q, x)
+
+    got, other = both(x, q)
+    assert_product(got, spec, x, q)
+    assert_product(other, turned, q, x)
 
   @parameterized.parameters(
     ('...k,kn->...n', (2, 3, 64), (64, 4)),
@@ -483,7 +532,7 @@ class EinsumTest(parameterized.TestCase):
   )
   def test_ellipsis(self, spec, a_shape, b_shape):
     x, q = data(*a_shape), make('mxfp4', *b_shape)
-    got = jax.jit(functools.partial(lowbit_jax.einsum, spec))(x, q)
+    got = einsum(spec, x, q)
     want = np.einsum(spec.replace(' ', ''), dense(x), dense(q))
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
 
@@ -559,17 +608,15 @@ class SelectTest(parameterized.TestCase):
   def test_weights_of_several_axes(self, spec, x_shape, name, shape, axis, how):
     x, q = data(*x_shape), make(name, *shape, axis=axis)
     self.assertIn(how, self.choice(spec, x, q, op='einsum').note)
-    assert_product(
-      jax.jit(lowbit_jax.einsum, static_argnums=0)(spec, x, q), spec, x, q
-    )
+    assert_product(einsum(spec, x, q), spec, x, q)
 
   def test_a_stack_of_tensors_keeps_its_tensor_scales(self):
     scaled = data(2, 32, 4) * np.float32([1, 64]).reshape(2, 1, 1)
     quantize = functools.partial(lowbit_jax.quantize, fmt=formats.nvfp4, axis=0)
-    stack, x = jax.vmap(quantize)(scaled), data(3, 2, 32)
+    stack, x = jax.jit(jax.vmap(quantize))(scaled), data(3, 2, 32)
     choice = self.choice('bhf,hfd->bd', x, stack, op='einsum')
     self.assertIn('stack of tensors', choice.note)
-    got = lowbit_jax.einsum('bhf,hfd->bd', x, stack)
+    got = einsum('bhf,hfd->bd', x, stack)
     assert_product(got, 'bhf,hfd->bd', x, stack)
 
   def test_shapes_are_enough(self):
@@ -684,9 +731,18 @@ def replaced(q, **leaves):
 
 class DerivativeTest(parameterized.TestCase):
   @parameterized.parameters(
-    *((n, 2 if i % 2 else 6) for i, n in enumerate(KINDS))
-  )
+    ('mxfp4', 6), ('nvfp4', 2), ('uint4_g32', 2), ('e4m3fn_tensor', 6),
+    ('int8_channel', 6), ('mxfp4_32x32', 2),
+  )  # fmt: skip
   def test_gradient_of_activations(self, name, m):
+    self.check_gradient(name, m)
+
+  @parameterized.parameters(('mxfp6_e2m3', 2), ('nf4_g64', 6), ('int3_g32', 6))
+  @pytest.mark.slow
+  def test_more_gradients_of_activations(self, name, m):
+    self.check_gradient(name, m)
+
+  def check_gradient(self, name, m):
     x, g = data(m, K), data(m, N, seed=5)
     q = make(name, K, N)
 
@@ -760,8 +816,10 @@ class DerivativeTest(parameterized.TestCase):
   def test_a_tree_with_a_qarray(self):
     params = {'w': make('int4_g32', K, N), 'b': jnp.zeros(N)}
     x = data(2, K)
-    grads = jax.grad(
-      lambda p: jnp.sum(lowbit_jax.dot(x, p['w']) + p['b']), allow_int=True
+    grads = jax.jit(
+      jax.grad(
+        lambda p: jnp.sum(lowbit_jax.dot(x, p['w']) + p['b']), allow_int=True
+      )
     )(params)
     self.assertEqual(grads['w'].codes.dtype, jax.dtypes.float0)
     self.assertGreater(float(jnp.abs(grads['w'].scale).max()), 0)
@@ -775,11 +833,21 @@ class DerivativeTest(parameterized.TestCase):
     )
 
   @parameterized.parameters(
-    *itertools.product(
-      ('mxfp4', 'mxfp4_32x32', 'int8_channel'), (jnp.float16, jnp.bfloat16)
-    )
-  )
+    ('mxfp4', jnp.float16), ('mxfp4_32x32', jnp.bfloat16),
+    ('int8_channel', jnp.bfloat16),
+  )  # fmt: skip
   def test_gradients_have_the_dtype_of_their_input(self, name, dtype):
+    self.check_dtype_of_gradients(name, dtype)
+
+  @parameterized.parameters(
+    ('mxfp4', jnp.bfloat16), ('mxfp4_32x32', jnp.float16),
+    ('int8_channel', jnp.float16),
+  )  # fmt: skip
+  @pytest.mark.slow
+  def test_more_dtypes_of_gradients(self, name, dtype):
+    self.check_dtype_of_gradients(name, dtype)
+
+  def check_dtype_of_gradients(self, name, dtype):
     q = make(name, 64, 4)
     for m in (2, 6):
       x = jnp.asarray(data(m, 64), dtype)
@@ -879,9 +947,7 @@ class DerivativeTest(parameterized.TestCase):
 
   def test_gradients_through_a_scan_over_layers(self):
     w = data(3, 32, 32) / 8
-    stack = jax.vmap(lambda w: lowbit_jax.quantize(w, formats.mxfp4, axis=-2))(
-      w
-    )
+    stack = jax.vmap(lambda w: _quantize(w, formats.mxfp4, -2))(w)
     x = data(2, 32, seed=3)
 
     def loss(x, product):
@@ -901,8 +967,8 @@ class DerivativeTest(parameterized.TestCase):
   )
   def test_residuals_hold_packed_codes_only(self, name, m):
     q, x = make(name, 256, 64), data(m, 256)
-    _, vjp = jax.jit(lambda x, q: jax.vjp(lambda x: lowbit_jax.dot(x, q), x))(
-      x, q
+    _, vjp = jax.eval_shape(
+      lambda x, q: jax.vjp(lambda x: lowbit_jax.dot(x, q), x), x, q
     )
     self.assert_packed(vjp, q, x)
 
@@ -913,11 +979,13 @@ class DerivativeTest(parameterized.TestCase):
 
   def test_residuals_of_scale_gradients(self):
     q, x = make('int4_g32', 256, 64), data(2, 256)
-    _, vjp = jax.jit(
+    _, vjp = jax.eval_shape(
       lambda x, s: jax.vjp(
         lambda x, s: lowbit_jax.dot(x, replaced(q, scale=s)), x, s
-      )
-    )(x, q.scale)
+      ),
+      x,
+      q.scale,
+    )
     self.assert_packed(vjp, q, x)
 
   def assert_packed(self, vjp, q, x):
@@ -927,7 +995,7 @@ class DerivativeTest(parameterized.TestCase):
       leaf for leaf in leaves if jnp.issubdtype(leaf.dtype, jnp.floating)
     ]
     self.assertLess(max([leaf.size for leaf in floats], default=0), q.size)
-    total = sum(leaf.nbytes for leaf in leaves)
+    total = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
     self.assertLessEqual(total, 2 * q.nbytes + 2 * x.nbytes)
 
 
