@@ -1,6 +1,5 @@
 """Tests of the contract of products with quantized weights."""
 
-import functools
 from unittest import mock
 
 import jax
@@ -31,11 +30,16 @@ FORMATS = (
 )
 
 
-def _run(x, w, schedule, tile=None, layout='kn'):
+def _product(x, w, schedule):
+  return reference.run(x, w, schedule, out_dtype=jnp.float32)
+
+
+_compiled = jax.jit(_product, static_argnums=2)
+
+
+def _run(x, w, schedule, tile=None, layout='kn', product=_compiled):
   tile = tile or config.tpu_tile(w.k, w.n, w.spec)
-  # Whatever a mutant patches, it must be traced anew.
-  f = lambda x, p: reference.run(x, p, schedule, out_dtype=jnp.float32)
-  return jax.jit(f)(x, w.prepack(tile, layout))
+  return product(x, w.prepack(tile, layout), schedule)
 
 
 class ReferenceTest(parameterized.TestCase):
@@ -111,39 +115,50 @@ class ReferenceTest(parameterized.TestCase):
   )  # fmt: skip
   def test_decode_in_kernel_is_decode(self, name):
     element = oracle.formats.get(name)
-    codes = jnp.arange(256, dtype=jnp.uint32) & ((1 << element.bits) - 1)
-    want, got = (
-      np.asarray(f(codes, spec(element))).view(np.uint32)
-      for f in (codec.decode, codec.decode_in_kernel)
-    )
+    codes = np.arange(256, dtype=np.uint32) & ((1 << element.bits) - 1)
+
+    @jax.jit
+    def decoded(codes):
+      decoders = codec.decode, codec.decode_in_kernel
+      return [decode(codes, spec(element)) for decode in decoders]
+
+    want, got = (np.asarray(v).view(np.uint32) for v in decoded(codes))
     np.testing.assert_array_equal(got, want)
 
   @parameterized.parameters('e2m1', 'e2m3', 'e4m3fn', 'int4', 'int3', 'nf4')
   def test_decode_field_is_decode(self, name):
     element = oracle.formats.get(name)
     bits, f = element.bits, spec(element)
-    codes = jnp.arange(1 << bits, dtype=jnp.uint32)
-    want = codec.decode(codes, f)
-    for shift in range(8):
-      outside = 0xFFFF & ~(((1 << bits) - 1) << shift)
-      for noise in (0, 0x5A5A, 0xA5A5, 0xFFFF):
-        field = codes << shift | jnp.uint32(noise & outside)
+    codes = np.arange(1 << bits, dtype=np.uint32)
+    noise = np.array([[0], [0x5A5A], [0xA5A5], [0xFFFF]], np.uint32)
+
+    @jax.jit
+    def decoded(codes):
+      want, got = codec.decode(codes, f), []
+      for shift in range(8):
+        outside = 0xFFFF & ~(((1 << bits) - 1) << shift)
+        field = codes << shift | (noise & np.uint32(outside))
         for unit in (1.0, codec.unit_in_kernel(f)):
-          got = codec.decode_field(field, shift, bits, f, unit) * unit
-          a, b = (np.asarray(v).view(np.uint32) for v in (got, want))
-          np.testing.assert_array_equal(a, b)
+          got.append(codec.decode_field(field, shift, bits, f, unit) * unit)
+      return want, got
+
+    want, got = decoded(codes)
+    want = np.tile(np.asarray(want).view(np.uint32), (4, 1))
+    for value in got:
+      np.testing.assert_array_equal(np.asarray(value).view(np.uint32), want)
 
   def test_wide_x_is_exact_in_parts(self):
     rng = np.random.default_rng(0)
     bits = rng.integers(0, 2**32, 20000, np.uint32)
     x = bits.view(np.float32)
     x = x[(np.abs(x) > 2.0**-102) | ~np.isfinite(x)]
-    parts = np.asarray(reference.bfloat16_parts(jnp.asarray(x)[:, None]))
+    split = jax.jit(reference.bfloat16_parts)
+    parts = np.asarray(split(x[:, None]))
     parts = parts.astype(float).reshape(3, -1)
     with np.errstate(invalid='ignore'):
       np.testing.assert_array_equal(parts.sum(0), x.astype(float))
     half = np.arange(2**16, dtype=np.uint16).view(np.float16)
-    parts = np.asarray(reference.bfloat16_parts(jnp.asarray(half)[:, None]))
+    parts = np.asarray(split(half[:, None]))
     parts = parts.astype(float).reshape(2, -1)
     with np.errstate(invalid='ignore'):
       np.testing.assert_array_equal(parts.sum(0), half.astype(float))
@@ -200,10 +215,10 @@ class ReferenceTest(parameterized.TestCase):
     w = oracle.quantized('mxfp4', 96, 8)
     x = oracle.normal(4, 96, jnp.bfloat16)
     p = w.prepack(128)
-    wide = reference.run(x, p, 'pre', out_dtype=jnp.float32)
-    narrow = reference.run(x, p, 'pre')
+    wide = np.asarray(_compiled(x, p, 'pre'))
+    narrow = reference.run(x, p, 'pre')  # without jit
     np.testing.assert_array_equal(
-      np.asarray(narrow), np.asarray(wide).astype(ml_dtypes.bfloat16)
+      np.asarray(narrow), wide.astype(ml_dtypes.bfloat16)
     )
 
   def test_refuses(self):
@@ -217,23 +232,23 @@ class ReferenceTest(parameterized.TestCase):
         reference.run(x, p, schedule)
 
 
-def _check(name, schedule):
+def _check(name, schedule, product=_compiled):
   w = oracle.quantized(name, 288, 24)
   x = oracle.normal(5, w.k, jnp.bfloat16)
-  oracle.check(_run(x, w, schedule, tile=128), x, w, schedule)
-
-
-_check_once = functools.cache(_check)
+  got = _run(x, w, schedule, tile=128, product=product)
+  oracle.check(got, x, w, schedule)
 
 
 class MutantTest(parameterized.TestCase):
   """Faults that the check must see."""
 
   def _catch(self, module, attribute, mutant, name='int4_g32', schedule='post'):
-    _check_once(name, schedule)
+    _check(name, schedule)
+    # Another function, so that it is traced anew.
+    product = jax.jit(lambda *args: _product(*args), static_argnums=2)
     with mock.patch.object(module, attribute, mutant):
       with self.assertRaises(AssertionError):
-        _check(name, schedule)
+        _check(name, schedule, product)
 
   def test_swapped_nibbles(self):
     fields = packing.planes_to_fields
