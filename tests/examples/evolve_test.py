@@ -22,8 +22,10 @@ _TOY = (
 
 def _run(directory, *flags):
   names = ('PATH', 'HOME', 'TMPDIR')
-  environment = {n: os.environ[n] for n in names if n in os.environ} | {
+  kept = {n: v for n, v in os.environ.items() if n in names or 'JAX_' in n}
+  environment = kept | {
     'JAX_PLATFORMS': 'cpu',
+    'JAX_DISABLE_MOST_OPTIMIZATIONS': '0',  # A search takes longer to run.
     'PYTHONPATH': f'{_ROOT}:{_ROOT / "pallas"}',
   }
   script = str(_ROOT / 'examples' / 'evolve.py')
