@@ -3,27 +3,35 @@
 Eight host devices let sharding tests run in the same process as all others.
 They do not change what one device computes, nor how long it takes.
 
-Compilation takes most of the time, so the processes of a run, those that tests
-start included, share what they compile in a folder that goes when the run ends.
-To keep it from run to run name another in JAX_COMPILATION_CACHE_DIR: programs
-of the same machine, JAX and flags are found again.
+Compilation takes most of the time, so all processes of a run, those that tests
+start included, and later runs share what they compile, in the cache of pytest.
+JAX finds a program there if it, the versions and the flags are the same; the
+folder is that of one kind of processor. `pytest --cache-clear` empties it.
 """
 
-import atexit
 import os
 import pathlib
-import shutil
-import tempfile
+import platform
+import re
+import zlib
 
 _DEVICES = '--xla_force_host_platform_device_count'
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 if _DEVICES not in os.environ.get('XLA_FLAGS', ''):
   os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {_DEVICES}=8'
 
-if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
-  _cache = tempfile.mkdtemp(prefix='jax_cache_')
-  os.environ['JAX_COMPILATION_CACHE_DIR'] = _cache
-  atexit.register(shutil.rmtree, _cache, ignore_errors=True)
+
+def _processor() -> str:
+  """A name for the instruction set of this machine."""
+  path = pathlib.Path('/proc/cpuinfo')
+  text = path.read_text() if path.exists() else platform.processor()
+  flags = re.search('^(flags|Features).*$', text, re.MULTILINE)
+  text = flags[0] if flags else text
+  return f'{platform.machine()}-{zlib.crc32(text.encode()):08x}'
+
+
+_CACHE = pathlib.Path(__file__).parents[1] / '.pytest_cache' / 'd' / 'jax'
+os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(_CACHE / _processor()))
 os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0')
 os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES', '-1')
 

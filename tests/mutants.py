@@ -8,6 +8,7 @@ of the checkout, and the tests that must fail then. A mutant that survives
 makes the command fail. `docs/contributing.md` has the list with its result.
 """
 
+import os
 import pathlib
 import shutil
 import subprocess
@@ -16,6 +17,7 @@ import tempfile
 from typing import NamedTuple
 
 _ROOT = pathlib.Path(__file__).resolve().parents[1]
+_CACHE = _ROOT / '.pytest_cache' / 'd' / 'jax' / 'mutants'
 _COPIED = ('lowbit_jax', 'pallas', 'tests', 'examples', 'pyproject.toml')
 
 
@@ -321,7 +323,13 @@ def is_caught(mutant: Mutant) -> bool:
       copy(_ROOT / part, root / part)
     planted(mutant, root)
     command = [sys.executable, '-m', 'pytest', '-q', '-x', mutant.test]
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    done = subprocess.run(
+      command,
+      cwd=root,
+      env={'JAX_COMPILATION_CACHE_DIR': str(_CACHE)} | os.environ,
+      capture_output=True,
+      text=True,
+    )
   if done.returncode not in (0, 1):
     raise RuntimeError(f'{command} did not run:\n{done.stdout}{done.stderr}')
   return done.returncode == 1

@@ -124,11 +124,11 @@ def _in_place(static: _Static) -> bool:
 
 def _logsumexp(operands, static: _Static, interpret):
   """The logarithms of the sums of rows."""
-  total = _totals(operands, static, interpret)
+  totals = _totals(operands, static, interpret)
   if static.algorithm != 'auto':
-    y = getattr(forms, static.algorithm.upper()).logsumexp(*total)
+    y = getattr(forms, static.algorithm.upper()).logsumexp(*totals)
   else:
-    pair, online = total
+    pair, online = totals
     y = jnp.where(
       jnp.isnan(pair[0]),
       forms.ONLINE.logsumexp(online),
@@ -143,7 +143,7 @@ def _split(operands, static: _Static, interpret):
   return _normalised(operands, totals, static, interpret)
 
 
-def _totals(operands, static: _Static, interpret):
+def _totals(operands, static: _Static, interpret) -> list:
   """The sums of rows in the form of the algorithm; in 'auto' in both forms.
 
   The online sums of 'auto' are those of rows whose pair sums are NaN, and
@@ -151,10 +151,10 @@ def _totals(operands, static: _Static, interpret):
   """
   if static.algorithm != 'auto':
     form = getattr(forms, static.algorithm.upper())
-    return (_total(form, operands, None, static, interpret),)
+    return [_total(form, operands, None, static, interpret)]
   pair = _total(forms.PAIR, operands, None, static, interpret)
   online = _total(forms.ONLINE, operands, pair[0], static, interpret)
-  return pair, online
+  return [pair, online]
 
 
 def _whole(operands, static: _Static, interpret):
