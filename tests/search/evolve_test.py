@@ -116,8 +116,9 @@ class ArchiveTest(parameterized.TestCase):
     return Entry(Program(((MUL, 0, 0, 0),)), cost, error)
 
   def test_front(self):
-    costs_errors = [(1, 1e-1), (2, 1e-2), (3, 5e-2), (4, 1e-3), (2, 3e-2)]
-    archive = archives.insert({}, [self._entry(*e) for e in costs_errors])
+    # The third is a little worse than a cheaper one, the last one equal to it.
+    found = [(1, 1e-1), (2, 1e-2), (3, 1.1e-2), (4, 1e-3), (2, 3e-2), (5, 1e-3)]
+    archive = archives.insert({}, [self._entry(*e) for e in found])
     self.assertEqual(
       [(e.cost, e.error) for e in archives.front(archive)],
       [(1, 1e-1), (2, 1e-2), (4, 1e-3)],
@@ -154,6 +155,13 @@ class ArchiveTest(parameterized.TestCase):
         rank[rest[~better.any(1)]] = level
         level += 1
       np.testing.assert_array_equal(archives.ranks(points), rank)
+
+  def test_crowding(self):
+    """Gaps between the neighbours along both axes; ends stand alone."""
+    points = np.array([[0, 4], [4, 0], [1, 2], [3, 1]], float)
+    np.testing.assert_array_equal(
+      archives.crowding(points), [np.inf, np.inf, 3 / 4 + 3 / 4, 3 / 4 + 2 / 4]
+    )
 
   def test_nsga2_keeps_the_front_and_its_ends(self):
     front = [self._entry(n, 10.0**-n) for n in range(1, 9)]
