@@ -125,7 +125,7 @@ MUTANTS = (
     'lowbit_jax/ops/_dot_xla.py',
     'if size * 128**2 >= 1 << 31:',
     'if size * 128**2 >= 1 << 41:',
-    'tests/ops/dot_test.py',
+    'tests/ops/dot_test.py::SelectTest',
   ),
   Mutant(
     'ops', 'the two backward products share random bits',
@@ -139,7 +139,7 @@ MUTANTS = (
     'lowbit_jax/ops/_qdot.py',
     'y = y if scale == 1 else y * jnp.float32(1 / scale)',
     'y = y',
-    'tests/ops/qdot_test.py::DefinitionTest',
+    'tests/ops/qdot_test.py::StochasticTest',
   ),
   Mutant(
     'ops', 'a rotated gradient is not turned back',
@@ -247,10 +247,10 @@ MUTANTS = (
     'tests/search/evolve_test.py::ArchiveTest',
   ),
   Mutant(
-    'search', 'crowding forgets the ends of a front',
+    'search', 'crowding compares gaps of different units',
     'lowbit_jax/search/archive.py',
-    'distance[order[[0, -1]]] = np.inf',
-    'distance[order[[0]]] = np.inf',
+    'gaps = (values[order[2:]] - values[order[:-2]]) / span',
+    'gaps = values[order[2:]] - values[order[:-2]]',
     'tests/search/evolve_test.py::ArchiveTest',
   ),
   Mutant(

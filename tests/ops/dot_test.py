@@ -569,6 +569,15 @@ class SelectTest(parameterized.TestCase):
   def choice(self, *args, op='dot', **kwargs):
     return lowbit_jax.select_implementation(op, *args, **kwargs)
 
+  @parameterized.parameters(((1 << 17) - 1, 'int32'), (1 << 17, 'block sums'))
+  def test_integer_sums_that_could_overflow_are_not_int32(self, k, how):
+    """2^17 products of up to 2^14 reach 2^31."""
+    quantize = functools.partial(lowbit_jax.quantize, fmt=formats.int8_channel)
+    x = jax.eval_shape(quantize, jax.ShapeDtypeStruct((2, k), jnp.float32))
+    w = jax.ShapeDtypeStruct((k, 3), jnp.float32)
+    w = jax.eval_shape(functools.partial(quantize, axis=-2), w)
+    self.assertIn(how, self.choice(x, w, implementation='xla').note)
+
   def test_notes_say_how(self):
     q = make('mxfp4', 64, 4)
     cases = (
