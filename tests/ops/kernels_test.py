@@ -153,6 +153,7 @@ class QuantizeTest(parameterized.TestCase):
 
   @pytest.mark.slow
   def test_same_bits_of_whole_blocks(self):
+    self.check_bits('mxfp8_e4m3', (40,))
     self.check_bits('mxfp6_e2m3', (3, 64))
     self.check_bits('nvfp4', (3, 64), tensor_scale=jnp.float32(0.01))
 

@@ -73,11 +73,10 @@ def want(x, name: str, task: Task, origin=None):
   return q.codes, q.scale, None if scale is None else scale.reshape(())
 
 
-def run(module, x, task: Task, *, look_for_races: bool = False, **kwargs):
-  """The interpreter of TPUs compiles much faster if it looks for no races."""
+def run(module, x, task: Task, **kwargs):
   words = np.array([0, KEY], np.uint32)
   if module is tpu:
-    kwargs['interpret'] = races.TPU if look_for_races else True
+    kwargs['interpret'] = races.TPU
   if module is mosaic_gpu:
     kwargs['interpret'] = races.GPU
 
@@ -161,7 +160,7 @@ def check_rotation(test, module, name, order, rows, cols):
   signs = jnp.where(jnp.arange(cols) % 3 == 0, -1, 1)
   scale = jnp.float32(2.0**-3) if name == 'nvfp4' else None
   a, b = (
-    run(m, x, task, signs=signs, tensor_scale=scale, look_for_races=True)
+    run(m, x, task, signs=signs, tensor_scale=scale)
     for m in (reference, module)
   )
   check_rotated(test, task, x, signs, scale, a, b)
@@ -249,7 +248,7 @@ class TpuTest(parameterized.TestCase):
   )
   def test_bits_of_the_library_without_races(self, name, shape, dtype, how):
     x, task = data(shape, dtype), task_of(name, **how)
-    self.check(name, x, task, look_for_races=True)
+    self.check(name, x, task)
 
   def test_more_scales_than_lanes(self):
     x = data((2, 2100), 'bfloat16')
@@ -259,7 +258,7 @@ class TpuTest(parameterized.TestCase):
     task = task_of('nvint4', rounding='stochastic', random_bits=5)
     x = data((70, 2100))
     tiles = Config(32, 2048, 32)
-    self.check('nvint4', x, task, config=tiles, look_for_races=True)
+    self.check('nvint4', x, task, config=tiles)
 
   def test_random_bits_of_a_slice_of_a_large_array(self):
     task = task_of('mxfp4', rounding='stochastic')
@@ -273,7 +272,7 @@ class TpuTest(parameterized.TestCase):
         for shape in ((1, 1), (31, 33), (40, 1030)):
           with self.subTest(name=name, rounding=rounding, shape=shape):
             task = task_of(name, rounding=rounding)
-            self.check(name, data(shape), task, look_for_races=True)
+            self.check(name, data(shape), task)
 
   @pytest.mark.slow
   def test_every_rule(self):
@@ -281,7 +280,7 @@ class TpuTest(parameterized.TestCase):
       for rule in block.scale_rules(blocked(formats.get(name))):
         with self.subTest(name=name, rule=rule):
           task = task_of(name, rule=rule)
-          self.check(name, data((40, 300)), task, look_for_races=True)
+          self.check(name, data((40, 300)), task)
 
   @parameterized.parameters(reference, tpu)
   def test_nothing(self, module):
