@@ -17,7 +17,10 @@ from lowbit_jax import qarray
 from lowbit_jax.numerics import _packing
 from lowbit_jax.qarray import QArray, is_qarray
 
-_LEAVES = ('codes', 'scale', 'tensor_scale', 'zero_point')
+
+def path_name(path) -> str:
+  """A key path of `jax.tree_util` as 'block_0/attention/kernel'."""
+  return jax.tree_util.keystr(path, simple=True, separator='/')
 
 
 def partition(tree, *, scales: bool = False):
@@ -37,7 +40,7 @@ def partition(tree, *, scales: bool = False):
     if isinstance(x, QArray):
       if not scales:
         return None, x
-      float_leaves = {n: _is_float(getattr(x, n)) for n in _LEAVES}
+      float_leaves = {n: _is_float(getattr(x, n)) for n in qarray.LEAVES}
       parts = (
         {
           n: getattr(x, n) if f == keep else None
@@ -60,7 +63,7 @@ def combine(*trees):
     xs = [x for x in xs if x is not None]
     if not xs or not isinstance(xs[0], QArray):
       return xs[0] if xs else None
-    merged = {n: pick(*(getattr(x, n) for x in xs)) for n in _LEAVES}
+    merged = {n: pick(*(getattr(x, n) for x in xs)) for n in qarray.LEAVES}
     return qarray.replace(xs[0], **merged)
 
   return jax.tree.map(pick, *trees, is_leaf=lambda x: x is None or is_qarray(x))

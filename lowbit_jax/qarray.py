@@ -33,6 +33,8 @@ from lowbit_jax.numerics import _packing, _scaling, dither
 from lowbit_jax.numerics._codec import dither_step, spec
 from lowbit_pallas.arith import codec
 
+LEAVES = ('codes', 'scale', 'tensor_scale', 'zero_point')
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)

@@ -262,21 +262,21 @@ MUTANTS = (
   ),
   Mutant(
     'io', 'a file is overwritten silently',
-    'lowbit_jax/io.py',
+    'lowbit_jax/io/_native.py',
     'if os.path.exists(path) and not overwrite:',
     'if False:',
     'tests/io_test.py',
   ),
   Mutant(
     'io', 'a file of a newer version is read',
-    'lowbit_jax/io.py',
+    'lowbit_jax/io/_native.py',
     "if manifest['version'] > VERSION:",
     "if manifest['version'] > VERSION + 9:",
     'tests/io_test.py',
   ),
   Mutant(
     'io', 'the padding of an array is lost',
-    'lowbit_jax/io.py',
+    'lowbit_jax/io/_native.py',
     "pad=tuple(node['pad']),",
     "pad=(0,) * len(node['pad']),",
     'tests/io_test.py',
@@ -290,7 +290,7 @@ MUTANTS = (
   ),
   Mutant(
     'io', 'numbers of another dtype are taken for those of the file',
-    'lowbit_jax/io.py',
+    'lowbit_jax/io/_native.py',
     'array = array if array.dtype == dtype else array.view(dtype)',
     'array = array.astype(dtype)',
     'tests/io_test.py',

@@ -3,9 +3,7 @@
 import numpy as np
 
 from lowbit_jax import numerics
-from lowbit_jax.qarray import QArray, is_qarray
-
-_LEAVES = ('codes', 'scale', 'tensor_scale', 'zero_point')
+from lowbit_jax.qarray import LEAVES, QArray, is_qarray
 
 
 def assert_bits_equal(
@@ -95,7 +93,7 @@ def _assert_qarrays(actual, expected, prefix: str, any_nan: bool) -> None:
     a, b = getattr(actual, name), getattr(expected, name)
     if a != b:
       raise AssertionError(f'{prefix}{name} is {a}, want {b}')
-  for name in _LEAVES:
+  for name in LEAVES:
     a, b = getattr(actual, name), getattr(expected, name)
     if (a is None) != (b is None):
       raise AssertionError(f'{prefix}{name} is {a!r}, want {b!r}')

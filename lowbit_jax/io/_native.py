@@ -1,4 +1,4 @@
-"""Saving and loading trees of arrays and QArrays in one file.
+"""The file format of this library: trees of arrays and QArrays in one file.
 
 A file is a zip archive with `manifest.json` and one `.npy` entry per array. The
 manifest describes the tree and, for each QArray, the whole format, axis,
@@ -7,7 +7,7 @@ bare restore of the leaves would lose it. Types that NumPy files do not know
 (bfloat16, float8, ...) are stored as unsigned integers of their width.
 """
 
-import io as _io
+import io
 import json
 import os
 import zipfile
@@ -25,7 +25,6 @@ from lowbit_jax.qarray import QArray
 
 VERSION = 1
 _MAGIC = 'lowbit_jax tree'
-_LEAVES = ('codes', 'scale', 'tensor_scale', 'zero_point')
 
 
 def save(path, tree, *, overwrite: bool = False) -> None:
@@ -95,7 +94,8 @@ def _describe(x, entries: list, where: str) -> dict:
     return {'kind': 'value', 'value': x}
   if isinstance(x, QArray):
     leaves = {
-      n: _describe(getattr(x, n), entries, f'{where}.{n}') for n in _LEAVES
+      name: _describe(getattr(x, name), entries, f'{where}.{name}')
+      for name in qarray.LEAVES
     }
     return {
       'kind': 'qarray',
@@ -152,7 +152,7 @@ def _restore(node: dict, archive: zipfile.ZipFile):
 
 
 def _array(node: dict, archive: zipfile.ZipFile):
-  data = _io.BytesIO(archive.read(f'{node["entry"]}.npy'))
+  data = io.BytesIO(archive.read(f'{node["entry"]}.npy'))
   array = np.lib.format.read_array(data, allow_pickle=False)
   dtype = _dtype(node['dtype'])
   array = array if array.dtype == dtype else array.view(dtype)

@@ -1,0 +1,4 @@
+"""Files: trees of arrays and QArrays, saved and loaded with their formats."""
+
+from lowbit_jax.io._native import load as load
+from lowbit_jax.io._native import save as save
