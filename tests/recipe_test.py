@@ -5,9 +5,7 @@ import dataclasses
 from absl.testing import absltest, parameterized
 
 from lowbit_jax import formats
-from lowbit_jax.ops import _fake_quant
 from lowbit_jax.recipe import (
-  BACKWARDS,
   GemmSpec,
   Policy,
   QuantSpec,
@@ -54,9 +52,6 @@ class QuantSpecTest(parameterized.TestCase):
     self.assertTrue(
       QuantSpec(formats.int8_channel, rounding='dithered').needs_key
     )
-
-  def test_backwards_are_those_of_fake_quant(self):
-    self.assertEqual(BACKWARDS, _fake_quant.BACKWARDS)
 
 
 class ValueTest(parameterized.TestCase):

@@ -10,6 +10,7 @@ import numpy as np
 
 from lowbit_jax import qarray
 from lowbit_jax._quantize import check_array, check_format
+from lowbit_jax._tree import path_name
 from lowbit_jax.doctor import _advice, _alternatives, _measure
 from lowbit_jax.doctor._table import Report, Row
 from lowbit_jax.formats import BlockFormat
@@ -190,7 +191,7 @@ def _entries(tree, name: str) -> dict[str, Any]:
     leaf = _unbox(leaf)
     if keys and _key_name(keys[-1]) == 'value' and len(keys) > 1:
       keys = keys[:-1]  # the content of a box
-    path = jax.tree_util.keystr(keys, simple=True, separator='/') or BARE
+    path = path_name(keys) or BARE
     if not isinstance(leaf, QArray) and not hasattr(leaf, 'dtype'):
       if not isinstance(leaf, bool | int | float | complex) or not keys:
         raise TypeError(

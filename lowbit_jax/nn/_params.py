@@ -11,6 +11,7 @@ from flax.core import meta
 
 from lowbit_jax import _quantize as core
 from lowbit_jax import ops, qarray
+from lowbit_jax._tree import path_name
 from lowbit_jax.formats import BlockFormat
 from lowbit_jax.numerics import _scaling
 from lowbit_jax.qarray import QArray
@@ -90,9 +91,7 @@ def quantize_params(
     (1, 8)
   """
   leaves, treedef = jax.tree_util.tree_flatten_with_path(params, is_leaf=_stop)
-  paths = [
-    jax.tree_util.keystr(p, simple=True, separator='/') for p, _ in leaves
-  ]
+  paths = [path_name(path) for path, _ in leaves]
   values = [leaf for _, leaf in leaves]
   choose = Choice(select, fmt, axis, stacked, scale_rule)
   new = choose.quantize(dict(zip(paths, map(_content, values), strict=True)))
@@ -256,9 +255,9 @@ def _replaced(old, q: QArray):
     value = old.value  # pyright: ignore[reportAttributeAccessIssue]
     return old.replace_boxed(_replaced(value, q))
   if hasattr(type(old), 'get_raw_value'):
-    from lowbit_jax.nn import nnx  # importing NNX takes a while
+    from lowbit_jax.nn import _frozen  # importing NNX takes a while
 
-    return nnx.frozen(old, q)
+    return _frozen.frozen(old, q)
   return q
 
 

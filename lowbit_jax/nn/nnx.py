@@ -14,25 +14,9 @@ from flax.nnx.nn import dtypes as flax_dtypes
 from jax import lax
 
 from lowbit_jax.nn import _dot, _embed, _params
-from lowbit_jax.qarray import QArray
+from lowbit_jax.nn._frozen import QuantizedParam as QuantizedParam
+from lowbit_jax.nn._frozen import frozen as frozen
 from lowbit_jax.recipe import QuantSpec
-
-flax_nnx.register_data_type(QArray)
-
-
-class QuantizedParam(flax_nnx.Variable):
-  """A quantized weight. Not a Param: gradients and optimizers pass it by."""
-
-
-def frozen(variable: flax_nnx.Variable, q: QArray) -> QuantizedParam:
-  """A `QuantizedParam` with the metadata of another variable.
-
-  Args:
-    variable: the variable that it takes the place of.
-    q: its quantized value.
-  """
-  metadata = variable.get_metadata(exclude_required=True)
-  return QuantizedParam(q, eager_sharding=False, **metadata)
 
 
 def quantize(

@@ -37,8 +37,8 @@ from lowbit_jax.ops._quantize import (
   rounding_of,
   split_origin,
 )
+from lowbit_jax.recipe import BACKWARDS
 
-BACKWARDS = ('identity', 'clipped', 'absmax', 'trust')
 BACKWARDS_WITH = ('identity', 'clipped', 'lsq', 'trust')
 
 

@@ -1,4 +1,4 @@
-"""Paths of the leaves of a parameter tree, step counts, checks of arguments."""
+"""Names of embeddings and heads, step counts, checks of arguments."""
 
 import re
 
@@ -10,11 +10,6 @@ _EMBEDDING = re.compile(r'(?<!un)embed|(^|[/_])w[tp]e($|/)', re.IGNORECASE)
 _HEAD = re.compile(
   r'(^|/)((\w+_)?head|logits|unembed\w*|classifier)($|/)', re.IGNORECASE
 )
-
-
-def path_name(path) -> str:
-  """A key path of `jax.tree_util` as 'block_0/attention/kernel'."""
-  return jax.tree_util.keystr(path, simple=True, separator='/')
 
 
 def is_embedding(path: str, leaf=None) -> bool:

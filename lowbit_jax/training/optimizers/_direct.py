@@ -19,8 +19,8 @@ import jax.numpy as jnp
 import optax
 
 from lowbit_jax import ops, qarray
+from lowbit_jax._tree import path_name
 from lowbit_jax.qarray import QArray, is_qarray
-from lowbit_jax.training.optimizers._common import path_name
 
 
 def dequantized(params):

@@ -32,6 +32,7 @@ import jax.numpy as jnp
 import optax
 from optax.contrib import MuonDimensionNumbers
 
+from lowbit_jax._tree import path_name
 from lowbit_jax.formats import BlockFormat
 from lowbit_jax.training.optimizers import _codecs, _polar
 from lowbit_jax.training.optimizers._common import (
@@ -40,7 +41,6 @@ from lowbit_jax.training.optimizers._common import (
   increment,
   is_embedding,
   is_head,
-  path_name,
 )
 from lowbit_jax.training.optimizers._quantized import quantized_state
 

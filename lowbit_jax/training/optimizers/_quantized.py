@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from lowbit_jax._tree import path_name
 from lowbit_jax.formats import BlockFormat
 from lowbit_jax.training.optimizers import _codecs
 from lowbit_jax.training.optimizers._common import (
   check_steps,
   is_embedding,
-  path_name,
 )
 
 # Fields of the states of optax that hold averages of squares.
