@@ -155,6 +155,13 @@ class Job(NamedTuple):
     k = jnp.clip(k, 0, fmt.element.code_max)
     return jnp.where(k != k, 0, k).astype(jnp.int32).astype(jnp.uint8)
 
+  def prescaled(self, factor: float) -> 'Job':
+    """The same scales for elements multiplied by `factor`."""
+    if factor == 1:
+      return self
+    x = self.elements.x * jnp.float32(factor)
+    return self._replace(elements=self.elements._replace(x=x))
+
   def values(self, scales: Scales | None = None) -> jax.Array:
     """Dequantized float32 values in the shape of the view.
 

@@ -13,6 +13,7 @@ from jax import lax
 from lowbit_jax import ops
 from lowbit_jax.nn._view import unview
 from lowbit_jax.ops import _dot
+from lowbit_jax.ops import specs as quant_specs
 from lowbit_jax.qarray import QArray
 from lowbit_jax.recipe import QuantSpec
 
@@ -259,17 +260,8 @@ def fake_quant(
   """
   if spec is None:
     return x
-  if spec.needs_key and key is None:
-    raise ValueError(f'rounding={spec.rounding!r} needs key=jax.random.key(..)')
-  return ops.fake_quant(
-    x,
-    spec.fmt,
-    axis=axis,
-    scale_rule=spec.scale_rule,
-    rounding=spec.rounding,
-    key=key if spec.needs_key else None,
-    backward=spec.backward,
-  )
+  quant_specs.check_stateless('QuantSpec', spec)
+  return quant_specs.fake_quant(x, spec, axis, key=key)
 
 
 def _quantized(lhs, rhs, dims, specs: Specs, key):

@@ -37,6 +37,7 @@ from lowbit_jax.ops._quantize import (
   rounding_of,
   split_origin,
 )
+from lowbit_jax.ops._quantize import job as data_job
 from lowbit_jax.recipe import BACKWARDS
 
 BACKWARDS_WITH = ('identity', 'clipped', 'lsq', 'trust')
@@ -75,7 +76,7 @@ def fake_quant(
   if backward not in BACKWARDS:
     hint = '; use fake_quant_with' if backward == 'lsq' else ''
     raise ValueError(f'backward={backward!r} is not one of {BACKWARDS}{hint}')
-  x, shape, axes = _prepare(x, fmt, axis, rounding, key, random_bits)
+  x, shape, axes = prepare(x, fmt, axis, rounding, key, random_bits)
   rule = _scaling.check_scale_rule(fmt, scale_rule)
   if backward == 'absmax' and rule in ('minmax', 'absmean'):
     raise ValueError(
@@ -84,7 +85,7 @@ def fake_quant(
     )
   start, full = split_origin(origin)
   options = Options(fmt, axes, rule, rounding, random_bits, full, backward)
-  y = _compiled(x, Extras(key, start, tensor_scale), options)
+  y = compiled(x, Extras(key, start, tensor_scale), options)
   return jnp.reshape(y, shape)
 
 
@@ -123,7 +124,7 @@ def fake_quant_with(
     raise ValueError(
       f'backward={backward!r} is not one of {BACKWARDS_WITH}{hint}'
     )
-  x, shape, axes = _prepare(x, fmt, axis, rounding, key, random_bits)
+  x, shape, axes = prepare(x, fmt, axis, rounding, key, random_bits)
   check_scales(x.shape, fmt, axes, scale, tensor_scale, zero_point)
   if backward == 'lsq' and (
     scale is None or not jnp.issubdtype(jnp.asarray(scale).dtype, jnp.floating)
@@ -136,7 +137,7 @@ def fake_quant_with(
   return jnp.reshape(y, shape)
 
 
-def _prepare(x, fmt, axis, rounding, key, random_bits):
+def prepare(x, fmt, axis, rounding, key, random_bits):
   core.check_format(fmt)
   x = as_float_array(x)
   shape = x.shape
@@ -154,11 +155,10 @@ def _fake(x, extras: Extras, options: Options):
 
 
 def _fake_forward(x, extras, options):
-  how = rounding_of(options, extras)
-  job = core.from_data(
-    x, options.fmt, options.axes, options.rule, how, extras.tensor_scale
-  )
+  job = data_job(x, extras, options)
   y = job.values()
+  if options.prescale != 1:
+    y = y * jnp.float32(1 / options.prescale)
   if options.backward == 'identity':
     residual = None
   elif options.backward == 'absmax':
@@ -182,7 +182,7 @@ def _fake_backward(options, residual, g):
 
 
 _fake.defvjp(_fake_forward, _fake_backward)
-_compiled = jax.jit(_fake, static_argnums=2, inline=True)
+compiled = jax.jit(_fake, static_argnums=2, inline=True)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))

@@ -26,13 +26,11 @@ from jax import lax
 
 from lowbit_jax import _quantize as core
 from lowbit_jax import qarray
-from lowbit_jax.numerics import _rounding, _scaling
+from lowbit_jax.numerics import _rounding
 from lowbit_jax.numerics._codec import as_float_array
-from lowbit_jax.ops import _dispatch, _dot, _dot_xla
-from lowbit_jax.ops._fake_quant import fake_quant
+from lowbit_jax.ops import _dispatch, _dot, _dot_xla, specs
 from lowbit_jax.qarray import QArray
 from lowbit_jax.recipe import GemmSpec, QuantSpec, Recipe
-from lowbit_pallas.arith import bits as fb
 from lowbit_pallas.arith import hadamard
 
 _SAMPLED = 512  # rows from which leading directions are found, up to twice
@@ -259,11 +257,12 @@ def _forward(call: _Call, x, w, key, tensor_amax):
     strict=False,
   ):
     operand, pull = t, None
+    amax = None if gemm.hadamard else amax  # a held one is of t unrotated
     if _has_derivative(spec):
-      simulate = functools.partial(_simulated, spec, axis, k)
+      simulate = functools.partial(_simulated, spec, axis, k, amax)
       operand, pull = jax.vjp(simulate, t)
     elif isinstance(spec, QuantSpec):
-      operand = _quantized(t, spec, axis, k, None if gemm.hadamard else amax)
+      operand = _quantized(t, spec, axis, k, amax)
       operand = operand.packed() if saves else operand
     elif spec is not None:
       operand = spec(t, axis, k)
@@ -320,7 +319,7 @@ def _gradient(call: _Call, which: int, lhs, rhs, key):
     if isinstance(spec, QuantSpec):
       t = _quantized(t, spec, axis, k, None if gemm.hadamard else amax)
     elif spec is not None:
-      t = _simulated(spec, axis, k, t)
+      t = _simulated(spec, axis, k, None, t)
     operands.append(t)
   return _product(call, gemm, operands, (lhs[2], rhs[2]), jnp.float32)
 
@@ -385,44 +384,17 @@ def _values(operand):
 
 
 def _quantized(t, spec: QuantSpec, axis: int, key, amax=None) -> _Quantized:
-  fmt = spec.fmt
-  scale = None
-  if fmt.tensor_scale and (amax is not None or spec.target is not None):
-    scale = _tensor_scale(t, spec, amax)
-  needs = spec.needs_key
-  how = core.Rounding(spec.rounding, key if needs else None, spec.random_bits)
-  axes = qarray.block_axes(fmt, _axes(spec, axis), t.ndim)
-  job = core.from_data(t, fmt, axes, spec.scale_rule, how, scale)
-  if spec.prescale != 1:
-    x = job.elements.x * jnp.float32(spec.prescale)
-    job = job._replace(elements=job.elements._replace(x=x))
+  axes = _axes(spec, axis)
+  job = specs.quantization(t, spec, axes, key=key, tensor_amax=amax)
   return _Quantized(job, t.dtype)
 
 
-def _simulated(spec, axis: int, key, t) -> jax.Array:
+def _simulated(spec, axis: int, key, amax, t) -> jax.Array:
   """A quantizer as a function with a derivative."""
   if not isinstance(spec, QuantSpec):
     return spec(t, axis, key)
-  return fake_quant(
-    t,
-    spec.fmt,
-    axis=_axes(spec, axis),
-    scale_rule=spec.scale_rule,
-    rounding=spec.rounding,
-    key=key if spec.needs_key else None,
-    random_bits=spec.random_bits,
-    backward=spec.backward,
-  )
-
-
-def _tensor_scale(x, spec: QuantSpec, amax):
-  """The tensor scale of a matrix from a held or its own largest magnitude."""
-  if amax is None:
-    magnitude = jnp.abs(x.astype(jnp.float32))
-    amax = jnp.max(jnp.where(jnp.isfinite(magnitude), magnitude, 0), initial=0)
-  else:
-    amax = jnp.asarray(amax, jnp.float32).reshape(())
-  return _scaling.tensor_scale_from(fb.to_bits(amax), spec.fmt, spec.target)
+  axes = _axes(spec, axis)
+  return specs.fake_quant(t, spec, axes, key=key, tensor_amax=amax)
 
 
 def _axes(spec: QuantSpec, axis: int):

@@ -32,6 +32,7 @@ class Options(NamedTuple):
   backward: str = 'identity'
   implementation: str | tuple[str, ...] | None = None
   rotation: int = 0
+  prescale: float = 1.0
 
 
 class Extras(NamedTuple):
@@ -105,8 +106,20 @@ def quantize(
     >>> q.shape, q.nbytes
     ((2, 64), 68)
   """
-  arguments = locals()
-  return _quantize(*operands(**arguments))
+  x, extras, options = operands(
+    x,
+    fmt,
+    axis=axis,
+    scale_rule=scale_rule,
+    rounding=rounding,
+    key=key,
+    random_bits=random_bits,
+    tensor_scale=tensor_scale,
+    origin=origin,
+    rotation=rotation,
+    implementation=implementation,
+  )
+  return _quantize(x, extras, options)
 
 
 def operands(
@@ -220,12 +233,17 @@ def _plan_xla(x, extras: Extras, options: Options) -> _dispatch.Plan:
     if options.rotation:
       (axis,) = options.axes
       x = Hadamard(options.rotation, axis, extras.signs).apply(x)
-    fmt, axes, rule = options.fmt, options.axes, options.rule
-    how = rounding_of(options, extras)
-    job = core.from_data(x, fmt, axes, rule, how, extras.tensor_scale)
-    return core.pack(job, x.dtype)
+    return core.pack(job(x, extras, options), x.dtype)
 
   return _dispatch.Plan('block maxima, scales, codes, packing', run)
+
+
+def job(x, extras: Extras, options: Options) -> core.Job:
+  """The quantization of an array with scales from its data, not yet run."""
+  rounding = rounding_of(options, extras)
+  fmt, axes, rule = options.fmt, options.axes, options.rule
+  job = core.from_data(x, fmt, axes, rule, rounding, extras.tensor_scale)
+  return job.prescaled(options.prescale)
 
 
 TABLE = {

@@ -96,8 +96,17 @@ def softmax(
     >>> [float(v) for v in y]
     [0.5, 0.5, 0.0]
   """
-  arguments = locals()
-  return _run('softmax', **arguments)
+  return _run(
+    'softmax',
+    x,
+    axis,
+    where=where,
+    temperature=temperature,
+    out_dtype=out_dtype,
+    algorithm=algorithm,
+    exp=exp,
+    implementation=implementation,
+  )
 
 
 def log_softmax(
@@ -121,8 +130,17 @@ def log_softmax(
     >>> float(lowbit.log_softmax(jnp.array([0.0, -1e4]))[1])
     -10000.0
   """
-  arguments = locals()
-  return _run('log_softmax', **arguments)
+  return _run(
+    'log_softmax',
+    x,
+    axis,
+    where=where,
+    temperature=temperature,
+    out_dtype=out_dtype,
+    algorithm=algorithm,
+    exp=exp,
+    implementation=implementation,
+  )
 
 
 def logsumexp(
@@ -148,16 +166,33 @@ def logsumexp(
     >>> round(float(lowbit.logsumexp(jnp.zeros(8))), 4)
     2.0794
   """
-  arguments = locals()
-  return _run('logsumexp', **arguments)
+  return _run(
+    'logsumexp',
+    x,
+    axis,
+    where=where,
+    temperature=temperature,
+    out_dtype=out_dtype,
+    algorithm=algorithm,
+    exp=exp,
+    implementation=implementation,
+  )
 
 
-def _run(kind: str, x, axis, *, where, temperature, **options) -> jax.Array:
+def _run(
+  kind: str, x, axis, *, where, temperature, out_dtype, **options
+) -> jax.Array:
   if not isinstance(temperature, numbers.Real):
-    x, options['out_dtype'] = _divided(x, temperature, options['out_dtype'])
+    x, out_dtype = _divided(x, temperature, out_dtype)
     temperature = 1.0
   x, where, call = operands(
-    kind, x, axis, where=where, temperature=temperature, **options
+    kind,
+    x,
+    axis,
+    where=where,
+    temperature=temperature,
+    out_dtype=out_dtype,
+    **options,
   )
   if x.size == 0:
     return _of_nothing(x, call)

@@ -20,7 +20,7 @@ from lowbit_jax import _quantize as core
 from lowbit_jax import formats
 from lowbit_jax.numerics import _rounding, _scaling
 from lowbit_jax.numerics._codec import as_float_array, round_to
-from lowbit_jax.ops import fake_quant
+from lowbit_jax.ops import specs
 from lowbit_jax.recipe import QuantSpec, check_quantizer
 from lowbit_pallas.arith import bits as fb
 
@@ -448,22 +448,13 @@ def apply(quantizer, x, axis: int = -1, key=None) -> jax.Array:
   if not isinstance(quantizer, QuantSpec):
     return quantizer(x, axis, key)
   spec, x = quantizer, as_float_array(x)
+  specs.check_stateless('quantizer', spec)
   axes = axis % x.ndim
   if spec.fmt.is_tile:
     if x.ndim != 2:
       raise ValueError(f'{spec.fmt} needs a matrix, not x.shape={x.shape}')
     axes = (axes, 1 - axes)
-  y = fake_quant(
-    x * jnp.asarray(spec.prescale, x.dtype),
-    spec.fmt,
-    axis=axes,
-    scale_rule=spec.scale_rule,
-    rounding=spec.rounding,
-    key=key if spec.needs_key else None,
-    random_bits=spec.random_bits,
-    backward=spec.backward,
-  )
-  return y / jnp.asarray(spec.prescale, x.dtype)
+  return specs.fake_quant(x, spec, axes, key=key)
 
 
 def _widened(x):

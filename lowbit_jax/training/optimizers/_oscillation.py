@@ -13,6 +13,7 @@ around w the one that is nearer to the mean.
 Source: Chen et al., TetraJet (Q-EMA, 2025) and TetraJet-v2 (OsciReset, 2025).
 """
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -23,6 +24,7 @@ import optax
 
 from lowbit_jax import numerics, ops, qarray
 from lowbit_jax.formats import BlockFormat, ElementFormat
+from lowbit_jax.ops import specs
 from lowbit_jax.recipe import QuantSpec
 from lowbit_jax.training.optimizers._common import (
   check_range,
@@ -268,23 +270,8 @@ def _leaf_quantizer(quantize, axis):
       f'quantize.rounding={spec.rounding!r} jumps by itself; use the QuantSpec'
       " with rounding='nearest_even'"
     )
-  if spec.target is not None:
-    raise ValueError(
-      f'quantize.target={spec.target!r} is not supported here; pass a function'
-      ' of an array that quantizes as the recipe does'
-    )
-
-  def q(x):
-    y = ops.fake_quant(
-      x * spec.prescale,
-      spec.fmt,
-      axis=axis,
-      scale_rule=spec.scale_rule,
-      rounding=spec.rounding,
-    )
-    return y / spec.prescale
-
-  return q
+  specs.check_stateless('quantize', spec)
+  return functools.partial(specs.fake_quant, spec=spec, axis=axis)
 
 
 def _check_params(name: str, params) -> None:
