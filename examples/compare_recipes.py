@@ -38,8 +38,7 @@ import _report
 import byte_lm
 import lm_trainer
 from lowbit_jax.recipe import GemmSpec, QuantSpec, Recipe
-from lowbit_jax.training import linen as low
-from lowbit_jax.training import optimizers, recipes
+from lowbit_jax.training import linen as low, optimizers, recipes
 
 _RECIPES = flags.DEFINE_list(
   'recipes',

@@ -36,18 +36,18 @@ from absl import app, flags, logging
 
 import _report
 from lowbit_jax import special
-from lowbit_jax.search import archive as archives
 from lowbit_jax.search import (
+  archive as archives,
   certify,
   emit,
   evolve,
   islands,
   polish,
+  program as programs,
   speed,
   targets,
   timing,
 )
-from lowbit_jax.search import program as programs
 
 _TARGET = flags.DEFINE_enum(
   'target', 'exp2', sorted(targets.TARGETS), 'Function.'

@@ -21,15 +21,19 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import tqdm
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 
 import _checkpoints
 import _report
 import byte_lm
 from lowbit_jax.recipe import Policy
-from lowbit_jax.training import linen as low
-from lowbit_jax.training import monitors, optimizers, recipes, scaling
+from lowbit_jax.training import (
+  linen as low,
+  monitors,
+  optimizers,
+  recipes,
+  scaling,
+)
 
 AXES = ('data', 'fsdp', 'model')
 # Columns of these lie on 'model' and of the others their rows, so that each

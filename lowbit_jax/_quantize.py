@@ -17,8 +17,7 @@ from lowbit_jax.formats import BlockFormat, ElementFormat
 from lowbit_jax.numerics import _packing, _rounding, _scaling
 from lowbit_jax.numerics._codec import as_float_array, dither_step, spec
 from lowbit_jax.qarray import QArray
-from lowbit_pallas.arith import bits as fb
-from lowbit_pallas.arith import block, codec
+from lowbit_pallas.arith import bits as fb, block, codec
 
 
 class Rounding(NamedTuple):

@@ -6,14 +6,13 @@ cotangents that are rounded to a few bits without a scale. `energy` counts the
 arithmetic of a function and estimates what it costs.
 """
 
-from lowbit_jax.doctor._advice import RULES as RULES
-from lowbit_jax.doctor._advice import Rule as Rule
-from lowbit_jax.doctor._audit import Audit as Audit
-from lowbit_jax.doctor._audit import Finding as Finding
-from lowbit_jax.doctor._audit import GradientAuditError as GradientAuditError
-from lowbit_jax.doctor._audit import audit_gradients as audit_gradients
-from lowbit_jax.doctor._energy import Energy as Energy
-from lowbit_jax.doctor._energy import energy as energy
+from lowbit_jax.doctor._advice import RULES as RULES, Rule as Rule
+from lowbit_jax.doctor._audit import (
+  Audit as Audit,
+  Finding as Finding,
+  GradientAuditError as GradientAuditError,
+  audit_gradients as audit_gradients,
+)
+from lowbit_jax.doctor._energy import Energy as Energy, energy as energy
 from lowbit_jax.doctor._report import report as report
-from lowbit_jax.doctor._table import Report as Report
-from lowbit_jax.doctor._table import Row as Row
+from lowbit_jax.doctor._table import Report as Report, Row as Row

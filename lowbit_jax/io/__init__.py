@@ -1,4 +1,3 @@
 """Files: trees of arrays and QArrays, saved and loaded with their formats."""
 
-from lowbit_jax.io._native import load as load
-from lowbit_jax.io._native import save as save
+from lowbit_jax.io._native import load as load, save as save

@@ -12,8 +12,7 @@ from jax import lax
 
 from lowbit_jax import ops
 from lowbit_jax.nn._view import unview
-from lowbit_jax.ops import _dot
-from lowbit_jax.ops import specs as quant_specs
+from lowbit_jax.ops import _dot, specs as quant_specs
 from lowbit_jax.qarray import QArray
 from lowbit_jax.recipe import QuantSpec
 

@@ -9,8 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax.core import meta
 
-from lowbit_jax import _quantize as core
-from lowbit_jax import ops, qarray
+from lowbit_jax import _quantize as core, ops, qarray
 from lowbit_jax._tree import path_name
 from lowbit_jax.formats import BlockFormat
 from lowbit_jax.numerics import _scaling

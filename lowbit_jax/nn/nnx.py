@@ -14,8 +14,10 @@ from flax.nnx.nn import dtypes as flax_dtypes
 from jax import lax
 
 from lowbit_jax.nn import _dot, _embed, _params
-from lowbit_jax.nn._frozen import QuantizedParam as QuantizedParam
-from lowbit_jax.nn._frozen import frozen as frozen
+from lowbit_jax.nn._frozen import (
+  QuantizedParam as QuantizedParam,
+  frozen as frozen,
+)
 from lowbit_jax.recipe import QuantSpec
 
 

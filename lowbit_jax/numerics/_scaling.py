@@ -14,9 +14,7 @@ import jax.numpy as jnp
 
 from lowbit_jax.formats import BlockFormat, FloatFormat
 from lowbit_jax.numerics._codec import spec
-from lowbit_pallas.arith import bits as fb
-from lowbit_pallas.arith import block, codec
-from lowbit_pallas.arith import scale as exact
+from lowbit_pallas.arith import bits as fb, block, codec, scale as exact
 
 block_max = exact.block_max
 magnitude_bits = exact.magnitude_bits

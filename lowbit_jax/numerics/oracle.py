@@ -26,8 +26,8 @@ from lowbit_jax.formats import (
   ElementFormat,
   FloatFormat,
   IntFormat,
+  float32 as FLOAT32,
 )
-from lowbit_jax.formats import float32 as FLOAT32
 
 Number = Fraction | float | int
 

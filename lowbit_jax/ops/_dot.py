@@ -333,14 +333,3 @@ def einsum_dims(subscripts: str, lhs_ndim: int, rhs_ndim: int):
   )
   produced = batch + free
   return dims, tuple(produced.index(c) for c in output)
-
-
-def _matmul(lhs, rhs):
-  """`@` with a QArray on the left."""
-  lhs, rhs = _operand(lhs, 'lhs'), _operand(rhs, 'rhs')
-  if rhs.ndim <= 2:
-    return dot(lhs, rhs)
-  return jnp.matmul(dense(lhs), dense(rhs))
-
-
-setattr(QArray, '__matmul__', _matmul)  # noqa: B010, ops is above qarray

@@ -25,8 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lowbit_jax import _quantize as core
-from lowbit_jax import qarray
+from lowbit_jax import _quantize as core, qarray
 from lowbit_jax.formats import BlockFormat
 from lowbit_jax.numerics import _rounding, _scaling
 from lowbit_jax.numerics._codec import as_float_array
@@ -34,10 +33,10 @@ from lowbit_jax.ops._quantize import (
   Extras,
   Options,
   check_scales,
+  job as data_job,
   rounding_of,
   split_origin,
 )
-from lowbit_jax.ops._quantize import job as data_job
 from lowbit_jax.recipe import BACKWARDS
 
 BACKWARDS_WITH = ('identity', 'clipped', 'lsq', 'trust')

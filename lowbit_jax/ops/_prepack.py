@@ -9,8 +9,7 @@ from lowbit_jax import qarray
 from lowbit_jax.formats import BlockFormat
 from lowbit_jax.numerics._codec import blocked
 from lowbit_jax.qarray import QArray
-from lowbit_pallas.wq_matmul import config as _config
-from lowbit_pallas.wq_matmul import prepack as _weights
+from lowbit_pallas.wq_matmul import config as _config, prepack as _weights
 
 LAYOUTS = {'tpu': 'kn', 'mosaic_gpu': 'nk'}
 TILES = {'tpu': _config.tpu_tile, 'mosaic_gpu': _config.gpu_tile}

@@ -24,8 +24,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lowbit_jax import _quantize as core
-from lowbit_jax import qarray
+from lowbit_jax import _quantize as core, qarray
 from lowbit_jax.numerics import _rounding
 from lowbit_jax.numerics._codec import as_float_array
 from lowbit_jax.ops import _dispatch, _dot, _dot_xla, specs

@@ -11,8 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lowbit_jax import _quantize as core
-from lowbit_jax import qarray
+from lowbit_jax import _quantize as core, qarray
 from lowbit_jax.formats import BlockFormat
 from lowbit_jax.numerics import _rounding, _scaling
 from lowbit_jax.ops import _dispatch, _quantize_kernels

@@ -10,8 +10,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from lowbit_jax import _quantize as core
-from lowbit_jax import qarray
+from lowbit_jax import _quantize as core, qarray
 from lowbit_jax.numerics import _rounding
 from lowbit_jax.numerics._codec import blocked
 from lowbit_jax.ops import _partition

@@ -3,8 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from lowbit_jax import _quantize as core
-from lowbit_jax import qarray
+from lowbit_jax import _quantize as core, qarray
 from lowbit_jax.numerics import _scaling
 from lowbit_jax.ops import _fake_quant, _quantize
 from lowbit_jax.recipe import QuantSpec

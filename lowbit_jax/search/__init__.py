@@ -8,3 +8,24 @@ of constants, `certify` the error of a compiled function over every float32
 input, `emit` its source code in Python and C, `timing` which of two compiled
 functions is faster. `adopted` is the record of what `special` took over.
 """
+
+from lowbit_jax import _lazy
+
+__getattr__, __dir__ = _lazy.submodules(
+  __name__,
+  (
+    'adopted',
+    'archive',
+    'certify',
+    'emit',
+    'evolve',
+    'fit',
+    'islands',
+    'polish',
+    'program',
+    'speed',
+    'targets',
+    'timing',
+    'variation',
+  ),
+)

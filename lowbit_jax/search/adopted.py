@@ -20,8 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lowbit_jax import special
-from lowbit_jax.search import certify as certificates
-from lowbit_jax.search import polish as polisher
+from lowbit_jax.search import certify as certificates, polish as polisher
 from lowbit_pallas.arith import elementary
 
 _LONG = np.longdouble

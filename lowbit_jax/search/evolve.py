@@ -20,10 +20,15 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lowbit_jax import _files
-from lowbit_jax.search import archive as archives
-from lowbit_jax.search import fit as fitting
-from lowbit_jax.search import polish, speed, targets, variation
-from lowbit_jax.search import program as programs
+from lowbit_jax.search import (
+  archive as archives,
+  fit as fitting,
+  polish,
+  program as programs,
+  speed,
+  targets,
+  variation,
+)
 from lowbit_jax.search.archive import Archive, Entry
 from lowbit_jax.search.program import Program
 from lowbit_jax.search.targets import Target

@@ -13,8 +13,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from lowbit_jax import _files
-from lowbit_jax.search import archive as archives
-from lowbit_jax.search import evolve
+from lowbit_jax.search import archive as archives, evolve
 from lowbit_jax.search.archive import Entry
 
 _TOP = 4  # programs of a bucket that travel

@@ -14,10 +14,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lowbit_jax.search import archive as archives
-from lowbit_jax.search import certify, emit, polish, timing
-from lowbit_jax.search import fit as fitting
-from lowbit_jax.search import program as programs
+from lowbit_jax.search import (
+  archive as archives,
+  certify,
+  emit,
+  fit as fitting,
+  polish,
+  program as programs,
+  timing,
+)
 from lowbit_jax.search.archive import Archive, Entry
 from lowbit_jax.search.program import Program
 from lowbit_jax.search.targets import Target

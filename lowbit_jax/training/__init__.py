@@ -5,7 +5,7 @@ published recipes by name, and what stands around them. Submodules load on first
 use.
 """
 
-import importlib
+from lowbit_jax import _lazy
 
 _SUBMODULES = (
   'laws',
@@ -21,12 +21,4 @@ _SUBMODULES = (
   'scaling',
 )
 
-
-def __getattr__(name: str):
-  if name in _SUBMODULES:
-    return importlib.import_module(f'lowbit_jax.training.{name}')
-  raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
-
-
-def __dir__():
-  return sorted({*globals(), *_SUBMODULES})
+__getattr__, __dir__ = _lazy.submodules(__name__, _SUBMODULES)

@@ -54,13 +54,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lowbit_jax import _quantize as core
-from lowbit_jax import formats, qarray
+from lowbit_jax import _quantize as core, formats, qarray
 from lowbit_jax.formats import BlockFormat, FloatFormat
 from lowbit_jax.numerics import _rounding, _scaling
 from lowbit_jax.numerics._codec import as_float_array, spec
-from lowbit_pallas.arith import bits as fb
-from lowbit_pallas.arith import codec
+from lowbit_pallas.arith import bits as fb, codec
 
 ue8m3 = FloatFormat('ue8m3', 8, 3, 127, 'ieee', signed=False)
 

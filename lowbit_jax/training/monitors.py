@@ -12,8 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lowbit_jax import _quantize as core
-from lowbit_jax import qarray
+from lowbit_jax import _quantize as core, qarray
 from lowbit_jax.doctor import _blocks
 from lowbit_jax.ops import _qdot
 from lowbit_jax.recipe import QuantSpec, Recipe

@@ -16,8 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lowbit_jax import _quantize as core
-from lowbit_jax import formats
+from lowbit_jax import _quantize as core, formats
 from lowbit_jax.numerics import _rounding, _scaling
 from lowbit_jax.numerics._codec import as_float_array, round_to
 from lowbit_jax.ops import specs

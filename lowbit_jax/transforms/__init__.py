@@ -16,10 +16,12 @@ A transform changes what a quantizer sees, not what is computed:
 from lowbit_jax.transforms._affine import BlockAffine as BlockAffine
 from lowbit_jax.transforms._base import Transform as Transform
 from lowbit_jax.transforms._chain import Chain as Chain
-from lowbit_jax.transforms._hadamard import Hadamard as Hadamard
-from lowbit_jax.transforms._hadamard import random_hadamard as random_hadamard
+from lowbit_jax.transforms._hadamard import (
+  Hadamard as Hadamard,
+  random_hadamard as random_hadamard,
+)
 from lowbit_jax.transforms._permutation import Permutation as Permutation
 from lowbit_jax.transforms._smoothing import (
   DiagonalSmoothing as DiagonalSmoothing,
+  smooth_quant as smooth_quant,
 )
-from lowbit_jax.transforms._smoothing import smooth_quant as smooth_quant

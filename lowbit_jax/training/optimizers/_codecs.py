@@ -32,14 +32,17 @@ from fractions import Fraction
 import jax
 import jax.numpy as jnp
 
-from lowbit_jax import _quantize as core
-from lowbit_jax import ops, qarray
-from lowbit_jax.formats import BlockFormat, CodebookFormat, FloatFormat
-from lowbit_jax.formats import e4m3fn as _e4m3
-from lowbit_jax.formats import e5m2 as _e5m2
-from lowbit_jax.formats import float32 as _float32
-from lowbit_jax.formats import int4 as _int4
-from lowbit_jax.formats import int8 as _int8
+from lowbit_jax import _quantize as core, ops, qarray
+from lowbit_jax.formats import (
+  BlockFormat,
+  CodebookFormat,
+  FloatFormat,
+  e4m3fn as _e4m3,
+  e5m2 as _e5m2,
+  float32 as _float32,
+  int4 as _int4,
+  int8 as _int8,
+)
 from lowbit_jax.numerics import _scaling
 from lowbit_jax.qarray import QArray
 from lowbit_pallas.arith import bits as fb

@@ -15,11 +15,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lowbit_jax import _quantize as core
-from lowbit_jax import ops, qarray
+from lowbit_jax import _quantize as core, ops, qarray
 from lowbit_jax._tree import path_name
-from lowbit_jax.formats import BlockFormat, IntFormat
-from lowbit_jax.formats import float32 as _float32
+from lowbit_jax.formats import BlockFormat, IntFormat, float32 as _float32
 from lowbit_jax.qarray import QArray
 from lowbit_jax.training.optimizers._common import (
   check_steps,

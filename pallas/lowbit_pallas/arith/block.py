@@ -5,9 +5,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
-from lowbit_pallas.arith import bits as fb
-from lowbit_pallas.arith import codec
-from lowbit_pallas.arith import scale as exact
+from lowbit_pallas.arith import bits as fb, codec, scale as exact
 
 
 class Blocked(NamedTuple):

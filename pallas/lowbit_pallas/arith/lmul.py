@@ -31,8 +31,7 @@ J. N. Mitchell, 1962.
 
 import jax.numpy as jnp
 
-from lowbit_pallas.arith import bits as fb
-from lowbit_pallas.arith import codec
+from lowbit_pallas.arith import bits as fb, codec
 
 FLOAT32 = codec.Float(
   8, 23, -126, 0x7F7FFFFF, 0x7F800000, 0x7FC00000, True, True, True

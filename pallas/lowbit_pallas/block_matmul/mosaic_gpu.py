@@ -24,12 +24,18 @@ from jax import lax
 from lowbit_pallas import _mosaic_gpu as mgpu
 from lowbit_pallas.arith import codec, packing
 from lowbit_pallas.arith.block import Blocked, is_exponent
-from lowbit_pallas.block_matmul import _blackwell, _hopper, reference
-from lowbit_pallas.block_matmul import config as _config
+from lowbit_pallas.block_matmul import (
+  _blackwell,
+  _hopper,
+  config as _config,
+  reference,
+)
 from lowbit_pallas.block_matmul.config import GpuConfig
-from lowbit_pallas.wq_matmul import config as wq_config
-from lowbit_pallas.wq_matmul import mosaic_gpu as wq_gpu
-from lowbit_pallas.wq_matmul import prepack
+from lowbit_pallas.wq_matmul import (
+  config as wq_config,
+  mosaic_gpu as wq_gpu,
+  prepack,
+)
 
 TARGETS = ('h100', 'b200')
 

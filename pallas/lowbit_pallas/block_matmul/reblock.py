@@ -5,9 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lowbit_pallas.arith import bits as fb
-from lowbit_pallas.arith import codec, packing
-from lowbit_pallas.arith import scale as exact
+from lowbit_pallas.arith import bits as fb, codec, packing, scale as exact
 from lowbit_pallas.arith.block import Blocked, is_exponent
 from lowbit_pallas.block_matmul import reference
 

@@ -15,8 +15,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from lowbit_pallas.arith import block, codec, packing
 from lowbit_pallas.arith.block import Blocked
-from lowbit_pallas.block_matmul import config as _config
-from lowbit_pallas.block_matmul import reference
+from lowbit_pallas.block_matmul import config as _config, reference
 from lowbit_pallas.block_matmul.config import LANES, TpuConfig
 from lowbit_pallas.wq_matmul import prepack
 

@@ -19,9 +19,15 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from lowbit_pallas import _mosaic_gpu as compat
-from lowbit_pallas.arith import bits as fb
-from lowbit_pallas.arith import block, codec, hadamard, hash, packing
-from lowbit_pallas.arith import scale as exact
+from lowbit_pallas.arith import (
+  bits as fb,
+  block,
+  codec,
+  hadamard,
+  hash,
+  packing,
+  scale as exact,
+)
 from lowbit_pallas.quantize import config as cfg
 from lowbit_pallas.quantize.config import LANES, GpuConfig, Task
 

@@ -2,8 +2,14 @@
 
 import jax.numpy as jnp
 
-from lowbit_pallas.arith import block, codec, hadamard, hash, packing
-from lowbit_pallas.arith import scale as exact
+from lowbit_pallas.arith import (
+  block,
+  codec,
+  hadamard,
+  hash,
+  packing,
+  scale as exact,
+)
 from lowbit_pallas.quantize.config import Task
 
 

@@ -16,9 +16,15 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from lowbit_pallas.arith import bits as fb
-from lowbit_pallas.arith import block, codec, hadamard, hash, packing
-from lowbit_pallas.arith import scale as exact
+from lowbit_pallas.arith import (
+  bits as fb,
+  block,
+  codec,
+  hadamard,
+  hash,
+  packing,
+  scale as exact,
+)
 from lowbit_pallas.quantize import config as cfg
 from lowbit_pallas.quantize.config import LANES, Config, Task
 

@@ -19,8 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from lowbit_pallas import _mosaic_gpu
-from lowbit_pallas.softmax import config as config_lib
-from lowbit_pallas.softmax import forms
+from lowbit_pallas.softmax import config as config_lib, forms
 
 _SLICE = config_lib.SLICE
 _DTYPES = ('float32', 'bfloat16', 'float16')

@@ -21,8 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from lowbit_pallas.arith import softmax as sm
-from lowbit_pallas.softmax import config as config_lib
-from lowbit_pallas.softmax import forms
+from lowbit_pallas.softmax import config as config_lib, forms
 
 _LANES = config_lib.LANES
 _DTYPES = ('float32', 'bfloat16', 'float16')

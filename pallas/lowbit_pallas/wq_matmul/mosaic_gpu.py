@@ -17,8 +17,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from lowbit_pallas import _mosaic_gpu
 from lowbit_pallas.arith import block, codec, packing
-from lowbit_pallas.wq_matmul import config as _config
-from lowbit_pallas.wq_matmul import reference
+from lowbit_pallas.wq_matmul import config as _config, reference
 from lowbit_pallas.wq_matmul.config import Config
 from lowbit_pallas.wq_matmul.prepack import Prepacked
 

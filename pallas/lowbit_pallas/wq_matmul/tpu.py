@@ -9,8 +9,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from lowbit_pallas.arith import block, packing
-from lowbit_pallas.wq_matmul import config as _config
-from lowbit_pallas.wq_matmul import reference
+from lowbit_pallas.wq_matmul import config as _config, reference
 from lowbit_pallas.wq_matmul.config import Config
 from lowbit_pallas.wq_matmul.prepack import Prepacked
 
