@@ -7,7 +7,8 @@ Three ways to contract with quantized operands:
   tiles     A weight in blocks along a contracted axis, seen as (k, n): a scan
             over tiles of k that decodes a tile, uses it and forgets it. For few
             rows the block sum of products is scaled; for many, the decoded tile
-            is scaled and multiplied. The whole weight never exists in float32.
+            is scaled and multiplied. Of a weight with more rows than a tile
+            (TILE_FEW_ROWS, TILE_MANY_ROWS) only one tile exists in float32.
   dense     Everything else: dequantize, then one product.
 
 Tensor scales multiply the float32 accumulator in all of them. Packed codes are

@@ -185,8 +185,10 @@ def muon(
 ) -> optax.GradientTransformationExtraArgs:
   """Muon for hidden matrices, another optimizer for all other parameters.
 
-  With the default options it is `optax.contrib.muon`, but for the leaves that
-  it takes: that one also takes embeddings and heads.
+  With the default options the update of a matrix is that of
+  `optax.contrib.muon`. The leaves that it takes differ: that one also takes
+  embeddings and heads. So do those of `other`: there the inner Adam uses
+  Nesterov momentum, here plain `optax.adamw`.
 
   Args:
     learning_rate: a number or a schedule.
