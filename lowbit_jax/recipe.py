@@ -16,6 +16,9 @@ import dataclasses
 import re
 from typing import Any, Protocol
 
+import jax
+
+from lowbit_jax._typing import Key
 from lowbit_jax.formats import BlockFormat
 from lowbit_jax.numerics import _rounding, _scaling
 from lowbit_pallas.arith.hadamard import check_power_of_two
@@ -26,7 +29,7 @@ RESIDUALS = ('high_precision', 'forward', 'requantized')
 _KEYED = ('stochastic', 'dithered')
 
 
-def check_quantizer(name: str, value) -> None:
+def check_quantizer(name: str, value: object) -> None:
   """Refuses what is neither None, a QuantSpec nor a hashable quantizer."""
   if value is None or isinstance(value, QuantSpec):
     return
@@ -103,7 +106,7 @@ class TensorScaling:
   window: int = 1
   every: int = 1
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     for name in ('window', 'every'):
       value = getattr(self, name)
       if not isinstance(value, int) or value < 1:
@@ -151,7 +154,7 @@ class QuantSpec:
   target: float | None = None
   tensor_scaling: TensorScaling | None = None
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     if not isinstance(self.fmt, BlockFormat):
       raise TypeError(
         f'fmt={self.fmt!r} must be a block format, a value such as'
@@ -208,7 +211,7 @@ class Quantizer(Protocol):
     """Whether its derivative is the identity, so that none is taken."""
     ...
 
-  def __call__(self, x, axis: int, key) -> Any:
+  def __call__(self, x: jax.Array, axis: int, key: Key | None) -> Any:
     """An array of the shape and dtype of x, quantized along `axis`."""
     ...
 
@@ -232,7 +235,7 @@ class GemmSpec:
   hadamard: int = 0
   signs: str = 'none'
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     for name in ('lhs', 'rhs'):
       check_quantizer(name, getattr(self, name))
     _one_of('signs', self.signs, SIGNS)
@@ -296,7 +299,7 @@ class Recipe:
   principal: int = 0
   switches: tuple[tuple[float, 'Recipe'], ...] = ()
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     for name in ('fwd', 'dgrad', 'wgrad'):
       gemm = getattr(self, name)
       if not isinstance(gemm, GemmSpec):
@@ -397,7 +400,7 @@ class Policy:
   last: int = 0
   blocks: int | None = None
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     for pattern, recipe in self.rules:
       re.compile(pattern)
       if not isinstance(recipe, Recipe | None):

@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from lowbit_jax._typing import ArrayLike, DTypeLike, Key, Origin
 from lowbit_jax.formats import (
   BlockFormat,
   CodebookFormat,
@@ -19,7 +20,7 @@ FLOAT_DTYPES = ('float16', 'bfloat16', 'float32')
 OVERFLOWS = ('saturate', 'special')
 
 
-def as_float_array(x, name: str = 'x') -> jax.Array:
+def as_float_array(x: ArrayLike, name: str = 'x') -> jax.Array:
   """`x` as a JAX array of float16, bfloat16 or float32.
 
   Raises:
@@ -40,7 +41,7 @@ def as_float_array(x, name: str = 'x') -> jax.Array:
   return x
 
 
-def check_element(element) -> ElementFormat:
+def check_element(element: object) -> ElementFormat:
   """Refuses what is not an element format of at most 8 bits."""
   if not isinstance(element, ElementFormat):
     raise TypeError(
@@ -86,14 +87,14 @@ def blocked(fmt: BlockFormat) -> block.Blocked:
 
 
 def encode(
-  x,
+  x: ArrayLike,
   element: ElementFormat,
   *,
   rounding: str = 'nearest_even',
   overflow: str = 'saturate',
-  key=None,
+  key: Key | None = None,
   random_bits: int = 23,
-  origin=None,
+  origin: Origin | None = None,
 ) -> jax.Array:
   """Element codes of `x`, without any scale.
 
@@ -135,7 +136,9 @@ def encode(
   return codec.encode(x, spec(element), rule, saturate=overflow == 'saturate')
 
 
-def decode(codes, element: ElementFormat, dtype=jnp.float32) -> jax.Array:
+def decode(
+  codes: ArrayLike, element: ElementFormat, dtype: DTypeLike = jnp.float32
+) -> jax.Array:
   """Values of element codes.
 
   Args:
@@ -151,14 +154,14 @@ def decode(codes, element: ElementFormat, dtype=jnp.float32) -> jax.Array:
 
 
 def round_to(
-  x,
+  x: ArrayLike,
   element: ElementFormat,
   *,
   rounding: str = 'nearest_even',
   overflow: str = 'saturate',
-  key=None,
+  key: Key | None = None,
   random_bits: int = 23,
-  origin=None,
+  origin: Origin | None = None,
 ) -> jax.Array:
   """The nearest number of the format, as a value.
 

@@ -11,15 +11,16 @@ recomputed in the backward pass, so residuals hold packed codes only.
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from lowbit_jax import qarray
+from lowbit_jax._typing import DotDims, DTypeLike, Implementation, Precision
 from lowbit_jax.ops import _dispatch, _dot_kernels
-from lowbit_jax.ops._prepack import Prepacked, dense, is_quantized
+from lowbit_jax.ops._prepack import Operand, Prepacked, dense, is_quantized
 from lowbit_jax.qarray import QArray
 
 TABLE = {
@@ -37,8 +38,16 @@ class _Call(NamedTuple):
   implementation: object
 
 
+# (lhs, rhs, dimension numbers, precision).
+PlanArguments = tuple[Any, Any, DotDims, Precision]
+
+
 def dot(
-  lhs, rhs, *, preferred_element_type=None, implementation=None
+  lhs: Operand,
+  rhs: Operand,
+  *,
+  preferred_element_type: DTypeLike | None = None,
+  implementation: Implementation = None,
 ) -> jax.Array:
   """`jnp.dot` on arrays and QArrays: the last axis of `lhs` with the last but
   one of `rhs`.
@@ -72,13 +81,13 @@ def dot(
 
 
 def dot_general(
-  lhs,
-  rhs,
-  dimension_numbers,
+  lhs: Operand,
+  rhs: Operand,
+  dimension_numbers: DotDims,
   *,
-  precision=None,
-  preferred_element_type=None,
-  implementation=None,
+  precision: Precision = None,
+  preferred_element_type: DTypeLike | None = None,
+  implementation: Implementation = None,
 ) -> jax.Array:
   """`lax.dot_general` on arrays and QArrays.
 
@@ -111,11 +120,11 @@ def dot_general(
 
 def einsum(
   subscripts: str,
-  lhs,
-  rhs,
+  lhs: Operand,
+  rhs: Operand,
   *,
-  preferred_element_type=None,
-  implementation=None,
+  preferred_element_type: DTypeLike | None = None,
+  implementation: Implementation = None,
 ) -> jax.Array:
   """`jnp.einsum` of two operands, arrays or QArrays.
 
@@ -242,7 +251,11 @@ def _operand(x, name: str):
   return x
 
 
-def dot_operands(lhs, rhs, **_):
+def dot_operands(
+  lhs: Operand | jax.ShapeDtypeStruct,
+  rhs: Operand | jax.ShapeDtypeStruct,
+  **_: Any,
+) -> PlanArguments:
   """Arguments of the plan of a `dot`."""
   lhs, rhs = _operand(lhs, 'lhs'), _operand(rhs, 'rhs')
   if lhs.ndim < 1 or rhs.ndim < 1:
@@ -254,13 +267,25 @@ def dot_operands(lhs, rhs, **_):
   return dot_general_operands(lhs, rhs, dims)
 
 
-def dot_general_operands(lhs, rhs, dimension_numbers, *, precision=None, **_):
+def dot_general_operands(
+  lhs: Operand | jax.ShapeDtypeStruct,
+  rhs: Operand | jax.ShapeDtypeStruct,
+  dimension_numbers: DotDims,
+  *,
+  precision: Precision = None,
+  **_: Any,
+) -> PlanArguments:
   """Arguments of the plan of a `dot_general`."""
   lhs, rhs = _operand(lhs, 'lhs'), _operand(rhs, 'rhs')
   return lhs, rhs, _check_dims(lhs, rhs, dimension_numbers), precision
 
 
-def einsum_operands(subscripts, lhs, rhs, **_):
+def einsum_operands(
+  subscripts: str,
+  lhs: Operand | jax.ShapeDtypeStruct,
+  rhs: Operand | jax.ShapeDtypeStruct,
+  **_: Any,
+) -> PlanArguments:
   """Arguments of the plan of an `einsum`."""
   lhs, rhs = _operand(lhs, 'lhs'), _operand(rhs, 'rhs')
   dims, _ = einsum_dims(subscripts, lhs.ndim, rhs.ndim)
@@ -294,7 +319,9 @@ def _check_dims(lhs, rhs, dimension_numbers):
   return dims
 
 
-def einsum_dims(subscripts: str, lhs_ndim: int, rhs_ndim: int):
+def einsum_dims(
+  subscripts: str, lhs_ndim: int, rhs_ndim: int
+) -> tuple[DotDims, tuple[int, ...]]:
   """Dimension numbers, and the transposition into the order of the output."""
   text = subscripts.replace(' ', '')
   inputs, arrow, output = text.partition('->')

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from lowbit_jax._typing import ArrayLike
 from lowbit_jax.formats import FloatFormat, bfloat16, e4m3fn, e5m2, float32
 from lowbit_jax.numerics._codec import as_float_array
 from lowbit_jax.ops._softmax import softmax
@@ -65,8 +66,8 @@ class _Options(NamedTuple):
 
 
 def lmul(
-  x,
-  y,
+  x: ArrayLike,
+  y: ArrayLike,
   *,
   fmt: FloatFormat | None = None,
   mantissa_bits: int | None = None,
@@ -115,8 +116,8 @@ def lmul(
 
 
 def lmul_dot(
-  x,
-  y,
+  x: ArrayLike,
+  y: ArrayLike,
   *,
   fmt: FloatFormat | None = None,
   mantissa_bits: int | None = None,
@@ -149,11 +150,11 @@ def lmul_dot(
 
 
 def lmul_attention(
-  query,
-  key,
-  value,
+  query: ArrayLike,
+  key: ArrayLike,
+  value: ArrayLike,
   *,
-  mask=None,
+  mask: ArrayLike | None = None,
   is_causal: bool = False,
   scale: float | None = None,
   fmt: FloatFormat | None = None,

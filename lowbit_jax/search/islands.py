@@ -13,6 +13,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from lowbit_jax import _files
+from lowbit_jax._typing import PathLike
 from lowbit_jax.search import archive as archives, evolve
 from lowbit_jax.search.archive import Entry
 
@@ -50,7 +51,7 @@ def ring(search: evolve.Search, state: evolve.State) -> evolve.State:
 
 
 def directory(
-  search: evolve.Search, state: evolve.State, path, island: int
+  search: evolve.Search, state: evolve.State, path: PathLike, island: int
 ) -> evolve.State:
   """The state with the snapshots of other islands, after leaving its own.
 

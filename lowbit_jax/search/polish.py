@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator
 
 import jax
 import numpy as np
+import numpy.typing as npt
 
 from lowbit_jax.search import certify
 
@@ -160,7 +161,7 @@ def minimax(
   model: Model,
   reference: Callable[[np.ndarray], np.ndarray],
   interval: tuple[float, float],
-  start,
+  start: npt.ArrayLike,
   *,
   weight: str | Weight = 'rel',
 ) -> Fit:
@@ -297,7 +298,7 @@ def _linear_program(e, jacobian, radius):
 
 def float32_coefficients(
   fn: Callable,
-  start,
+  start: npt.ArrayLike,
   reference: Callable[[np.ndarray], np.ndarray],
   interval: tuple[float, float],
   *,

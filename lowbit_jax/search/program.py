@@ -21,6 +21,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lowbit_jax._typing import ArrayLike
+
 
 class Op(NamedTuple):
   """An operation.
@@ -110,7 +112,7 @@ class Program:
   rows: tuple[tuple[int, int, int, int], ...]
   constants: tuple[float, ...] = ()
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     for i, (op, *operands) in enumerate(self.rows):
       if not 0 <= op < len(OPS):
         raise ValueError(f'rows[{i}] has operation {op}; codes index OPS')
@@ -122,7 +124,7 @@ class Program:
             ' exist before it'
           )
 
-  def __call__(self, x):
+  def __call__(self, x: ArrayLike) -> Any:
     """Evaluates the program in the arithmetic of x.
 
     Args:
@@ -134,7 +136,9 @@ class Program:
     cast = np.longdouble if wide else float if traced else lambda c: c
     return evaluate(self.rows, [cast(c) for c in self.constants], x)
 
-  def value_and_jacobian(self, x: np.ndarray, constants: np.ndarray):
+  def value_and_jacobian(
+    self, x: np.ndarray, constants: np.ndarray
+  ) -> tuple[np.ndarray, np.ndarray]:
     """Values and their derivatives by the constants, forward mode in NumPy.
 
     Args:
@@ -170,10 +174,10 @@ class Program:
         registers.append((y, tangent))
     return registers[-1] if self.rows else registers[0]
 
-  def replace_constants(self, constants) -> 'Program':
+  def replace_constants(self, constants: Iterable[float]) -> 'Program':
     return Program(self.rows, tuple(constants))
 
-  def __str__(self):
+  def __str__(self) -> str:
     """One infix expression; values that are used twice are named u1, u2, ..."""
     return '; '.join(_infix(self))
 
@@ -206,7 +210,11 @@ def _infix(program: Program) -> list[str]:
   return [*lines, names[-1] if program.rows else 'x']
 
 
-def evaluate(rows, constants, x):
+def evaluate(
+  rows: Iterable[tuple[int, int, int, int]],
+  constants: Iterable[Any],
+  x: ArrayLike,
+) -> Any:
   """The last of the rows, in the arithmetic of x and the constants.
 
   Args:
@@ -272,7 +280,9 @@ class Node:
 
   __slots__ = ('args', 'op', 'value')
 
-  def __init__(self, op: int, args=(), value=None):
+  def __init__(
+    self, op: int, args: Iterable['Node'] = (), value: Any = None
+  ) -> None:
     self.op = op
     self.args = list(args)
     self.value = value

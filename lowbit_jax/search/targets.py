@@ -79,7 +79,7 @@ class Target:
   reduced: tuple[float, float] | None = None
   derivative: str | None = None
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     if not (isinstance(self.name, str) and self.name.isidentifier()):
       raise ValueError(f'name={self.name!r} must be a Python identifier')
     if not callable(self.exact):

@@ -24,6 +24,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 from scipy import optimize
 
 CHANNEL_BLOCK = 2**13.1567  # B that stands for one scale per channel
@@ -62,7 +63,7 @@ class FloatLaw:
   delta: float = 3.1926
   nu: float = 2.9543
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     for field in dataclasses.fields(self):
       value = getattr(self, field.name)
       if not (np.isfinite(value) and value > 0):
@@ -71,7 +72,7 @@ class FloatLaw:
           ' law are positive and fall with N, D, E and M'
         )
 
-  def unquantized_loss(self, N, D):
+  def unquantized_loss(self, N: npt.ArrayLike, D: npt.ArrayLike) -> np.ndarray:
     """n / N^alpha + d / D^beta + epsilon.
 
     Args:
@@ -81,7 +82,7 @@ class FloatLaw:
     N, D = _positive('N', N), _positive('D', D)
     return self.n / N**self.alpha + self.d / D**self.beta + self.epsilon
 
-  def precision(self, E, M):
+  def precision(self, E: npt.ArrayLike, M: npt.ArrayLike) -> np.ndarray:
     """gamma (E + 1/2)^delta (M + 1/2)^nu, what a format divides the gap by.
 
     Args:
@@ -91,7 +92,14 @@ class FloatLaw:
     E, M = _at_least(0, 'E', E), _at_least(0, 'M', M)
     return self.gamma * (E + 0.5) ** self.delta * (M + 0.5) ** self.nu
 
-  def gap(self, N, D, E, M, B):
+  def gap(
+    self,
+    N: npt.ArrayLike,
+    D: npt.ArrayLike,
+    E: npt.ArrayLike,
+    M: npt.ArrayLike,
+    B: npt.ArrayLike,
+  ) -> np.ndarray:
     """The last term: what the format costs.
 
     Args:
@@ -106,11 +114,20 @@ class FloatLaw:
     ratio = D**self.beta / N**self.alpha
     return ratio * np.log2(B) / self.precision(E, M)
 
-  def loss(self, N, D, E, M, B):
+  def loss(
+    self,
+    N: npt.ArrayLike,
+    D: npt.ArrayLike,
+    E: npt.ArrayLike,
+    M: npt.ArrayLike,
+    B: npt.ArrayLike,
+  ) -> np.ndarray:
     """L(N, D, E, M, B); arguments as in `gap`."""
     return self.unquantized_loss(N, D) + self.gap(N, D, E, M, B)
 
-  def critical_data(self, N, E, M, B):
+  def critical_data(
+    self, N: npt.ArrayLike, E: npt.ArrayLike, M: npt.ArrayLike, B: npt.ArrayLike
+  ) -> np.ndarray:
     """Tokens beyond which more data make the loss worse.
 
     The minimum over D of d / D^beta + gap:
@@ -130,7 +147,7 @@ class FloatLaw:
     ratio = self.d * N**self.alpha * self.precision(E, M) / np.log2(B)
     return ratio ** (1 / (2 * self.beta))
 
-  def optimal_mantissa(self, bits):
+  def optimal_mantissa(self, bits: npt.ArrayLike) -> np.ndarray:
     """M* = nu P / (delta + nu) - 1/2 of P = E + M + 1 bits, a real number.
 
     The exponent gets the rest: E* = delta P / (delta + nu) - 1/2.
@@ -150,7 +167,7 @@ class FloatLaw:
     options = [(E, int(bits) - 1 - E) for E in range(int(bits))]
     return max(options, key=lambda option: float(self.precision(*option)))
 
-  def optimal_precision(self, D, B):
+  def optimal_precision(self, D: npt.ArrayLike, B: npt.ArrayLike) -> np.ndarray:
     """Bits P that are worth computing with at a given size of data.
 
     At the cost C = k N P D a smaller P buys a larger N. With the best split,
@@ -173,7 +190,9 @@ class FloatLaw:
     power = self._gamma_data * D**self.beta * np.log2(B)
     return power ** (1 / (self.delta + self.nu))
 
-  def compute_optimal_precision(self, C, B, k: float = _COST_PER_BIT):
+  def compute_optimal_precision(
+    self, C: npt.ArrayLike, B: npt.ArrayLike, k: float = _COST_PER_BIT
+  ) -> np.ndarray:
     """Bits P where N, D and P are free at the cost C = k N P D.
 
       P^((delta+nu)(alpha+beta)/beta + alpha)

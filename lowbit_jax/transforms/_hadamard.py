@@ -36,7 +36,7 @@ class Hadamard:
   axis: int = dataclasses.field(default=-1, metadata={'static': True})
   signs: jax.Array | None = None
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     _core.check_power_of_two(self.block)
     _base.check_axis(self.axis)
     if self.signs is not None and jnp.ndim(self.signs) != 1:

@@ -48,7 +48,7 @@ KERNELS = (
 )
 
 
-def target_of(device) -> str | None:
+def target_of(device: jax.Device) -> str | None:
   """The name of a device in this table, None for one that has no kernels."""
   if device.platform == 'tpu':
     return _DEVICE_KINDS.get(device.device_kind)

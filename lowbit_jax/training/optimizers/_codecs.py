@@ -128,7 +128,7 @@ class RankOne:
 Encoded = QArray | Companded | RankOne
 
 
-def is_encoded(x) -> bool:
+def is_encoded(x: object) -> bool:
   """Whether `x` is an encoded leaf; the `is_leaf` of tree functions."""
   return isinstance(x, QArray | Companded | RankOne)
 

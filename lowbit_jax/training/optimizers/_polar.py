@@ -10,6 +10,7 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from lowbit_jax._typing import Shape
 from lowbit_jax.training.optimizers._common import check_steps
 
 Triple = tuple[float, float, float]
@@ -154,7 +155,7 @@ def randomized_polar(
   return (o.mT if wide else o).astype(x.dtype)
 
 
-def sketch_size(shape, rank: int, oversample: int) -> int:
+def sketch_size(shape: Shape, rank: int, oversample: int) -> int:
   """Columns of the sketch of matrices (..., m, n)."""
   return min(rank + oversample, *shape[-2:])
 

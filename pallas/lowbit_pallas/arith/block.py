@@ -3,6 +3,7 @@
 import math
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 
 from lowbit_pallas.arith import bits as fb, codec, scale as exact
@@ -22,7 +23,7 @@ class Blocked(NamedTuple):
       bfloat16 numbers, and where there are no block scales.
   """
 
-  element: codec.Float | codec.Int | codec.Codebook
+  element: codec.Element
   bits: int
   block: int
   scale: codec.Float | None
@@ -33,7 +34,7 @@ def is_exponent(scale: codec.Float | None) -> bool:
   return scale is not None and not scale.subnormals
 
 
-def scale_factors(stored, scale: codec.Float | None) -> tuple:
+def scale_factors(stored: jax.Array, scale: codec.Float | None) -> tuple:
   """Float32 factors whose product is the stored scale.
 
   E8M0 gives two, so that 2^-127 survives hardware that flushes subnormals.
@@ -45,7 +46,9 @@ def scale_factors(stored, scale: codec.Float | None) -> tuple:
   return (codec.decode_float(stored, scale),)
 
 
-def times_scale(x, stored, scale: codec.Float | None):
+def times_scale(
+  x: jax.Array, stored: jax.Array, scale: codec.Float | None
+) -> jax.Array:
   """x * scale in float32, `stored` broadcastable to x."""
   for factor in scale_factors(stored, scale):
     x = x * factor
@@ -64,7 +67,12 @@ def scale_rules(spec: Blocked) -> tuple[str, ...]:
   return tuple(r for r in exact.EXPONENT_RULES if has_mantissa or r != 'even')
 
 
-def stored_scale(amax_bits, spec: Blocked, rule: str, tensor_scale=None):
+def stored_scale(
+  amax_bits: jax.Array,
+  spec: Blocked,
+  rule: str,
+  tensor_scale: jax.Array | None = None,
+) -> jax.Array:
   """The scale of blocks from their maxima, by a rule in closed form.
 
   Args:
@@ -90,7 +98,9 @@ def stored_scale(amax_bits, spec: Blocked, rule: str, tensor_scale=None):
   return jnp.where(bad, spec.scale.nan_code, code)
 
 
-def absmax(amax_bits, largest: float, tensor_scale=None):
+def absmax(
+  amax_bits: jax.Array, largest: float, tensor_scale: jax.Array | None = None
+) -> jax.Array:
   """max |x| / largest / tensor_scale in float32, 0 for poison and subnormals.
 
   Multiplications by 1 / largest and by 1 / tensor_scale, in this order.
@@ -104,7 +114,10 @@ def absmax(amax_bits, largest: float, tensor_scale=None):
 
 
 def inverse_factors(
-  stored, scale: codec.Float | None, largest: float, tensor_scale=None
+  stored: jax.Array | None,
+  scale: codec.Float | None,
+  largest: float,
+  tensor_scale: jax.Array | None = None,
 ) -> tuple:
   """Float32 factors that quantize: their product is 1 / scale.
 
@@ -136,7 +149,7 @@ def inverse_factors(
   return exact.reciprocal(s * shrink), shrink
 
 
-def scaled(x, inverse: tuple):
+def scaled(x: jax.Array, inverse: tuple) -> jax.Array:
   """x / scale from the `inverse_factors`, 0 in poisoned blocks."""
   for factor in inverse:
     x = x * factor

@@ -1,5 +1,6 @@
 """The contract of the quantization kernels in plain jnp."""
 
+import jax
 import jax.numpy as jnp
 
 from lowbit_pallas.arith import (
@@ -10,18 +11,19 @@ from lowbit_pallas.arith import (
   packing,
   scale as exact,
 )
+from lowbit_pallas.arith.hash import Origin
 from lowbit_pallas.quantize.config import Task
 
 
 def run(
-  x,
+  x: jax.Array,
   task: Task,
   *,
-  key_words=None,
-  origin=None,
-  tensor_scale=None,
-  signs=None,
-):
+  key_words: jax.Array | None = None,
+  origin: Origin | None = None,
+  tensor_scale: jax.Array | None = None,
+  signs: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array]:
   """Quantizes and packs.
 
   Args:

@@ -7,6 +7,7 @@ in that order, so that the longest chain of additions stays short.
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 
 from lowbit_pallas.arith import softmax as sm
 from lowbit_pallas.softmax import forms
@@ -30,7 +31,7 @@ def run(
   kind: str = 'softmax',
   scale: float = 1.0,
   algorithm: str = 'auto',
-  out_dtype=None,
+  out_dtype: DTypeLike | None = None,
   exp: str = 'degree5',
 ) -> jax.Array:
   """softmax, log_softmax or logsumexp along the last axis.
