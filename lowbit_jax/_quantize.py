@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lowbit_jax import qarray
-from lowbit_jax._typing import ArrayLike, DTypeLike
+from lowbit_jax._typing import ArrayLike, DTypeLike, Key, Origin
 from lowbit_jax.formats import BlockFormat, ElementFormat
 from lowbit_jax.numerics import _packing, _rounding, _scaling
 from lowbit_jax.numerics._codec import as_float_array, dither_step, spec
@@ -26,9 +26,9 @@ class Rounding(NamedTuple):
   """How elements are rounded: the rounding arguments of `quantize`."""
 
   rounding: str = 'nearest_even'
-  key: jax.Array | None = None
+  key: Key | None = None
   random_bits: int = 23
-  origin: tuple | None = None
+  origin: Origin | None = None
 
 
 def check_format(fmt: object) -> BlockFormat:
@@ -84,7 +84,7 @@ class Blocks(NamedTuple):
     view = self.view.shape
     return tuple(n for i, n in enumerate(view) if i not in self.inner)
 
-  def expand(self, leaf: jax.Array) -> jax.Array:
+  def expand(self, leaf: ArrayLike) -> jax.Array:
     """Gives a per-block array the axes of the view."""
     return jnp.expand_dims(leaf, self.inner)
 
@@ -202,7 +202,7 @@ def from_data(
   axes: tuple[int, ...],
   rule: str,
   rounding: Rounding,
-  tensor_scale: jax.Array | None = None,
+  tensor_scale: ArrayLike | None = None,
 ) -> Job:
   """A quantization whose scales come from the data."""
   blocks = split(x.astype(jnp.float32), fmt, axes)
@@ -272,9 +272,11 @@ def _elements(shape, blocks: Blocks, fmt, rounding: Rounding) -> Elements:
   name, key, _, origin = rounding
   random = offset = None
   if name == 'stochastic':
+    assert key is not None
     random = _rounding.random_words(key, shape, origin)
     random = split(random, fmt, blocks.axes).view
   if name == 'dithered':
+    assert key is not None
     step = dither_step(fmt.element)
     offset = _rounding.dither(key, shape, origin) * step
     offset = split(offset, fmt, blocks.axes).view
@@ -372,6 +374,7 @@ def _minmax(blocks: Blocks, amax, fmt: BlockFormat):
 
 def _absmean(blocks: Blocks, amax, fmt: BlockFormat):
   """Mean magnitude of each block (BitNet b1.58)."""
+  assert fmt.scale is not None
   total = jnp.sum(jnp.abs(blocks.view), axis=blocks.inner, keepdims=True)
   mean = total * blocks.expand(1 / jnp.maximum(block_counts(blocks), 1))
   scale = jnp.where(amax >= fb.INF, math.nan, mean)

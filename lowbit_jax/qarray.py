@@ -361,6 +361,7 @@ def _dequantize(q: QArray, dtype: np.dtype, dither_key) -> jax.Array:
   if q.zero_point is not None:
     y = y - per_block(q.zero_point).astype(jnp.float32)
   if q.scale is not None:
+    assert q.fmt.scale is not None
     for factor in _scaling.factors(q.scale, q.fmt.scale):
       y = y * per_block(factor)
   if q.tensor_scale is not None:
@@ -417,17 +418,17 @@ def _reshape(q: QArray, shape) -> QArray:
   return jax.tree.map(move, q)
 
 
-def _getitem(q: QArray, index) -> QArray:
-  index = index if isinstance(index, tuple) else (index,)
+def _getitem(q: QArray, key) -> QArray:
+  index: list[Any] = list(key) if isinstance(key, tuple) else [key]
   if any(i is None for i in index):
     raise IndexError('a QArray cannot be indexed with None; use reshape')
   if Ellipsis not in [i if i is Ellipsis else 0 for i in index]:
-    index = (*index, Ellipsis)
+    index.append(Ellipsis)
   at = [i is Ellipsis for i in index].index(True)
   if len(index) - 1 > q.ndim:
     raise IndexError(f'{len(index) - 1} indices for shape {q.shape}')
-  fill = (slice(None),) * (q.ndim - len(index) + 1)
-  index = index[:at] + fill + index[at + 1 :]
+  fill = [slice(None)] * (q.ndim - len(index) + 1)
+  index[at : at + 1] = fill
   if all(isinstance(i, slice) and i == slice(None) for i in index):
     return q
 

@@ -197,18 +197,13 @@ class QuantSpec:
 class Quantizer(Protocol):
   """Anything else that quantizes, as a hashable value.
 
-  Its own derivative is its rule. `is_straight_through` may be missing, which
-  counts as false.
+  Its own derivative is its rule. It may have a bool `is_straight_through`:
+  whether that is the identity, so that none is taken. Missing counts as false.
   """
 
   @property
   def needs_key(self) -> bool:
     """Whether it draws random bits."""
-    ...
-
-  @property
-  def is_straight_through(self) -> bool:
-    """Whether its derivative is the identity, so that none is taken."""
     ...
 
   def __call__(self, x: jax.Array, axis: int, key: Key | None) -> Any:

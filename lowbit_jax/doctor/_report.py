@@ -111,7 +111,7 @@ class _Plan:
       )
     return x
 
-  def axis_of(self, path: str, x, bare: bool):
+  def axis_of(self, path: str, x, bare: bool) -> Any:
     if callable(self.axis):
       return self.axis(path, x)
     if self.axis is not None or bare or self.fmt.is_tile:

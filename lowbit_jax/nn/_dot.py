@@ -103,12 +103,12 @@ def promote_dtype(
   is_nnx = len(args) == 1 and isinstance(args[0], tuple)
   values = [unview(x) for x in (args[0] if is_nnx else args)]
   like = [np.zeros((), x.dtype) if _is_q(x) else x for x in values]
-  dtype = flax_dtypes.canonicalize_dtype(*like, dtype=dtype, inexact=inexact)
+  common = flax_dtypes.canonicalize_dtype(*like, dtype=dtype, inexact=inexact)
 
   def cast(x):
     if x is None or isinstance(x, QArray):
-      return x if x is None else x.astype(dtype)
-    return jnp.asarray(x, dtype)
+      return x if x is None else x.astype(common)
+    return jnp.asarray(x, common)
 
   promoted = [cast(x) for x in values]
   return tuple(promoted) if is_nnx else promoted
@@ -175,7 +175,7 @@ def contract(
   key: Key | None = None,
   precision: Precision = None,
   preferred_element_type: DTypeLike | None = None,
-  out_sharding: OutSharding | None = None,
+  out_sharding: OutSharding = None,
   **kwargs: Any,
 ) -> jax.Array:
   """`dot_general` of operands that `specs` are applied to.
@@ -190,11 +190,11 @@ def contract(
     out_sharding: sharding of the result on explicit mesh axes.
     **kwargs: further keywords of `lax.dot_general`.
   """
-  lhs, rhs = _quantized(lhs, rhs, dimension_numbers, specs, key)
-  if not (_is_q(lhs) or _is_q(rhs)):
+  left, right = _quantized(lhs, rhs, dimension_numbers, specs, key)
+  if not (_is_q(left) or _is_q(right)):
     return lax.dot_general(
-      lhs,
-      rhs,
+      left,
+      right,
       dimension_numbers,
       precision=precision,
       preferred_element_type=preferred_element_type,
@@ -212,7 +212,7 @@ def contract(
       preferred_element_type=preferred_element_type,
     )
 
-  return sharded(product, out_sharding, lhs, rhs)
+  return sharded(product, out_sharding, left, right)
 
 
 def contract_einsum(
@@ -224,23 +224,23 @@ def contract_einsum(
   key: Key | None = None,
   precision: Precision = None,
   preferred_element_type: DTypeLike | None = None,
-  out_sharding: OutSharding | None = None,
+  out_sharding: OutSharding = None,
   **kwargs: Any,
 ) -> jax.Array:
   """As `contract`, by subscripts."""
-  lhs, rhs = unview(lhs), unview(rhs)
-  if specs == Specs(None, None) and not (_is_q(lhs) or _is_q(rhs)):
+  left, right = unview(lhs), unview(rhs)
+  if specs == Specs(None, None) and not (_is_q(left) or _is_q(right)):
     return jnp.einsum(
       subscripts,
-      lhs,
-      rhs,
+      left,
+      right,
       precision=precision,
       preferred_element_type=preferred_element_type,
       out_sharding=out_sharding,
       **kwargs,
     )
   _refuse(kwargs)
-  dims, order = _dot.einsum_dims(subscripts, lhs.ndim, rhs.ndim)
+  dims, order = _dot.einsum_dims(subscripts, left.ndim, right.ndim)
 
   def product(lhs, rhs):
     out = contract(
@@ -254,7 +254,7 @@ def contract_einsum(
     )
     return out.transpose(order)
 
-  return sharded(product, out_sharding, lhs, rhs)
+  return sharded(product, out_sharding, left, right)
 
 
 def fake_quant(

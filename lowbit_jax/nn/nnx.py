@@ -156,7 +156,7 @@ class Embed(flax_nnx.Embed):
     self.specs = _dot.Specs(*_dot.check_specs(lhs, rhs))
 
   def __call__(
-    self, inputs: jax.Array, out_sharding: OutSharding | None = None
+    self, inputs: jax.Array, out_sharding: OutSharding = None
   ) -> jax.Array:
     if not jnp.issubdtype(inputs.dtype, jnp.integer):
       raise ValueError(f'{inputs.dtype=} must be an integer type')
@@ -170,7 +170,7 @@ class Embed(flax_nnx.Embed):
     return _dot.sharded(take, out_sharding, table, inputs)
 
   def attend(
-    self, query: jax.Array, out_sharding: OutSharding | None = None
+    self, query: jax.Array, out_sharding: OutSharding = None
   ) -> jax.Array:
     query, table = self.promote_dtype(
       (query, self.embedding[...]), dtype=self.dtype

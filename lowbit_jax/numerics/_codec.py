@@ -1,6 +1,7 @@
 """Element codes of arrays: encode, decode, and rounding to a format."""
 
 import functools
+from typing import overload
 
 import jax
 import jax.numpy as jnp
@@ -53,8 +54,12 @@ def check_element(element: object) -> ElementFormat:
   return element
 
 
+@overload
+def spec(element: FloatFormat) -> codec.Float: ...
+@overload
+def spec(element: ElementFormat) -> codec.Element: ...
 @functools.cache
-def spec(element: ElementFormat) -> codec.Float | codec.Int | codec.Codebook:
+def spec(element: ElementFormat) -> codec.Element:
   """The static description that the arithmetic layer takes."""
   if isinstance(element, FloatFormat):
     return codec.Float(
@@ -77,12 +82,12 @@ def spec(element: ElementFormat) -> codec.Float | codec.Int | codec.Codebook:
 
 def blocked(fmt: BlockFormat) -> block.Blocked:
   """The static description of a one-axis block format that kernels take."""
-  coded = fmt.scale is not None and fmt.scale.bits <= 8
+  scale = fmt.scale
   return block.Blocked(
     element=spec(fmt.element),
     bits=fmt.element.bits,
-    block=fmt.block[0] if fmt.scale is not None else 0,
-    scale=spec(fmt.scale) if coded else None,
+    block=fmt.block[0] if scale is not None else 0,
+    scale=spec(scale) if scale is not None and scale.bits <= 8 else None,
   )
 
 
@@ -129,6 +134,7 @@ def encode(
     )
   random = None
   if rounding == 'stochastic':
+    assert key is not None
     random = _rounding.random_words(key, x.shape, origin)
   if rounding == 'dithered':
     x = x + _dither_offset(element, key, x.shape, origin)

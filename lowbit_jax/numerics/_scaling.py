@@ -119,6 +119,7 @@ def candidates(
         codes.append(jnp.where(live, neighbour, code))
     return [c.astype(jnp.uint8) for c in codes]
 
+  assert fmt.scale is not None
   outer = tensor_scale if fmt.tensor_scale else None
   scale = block.absmax(amax_bits, element.max, outer)
   if is_coded(fmt.scale):
@@ -132,7 +133,10 @@ def candidates(
       steps = [jnp.clip(code + k, 1, top) for k in SWEEP_STEPS if k]
       codes += [jnp.where(code > 0, c, code) for c in steps]
     nan = fmt.scale.nan_code
-    return [jnp.where(bad, nan, c).astype(jnp.uint8) for c in codes]
+    return [
+      jnp.where(bad, nan, c).astype(jnp.uint8)  # pyright: ignore[reportArgumentType]
+      for c in codes
+    ]
   dtype = jnp.dtype(fmt.scale.name)
   fractions = SWEEP_FRACTIONS if rule == 'sweep' else (1.0,)
   return [
@@ -149,7 +153,7 @@ def from_values(scale: jax.Array, fmt: FloatFormat) -> jax.Array:
   return scale.astype(jnp.dtype(fmt.name))
 
 
-def factors(scale: jax.Array, fmt: FloatFormat) -> tuple:
+def factors(scale: jax.Array, fmt: FloatFormat) -> tuple[jax.Array, ...]:
   """Float32 factors whose product is the stored scale.
 
   E8M0 gives two, so that 2^-127 survives hardware that flushes subnormals.
@@ -168,7 +172,7 @@ def inverse_factors(
   scale: jax.Array | None,
   fmt: BlockFormat,
   tensor_scale: jax.Array | None = None,
-) -> tuple:
+) -> tuple[jax.Array, ...]:
   """Float32 factors that quantize, see `arith.block.inverse_factors`."""
   scale_spec = None
   if fmt.scale is not None and is_coded(fmt.scale):

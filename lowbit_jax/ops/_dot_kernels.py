@@ -8,6 +8,7 @@ multiply the float32 accumulator.
 
 import functools
 import importlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -139,7 +140,7 @@ def _plan_blocks(implementation: str, lhs, rhs, dims) -> Plan | None:
     f'lowbit_pallas.block_matmul.{implementation}'
   )
   specs = blocked(lhs.fmt), blocked(rhs.fmt)
-  options = {'layout': layout, 'mode': mode}
+  options: dict[str, Any] = {'layout': layout, 'mode': mode}
   device = jax.devices()[0]
   if device.platform == _support.PLATFORMS[implementation]:
     options['target'] = _support.target_of(device)

@@ -194,7 +194,10 @@ def _scan_tiles(x, q: QArray, few: bool, precision, dtype=jnp.float32):
     ]
 
   def factors(scale):
-    return () if scale is None else _scaling.factors(scale, q.fmt.scale)
+    if scale is None:
+      return ()
+    assert q.fmt.scale is not None
+    return _scaling.factors(scale, q.fmt.scale)
 
   def block_sums(acc, operands):
     x_tile, packed, (scale, zero) = operands
@@ -304,6 +307,7 @@ def _result_scale(q: QArray, contracted, batch, before: int, after: int):
   scale = q.scale
   if scale is None:
     return q.tensor_scale.reshape(())
+  assert q.fmt.scale is not None
   free = [d for d in range(q.ndim) if d not in (*contracted, *batch)]
   scale = _scaling.value(scale, q.fmt.scale)
   scale = scale.transpose(*batch, *free, *contracted)

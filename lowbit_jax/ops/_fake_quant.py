@@ -47,7 +47,7 @@ def fake_quant(
   x: ArrayLike,
   fmt: BlockFormat,
   *,
-  axis: int | tuple[int, ...] | None = None,
+  axis: Axis = None,
   scale_rule: str | None = None,
   rounding: str = 'nearest_even',
   key: Key | None = None,
@@ -94,7 +94,7 @@ def fake_quant_with(
   scale: ArrayLike | None,
   fmt: BlockFormat,
   *,
-  axis: int | tuple[int, ...] | None = None,
+  axis: Axis = None,
   tensor_scale: ArrayLike | None = None,
   zero_point: ArrayLike | None = None,
   rounding: str = 'nearest_even',
@@ -244,6 +244,7 @@ def _scale_value(job: core.Job):
   scale, tensor_scale, _ = job.scales
   s = jnp.float32(1)
   if scale is not None:
+    assert job.fmt.scale is not None
     for factor in _scaling.factors(scale, job.fmt.scale):
       s = s * factor
   if tensor_scale is not None:

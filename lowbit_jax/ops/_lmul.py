@@ -214,6 +214,7 @@ def _promoted(x, y):
 
 
 def _codes(x, options: _Options):
+  assert options.fmt is not None and options.mantissa_bits is not None
   f = _LAYOUTS[options.fmt]
   codes = arith.to_codes(x.astype(jnp.float32), f)
   return arith.round_mantissa(codes, f, options.mantissa_bits)
@@ -221,6 +222,7 @@ def _codes(x, options: _Options):
 
 def _products(x, y, options: _Options):
   """float32 products of codes."""
+  assert options.fmt is not None and options.mantissa_bits is not None
   f, bits = _LAYOUTS[options.fmt], options.mantissa_bits
   offset = 1 << (f.mantissa_bits - arith.offset_bits(bits))
   code = arith.multiply(x, y, f, options.reading, offset)
@@ -256,7 +258,7 @@ def _dot(x, y, options: _Options):
   return total.astype(dtype)
 
 
-def _slabs(codes, slabs: int, width: int):
+def _slabs(codes, slabs, width):
   """(..., k, n) codes as (slabs, ..., width, n)."""
   *batch, depth, columns = codes.shape
   padding = [(0, 0)] * len(batch) + [(0, slabs * width - depth), (0, 0)]

@@ -38,7 +38,7 @@ class Options(NamedTuple):
   random_bits: int
   full_shape: tuple[int, ...] | None
   backward: str = 'identity'
-  implementation: str | tuple[str, ...] | None = None
+  implementation: Implementation = None
   rotation: int = 0
   prescale: float = 1.0
 
@@ -46,9 +46,9 @@ class Options(NamedTuple):
 class Extras(NamedTuple):
   """Its array arguments besides x and given scales, all without gradient."""
 
-  key: jax.Array | None
+  key: Key | None
   start: tuple
-  tensor_scale: jax.Array | None
+  tensor_scale: ArrayLike | None
   signs: jax.Array | None = None
 
 
@@ -56,7 +56,7 @@ def quantize(
   x: ArrayLike,
   fmt: BlockFormat,
   *,
-  axis: int | tuple[int, ...] | None = None,
+  axis: Axis = None,
   scale_rule: str | None = None,
   rounding: str = 'nearest_even',
   key: Key | None = None,
@@ -190,7 +190,7 @@ def quantize_with(
   scale: ArrayLike | None,
   fmt: BlockFormat,
   *,
-  axis: int | tuple[int, ...] | None = None,
+  axis: Axis = None,
   tensor_scale: ArrayLike | None = None,
   zero_point: ArrayLike | None = None,
   rounding: str = 'nearest_even',
@@ -333,6 +333,7 @@ def check_scales(
     'tensor_scale', tensor_scale, fmt.tensor_scale, (1,) * len(shape)
   )
   if scale is not None:
+    assert fmt.scale is not None
     coded = _scaling.is_coded(fmt.scale)
     if jnp.issubdtype(scale.dtype, jnp.floating):
       scale = _scaling.from_values(scale, fmt.scale)

@@ -50,7 +50,7 @@ def softmax(
   axis: int = -1,
   *,
   where: ArrayLike | None = None,
-  temperature: float | jax.Array = 1.0,
+  temperature: float | np.floating | jax.Array = 1.0,
   out_dtype: DTypeLike | None = None,
   algorithm: str = 'auto',
   exp: str = 'degree5',
@@ -115,7 +115,7 @@ def log_softmax(
   axis: int = -1,
   *,
   where: ArrayLike | None = None,
-  temperature: float | jax.Array = 1.0,
+  temperature: float | np.floating | jax.Array = 1.0,
   out_dtype: DTypeLike | None = None,
   algorithm: str = 'auto',
   exp: str = 'degree5',
@@ -149,7 +149,7 @@ def logsumexp(
   axis: int = -1,
   *,
   where: ArrayLike | None = None,
-  temperature: float | jax.Array = 1.0,
+  temperature: float | np.floating | jax.Array = 1.0,
   out_dtype: DTypeLike | None = None,
   algorithm: str = 'auto',
   exp: str = 'degree5',
@@ -208,12 +208,12 @@ def operands(
   axis: int = -1,
   *,
   where: ArrayLike | None = None,
-  temperature: float | jax.Array = 1.0,
+  temperature: float | numbers.Real | jax.Array = 1.0,
   out_dtype: DTypeLike | None = None,
   algorithm: str = 'auto',
   exp: str = 'degree5',
   implementation: Implementation = None,
-) -> tuple[Any, jax.Array | None, _Call]:
+) -> tuple[Any, Any, _Call]:
   """Checked arguments of the plans: (x, where, call)."""
   x = _checked_array(x)
   axis = _checked_axis(axis, x.shape)

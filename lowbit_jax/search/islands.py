@@ -7,6 +7,7 @@ leaves a snapshot and takes those of the others as they are, so runs differ.
 """
 
 import pathlib
+from typing import Any
 
 import jax
 import numpy as np
@@ -65,7 +66,8 @@ def directory(
     island: number of this island.
   """
   path = pathlib.Path(path)
-  sent = archives.to_arrays(emigrants(state), search.rows, search.constants)
+  sent: dict[str, Any] = {}
+  sent |= archives.to_arrays(emigrants(state), search.rows, search.constants)
   sent['search'] = np.array(evolve.identity(search))
   own = path / f'island_{island}.npz'
   with _files.replacing(own) as f:

@@ -18,7 +18,7 @@ approximations", 2007, there with lattice reduction and exact evaluation).
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import jax
 import numpy as np
@@ -161,7 +161,7 @@ def minimax(
   model: Model,
   reference: Callable[[np.ndarray], np.ndarray],
   interval: tuple[float, float],
-  start: npt.ArrayLike,
+  start: Iterable[float | str],
   *,
   weight: str | Weight = 'rel',
 ) -> Fit:

@@ -155,7 +155,7 @@ class Program:
     dtype = np.result_type(x, constants)
     unit = np.eye(k, dtype=dtype)
     zero = np.zeros((len(x), k), dtype)
-    registers = [(np.asarray(x, dtype), zero)]
+    registers: list[tuple[Any, Any]] = [(np.asarray(x, dtype), zero)]
     registers += [
       (np.full(len(x), constants[i], dtype), zero + unit[i]) for i in range(k)
     ]
@@ -455,12 +455,13 @@ def _number(output: Node) -> Program:
   constants = [node for node in order if node.op == CONSTANT]
   rows = [node for node in order if node.op >= 0]
   number = {node: 1 + i for i, node in enumerate([*constants, *rows])}
-  padding = (0, 0, 0)
+
+  def row(node: Node) -> tuple[int, int, int, int]:
+    a, b, c = ([number.get(a, 0) for a in node.args] + [0, 0, 0])[:3]
+    return node.op, a, b, c
+
   return Program(
-    tuple(
-      (node.op, *([number.get(a, 0) for a in node.args] + [*padding])[:3])
-      for node in rows
-    ),
+    tuple(row(node) for node in rows),
     tuple(node.value for node in constants),
   )
 

@@ -360,9 +360,8 @@ def assemble(target: Target, core: Program) -> Program:
 
   for op, *operands in core.rows:
     arity = OPS[op].arity
-    rows.append(
-      (op, *(register(r) for r in operands[:arity]), *operands[arity:])
-    )
+    a, b, c = (*map(register, operands[:arity]), *operands[arity:])
+    rows.append((op, a, b, c))
   p = register(k + len(core.rows) if core.rows else 0)
   if _product(target):
     rows.append((MUL, 0, p, 0))

@@ -116,6 +116,7 @@ def exact_values(q: ArrayLike | QArray) -> np.ndarray:
   if q.zero_point is not None:
     y = y - np.expand_dims(np.asarray(q.zero_point, np.float64), inner)
   if q.scale is not None:
+    assert fmt.scale is not None
     scale = np.asarray(q.scale)
     if _scaling.is_coded(fmt.scale):
       scale = fmt.scale.values()[scale]

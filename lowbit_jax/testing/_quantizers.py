@@ -239,6 +239,7 @@ def _unit(q: QArray) -> float:
   """The whole scale of a QArray of one block."""
   scale = 1.0
   if q.scale is not None:
+    assert q.fmt.scale is not None
     value = np.asarray(q.scale)
     if _scaling.is_coded(q.fmt.scale):
       value = q.fmt.scale.values()[value]

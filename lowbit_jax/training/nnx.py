@@ -48,7 +48,7 @@ class QDotGeneral(flax_nnx.Module):
     dimension_numbers: DotDims,
     precision: Precision = None,
     preferred_element_type: DTypeLike | None = None,
-    out_sharding: OutSharding | None = None,
+    out_sharding: OutSharding = None,
     **kwargs: Any,
   ) -> jax.Array:
     if self.recipe is None:

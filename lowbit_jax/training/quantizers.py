@@ -10,7 +10,6 @@ b1.58 is `QuantSpec(formats.ternary_tensor)` for weights and
 """
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +20,7 @@ from lowbit_jax._typing import ArrayLike, Key
 from lowbit_jax.numerics import _rounding, _scaling
 from lowbit_jax.numerics._codec import as_float_array, round_to
 from lowbit_jax.ops import specs
-from lowbit_jax.recipe import QuantSpec, check_quantizer
+from lowbit_jax.recipe import Quantizer, QuantSpec, check_quantizer
 from lowbit_pallas.arith import bits as fb
 
 # The clip c, in units of the standard deviation, of a centred uniform grid of
@@ -270,7 +269,7 @@ class OutlierCompensated:
     quantile: of |x|, in (0, 1].
   """
 
-  inner: Any
+  inner: QuantSpec | Quantizer
   quantile: float = 0.99
 
   def __post_init__(self) -> None:
@@ -451,7 +450,10 @@ class FixedPoint:
 
 
 def apply(
-  quantizer: Any, x: ArrayLike, axis: int = -1, key: Key | None = None
+  quantizer: QuantSpec | Quantizer | None,
+  x: jax.Array,
+  axis: int = -1,
+  key: Key | None = None,
 ) -> jax.Array:
   """The values that a site of a product would see.
 

@@ -42,12 +42,11 @@ once: 26624 for the first two and 448 for S2FT.
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import numpy.typing as npt
 from jax import lax
 
 from lowbit_jax import ops, qarray
@@ -56,6 +55,8 @@ from lowbit_jax.formats import BlockFormat
 from lowbit_jax.qarray import QArray
 
 KINDS = ('sink', 'source')
+
+Order = Sequence[int] | np.ndarray | jax.Array
 
 
 def select(
@@ -134,7 +135,7 @@ def arrange(
 
 
 def co_permute(
-  sources: Any, sinks: Any, order: npt.ArrayLike, *, width: int = 1
+  sources: PyTree, sinks: PyTree, order: Order, *, width: int = 1
 ) -> tuple[PyTree, PyTree]:
   """Reorders the units between two products, which leaves the output as it is.
 
@@ -158,7 +159,7 @@ def co_permute(
 
 
 def co_permute_heads(
-  q: Any, k: Any, v: Any, o: Any, order: npt.ArrayLike, *, head_dim: int
+  q: PyTree, k: PyTree, v: PyTree, o: PyTree, order: Order, *, head_dim: int
 ) -> tuple[PyTree, PyTree, PyTree, PyTree]:
   """Reorders the heads of an attention, which leaves the output as it is.
 
@@ -188,7 +189,7 @@ def co_permute_heads(
   return q, k, v, o
 
 
-def expand(order: npt.ArrayLike, width: int) -> np.ndarray:
+def expand(order: Order, width: int) -> np.ndarray:
   """The order of entries that belongs to an order of units of some width."""
   order = np.asarray(order)
   if not np.array_equal(np.sort(order), np.arange(order.size)):
@@ -394,7 +395,7 @@ def make_adapter(
   slice_: jax.Array,
   frozen: QArray,
   base: QArray | jax.Array,
-  order: npt.ArrayLike,
+  order: Order,
   *,
   start: int = 0,
   kind: str = 'sink',

@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from lowbit_jax._typing import Key
 from lowbit_jax.transforms import _base
 from lowbit_pallas.arith import hadamard as _core
 
@@ -92,7 +93,7 @@ class Hadamard:
 
 
 def random_hadamard(
-  key: jax.Array, size: int, block: int, axis: int = -1
+  key: Key, size: int, block: int, axis: int = -1
 ) -> Hadamard:
   """Returns a Hadamard rotation with `size` random signs.
 

@@ -5,7 +5,6 @@ from typing import Any
 
 import jax
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jax.typing import DTypeLike
 
 _OLD = tuple(map(int, jax.__version__.split('.')[:2])) < (0, 11)
 
@@ -59,6 +58,6 @@ def concatenates() -> bool:
   return not _OLD
 
 
-def accumulator(shape: tuple[int, ...], dtype: DTypeLike) -> Any:
+def accumulator(shape: tuple[int, int], dtype: Any) -> Any:
   """Registers that WGMMA adds to, an argument of `pl.run_scoped`."""
   return plgpu.ACC(shape, dtype)  # pyright: ignore[reportPrivateImportUsage]

@@ -34,7 +34,9 @@ def increment(steps: jax.Array) -> jax.Array:
   return jnp.asarray(optax.safe_increment(steps))
 
 
-def check_range(name: str, value: float, low: float, high: float) -> None:
+def check_range(
+  name: str, value: float | jax.Array, low: float, high: float
+) -> None:
   """Refuses numbers outside [low, high)."""
   if not low <= value < high:
     raise ValueError(f'{name}={value!r} must be in [{low}, {high})')

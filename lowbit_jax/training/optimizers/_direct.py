@@ -20,7 +20,7 @@ import optax
 
 from lowbit_jax import ops, qarray
 from lowbit_jax._tree import path_name
-from lowbit_jax._typing import PyTree
+from lowbit_jax._typing import Key, PyTree
 from lowbit_jax.qarray import QArray, is_qarray
 
 
@@ -60,7 +60,7 @@ def direct(
 def apply_updates(
   params: PyTree,
   updates: PyTree,
-  key: jax.Array,
+  key: Key,
   *,
   scales: Literal['current', 'held'] = 'current',
 ) -> PyTree:

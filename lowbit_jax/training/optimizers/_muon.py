@@ -24,7 +24,7 @@ reading of them.
 
 import math
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -229,7 +229,7 @@ def muon(
 
     return jax.tree_util.tree_map_with_path(label, params)
 
-  transforms = {
+  transforms: dict[Hashable, optax.GradientTransformation] = {
     'muon': optax.chain(
       matrix,
       optax.add_decayed_weights(weight_decay, mask),

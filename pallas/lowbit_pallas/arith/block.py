@@ -34,7 +34,9 @@ def is_exponent(scale: codec.Float | None) -> bool:
   return scale is not None and not scale.subnormals
 
 
-def scale_factors(stored: jax.Array, scale: codec.Float | None) -> tuple:
+def scale_factors(
+  stored: jax.Array, scale: codec.Float | None
+) -> tuple[jax.Array, ...]:
   """Float32 factors whose product is the stored scale.
 
   E8M0 gives two, so that 2^-127 survives hardware that flushes subnormals.
@@ -95,7 +97,8 @@ def stored_scale(
   if spec.scale is None:
     return jnp.where(bad, jnp.float32(math.nan), scale)
   code = codec.encode_float(scale, spec.scale, dtype=jnp.int32)
-  return jnp.where(bad, spec.scale.nan_code, code)
+  nan = spec.scale.nan_code
+  return jnp.where(bad, nan, code)  # pyright: ignore[reportArgumentType]
 
 
 def absmax(
@@ -118,7 +121,7 @@ def inverse_factors(
   scale: codec.Float | None,
   largest: float,
   tensor_scale: jax.Array | None = None,
-) -> tuple:
+) -> tuple[jax.Array, ...]:
   """Float32 factors that quantize: their product is 1 / scale.
 
   1 / 0 counts as 0, so blocks without a scale become zero. The contract of
@@ -135,12 +138,14 @@ def inverse_factors(
     Factors; the first is NaN for poisoned blocks.
   """
   if is_exponent(scale):
+    assert stored is not None
     return exact.inverse_exponent_factors(stored)
   s = tensor_scale
   if stored is not None:
     (s,) = scale_factors(stored, scale)
     if tensor_scale is not None:
       s = s * tensor_scale
+  assert s is not None
   if largest >= 4:
     return (exact.reciprocal(s),)
   # s can exceed 2^126 here, and 1 / s would be flushed: split the factor.
@@ -149,7 +154,7 @@ def inverse_factors(
   return exact.reciprocal(s * shrink), shrink
 
 
-def scaled(x: jax.Array, inverse: tuple) -> jax.Array:
+def scaled(x: jax.Array, inverse: tuple[jax.Array, ...]) -> jax.Array:
   """x / scale from the `inverse_factors`, 0 in poisoned blocks."""
   for factor in inverse:
     x = x * factor

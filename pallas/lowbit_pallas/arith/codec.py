@@ -104,6 +104,7 @@ def rule(
     random_bits: how many of them are used.
   """
   if rounding == 'stochastic':
+    assert random is not None
     return stochastic(random, random_bits)
   if rounding == 'toward_zero':
     return toward_zero
@@ -331,7 +332,9 @@ def decode(code: jax.Array, f: Element) -> jax.Array:
 
 def unit_in_kernel(f: Element) -> float:
   """A power of two that `decode_in_kernel` saves work to leave out."""
-  return 1.0 if _levels(f) is None else 2.0 ** (f.emin - f.mantissa_bits)
+  if not isinstance(f, Float) or _levels(f) is None:
+    return 1.0
+  return 2.0 ** (f.emin - f.mantissa_bits)
 
 
 def _levels(f) -> list[int] | None:
@@ -363,7 +366,12 @@ def decode_field(
     scale = 2.0**-f.fraction_bits
     return value if scale == 1 else value * jnp.float32(scale)
   levels = _levels(f)
-  if levels is None or not f.signed or len(levels) << 1 != 1 << bits:
+  if (
+    not isinstance(f, Float)
+    or levels is None
+    or not f.signed
+    or len(levels) << 1 != 1 << bits
+  ):
     return decode_in_kernel(field >> shift & ((1 << bits) - 1), f, unit)
   place = _moved(field, shift, 2) & (4 * len(levels) - 4)
   sign = _moved(field, shift + bits - 1, 31) & jnp.uint32(1 << 31)

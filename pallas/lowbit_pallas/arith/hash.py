@@ -49,7 +49,7 @@ def random_bits(
   return bits_of(streams(key_words, site), index, index_hi)
 
 
-def streams(key_words: jax.Array, site: int = 0) -> tuple:
+def streams(key_words: jax.Array, site: int = 0) -> tuple[jax.Array, jax.Array]:
   """The two uint32 constants through which a key and a site enter."""
   k0, k1 = key_words[..., 0], key_words[..., 1]
   # Both words and the site go into both constants, so that neighbouring keys
@@ -59,7 +59,9 @@ def streams(key_words: jax.Array, site: int = 0) -> tuple:
 
 
 def bits_of(
-  constants: tuple, index: jax.Array, index_hi: jax.Array | None = None
+  constants: tuple[jax.Array, jax.Array],
+  index: jax.Array,
+  index_hi: jax.Array | None = None,
 ) -> jax.Array:
   """`random_bits` from the `streams` of its key and site."""
   a, b = constants

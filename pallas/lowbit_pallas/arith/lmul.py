@@ -131,7 +131,8 @@ def multiply(
     is_nan = (largest > f.inf_code) | (is_nan & is_zero)
   width = _width(f)
   sign = ((x ^ y) >> width) << width
-  return jnp.where(is_nan, f.nan_code, total | sign)
+  total = total | sign
+  return jnp.where(is_nan, f.nan_code, total)  # pyright: ignore[reportArgumentType]
 
 
 def _excess(carried):

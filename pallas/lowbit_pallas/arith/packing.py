@@ -11,12 +11,14 @@ of bytes do not vectorise; other axes are packed slice by slice.
 import functools
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+
+_Integers = TypeVar('_Integers', jax.Array, np.ndarray)
 
 
 def codes_per_group(bits: int) -> int:
@@ -109,7 +111,9 @@ def planes_to_lanes(planes: Sequence[jax.Array], bits: int) -> list[jax.Array]:
   ]
 
 
-def planes_to_fields(planes: Sequence[jax.Array], bits: int) -> list[tuple]:
+def planes_to_fields(
+  planes: Sequence[jax.Array], bits: int
+) -> list[tuple[jax.Array, int]]:
   """As `planes_to_lanes`, with codes where they are: (uint32 array, place of
   the lowest bit). Other bits of the first 16 hold something else."""
   stream = [b.astype(jnp.uint32) for b in planes]
@@ -274,7 +278,7 @@ def byte_matrices(bits: int, size: int) -> tuple:
   return low, carry if crosses.any() else None
 
 
-def low_mask(column: jax.Array, bits: int) -> jax.Array:
+def low_mask(column: _Integers, bits: int) -> _Integers:
   """The bits of the code at an int32 column that stay in its first byte."""
   return (1 << (8 - (column * bits & 7))) - 1
 

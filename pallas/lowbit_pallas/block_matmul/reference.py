@@ -154,8 +154,10 @@ def run(
   lk, rk = k_axes(layout)
   dims = (((lk,), (rk,)), ((), ()))
   if mode == 'integer':
-    a = integers(packing.unpack(lhs, lhs_spec.bits, lk), lhs_spec.element)
-    b = integers(packing.unpack(rhs, rhs_spec.bits, rk), rhs_spec.element)
+    left, right = lhs_spec.element, rhs_spec.element
+    assert isinstance(left, codec.Int) and isinstance(right, codec.Int)
+    a = integers(packing.unpack(lhs, lhs_spec.bits, lk), left)
+    b = integers(packing.unpack(rhs, rhs_spec.bits, rk), right)
     total = lax.dot_general(a, b, dims, preferred_element_type=jnp.int32)
     scales = row_scales(lhs_scale, rhs_scale, lhs_spec, rhs_spec, layout)
     return scaled(total, *scales)
@@ -223,6 +225,7 @@ def row_scales(
     (lhs_scale, lhs_spec, lk, 1),
     (rhs_scale, rhs_spec, rk, 0),
   ):
+    assert isinstance(spec.element, codec.Int)
     one = jnp.full((1, 1), 2.0**-spec.element.fraction_bits, jnp.float32)
     if scale is not None:
       one = block.times_scale(one, scale, spec.scale)
@@ -248,7 +251,7 @@ def promotion_scales(
 
 
 def promote(
-  acc: jax.Array, partial: jax.Array, sa: jax.Array, sb: jax.Array
+  acc: jax.Array, partial: jax.Array, sa: jax.Array, sb: jax.Array | int
 ) -> jax.Array:
   """One step of 'fp8_128': sa (M, 1), sb (1, N)."""
   return acc + (sa * sb) * partial

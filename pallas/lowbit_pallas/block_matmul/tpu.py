@@ -96,6 +96,7 @@ def run(
     )
     lhs_scale = rhs_scale = None
   elif mode == 'fp8_128':
+    assert lhs_scale is not None and rhs_scale is not None
     sa, sb = reference.promotion_scales(lhs_scale, rhs_scale, n, layout)
     lhs_scale = sa.T if lk == 0 else sa
     rhs_scale = sb if rk == 0 else sb.T
@@ -235,8 +236,8 @@ def _scale_spec(x, tile, dim):
 
 def tile_codes(planes: jax.Array, bits: int) -> list:
   """Lanes of codes from the planes of a tile."""
-  planes = [planes[b] for b in range(planes.shape[0])]
-  return packing.planes_to_lanes(planes, bits)
+  rows = [planes[b] for b in range(planes.shape[0])]
+  return packing.planes_to_lanes(rows, bits)
 
 
 def along_sublanes(factor: jax.Array, k: int) -> jax.Array:

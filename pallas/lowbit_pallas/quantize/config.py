@@ -81,7 +81,7 @@ def scalar(x: ArrayLike) -> jax.Array:
   return jnp.reshape(x, (1,)).astype(jnp.float32)
 
 
-def words(key_words: jax.Array, origin: Origin) -> jax.Array:
+def words(key_words: jax.Array, origin: Origin | None) -> jax.Array:
   """What random bits depend on: the streams of the key, and the origin."""
   start = (0, 0) if origin is None else origin[0]
   start = [jnp.asarray(s).astype(jnp.uint32) for s in start]

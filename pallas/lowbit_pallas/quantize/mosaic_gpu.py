@@ -71,6 +71,7 @@ def run(
   x = jnp.pad(x, ((0, -rows % 8), (0, -cols % LANES)))
   operands = {'x': x}
   if task.rounding == 'stochastic':
+    assert key_words is not None
     operands['words'] = cfg.words(key_words, origin)
   if tensor_scale is not None:
     operands['tensor_scale'] = cfg.scalar(tensor_scale)
@@ -124,7 +125,7 @@ class _Tile(NamedTuple):
   width: int
   unit: int
   cols: int
-  full: tuple[int, int] | None
+  full: tuple[int, ...] | None
   rows: int
 
   @property

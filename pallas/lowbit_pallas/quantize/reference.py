@@ -46,9 +46,11 @@ def run(
     x = hadamard.hadamard(x, task.rotation)
   random = None
   if task.rounding == 'stochastic':
+    assert key_words is not None
     index = hash.element_index(x.shape, origin)
     random = hash.random_bits(key_words, *index)
-  x, random = (_split(a, spec.block) for a in (x, random))
+  x = _split(x, spec.block)
+  random = None if random is None else _split(random, spec.block)
   amax = jnp.max(exact.magnitude_bits(x), -1, keepdims=True, initial=0)
   scale = block.stored_scale(amax, spec, task.rule, tensor_scale)
   inverse = block.inverse_factors(
@@ -63,7 +65,5 @@ def run(
 
 def _split(a, size: int):
   """(rows, cols) as (rows, blocks, size), padded with zeros."""
-  if a is None:
-    return None
   a = jnp.pad(a, ((0, 0), (0, -a.shape[1] % size)))
   return a.reshape(len(a), a.shape[1] // size, size)

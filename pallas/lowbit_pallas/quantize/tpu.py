@@ -349,5 +349,6 @@ def _pack_group(codes, plan, inputs):
           factor, inputs['pack'][k], preferred_element_type=jnp.float32
         )
         total = part if total is None else total + part
+    assert total is not None
     out.append(fb.nearest_integer(total))
   return out[0] if len(out) == 1 else jnp.concatenate(out, 1)

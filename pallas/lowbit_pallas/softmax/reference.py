@@ -4,6 +4,8 @@ Sums are taken along the rows of a `(chunks, CHAIN, LANES)` view of each row,
 in that order, so that the longest chain of additions stays short.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -106,7 +108,7 @@ def _online(kind, x, where):
   return getattr(form, kind)(x, total, where, -1)
 
 
-def _sum(x):
+def _sum(x) -> Any:
   """The sum of rows, in short chains: of whole chunks, slices and lanes."""
   *rows, columns = x.shape
   slices = columns // LANES

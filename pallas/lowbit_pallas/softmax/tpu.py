@@ -285,6 +285,7 @@ def _write_quotients(source, terms_ref, inverse_ref, y_ref, static: _Static):
     y = _slices(terms_ref, rows, c, static) * inverse_ref[rows, :]
     if static.masked:
       _, where = _load(source, rows, c, 0, static)
+      assert where is not None
       y = jnp.where(where, y, 0.0)
     _store(y, y_ref, rows, c, static)
     return state
