@@ -6,9 +6,11 @@ import tempfile
 from collections.abc import Iterator
 from typing import BinaryIO
 
+from lowbit_jax._typing import PathLike
+
 
 @contextlib.contextmanager
-def replacing(path) -> Iterator[BinaryIO]:
+def replacing(path: PathLike) -> Iterator[BinaryIO]:
   """A file open for writing that takes the place of `path` at the end.
 
   It is flushed to disk first. After an exception `path` is as it was.

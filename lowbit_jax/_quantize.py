@@ -6,6 +6,7 @@ merge blocks, pack. The public functions and their derivatives are in
 """
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lowbit_jax import qarray
+from lowbit_jax._typing import ArrayLike, DTypeLike, Key, Origin
 from lowbit_jax.formats import BlockFormat, ElementFormat
 from lowbit_jax.numerics import _packing, _rounding, _scaling
 from lowbit_jax.numerics._codec import as_float_array, dither_step, spec
@@ -24,12 +26,12 @@ class Rounding(NamedTuple):
   """How elements are rounded: the rounding arguments of `quantize`."""
 
   rounding: str = 'nearest_even'
-  key: jax.Array | None = None
+  key: Key | None = None
   random_bits: int = 23
-  origin: tuple | None = None
+  origin: Origin | None = None
 
 
-def check_format(fmt) -> BlockFormat:
+def check_format(fmt: object) -> BlockFormat:
   """Refuses what is not a block format, with the remedy."""
   if isinstance(fmt, BlockFormat):
     return fmt
@@ -45,7 +47,7 @@ def check_format(fmt) -> BlockFormat:
   )
 
 
-def check_array(x, fmt: BlockFormat) -> jax.Array:
+def check_array(x: ArrayLike, fmt: BlockFormat) -> jax.Array:
   """`x` as a float array of rank at least that of a block."""
   x = as_float_array(x)
   if x.ndim < len(fmt.block):
@@ -82,16 +84,16 @@ class Blocks(NamedTuple):
     view = self.view.shape
     return tuple(n for i, n in enumerate(view) if i not in self.inner)
 
-  def expand(self, leaf):
+  def expand(self, leaf: ArrayLike) -> jax.Array:
     """Gives a per-block array the axes of the view."""
     return jnp.expand_dims(leaf, self.inner)
 
-  def squeeze(self, x):
+  def squeeze(self, x: jax.Array) -> jax.Array:
     """Drops the block-inner axes, all of size 1."""
     return x.reshape(self.scale_shape())
 
 
-def split(x: jax.Array, fmt: BlockFormat, axes) -> Blocks:
+def split(x: jax.Array, fmt: BlockFormat, axes: tuple[int, ...]) -> Blocks:
   """Pads `x` with zeros to whole blocks and splits it."""
   pad = qarray.padding(x.shape, fmt, axes)
   if any(pad):
@@ -195,7 +197,12 @@ class Job(NamedTuple):
 
 
 def from_data(
-  x, fmt, axes, rule: str, rounding: Rounding, tensor_scale=None
+  x: jax.Array,
+  fmt: BlockFormat,
+  axes: tuple[int, ...],
+  rule: str,
+  rounding: Rounding,
+  tensor_scale: ArrayLike | None = None,
 ) -> Job:
   """A quantization whose scales come from the data."""
   blocks = split(x.astype(jnp.float32), fmt, axes)
@@ -217,7 +224,13 @@ def from_data(
   return Job(blocks, fmt, scales, elements, rounding)
 
 
-def from_scales(x, fmt, axes, scales: Scales, rounding: Rounding) -> Job:
+def from_scales(
+  x: jax.Array,
+  fmt: BlockFormat,
+  axes: tuple[int, ...],
+  scales: Scales,
+  rounding: Rounding,
+) -> Job:
   """A quantization with given scales, `scale` and `zero_point` per block."""
   blocks = split(x.astype(jnp.float32), fmt, axes)
   elements = _elements(x.shape, blocks, fmt, rounding)
@@ -228,7 +241,7 @@ def from_scales(x, fmt, axes, scales: Scales, rounding: Rounding) -> Job:
   return Job(blocks, fmt, scales, elements, rounding)
 
 
-def pack(job: Job, dtype) -> QArray:
+def pack(job: Job, dtype: DTypeLike) -> QArray:
   """Runs a quantization into packed storage."""
   blocks, fmt, scales = job.blocks, job.fmt, job.scales
 
@@ -247,7 +260,7 @@ def pack(job: Job, dtype) -> QArray:
   )
 
 
-def restore(view: jax.Array, blocks: Blocks, dtype) -> jax.Array:
+def restore(view: jax.Array, blocks: Blocks, dtype: DTypeLike) -> jax.Array:
   """A view back in the shape of the array, without padding."""
   x = view.reshape(blocks.shape)
   x = qarray.unpadded(x, blocks.axes, blocks.pad)
@@ -259,9 +272,11 @@ def _elements(shape, blocks: Blocks, fmt, rounding: Rounding) -> Elements:
   name, key, _, origin = rounding
   random = offset = None
   if name == 'stochastic':
+    assert key is not None
     random = _rounding.random_words(key, shape, origin)
     random = split(random, fmt, blocks.axes).view
   if name == 'dithered':
+    assert key is not None
     step = dither_step(fmt.element)
     offset = _rounding.dither(key, shape, origin) * step
     offset = split(offset, fmt, blocks.axes).view
@@ -359,6 +374,7 @@ def _minmax(blocks: Blocks, amax, fmt: BlockFormat):
 
 def _absmean(blocks: Blocks, amax, fmt: BlockFormat):
   """Mean magnitude of each block (BitNet b1.58)."""
+  assert fmt.scale is not None
   total = jnp.sum(jnp.abs(blocks.view), axis=blocks.inner, keepdims=True)
   mean = total * blocks.expand(1 / jnp.maximum(block_counts(blocks), 1))
   scale = jnp.where(amax >= fb.INF, math.nan, mean)
@@ -407,7 +423,7 @@ def _squared_error(blocks: Blocks, fmt: BlockFormat, scale, tensor_scale):
   return sum_of_squares(y - blocks.view, blocks.inner)
 
 
-def sum_of_squares(x, axes):
+def sum_of_squares(x: jax.Array, axes: int | Sequence[int]) -> jax.Array:
   """Sum of the squares of `x` over `axes`, kept with size 1.
 
   Masking a sign that is not there keeps the arithmetic of x out of the

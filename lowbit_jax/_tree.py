@@ -8,22 +8,24 @@ a mixed tree is split before differentiation and joined inside the loss:
 """
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lowbit_jax import qarray
+from lowbit_jax._typing import PyTree
 from lowbit_jax.numerics import _packing
 from lowbit_jax.qarray import QArray, is_qarray
 
 
-def path_name(path) -> str:
+def path_name(path: tuple[Any, ...]) -> str:
   """A key path of `jax.tree_util` as 'block_0/attention/kernel'."""
   return jax.tree_util.keystr(path, simple=True, separator='/')
 
 
-def partition(tree, *, scales: bool = False):
+def partition(tree: PyTree, *, scales: bool = False) -> tuple[PyTree, PyTree]:
   """Splits a tree into (trainable, frozen), each with None in the holes.
 
   Args:
@@ -56,7 +58,7 @@ def partition(tree, *, scales: bool = False):
   return tuple(treedef.unflatten([p[i] for p in pairs]) for i in (0, 1))
 
 
-def combine(*trees):
+def combine(*trees: PyTree) -> PyTree:
   """Joins trees of one structure, taking the first entry that is not None."""
 
   def pick(*xs):
@@ -69,7 +71,7 @@ def combine(*trees):
   return jax.tree.map(pick, *trees, is_leaf=lambda x: x is None or is_qarray(x))
 
 
-def shardings(q: QArray, sharding) -> QArray:
+def shardings(q: QArray, sharding: NamedSharding | PartitionSpec) -> QArray:
   """The sharding of every leaf that belongs to a sharding of the whole.
 
   Args:

@@ -23,11 +23,13 @@ import dataclasses
 import functools
 import math
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lowbit_jax._typing import Axis, DTypeLike, Key, Shape
 from lowbit_jax.formats import BlockFormat
 from lowbit_jax.numerics import _packing, _scaling, dither
 from lowbit_jax.numerics._codec import dither_step, spec
@@ -97,7 +99,7 @@ class QArray:
     return 8 * self.nbytes / self.size if self.size else 0.0
 
   @property
-  def sharding(self):
+  def sharding(self) -> jax.sharding.Sharding:
     """Sharding of the codes."""
     return self.codes.sharding
 
@@ -115,14 +117,14 @@ class QArray:
     moved = jax.tree.map(lambda leaf: jnp.swapaxes(leaf, -1, -2), self)
     return _with_axes(moved, [{-1: -2, -2: -1}.get(a, a) for a in self.axes])
 
-  def astype(self, dtype) -> 'QArray':
+  def astype(self, dtype: DTypeLike) -> 'QArray':
     """The same numbers standing for an array of another dtype."""
     return replace(self, dtype=np.dtype(dtype))
 
   def block_until_ready(self) -> 'QArray':
     return jax.block_until_ready(self)
 
-  def reshape(self, *shape) -> 'QArray':
+  def reshape(self, *shape: int | Shape) -> 'QArray':
     """A reshape that keeps blocks whole.
 
     Axes before the (first) block axis regroup freely; the block axis itself may
@@ -132,7 +134,7 @@ class QArray:
       shape = tuple(shape[0])
     return _reshape(self, shape)
 
-  def __getitem__(self, index) -> 'QArray':
+  def __getitem__(self, index: Any) -> 'QArray':
     """Basic indexing; slices of a block axis must fall on block boundaries."""
     return _getitem(self, index)
 
@@ -147,7 +149,9 @@ class QArray:
   def __jax_array__(self) -> jax.Array:
     return dequantize(self)
 
-  def __array__(self, dtype=None, copy=None) -> np.ndarray:
+  def __array__(
+    self, dtype: DTypeLike | None = None, copy: bool | None = None
+  ) -> np.ndarray:
     del copy
     return np.asarray(dequantize(self), dtype=dtype)
 
@@ -163,7 +167,7 @@ class QArray:
     )
 
 
-def is_qarray(x) -> bool:
+def is_qarray(x: object) -> bool:
   """Whether `x` is a QArray; the `is_leaf` of tree functions."""
   return isinstance(x, QArray)
 
@@ -223,7 +227,7 @@ def _check_leaf(name: str, leaf, shape, dtype: np.dtype, fmt) -> None:
     raise TypeError(f'{name}.dtype={leaf.dtype} must be {dtype} in {fmt}')
 
 
-def block_axes(fmt: BlockFormat, axis, ndim: int) -> tuple[int, ...]:
+def block_axes(fmt: BlockFormat, axis: Axis, ndim: int) -> tuple[int, ...]:
   """Block axes as negative ints.
 
   Args:
@@ -250,7 +254,9 @@ def block_axes(fmt: BlockFormat, axis, ndim: int) -> tuple[int, ...]:
   return axes
 
 
-def padding(shape, fmt: BlockFormat, axes) -> tuple[int, ...]:
+def padding(
+  shape: Shape, fmt: BlockFormat, axes: Sequence[int]
+) -> tuple[int, ...]:
   """Elements that fill each block axis up to whole blocks and whole bytes."""
   group = _packing.codes_per_group(fmt.element.bits)
   out = []
@@ -262,7 +268,9 @@ def padding(shape, fmt: BlockFormat, axes) -> tuple[int, ...]:
   return tuple(out)
 
 
-def split_blocks(shape, fmt: BlockFormat, axes):
+def split_blocks(
+  shape: Shape, fmt: BlockFormat, axes: Sequence[int]
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
   """The shape that separates blocks from their elements.
 
   Args:
@@ -288,13 +296,17 @@ def split_blocks(shape, fmt: BlockFormat, axes):
   return tuple(view), tuple(inner)
 
 
-def scale_shape(shape, fmt: BlockFormat, axes) -> tuple[int, ...]:
+def scale_shape(
+  shape: Shape, fmt: BlockFormat, axes: Sequence[int]
+) -> tuple[int, ...]:
   """Shape of the block scales of a padded shape."""
   view, inner = split_blocks(shape, fmt, axes)
   return tuple(n for i, n in enumerate(view) if i not in inner)
 
 
-def unpadded(x: jax.Array, axes, pad) -> jax.Array:
+def unpadded(
+  x: jax.Array, axes: Sequence[int], pad: Sequence[int]
+) -> jax.Array:
   """`x` without `pad` elements at the end of each axis."""
   for axis, p in zip(axes, pad, strict=True):
     if p:
@@ -308,7 +320,9 @@ def element_values(q: QArray) -> jax.Array:
   return codec.decode(codes, spec(q.fmt.element))
 
 
-def dequantize(q: QArray, dtype=None, *, dither_key=None) -> jax.Array:
+def dequantize(
+  q: QArray, dtype: DTypeLike | None = None, *, dither_key: Key | None = None
+) -> jax.Array:
   """The array that `q` stands for.
 
   Multiplies the element by the block scale, then by the tensor scale, in
@@ -347,6 +361,7 @@ def _dequantize(q: QArray, dtype: np.dtype, dither_key) -> jax.Array:
   if q.zero_point is not None:
     y = y - per_block(q.zero_point).astype(jnp.float32)
   if q.scale is not None:
+    assert q.fmt.scale is not None
     for factor in _scaling.factors(q.scale, q.fmt.scale):
       y = y * per_block(factor)
   if q.tensor_scale is not None:
@@ -403,17 +418,17 @@ def _reshape(q: QArray, shape) -> QArray:
   return jax.tree.map(move, q)
 
 
-def _getitem(q: QArray, index) -> QArray:
-  index = index if isinstance(index, tuple) else (index,)
+def _getitem(q: QArray, key) -> QArray:
+  index: list[Any] = list(key) if isinstance(key, tuple) else [key]
   if any(i is None for i in index):
     raise IndexError('a QArray cannot be indexed with None; use reshape')
   if Ellipsis not in [i if i is Ellipsis else 0 for i in index]:
-    index = (*index, Ellipsis)
+    index.append(Ellipsis)
   at = [i is Ellipsis for i in index].index(True)
   if len(index) - 1 > q.ndim:
     raise IndexError(f'{len(index) - 1} indices for shape {q.shape}')
-  fill = (slice(None),) * (q.ndim - len(index) + 1)
-  index = index[:at] + fill + index[at + 1 :]
+  fill = [slice(None)] * (q.ndim - len(index) + 1)
+  index[at : at + 1] = fill
   if all(isinstance(i, slice) and i == slice(None) for i in index):
     return q
 

@@ -16,6 +16,9 @@ import dataclasses
 import re
 from typing import Any, Protocol
 
+import jax
+
+from lowbit_jax._typing import Key
 from lowbit_jax.formats import BlockFormat
 from lowbit_jax.numerics import _rounding, _scaling
 from lowbit_pallas.arith.hadamard import check_power_of_two
@@ -26,7 +29,7 @@ RESIDUALS = ('high_precision', 'forward', 'requantized')
 _KEYED = ('stochastic', 'dithered')
 
 
-def check_quantizer(name: str, value) -> None:
+def check_quantizer(name: str, value: object) -> None:
   """Refuses what is neither None, a QuantSpec nor a hashable quantizer."""
   if value is None or isinstance(value, QuantSpec):
     return
@@ -103,7 +106,7 @@ class TensorScaling:
   window: int = 1
   every: int = 1
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     for name in ('window', 'every'):
       value = getattr(self, name)
       if not isinstance(value, int) or value < 1:
@@ -151,7 +154,7 @@ class QuantSpec:
   target: float | None = None
   tensor_scaling: TensorScaling | None = None
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     if not isinstance(self.fmt, BlockFormat):
       raise TypeError(
         f'fmt={self.fmt!r} must be a block format, a value such as'
@@ -194,8 +197,8 @@ class QuantSpec:
 class Quantizer(Protocol):
   """Anything else that quantizes, as a hashable value.
 
-  Its own derivative is its rule. `is_straight_through` may be missing, which
-  counts as false.
+  Its own derivative is its rule. It may have a bool `is_straight_through`:
+  whether that is the identity, so that none is taken. Missing counts as false.
   """
 
   @property
@@ -203,12 +206,7 @@ class Quantizer(Protocol):
     """Whether it draws random bits."""
     ...
 
-  @property
-  def is_straight_through(self) -> bool:
-    """Whether its derivative is the identity, so that none is taken."""
-    ...
-
-  def __call__(self, x, axis: int, key) -> Any:
+  def __call__(self, x: jax.Array, axis: int, key: Key | None) -> Any:
     """An array of the shape and dtype of x, quantized along `axis`."""
     ...
 
@@ -232,7 +230,7 @@ class GemmSpec:
   hadamard: int = 0
   signs: str = 'none'
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     for name in ('lhs', 'rhs'):
       check_quantizer(name, getattr(self, name))
     _one_of('signs', self.signs, SIGNS)
@@ -296,7 +294,7 @@ class Recipe:
   principal: int = 0
   switches: tuple[tuple[float, 'Recipe'], ...] = ()
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     for name in ('fwd', 'dgrad', 'wgrad'):
       gemm = getattr(self, name)
       if not isinstance(gemm, GemmSpec):
@@ -397,7 +395,7 @@ class Policy:
   last: int = 0
   blocks: int | None = None
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     for pattern, recipe in self.rules:
       re.compile(pattern)
       if not isinstance(recipe, Recipe | None):

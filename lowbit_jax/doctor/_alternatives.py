@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from lowbit_jax import formats, ops, qarray, transforms
 from lowbit_jax._quantize import check_array
+from lowbit_jax._typing import Axis
 from lowbit_jax.doctor import _measure
 from lowbit_jax.doctor._measure import Measures
 from lowbit_jax.formats import BlockFormat, IntFormat
@@ -51,7 +52,13 @@ class Case(NamedTuple):
   m: Measures
   x: Any
 
-  def gain(self, fmt=None, axis=None, scale_rule=None, transform=None) -> float:
+  def gain(
+    self,
+    fmt: BlockFormat | None = None,
+    axis: Axis = None,
+    scale_rule: str | None = None,
+    transform: Any = None,
+  ) -> float:
     """QSNR in dB that another choice has more than this one."""
     if self.x is None:
       return -math.inf

@@ -2,6 +2,8 @@
 
 import dataclasses
 import operator
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -89,7 +91,12 @@ class Audit:
     return '\n'.join(lines)
 
 
-def audit_gradients(fn, *args, argnums=0, scale_argnums=()) -> Audit:
+def audit_gradients(
+  fn: Callable,
+  *args: Any,
+  argnums: int | Sequence[int] = 0,
+  scale_argnums: int | Sequence[int] = (),
+) -> Audit:
   """Finds casts that round a cotangent to a few bits without a scale.
 
   The transpose of `x.astype(float8_e4m3fn).astype(float32)` rounds the

@@ -1,6 +1,7 @@
 """NumPy views of a quantized array as rows of one block each."""
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -13,7 +14,7 @@ from lowbit_jax.qarray import QArray
 class Layout:
   """Rearranges arrays of the padded shape into rows of one block each."""
 
-  def __init__(self, q: QArray, padded):
+  def __init__(self, q: QArray, padded: Sequence[int]) -> None:
     self._padded = padded
     self._view, inner = _view(q, padded)
     outer = [i for i in range(len(self._view)) if i not in inner]

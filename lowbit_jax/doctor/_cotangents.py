@@ -25,11 +25,12 @@ function, and finds integer casts that cut the derivative off.
 """
 
 import enum
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
+from lowbit_jax._typing import DTypeLike
 from lowbit_jax.doctor import _flow
 
 
@@ -77,7 +78,7 @@ _ROUNDINGS = {'round', 'floor', 'ceil'}
 _INDICES = {'argmax', 'argmin'}
 
 
-def width(dtype) -> int:
+def width(dtype: DTypeLike) -> int:
   """Bits of a number of that dtype; 64 for what is no number."""
   if jnp.issubdtype(dtype, jnp.floating):
     return jnp.finfo(dtype).bits
@@ -86,17 +87,17 @@ def width(dtype) -> int:
   return 64
 
 
-def narrow(dtype) -> bool:
+def narrow(dtype: DTypeLike) -> bool:
   """Whether numbers of that dtype have fewer than 16 bits."""
   return width(dtype) < 16
 
 
-def is_bool(v) -> bool:
+def is_bool(v: Any) -> bool:
   """Whether a variable of a jaxpr is a mask."""
   return getattr(v.aval, 'dtype', None) == np.bool_
 
 
-def cast_target(eqn) -> str | None:
+def cast_target(eqn: Any) -> str | None:
   """Name of the narrow type that an equation rounds a wide one to, or None."""
   name = eqn.primitive.name
   if name not in _CASTS:
@@ -141,14 +142,14 @@ class Backward(_Finder):
       return State(Kind.COTANGENT)
     return state
 
-  def opaque(self, eqn, states, path):
+  def opaque(self, eqn: Any, states: list, path: tuple) -> list:
     if max(s.kind for s in states) >= Kind.CODES and not self.muted:
       self.opaque_calls[path] = (
         f'{eqn.primitive.name} at {_flow.source_line(eqn)}'
       )
     return [self._all(states)] * len(eqn.outvars)
 
-  def step(self, eqn, states, path):
+  def step(self, eqn: Any, states: list, path: tuple) -> list:
     out = self._out(eqn, states, path)
     return [self._mask(out) if is_bool(v) else out for v in eqn.outvars]
 
@@ -263,14 +264,14 @@ class Forward(_Finder):
   def join(self, a: Path, b: Path) -> Path:
     return Path(a.depends or b.depends, a.cuts | b.cuts)
 
-  def skips(self, eqn) -> bool:
+  def skips(self, eqn: Any) -> bool:
     # These state their own derivative.
     return eqn.primitive.name in ('custom_vjp_call', 'custom_jvp_call')
 
-  def opaque(self, eqn, states, path):
+  def opaque(self, eqn: Any, states: list, path: tuple) -> list:
     return self.step(eqn, states, path)
 
-  def step(self, eqn, states, path):
+  def step(self, eqn: Any, states: list, path: tuple) -> list:
     name = eqn.primitive.name
     out = self.constant
     for state in states[1:] if name == 'select_n' else states:

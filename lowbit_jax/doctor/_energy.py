@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.extend.core as jex
@@ -105,7 +106,7 @@ class Energy:
     return '\n'.join(lines)
 
 
-def energy(fn: Callable, *args) -> Energy:
+def energy(fn: Callable, *args: Any) -> Energy:
   """Counts the arithmetic of a function and estimates its energy.
 
   Reads the jaxpr; nothing is run. A product (m, k) @ (k, n) is m n k

@@ -7,6 +7,7 @@ until the states of its carry no longer change.
 
 import abc
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -30,28 +31,28 @@ class Flow(abc.ABC):
   captured: Any = None  # state of arrays that a function closes over
 
   @abc.abstractmethod
-  def join(self, a, b) -> Any:
+  def join(self, a: Any, b: Any) -> Any:
     """The least state that covers both."""
 
   @abc.abstractmethod
-  def step(self, eqn, states: list, path: tuple) -> list:
+  def step(self, eqn: Any, states: list, path: tuple) -> list:
     """States of the outputs of an equation without a jaxpr inside."""
 
   @abc.abstractmethod
-  def opaque(self, eqn, states: list, path: tuple) -> list:
+  def opaque(self, eqn: Any, states: list, path: tuple) -> list:
     """The same for an equation whose inside cannot be followed."""
 
-  def skips(self, eqn) -> bool:
+  def skips(self, eqn: Any) -> bool:
     """Whether an equation is a `step` although it has a jaxpr inside."""
     del eqn
     return False
 
-  def carried(self, state):
+  def carried(self, state: Any) -> Any:
     """The state of a value at the border of an iteration."""
     return state
 
 
-def run(jaxpr, states, flow: Flow, path: tuple = ()) -> list:
+def run(jaxpr: Any, states: Sequence, flow: Flow, path: tuple = ()) -> list:
   """States of the outputs of a jaxpr.
 
   Args:
@@ -74,7 +75,7 @@ def run(jaxpr, states, flow: Flow, path: tuple = ()) -> list:
   return [read(v) for v in jaxpr.outvars]
 
 
-def source_line(eqn) -> str:
+def source_line(eqn: Any) -> str:
   """'file:line (function)' of the user's code behind an equation."""
   traceback = eqn.source_info.traceback
   frames = [] if traceback is None else list(traceback.frames)

@@ -14,6 +14,7 @@ import numpy as np
 from jax.core import Tracer
 
 from lowbit_jax import qarray
+from lowbit_jax._typing import ArrayLike, PyTree
 from lowbit_jax.doctor import _blocks
 from lowbit_jax.numerics import _scaling
 from lowbit_jax.qarray import QArray
@@ -76,7 +77,7 @@ def crest_limit(n: int) -> float:
   return 1.5 * math.sqrt(2 * math.log(max(n, 2)))
 
 
-def measure(q: QArray, x=None) -> Measures:
+def measure(q: QArray, x: ArrayLike | None = None) -> Measures:
   """Measures a stored tensor, against its original where there is one.
 
   Args:
@@ -178,7 +179,7 @@ def _decode(q: QArray):
   return qarray.element_values(q), qarray.dequantize(q, jnp.float32)
 
 
-def qsnr_db(x, y) -> float:
+def qsnr_db(x: ArrayLike, y: ArrayLike) -> float:
   """10 log10(sum x^2 / sum (x - y)^2) where both are finite."""
   x = np.ravel(np.asarray(jnp.asarray(x).astype(jnp.float32)))
   y = np.ravel(np.asarray(y))
@@ -259,7 +260,7 @@ def _share(part, whole) -> float:
   return float(np.sum(part)) / float(whole) if whole else 0.0
 
 
-def is_concrete(x) -> bool:
+def is_concrete(x: PyTree) -> bool:
   """Whether the values of an array or QArray are known."""
   leaves = jax.tree.leaves(x)
   return all(

@@ -11,6 +11,7 @@ import numpy as np
 from lowbit_jax import qarray
 from lowbit_jax._quantize import check_array, check_format
 from lowbit_jax._tree import path_name
+from lowbit_jax._typing import PyTree
 from lowbit_jax.doctor import _advice, _alternatives, _measure
 from lowbit_jax.doctor._table import Report, Row
 from lowbit_jax.formats import BlockFormat
@@ -26,13 +27,13 @@ Axis = int | tuple[int, ...] | Callable[[str, Any], Any] | None
 
 
 def report(
-  params,
+  params: PyTree,
   fmt: BlockFormat | None = None,
   *,
   select: Callable[[str, Any], bool] | None = None,
   scale_rule: str | None = None,
   axis: Axis = None,
-  reference=None,
+  reference: PyTree = None,
 ) -> Report:
   """Measures what a format does to tensors, and says what to change.
 
@@ -110,7 +111,7 @@ class _Plan:
       )
     return x
 
-  def axis_of(self, path: str, x, bare: bool):
+  def axis_of(self, path: str, x, bare: bool) -> Any:
     if callable(self.axis):
       return self.axis(path, x)
     if self.axis is not None or bare or self.fmt.is_tile:

@@ -5,6 +5,7 @@ import math
 import textwrap
 from collections.abc import Iterator
 
+from lowbit_jax._typing import Axis
 from lowbit_jax.doctor._measure import Measures
 
 WIDTH = 100
@@ -30,7 +31,7 @@ class Row:
   shape: tuple[int, ...]
   dtype: str
   fmt: str = ''
-  axis: int | tuple[int, ...] | None = None
+  axis: Axis = None
   measures: Measures = Measures()
   rules: tuple[str, ...] = ()
   advice: str = ''

@@ -89,7 +89,7 @@ class FloatFormat(ElementFormat):
   signed: bool = True
   zero: bool = True
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     _require(self.exponent_bits >= 1, f'{self.exponent_bits=} must be >= 1')
     _require(self.mantissa_bits >= 0, f'{self.mantissa_bits=} must be >= 0')
     _require(
@@ -205,7 +205,7 @@ class IntFormat(ElementFormat):
   signed: bool = True
   fraction_bits: int = 0
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     _require(1 <= self.width <= 8, f'{self.width=} must be in 1..8')
     _require(
       not (self.signed and self.width < 2), 'a signed integer needs width >= 2'
@@ -246,7 +246,7 @@ class CodebookFormat(ElementFormat):
 
   table: tuple[float, ...]
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     size = len(self.table)
     _require(
       2 <= size <= 256 and size & (size - 1) == 0,
@@ -294,7 +294,7 @@ class BlockFormat:
   zero_point: bool = False
   scale_rule: str = 'absmax'
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     _require(
       isinstance(self.block, tuple)
       and 1 <= len(self.block) <= 2

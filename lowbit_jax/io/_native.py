@@ -21,13 +21,14 @@ import ml_dtypes
 import numpy as np
 
 from lowbit_jax import _files, formats, qarray
+from lowbit_jax._typing import PathLike, PyTree
 from lowbit_jax.qarray import QArray
 
 VERSION = 1
 _MAGIC = 'lowbit_jax tree'
 
 
-def save(path, tree, *, overwrite: bool = False) -> None:
+def save(path: PathLike, tree: PyTree, *, overwrite: bool = False) -> None:
   """Writes a tree to a file, atomically.
 
   Args:
@@ -63,7 +64,7 @@ def save(path, tree, *, overwrite: bool = False) -> None:
         np.lib.format.write_array(entry, array, allow_pickle=False)
 
 
-def load(path) -> Any:
+def load(path: PathLike) -> Any:
   """Reads a tree that `save` wrote.
 
   Returns:

@@ -2,7 +2,8 @@
 Flax modules."""
 
 import dataclasses
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,15 @@ from flax.linen import dtypes as flax_dtypes
 from jax import lax
 
 from lowbit_jax import ops
-from lowbit_jax.nn._view import unview
+from lowbit_jax._typing import (
+  DotDims,
+  DTypeLike,
+  Key,
+  OutSharding,
+  Precision,
+  PyTree,
+)
+from lowbit_jax.nn._view import Viewed, unview
 from lowbit_jax.ops import _dot, specs as quant_specs
 from lowbit_jax.qarray import QArray
 from lowbit_jax.recipe import QuantSpec
@@ -76,7 +85,9 @@ def einsum(
   return Einsum(Specs(*check_specs(lhs, rhs)))
 
 
-def promote_dtype(*args, dtype=None, inexact: bool = True):
+def promote_dtype(
+  *args: Any, dtype: DTypeLike | None = None, inexact: bool = True
+) -> Any:
   """`promote_dtype` of Flax that lets QArrays through.
 
   QArrays stay packed and only take on the dtype that they stand for.
@@ -92,12 +103,12 @@ def promote_dtype(*args, dtype=None, inexact: bool = True):
   is_nnx = len(args) == 1 and isinstance(args[0], tuple)
   values = [unview(x) for x in (args[0] if is_nnx else args)]
   like = [np.zeros((), x.dtype) if _is_q(x) else x for x in values]
-  dtype = flax_dtypes.canonicalize_dtype(*like, dtype=dtype, inexact=inexact)
+  common = flax_dtypes.canonicalize_dtype(*like, dtype=dtype, inexact=inexact)
 
   def cast(x):
     if x is None or isinstance(x, QArray):
-      return x if x is None else x.astype(dtype)
-    return jnp.asarray(x, dtype)
+      return x if x is None else x.astype(common)
+    return jnp.asarray(x, common)
 
   promoted = [cast(x) for x in values]
   return tuple(promoted) if is_nnx else promoted
@@ -111,12 +122,12 @@ class DotGeneral:
 
   def __call__(
     self,
-    lhs,
-    rhs,
-    dimension_numbers,
-    precision=None,
-    preferred_element_type=None,
-    **kwargs,
+    lhs: Viewed,
+    rhs: Viewed,
+    dimension_numbers: DotDims,
+    precision: Precision = None,
+    preferred_element_type: DTypeLike | None = None,
+    **kwargs: Any,
   ) -> jax.Array:
     return contract(
       lhs,
@@ -138,11 +149,11 @@ class Einsum:
   def __call__(
     self,
     subscripts: str,
-    lhs,
-    rhs,
-    precision=None,
-    preferred_element_type=None,
-    **kwargs,
+    lhs: Viewed,
+    rhs: Viewed,
+    precision: Precision = None,
+    preferred_element_type: DTypeLike | None = None,
+    **kwargs: Any,
   ) -> jax.Array:
     return contract_einsum(
       subscripts,
@@ -156,16 +167,16 @@ class Einsum:
 
 
 def contract(
-  lhs,
-  rhs,
-  dimension_numbers,
+  lhs: Viewed,
+  rhs: Viewed,
+  dimension_numbers: DotDims,
   specs: Specs,
   *,
-  key=None,
-  precision=None,
-  preferred_element_type=None,
-  out_sharding=None,
-  **kwargs,
+  key: Key | None = None,
+  precision: Precision = None,
+  preferred_element_type: DTypeLike | None = None,
+  out_sharding: OutSharding = None,
+  **kwargs: Any,
 ) -> jax.Array:
   """`dot_general` of operands that `specs` are applied to.
 
@@ -179,11 +190,11 @@ def contract(
     out_sharding: sharding of the result on explicit mesh axes.
     **kwargs: further keywords of `lax.dot_general`.
   """
-  lhs, rhs = _quantized(lhs, rhs, dimension_numbers, specs, key)
-  if not (_is_q(lhs) or _is_q(rhs)):
+  left, right = _quantized(lhs, rhs, dimension_numbers, specs, key)
+  if not (_is_q(left) or _is_q(right)):
     return lax.dot_general(
-      lhs,
-      rhs,
+      left,
+      right,
       dimension_numbers,
       precision=precision,
       preferred_element_type=preferred_element_type,
@@ -201,35 +212,35 @@ def contract(
       preferred_element_type=preferred_element_type,
     )
 
-  return sharded(product, out_sharding, lhs, rhs)
+  return sharded(product, out_sharding, left, right)
 
 
 def contract_einsum(
   subscripts: str,
-  lhs,
-  rhs,
+  lhs: Viewed,
+  rhs: Viewed,
   specs: Specs,
   *,
-  key=None,
-  precision=None,
-  preferred_element_type=None,
-  out_sharding=None,
-  **kwargs,
+  key: Key | None = None,
+  precision: Precision = None,
+  preferred_element_type: DTypeLike | None = None,
+  out_sharding: OutSharding = None,
+  **kwargs: Any,
 ) -> jax.Array:
   """As `contract`, by subscripts."""
-  lhs, rhs = unview(lhs), unview(rhs)
-  if specs == Specs(None, None) and not (_is_q(lhs) or _is_q(rhs)):
+  left, right = unview(lhs), unview(rhs)
+  if specs == Specs(None, None) and not (_is_q(left) or _is_q(right)):
     return jnp.einsum(
       subscripts,
-      lhs,
-      rhs,
+      left,
+      right,
       precision=precision,
       preferred_element_type=preferred_element_type,
       out_sharding=out_sharding,
       **kwargs,
     )
   _refuse(kwargs)
-  dims, order = _dot.einsum_dims(subscripts, lhs.ndim, rhs.ndim)
+  dims, order = _dot.einsum_dims(subscripts, left.ndim, right.ndim)
 
   def product(lhs, rhs):
     out = contract(
@@ -243,11 +254,14 @@ def contract_einsum(
     )
     return out.transpose(order)
 
-  return sharded(product, out_sharding, lhs, rhs)
+  return sharded(product, out_sharding, left, right)
 
 
 def fake_quant(
-  x, spec: QuantSpec | None, axis: int | tuple[int, ...], key=None
+  x: jax.Array,
+  spec: QuantSpec | None,
+  axis: int | tuple[int, ...],
+  key: Key | None = None,
 ) -> jax.Array:
   """`ops.fake_quant` as `spec` says; `x` itself for None.
 
@@ -294,7 +308,9 @@ def _spec_axis(spec: QuantSpec, x, contracted, batch):
   return (last, free[-1]) if spec.fmt.is_tile else last
 
 
-def sharded(f, out_sharding, *operands):
+def sharded(
+  f: Callable, out_sharding: OutSharding, *operands: PyTree
+) -> PyTree:
   """`f(*operands)` with the given sharding of the result."""
   if out_sharding is None:
     return f(*operands)
@@ -303,7 +319,9 @@ def sharded(f, out_sharding, *operands):
   return jax.sharding.reshard(auto(*operands), out_sharding)
 
 
-def check_specs(lhs, rhs):
+def check_specs(
+  lhs: QuantSpec | None, rhs: QuantSpec | None
+) -> tuple[QuantSpec | None, QuantSpec | None]:
   for name, spec in (('lhs', lhs), ('rhs', rhs)):
     if spec is None:
       continue

@@ -4,12 +4,19 @@ import jax
 import jax.numpy as jnp
 
 from lowbit_jax import qarray
+from lowbit_jax._typing import ArrayLike, DTypeLike, Key
 from lowbit_jax.nn import _dot
 from lowbit_jax.qarray import QArray
 from lowbit_jax.recipe import QuantSpec
 
 
-def take_rows(table, ids, dtype, spec: QuantSpec | None = None, key=None):
+def take_rows(
+  table: jax.Array | QArray,
+  ids: ArrayLike,
+  dtype: DTypeLike | None,
+  spec: QuantSpec | None = None,
+  key: Key | None = None,
+) -> jax.Array:
   """Rows of a table; NaN for ids outside of it, as in `jnp.take`.
 
   Args:
@@ -39,7 +46,12 @@ def take_rows(table, ids, dtype, spec: QuantSpec | None = None, key=None):
   return rows if dtype is None else rows.astype(dtype)
 
 
-def attend(query, table, specs: _dot.Specs, key=None) -> jax.Array:
+def attend(
+  query: jax.Array,
+  table: jax.Array | QArray,
+  specs: _dot.Specs,
+  key: Key | None = None,
+) -> jax.Array:
   """Scores of queries against all rows: query @ table.T.
 
   Args:

@@ -11,6 +11,7 @@ from flax.core import meta
 
 from lowbit_jax import _quantize as core, ops, qarray
 from lowbit_jax._tree import path_name
+from lowbit_jax._typing import Axis, PyTree
 from lowbit_jax.formats import BlockFormat
 from lowbit_jax.numerics import _scaling
 from lowbit_jax.qarray import QArray
@@ -32,14 +33,14 @@ class Layout(NamedTuple):
 
 
 def quantize_params(
-  params,
+  params: PyTree,
   select: str | Callable[[str, Any], bool] | None,
   fmt: BlockFormat | Callable[[str, Any], BlockFormat | None],
   *,
-  axis=None,
+  axis: Axis | Callable[[str, Any], Axis] = None,
   stacked: str | Callable[[str, Any], bool] | None = None,
   scale_rule: str | None = None,
-):
+) -> PyTree:
   """A parameter tree with QArrays in place of the selected leaves.
 
   The result goes to `model.apply` of a Linen model, `nnx.merge` of an NNX state
@@ -102,7 +103,7 @@ def quantize_params(
   )
 
 
-def trainable_mask(params):
+def trainable_mask(params: PyTree) -> PyTree:
   """A tree of bools for `optax.masked`: False for QArrays and integers.
 
   Examples:

@@ -7,12 +7,16 @@ makes, and packed codes have another shape. What it does first is to unbox
 is needed.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.core import meta
 
 from lowbit_jax import qarray
+from lowbit_jax._typing import DTypeLike
+from lowbit_jax.ops._prepack import Operand
 from lowbit_jax.qarray import QArray
 
 _OPERATORS = (
@@ -28,7 +32,7 @@ class ArrayView:
     q: the QArray.
   """
 
-  def __init__(self, q: QArray):
+  def __init__(self, q: QArray) -> None:
     self.q = q
 
   @property
@@ -51,19 +55,21 @@ class ArrayView:
   def T(self) -> jax.Array:
     return jnp.asarray(self).T
 
-  def astype(self, dtype) -> jax.Array:
+  def astype(self, dtype: DTypeLike) -> jax.Array:
     return qarray.dequantize(self.q, dtype)
 
-  def reshape(self, *shape) -> jax.Array:
+  def reshape(self, *shape: Any) -> jax.Array:
     return jnp.asarray(self).reshape(*shape)
 
-  def __getitem__(self, index) -> jax.Array:
+  def __getitem__(self, index: Any) -> jax.Array:
     return jnp.asarray(self)[index]
 
   def __jax_array__(self) -> jax.Array:
     return qarray.dequantize(self.q)
 
-  def __array__(self, dtype=None, copy=None) -> np.ndarray:
+  def __array__(
+    self, dtype: DTypeLike | None = None, copy: bool | None = None
+  ) -> np.ndarray:
     return self.q.__array__(dtype, copy)
 
   def __repr__(self) -> str:
@@ -82,7 +88,10 @@ for _name in _OPERATORS:
   setattr(ArrayView, f'__{_name}__', _forward(f'__{_name}__'))
 
 
-def unview(x):
+Viewed = Operand | ArrayView  # of a product
+
+
+def unview(x: Any) -> Any:
   """The QArray behind a view; anything else as it is."""
   return x.q if isinstance(x, ArrayView) else x
 

@@ -11,6 +11,7 @@ weights instead, without decoding all of them,
 
 import contextlib
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -18,8 +19,9 @@ import jax.numpy as jnp
 from flax import linen as flax_linen
 from flax.linen import module as flax_module
 
+from lowbit_jax._typing import DotDims, DTypeLike, Precision
 from lowbit_jax.nn import _dot, _embed
-from lowbit_jax.nn._view import ArrayView, unview
+from lowbit_jax.nn._view import ArrayView, Viewed, unview
 from lowbit_jax.recipe import QuantSpec
 
 RNG = 'quant'
@@ -44,12 +46,12 @@ class DotGeneral(flax_linen.Module):
 
   def __call__(
     self,
-    lhs,
-    rhs,
-    dimension_numbers,
-    precision=None,
-    preferred_element_type=None,
-    **kwargs,
+    lhs: Viewed,
+    rhs: Viewed,
+    dimension_numbers: DotDims,
+    precision: Precision = None,
+    preferred_element_type: DTypeLike | None = None,
+    **kwargs: Any,
   ) -> jax.Array:
     specs = _dot.Specs(self.lhs, self.rhs)
     return _dot.contract(
@@ -78,7 +80,7 @@ class Dense(flax_linen.Dense):
   rhs: QuantSpec | None = None
   promote_dtype: Any = _dot.promote_dtype
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     if self.dot_general is None and self.dot_general_cls is None:
       if _dot.Specs(self.lhs, self.rhs).need_key:
         cls = functools.partial(DotGeneral, self.lhs, self.rhs)
@@ -101,7 +103,9 @@ class Einsum(flax_linen.Einsum):
   promote_dtype: Any = _dot.promote_dtype
 
   @flax_linen.compact
-  def __call__(self, inputs, einsum_str: str | None = None) -> jax.Array:
+  def __call__(
+    self, inputs: jax.Array, einsum_str: str | None = None
+  ) -> jax.Array:
     subscripts = flax_module.merge_param(
       'einsum_str', self.einsum_str, einsum_str
     ).replace(' ', '')
@@ -141,7 +145,7 @@ class Embed(flax_linen.Embed):
   rhs: QuantSpec | None = None
   promote_dtype: Any = _dot.promote_dtype
 
-  def __call__(self, inputs) -> jax.Array:
+  def __call__(self, inputs: jax.Array) -> jax.Array:
     if not jnp.issubdtype(inputs.dtype, jnp.integer):
       raise ValueError(f'{inputs.dtype=} must be an integer type')
     (table,) = self.promote_dtype(
@@ -151,14 +155,14 @@ class Embed(flax_linen.Embed):
     key = _key(self, specs)
     return _embed.take_rows(table, inputs, None, self.rhs, key)
 
-  def attend(self, query) -> jax.Array:
+  def attend(self, query: jax.Array) -> jax.Array:
     query, table = self.promote_dtype(query, self.embedding, dtype=self.dtype)
     specs = _dot.Specs(self.lhs, self.rhs)
     return _embed.attend(query, table, specs, _key(self, specs))
 
 
 @contextlib.contextmanager
-def packed():
+def packed() -> Iterator[None]:
   """Unmodified modules use packed weights inside this context.
 
   Dense and DenseGeneral (so also MultiHeadDotProductAttention) that have no

@@ -5,6 +5,7 @@ Unmodified NNX modules take QArrays: they decode a weight before they use it.
 Einsum contract them packed.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -13,20 +14,23 @@ from flax import nnx as flax_nnx
 from flax.nnx.nn import dtypes as flax_dtypes
 from jax import lax
 
+from lowbit_jax._typing import Axis, DotDims, DTypeLike, OutSharding, Precision
+from lowbit_jax.formats import BlockFormat
 from lowbit_jax.nn import _dot, _embed, _params
 from lowbit_jax.nn._frozen import (
   QuantizedParam as QuantizedParam,
   frozen as frozen,
 )
+from lowbit_jax.nn._view import Viewed
 from lowbit_jax.recipe import QuantSpec
 
 
 def quantize(
   model: flax_nnx.Module,
-  select,
-  fmt,
+  select: str | Callable[[str, Any], bool] | None,
+  fmt: BlockFormat | Callable[[str, Any], BlockFormat | None],
   *,
-  axis=None,
+  axis: Axis | Callable[[str, Any], Axis] = None,
   scale_rule: str | None = None,
 ) -> flax_nnx.Module:
   """Replaces the selected parameters of a model by `QuantizedParam`s, in place.
@@ -100,18 +104,18 @@ class DotGeneral(flax_nnx.Module):
     rhs: QuantSpec | None = None,
     *,
     rngs: flax_nnx.Rngs,
-  ):
+  ) -> None:
     self.specs = _dot.Specs(lhs, rhs)
     self.rngs = rngs.fork()
 
   def __call__(
     self,
-    lhs,
-    rhs,
-    dimension_numbers,
-    precision=None,
-    preferred_element_type=None,
-    **kwargs,
+    lhs: Viewed,
+    rhs: Viewed,
+    dimension_numbers: DotDims,
+    precision: Precision = None,
+    preferred_element_type: DTypeLike | None = None,
+    **kwargs: Any,
   ) -> jax.Array:
     return _dot.contract(
       lhs,
@@ -144,14 +148,16 @@ class Embed(flax_nnx.Embed):
     lhs: QuantSpec | None = None,
     rhs: QuantSpec | None = None,
     promote_dtype: Any = _dot.promote_dtype,
-    **kwargs,
-  ):
+    **kwargs: Any,
+  ) -> None:
     super().__init__(
       num_embeddings, features, promote_dtype=promote_dtype, **kwargs
     )
     self.specs = _dot.Specs(*_dot.check_specs(lhs, rhs))
 
-  def __call__(self, inputs, out_sharding=None) -> jax.Array:
+  def __call__(
+    self, inputs: jax.Array, out_sharding: OutSharding = None
+  ) -> jax.Array:
     if not jnp.issubdtype(inputs.dtype, jnp.integer):
       raise ValueError(f'{inputs.dtype=} must be an integer type')
     (table,) = self.promote_dtype(
@@ -163,7 +169,9 @@ class Embed(flax_nnx.Embed):
 
     return _dot.sharded(take, out_sharding, table, inputs)
 
-  def attend(self, query, out_sharding=None) -> jax.Array:
+  def attend(
+    self, query: jax.Array, out_sharding: OutSharding = None
+  ) -> jax.Array:
     query, table = self.promote_dtype(
       (query, self.embedding[...]), dtype=self.dtype
     )

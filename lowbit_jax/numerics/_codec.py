@@ -1,10 +1,12 @@
 """Element codes of arrays: encode, decode, and rounding to a format."""
 
 import functools
+from typing import overload
 
 import jax
 import jax.numpy as jnp
 
+from lowbit_jax._typing import ArrayLike, DTypeLike, Key, Origin
 from lowbit_jax.formats import (
   BlockFormat,
   CodebookFormat,
@@ -19,7 +21,7 @@ FLOAT_DTYPES = ('float16', 'bfloat16', 'float32')
 OVERFLOWS = ('saturate', 'special')
 
 
-def as_float_array(x, name: str = 'x') -> jax.Array:
+def as_float_array(x: ArrayLike, name: str = 'x') -> jax.Array:
   """`x` as a JAX array of float16, bfloat16 or float32.
 
   Raises:
@@ -40,7 +42,7 @@ def as_float_array(x, name: str = 'x') -> jax.Array:
   return x
 
 
-def check_element(element) -> ElementFormat:
+def check_element(element: object) -> ElementFormat:
   """Refuses what is not an element format of at most 8 bits."""
   if not isinstance(element, ElementFormat):
     raise TypeError(
@@ -52,8 +54,12 @@ def check_element(element) -> ElementFormat:
   return element
 
 
+@overload
+def spec(element: FloatFormat) -> codec.Float: ...
+@overload
+def spec(element: ElementFormat) -> codec.Element: ...
 @functools.cache
-def spec(element: ElementFormat) -> codec.Float | codec.Int | codec.Codebook:
+def spec(element: ElementFormat) -> codec.Element:
   """The static description that the arithmetic layer takes."""
   if isinstance(element, FloatFormat):
     return codec.Float(
@@ -76,24 +82,24 @@ def spec(element: ElementFormat) -> codec.Float | codec.Int | codec.Codebook:
 
 def blocked(fmt: BlockFormat) -> block.Blocked:
   """The static description of a one-axis block format that kernels take."""
-  coded = fmt.scale is not None and fmt.scale.bits <= 8
+  scale = fmt.scale
   return block.Blocked(
     element=spec(fmt.element),
     bits=fmt.element.bits,
-    block=fmt.block[0] if fmt.scale is not None else 0,
-    scale=spec(fmt.scale) if coded else None,
+    block=fmt.block[0] if scale is not None else 0,
+    scale=spec(scale) if scale is not None and scale.bits <= 8 else None,
   )
 
 
 def encode(
-  x,
+  x: ArrayLike,
   element: ElementFormat,
   *,
   rounding: str = 'nearest_even',
   overflow: str = 'saturate',
-  key=None,
+  key: Key | None = None,
   random_bits: int = 23,
-  origin=None,
+  origin: Origin | None = None,
 ) -> jax.Array:
   """Element codes of `x`, without any scale.
 
@@ -128,6 +134,7 @@ def encode(
     )
   random = None
   if rounding == 'stochastic':
+    assert key is not None
     random = _rounding.random_words(key, x.shape, origin)
   if rounding == 'dithered':
     x = x + _dither_offset(element, key, x.shape, origin)
@@ -135,7 +142,9 @@ def encode(
   return codec.encode(x, spec(element), rule, saturate=overflow == 'saturate')
 
 
-def decode(codes, element: ElementFormat, dtype=jnp.float32) -> jax.Array:
+def decode(
+  codes: ArrayLike, element: ElementFormat, dtype: DTypeLike = jnp.float32
+) -> jax.Array:
   """Values of element codes.
 
   Args:
@@ -151,14 +160,14 @@ def decode(codes, element: ElementFormat, dtype=jnp.float32) -> jax.Array:
 
 
 def round_to(
-  x,
+  x: ArrayLike,
   element: ElementFormat,
   *,
   rounding: str = 'nearest_even',
   overflow: str = 'saturate',
-  key=None,
+  key: Key | None = None,
   random_bits: int = 23,
-  origin=None,
+  origin: Origin | None = None,
 ) -> jax.Array:
   """The nearest number of the format, as a value.
 

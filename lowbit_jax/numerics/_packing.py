@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from lowbit_jax._typing import ArrayLike
 from lowbit_pallas.arith import packing
 
 codes_per_group = packing.codes_per_group
@@ -14,7 +15,7 @@ unpack_unchecked = packing.unpack
 pack_lanes = packing.pack_lanes
 
 
-def pack(codes, bits: int, axis: int = -1) -> jax.Array:
+def pack(codes: ArrayLike, bits: int, axis: int = -1) -> jax.Array:
   """Packs codes of `bits` bits into bytes along `axis`, little end first.
 
   Element i occupies bits [i * bits, (i + 1) * bits) of the byte stream, so the
@@ -42,7 +43,7 @@ def pack(codes, bits: int, axis: int = -1) -> jax.Array:
   return packing.pack(codes, bits, axis)
 
 
-def unpack(packed, bits: int, axis: int = -1) -> jax.Array:
+def unpack(packed: ArrayLike, bits: int, axis: int = -1) -> jax.Array:
   """The inverse of `pack`: uint8 codes."""
   packed = _check(packed, bits, axis)
   group = codes_per_group(bits) * bits // 8

@@ -3,12 +3,13 @@
 import jax
 import jax.numpy as jnp
 
+from lowbit_jax._typing import Key, Origin, Shape
 from lowbit_pallas.arith import codec, hash
 
 ROUNDINGS = ('nearest_even', 'toward_zero', 'stochastic', 'dithered')
 
 
-def check_rounding(rounding: str, key, random_bits: int) -> None:
+def check_rounding(rounding: str, key: Key | None, random_bits: int) -> None:
   """Refuses unknown rules, missing keys and impossible bit counts."""
   if rounding not in ROUNDINGS:
     raise ValueError(f'rounding={rounding!r} is not one of {ROUNDINGS}')
@@ -23,7 +24,7 @@ def check_rounding(rounding: str, key, random_bits: int) -> None:
     raise ValueError(f'random_bits={random_bits!r} must be an int in 1..23')
 
 
-def key_words(key) -> jax.Array:
+def key_words(key: Key) -> jax.Array:
   """The data of a JAX PRNG key as uint32 of shape (2,).
 
   Args:
@@ -47,7 +48,9 @@ def key_words(key) -> jax.Array:
   return out
 
 
-def random_words(key, shape, origin=None) -> jax.Array:
+def random_words(
+  key: Key, shape: Shape, origin: Origin | None = None
+) -> jax.Array:
   """32 random bits for each element, a hash of key and row-major index.
 
   The bits depend on nothing else, so they agree under jit, vmap over keys and
@@ -73,7 +76,7 @@ def random_words(key, shape, origin=None) -> jax.Array:
   return hash.random_bits(key_words(key), low, high)
 
 
-def dither(key, shape, origin=None) -> jax.Array:
+def dither(key: Key, shape: Shape, origin: Origin | None = None) -> jax.Array:
   """Uniform offsets in [-1/2, 1/2), known to whoever holds the key."""
   words = random_words(key, shape, origin)
   u = (words >> 8).astype(jnp.int32).astype(jnp.float32)

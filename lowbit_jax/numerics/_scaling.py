@@ -10,6 +10,7 @@ E4M3, ...), float32 or bfloat16 numbers otherwise.
 
 import math
 
+import jax
 import jax.numpy as jnp
 
 from lowbit_jax.formats import BlockFormat, FloatFormat
@@ -67,7 +68,9 @@ def is_coded(scale: FloatFormat) -> bool:
   return scale.bits <= 8
 
 
-def tensor_scale_from(amax_bits, fmt: BlockFormat, target: float | None = None):
+def tensor_scale_from(
+  amax_bits: jax.Array, fmt: BlockFormat, target: float | None = None
+) -> jax.Array:
   """The float32 scale of a whole tensor from the bits of its finite maximum.
 
   It maps the maximum to the largest product of element and block scale, or to
@@ -83,7 +86,12 @@ def tensor_scale_from(amax_bits, fmt: BlockFormat, target: float | None = None):
   return jnp.where(live, reciprocal(top / jnp.where(live, amax, 1.0)), 1.0)
 
 
-def candidates(amax_bits, fmt: BlockFormat, rule: str, tensor_scale=None):
+def candidates(
+  amax_bits: jax.Array,
+  fmt: BlockFormat,
+  rule: str,
+  tensor_scale: jax.Array | None = None,
+) -> list[jax.Array]:
   """Candidate block scales as stored, most ordinary first.
 
   Args:
@@ -111,6 +119,7 @@ def candidates(amax_bits, fmt: BlockFormat, rule: str, tensor_scale=None):
         codes.append(jnp.where(live, neighbour, code))
     return [c.astype(jnp.uint8) for c in codes]
 
+  assert fmt.scale is not None
   outer = tensor_scale if fmt.tensor_scale else None
   scale = block.absmax(amax_bits, element.max, outer)
   if is_coded(fmt.scale):
@@ -124,7 +133,10 @@ def candidates(amax_bits, fmt: BlockFormat, rule: str, tensor_scale=None):
       steps = [jnp.clip(code + k, 1, top) for k in SWEEP_STEPS if k]
       codes += [jnp.where(code > 0, c, code) for c in steps]
     nan = fmt.scale.nan_code
-    return [jnp.where(bad, nan, c).astype(jnp.uint8) for c in codes]
+    return [
+      jnp.where(bad, nan, c).astype(jnp.uint8)  # pyright: ignore[reportArgumentType]
+      for c in codes
+    ]
   dtype = jnp.dtype(fmt.scale.name)
   fractions = SWEEP_FRACTIONS if rule == 'sweep' else (1.0,)
   return [
@@ -133,7 +145,7 @@ def candidates(amax_bits, fmt: BlockFormat, rule: str, tensor_scale=None):
   ]
 
 
-def from_values(scale, fmt: FloatFormat):
+def from_values(scale: jax.Array, fmt: FloatFormat) -> jax.Array:
   """Float scales in their stored form: the nearest code or number."""
   scale = scale.astype(jnp.float32)
   if is_coded(fmt):
@@ -141,7 +153,7 @@ def from_values(scale, fmt: FloatFormat):
   return scale.astype(jnp.dtype(fmt.name))
 
 
-def factors(scale, fmt: FloatFormat) -> tuple:
+def factors(scale: jax.Array, fmt: FloatFormat) -> tuple[jax.Array, ...]:
   """Float32 factors whose product is the stored scale.
 
   E8M0 gives two, so that 2^-127 survives hardware that flushes subnormals.
@@ -149,14 +161,18 @@ def factors(scale, fmt: FloatFormat) -> tuple:
   return block.scale_factors(scale, spec(fmt) if is_coded(fmt) else None)
 
 
-def value(scale, fmt: FloatFormat):
+def value(scale: jax.Array, fmt: FloatFormat) -> jax.Array:
   """The stored scale as one float32 number."""
   if is_coded(fmt):
     return codec.decode(scale, spec(fmt))
   return scale.astype(jnp.float32)
 
 
-def inverse_factors(scale, fmt: BlockFormat, tensor_scale=None) -> tuple:
+def inverse_factors(
+  scale: jax.Array | None,
+  fmt: BlockFormat,
+  tensor_scale: jax.Array | None = None,
+) -> tuple[jax.Array, ...]:
   """Float32 factors that quantize, see `arith.block.inverse_factors`."""
   scale_spec = None
   if fmt.scale is not None and is_coded(fmt.scale):

@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lowbit_jax._typing import ArrayLike
+
 _WORDS = {2: (np.uint16, np.int32), 4: (np.uint32, np.int64)}
 
 
@@ -15,7 +17,7 @@ def _ordered(x: np.ndarray) -> np.ndarray:
   return np.where(bits >= half, half - bits, bits)
 
 
-def ulp_distance(a, b) -> np.ndarray:
+def ulp_distance(a: ArrayLike, b: ArrayLike) -> np.ndarray:
   """How many representable numbers lie between `a` and `b`.
 
   Args:
@@ -41,7 +43,7 @@ def ulp_distance(a, b) -> np.ndarray:
   return np.where(nan_a ^ nan_b, np.inf, distance)
 
 
-def next_float(x, toward) -> np.ndarray:
+def next_float(x: ArrayLike, toward: ArrayLike) -> np.ndarray:
   """The neighbour of `x` in the direction of `toward`, in the dtype of `x`."""
   x = np.asarray(x)
   return np.nextafter(x, np.asarray(toward, x.dtype))

@@ -134,6 +134,7 @@ def decode(code: int, element: ElementFormat) -> Number:
     negative = element.signed and code >= 2 ** (element.bits - 1)
     integer = code - 2**element.bits if negative else code
     return Fraction(integer, 2**element.fraction_bits)
+  assert isinstance(element, FloatFormat)
   return _decode_float(code, element)
 
 
@@ -196,6 +197,7 @@ def encode(
     return _encode_codebook(value, element, rounding, to_integer)
   if isinstance(element, IntFormat):
     return _encode_int(value, element, to_integer)
+  assert isinstance(element, FloatFormat)
   return _encode_float(value, element, to_integer, overflow)
 
 
@@ -415,6 +417,7 @@ def block_scale(
   1 / element.max), rounded to the scale format, where codes saturate. NaN, or
   its code, if amax is NaN.
   """
+  assert fmt.scale is not None
   factor = reciprocal(fmt.element.max)
   if tensor_scale is not None:
     factor = multiply(inverse_scale(tensor_scale), factor)
@@ -436,6 +439,7 @@ def scale_value(
   if scale is None:
     return 1.0 if tensor_scale is None else tensor_scale
   if isinstance(scale, int):
+    assert fmt.scale is not None
     scale = float(decode(scale, fmt.scale))
   return scale if tensor_scale is None else multiply(scale, tensor_scale)
 
@@ -606,6 +610,7 @@ def dequantize_block(block: Block, fmt: BlockFormat) -> list[float]:
   """
   elements = [decode(code, fmt.element) for code in block.codes]
   if fmt.has_exponent_scale:
+    assert isinstance(block.scale, int)
     return [_times_power_of_two(e, block.scale) for e in elements]
   z = block.zero_point or 0
   values = [float(e - z if z else e) for e in elements]

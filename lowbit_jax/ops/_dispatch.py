@@ -8,10 +8,11 @@ there. This module knows no operation.
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
+from lowbit_jax._typing import Implementation
 from lowbit_pallas import _support
 
 NAMES = ('xla', 'tpu', 'mosaic_gpu')
@@ -38,7 +39,9 @@ class Choice(NamedTuple):
   refusals: dict[str, str]
 
 
-def requested(implementation, table: dict[str, Callable]) -> tuple[str, ...]:
+def requested(
+  implementation: Implementation, table: dict[str, Callable]
+) -> tuple[str, ...]:
   """Names to try, in order.
 
   Args:
@@ -74,8 +77,12 @@ def _why_unavailable(name: str, implementation) -> str | None:
 
 
 def select(
-  op: str, table: dict[str, Callable], implementation, *args, **kwargs
-):
+  op: str,
+  table: dict[str, Callable],
+  implementation: Implementation,
+  *args: Any,
+  **kwargs: Any,
+) -> tuple[Choice, Plan]:
   """The first plan that is not refused.
 
   Returns:

@@ -11,15 +11,16 @@ recomputed in the backward pass, so residuals hold packed codes only.
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from lowbit_jax import qarray
+from lowbit_jax._typing import DotDims, DTypeLike, Implementation, Precision
 from lowbit_jax.ops import _dispatch, _dot_kernels
-from lowbit_jax.ops._prepack import Prepacked, dense, is_quantized
+from lowbit_jax.ops._prepack import Operand, Prepacked, dense, is_quantized
 from lowbit_jax.qarray import QArray
 
 TABLE = {
@@ -32,13 +33,21 @@ TABLE = {
 class _Call(NamedTuple):
   """Static part of a product."""
 
-  dims: tuple
-  precision: object
-  implementation: object
+  dims: DotDims
+  precision: Precision
+  implementation: Implementation
+
+
+# (lhs, rhs, dimension numbers, precision).
+PlanArguments = tuple[Any, Any, DotDims, Precision]
 
 
 def dot(
-  lhs, rhs, *, preferred_element_type=None, implementation=None
+  lhs: Operand,
+  rhs: Operand,
+  *,
+  preferred_element_type: DTypeLike | None = None,
+  implementation: Implementation = None,
 ) -> jax.Array:
   """`jnp.dot` on arrays and QArrays: the last axis of `lhs` with the last but
   one of `rhs`.
@@ -61,10 +70,10 @@ def dot(
     >>> lowbit.dot(jnp.ones((2, 64)), w).shape
     (2, 8)
   """
-  lhs, rhs, dims, _ = dot_operands(lhs, rhs)
+  left, right, dims, _ = dot_operands(lhs, rhs)
   return dot_general(
-    lhs,
-    rhs,
+    left,
+    right,
     dims,
     preferred_element_type=preferred_element_type,
     implementation=implementation,
@@ -72,13 +81,13 @@ def dot(
 
 
 def dot_general(
-  lhs,
-  rhs,
-  dimension_numbers,
+  lhs: Operand,
+  rhs: Operand,
+  dimension_numbers: DotDims,
   *,
-  precision=None,
-  preferred_element_type=None,
-  implementation=None,
+  precision: Precision = None,
+  preferred_element_type: DTypeLike | None = None,
+  implementation: Implementation = None,
 ) -> jax.Array:
   """`lax.dot_general` on arrays and QArrays.
 
@@ -94,28 +103,30 @@ def dot_general(
   Derivative: that of the product of the dequantized operands, with respect to
   arrays and to the float scales of QArrays; forward and reverse mode.
   """
-  lhs, rhs, dims, _ = dot_general_operands(lhs, rhs, dimension_numbers)
+  left, right, dims, _ = dot_general_operands(lhs, rhs, dimension_numbers)
   if isinstance(implementation, list):
     implementation = tuple(implementation)
   call = _Call(dims, precision, implementation)
   dtype = preferred_element_type
   if dtype is None:
-    dtype = jnp.promote_types(lhs.dtype, rhs.dtype)
-  if not (is_quantized(lhs) or is_quantized(rhs)):
-    _dispatch.select('dot_general', TABLE, implementation, lhs, rhs, dims, None)
-    return lax.dot_general(
-      lhs, rhs, dims, precision=precision, preferred_element_type=dtype
+    dtype = jnp.promote_types(left.dtype, right.dtype)
+  if not (is_quantized(left) or is_quantized(right)):
+    _dispatch.select(
+      'dot_general', TABLE, implementation, left, right, dims, None
     )
-  return _compiled(lhs, rhs, call).astype(dtype)
+    return lax.dot_general(
+      left, right, dims, precision=precision, preferred_element_type=dtype
+    )
+  return _compiled(left, right, call).astype(dtype)
 
 
 def einsum(
   subscripts: str,
-  lhs,
-  rhs,
+  lhs: Operand,
+  rhs: Operand,
   *,
-  preferred_element_type=None,
-  implementation=None,
+  preferred_element_type: DTypeLike | None = None,
+  implementation: Implementation = None,
 ) -> jax.Array:
   """`jnp.einsum` of two operands, arrays or QArrays.
 
@@ -132,11 +143,11 @@ def einsum(
     raise TypeError(
       f'subscripts={subscripts!r} must be a string, followed by two operands'
     )
-  lhs, rhs = _operand(lhs, 'lhs'), _operand(rhs, 'rhs')
-  dims, order = einsum_dims(subscripts, lhs.ndim, rhs.ndim)
+  left, right = _operand(lhs, 'lhs'), _operand(rhs, 'rhs')
+  dims, order = einsum_dims(subscripts, left.ndim, right.ndim)
   out = dot_general(
-    lhs,
-    rhs,
+    left,
+    right,
     dims,
     preferred_element_type=preferred_element_type,
     implementation=implementation,
@@ -229,7 +240,7 @@ def _dense_tangent(x, tangent):
   return jax.jvp(values, (primals,), (tangent,))[1]
 
 
-def _operand(x, name: str):
+def _operand(x, name: str) -> Any:
   if isinstance(x, Prepacked) and name == 'lhs':
     raise TypeError('a Prepacked weight is the right operand of a product')
   if isinstance(x, QArray | Prepacked | jax.ShapeDtypeStruct):
@@ -242,32 +253,48 @@ def _operand(x, name: str):
   return x
 
 
-def dot_operands(lhs, rhs, **_):
+def dot_operands(
+  lhs: Operand | jax.ShapeDtypeStruct,
+  rhs: Operand | jax.ShapeDtypeStruct,
+  **_: Any,
+) -> PlanArguments:
   """Arguments of the plan of a `dot`."""
-  lhs, rhs = _operand(lhs, 'lhs'), _operand(rhs, 'rhs')
-  if lhs.ndim < 1 or rhs.ndim < 1:
+  left, right = _operand(lhs, 'lhs'), _operand(rhs, 'rhs')
+  if left.ndim < 1 or right.ndim < 1:
     raise ValueError(
-      f'dot needs operands of rank 1 or more, got lhs.shape={lhs.shape} and'
-      f' rhs.shape={rhs.shape}'
+      f'dot needs operands of rank 1 or more, got lhs.shape={left.shape} and'
+      f' rhs.shape={right.shape}'
     )
-  dims = ((lhs.ndim - 1,), (max(rhs.ndim - 2, 0),)), ((), ())
-  return dot_general_operands(lhs, rhs, dims)
+  dims = ((left.ndim - 1,), (max(right.ndim - 2, 0),)), ((), ())
+  return dot_general_operands(left, right, dims)
 
 
-def dot_general_operands(lhs, rhs, dimension_numbers, *, precision=None, **_):
+def dot_general_operands(
+  lhs: Operand | jax.ShapeDtypeStruct,
+  rhs: Operand | jax.ShapeDtypeStruct,
+  dimension_numbers: DotDims,
+  *,
+  precision: Precision = None,
+  **_: Any,
+) -> PlanArguments:
   """Arguments of the plan of a `dot_general`."""
-  lhs, rhs = _operand(lhs, 'lhs'), _operand(rhs, 'rhs')
-  return lhs, rhs, _check_dims(lhs, rhs, dimension_numbers), precision
+  left, right = _operand(lhs, 'lhs'), _operand(rhs, 'rhs')
+  return left, right, _check_dims(left, right, dimension_numbers), precision
 
 
-def einsum_operands(subscripts, lhs, rhs, **_):
+def einsum_operands(
+  subscripts: str,
+  lhs: Operand | jax.ShapeDtypeStruct,
+  rhs: Operand | jax.ShapeDtypeStruct,
+  **_: Any,
+) -> PlanArguments:
   """Arguments of the plan of an `einsum`."""
-  lhs, rhs = _operand(lhs, 'lhs'), _operand(rhs, 'rhs')
-  dims, _ = einsum_dims(subscripts, lhs.ndim, rhs.ndim)
-  return dot_general_operands(lhs, rhs, dims)
+  left, right = _operand(lhs, 'lhs'), _operand(rhs, 'rhs')
+  dims = einsum_dims(subscripts, left.ndim, right.ndim)[0]
+  return dot_general_operands(left, right, dims)
 
 
-def _check_dims(lhs, rhs, dimension_numbers):
+def _check_dims(lhs, rhs, dimension_numbers) -> DotDims:
   try:
     dims = tuple(
       tuple(tuple(int(d) for d in side) for side in part)
@@ -291,10 +318,12 @@ def _check_dims(lhs, rhs, dimension_numbers):
         f'{name} axes {a} of lhs.shape={lhs.shape} and {b} of'
         f' rhs.shape={rhs.shape} do not match'
       )
-  return dims
+  return (lhs_k, rhs_k), (lhs_b, rhs_b)
 
 
-def einsum_dims(subscripts: str, lhs_ndim: int, rhs_ndim: int):
+def einsum_dims(
+  subscripts: str, lhs_ndim: int, rhs_ndim: int
+) -> tuple[DotDims, tuple[int, ...]]:
   """Dimension numbers, and the transposition into the order of the output."""
   text = subscripts.replace(' ', '')
   inputs, arrow, output = text.partition('->')

@@ -8,16 +8,18 @@ multiply the float32 accumulator.
 
 import functools
 import importlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from lowbit_jax import qarray
+from lowbit_jax._typing import DotDims, Precision
 from lowbit_jax.formats import IntFormat
 from lowbit_jax.numerics._codec import blocked
 from lowbit_jax.ops import _dot_xla, _partition, _prepack
 from lowbit_jax.ops._dispatch import Plan
-from lowbit_jax.ops._prepack import Prepacked
+from lowbit_jax.ops._prepack import Prepacked, Shaped
 from lowbit_jax.qarray import QArray
 from lowbit_pallas import _support
 from lowbit_pallas.wq_matmul import config
@@ -25,17 +27,23 @@ from lowbit_pallas.wq_matmul import config
 SIZES = {'tpu': config.tpu, 'mosaic_gpu': config.mosaic_gpu}
 
 
-def plan_tpu(lhs, rhs, dimension_numbers, precision) -> Plan:
+def plan_tpu(
+  lhs: Shaped, rhs: Shaped, dimension_numbers: DotDims, precision: Precision
+) -> Plan:
   """Plans a product on TPU with a float32 result."""
   return _plan('tpu', lhs, rhs, dimension_numbers, precision)
 
 
-def plan_mosaic_gpu(lhs, rhs, dimension_numbers, precision) -> Plan:
+def plan_mosaic_gpu(
+  lhs: Shaped, rhs: Shaped, dimension_numbers: DotDims, precision: Precision
+) -> Plan:
   """Plans a product on GPU with a float32 result."""
   return _plan('mosaic_gpu', lhs, rhs, dimension_numbers, precision)
 
 
-def plan_xla(lhs, rhs, dimension_numbers, precision) -> Plan:
+def plan_xla(
+  lhs: Shaped, rhs: Shaped, dimension_numbers: DotDims, precision: Precision
+) -> Plan:
   """Plans a product in XLA; a `Prepacked` weight is put back in order."""
   if not isinstance(rhs, Prepacked):
     return _dot_xla.plan_dot_general(lhs, rhs, dimension_numbers, precision)
@@ -132,7 +140,7 @@ def _plan_blocks(implementation: str, lhs, rhs, dims) -> Plan | None:
     f'lowbit_pallas.block_matmul.{implementation}'
   )
   specs = blocked(lhs.fmt), blocked(rhs.fmt)
-  options = {'layout': layout, 'mode': mode}
+  options: dict[str, Any] = {'layout': layout, 'mode': mode}
   device = jax.devices()[0]
   if device.platform == _support.PLATFORMS[implementation]:
     options['target'] = _support.target_of(device)

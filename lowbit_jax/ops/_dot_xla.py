@@ -17,16 +17,19 @@ meet the same rows of x, so nothing is interleaved.
 """
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from lowbit_jax import qarray
+from lowbit_jax._typing import DotDims, DTypeLike, Precision
 from lowbit_jax.formats import BlockFormat, FloatFormat, IntFormat
 from lowbit_jax.numerics import _packing, _scaling
 from lowbit_jax.numerics._codec import spec
 from lowbit_jax.ops._dispatch import Plan
+from lowbit_jax.ops._prepack import Shaped
 from lowbit_jax.qarray import QArray
 from lowbit_pallas.arith import codec, loops
 
@@ -39,7 +42,9 @@ SUM_ROWS = 128
 TILE_MANY_ROWS = 1024
 
 
-def plan_dot_general(lhs, rhs, dimension_numbers, precision) -> Plan:
+def plan_dot_general(
+  lhs: Shaped, rhs: Shaped, dimension_numbers: DotDims, precision: Precision
+) -> Plan:
   """Plans a product with float32 accumulation and a float32 result."""
   dims = dimension_numbers
   if not isinstance(lhs, QArray) and not isinstance(rhs, QArray):
@@ -126,13 +131,15 @@ class _Tiles:
     return times(out.reshape(shape), tensor_scale)
 
 
-def rows(lhs, dims) -> int:
+def rows(lhs: Shaped, dims: DotDims) -> int:
   """Elements of the left operand that each weight meets."""
   contracted = dims[0][0]
   return math.prod(n for d, n in enumerate(lhs.shape) if d not in contracted)
 
 
-def as_matrices(x, q: QArray, dims):
+def as_matrices(
+  x: jax.Array, q: QArray, dims: DotDims
+) -> tuple[jax.Array, QArray, list[int]]:
   """Operands as (m, k) and (k, n) with blocks along k, and the shape of their
   product."""
   pairs = zip(*dims[0], strict=True)
@@ -188,7 +195,10 @@ def _scan_tiles(x, q: QArray, few: bool, precision, dtype=jnp.float32):
     ]
 
   def factors(scale):
-    return () if scale is None else _scaling.factors(scale, q.fmt.scale)
+    if scale is None:
+      return ()
+    assert q.fmt.scale is not None
+    return _scaling.factors(scale, q.fmt.scale)
 
   def block_sums(acc, operands):
     x_tile, packed, (scale, zero) = operands
@@ -246,7 +256,7 @@ def _tilerows(k: int, block: int, target: int) -> int:
   return best * block
 
 
-def why_not_tiles(lhs, rhs, dims) -> str | None:
+def why_not_tiles(lhs: Shaped, rhs: Shaped, dims: DotDims) -> str | None:
   (_, rhs_k), (lhs_b, _) = dims
   if not isinstance(rhs, QArray):
     which = 'only the left' if isinstance(lhs, QArray) else 'no'
@@ -298,6 +308,7 @@ def _result_scale(q: QArray, contracted, batch, before: int, after: int):
   scale = q.scale
   if scale is None:
     return q.tensor_scale.reshape(())
+  assert q.fmt.scale is not None
   free = [d for d in range(q.ndim) if d not in (*contracted, *batch)]
   scale = _scaling.value(scale, q.fmt.scale)
   scale = scale.transpose(*batch, *free, *contracted)
@@ -315,7 +326,7 @@ def _int8(q: QArray):
   return k >> shift if shift else k
 
 
-def without_tensor_scale(q):
+def without_tensor_scale(q: Shaped) -> tuple[Any, jax.Array | None]:
   """(q without its tensor scale, the scale as a scalar) where it is one."""
   if not isinstance(q, QArray) or q.tensor_scale is None:
     return q, None
@@ -332,7 +343,7 @@ def _integer_codes(element: IntFormat) -> BlockFormat:
   return BlockFormat(bare.name, bare, (0,), None)
 
 
-def times(out, *scales):
+def times(out: jax.Array, *scales: jax.Array | None) -> jax.Array:
   for s in scales:
     if s is not None:
       out = out * s
@@ -343,7 +354,7 @@ def _dense(x):
   return qarray.dequantize(x, jnp.float32) if isinstance(x, QArray) else x
 
 
-def exact_dtype(fmt: BlockFormat):
+def exact_dtype(fmt: BlockFormat) -> DTypeLike:
   """bfloat16 where it holds element times block scale exactly, else float32."""
   element, scale = fmt.element, fmt.scale
   if scale is None or not isinstance(element, FloatFormat | IntFormat):

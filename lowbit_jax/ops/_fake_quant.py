@@ -26,6 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lowbit_jax import _quantize as core, qarray
+from lowbit_jax._typing import ArrayLike, Axis, Key, Origin
 from lowbit_jax.formats import BlockFormat
 from lowbit_jax.numerics import _rounding, _scaling
 from lowbit_jax.numerics._codec import as_float_array
@@ -43,16 +44,16 @@ BACKWARDS_WITH = ('identity', 'clipped', 'lsq', 'trust')
 
 
 def fake_quant(
-  x,
+  x: ArrayLike,
   fmt: BlockFormat,
   *,
-  axis: int | tuple[int, ...] | None = None,
+  axis: Axis = None,
   scale_rule: str | None = None,
   rounding: str = 'nearest_even',
-  key=None,
+  key: Key | None = None,
   random_bits: int = 23,
-  tensor_scale=None,
-  origin=None,
+  tensor_scale: ArrayLike | None = None,
+  origin: Origin | None = None,
   backward: str = 'identity',
 ) -> jax.Array:
   """`dequantize(quantize(x, ...))` with a straight-through gradient.
@@ -89,17 +90,17 @@ def fake_quant(
 
 
 def fake_quant_with(
-  x,
-  scale,
+  x: ArrayLike,
+  scale: ArrayLike | None,
   fmt: BlockFormat,
   *,
-  axis: int | tuple[int, ...] | None = None,
-  tensor_scale=None,
-  zero_point=None,
+  axis: Axis = None,
+  tensor_scale: ArrayLike | None = None,
+  zero_point: ArrayLike | None = None,
   rounding: str = 'nearest_even',
-  key=None,
+  key: Key | None = None,
   random_bits: int = 23,
-  origin=None,
+  origin: Origin | None = None,
   backward: str = 'identity',
 ) -> jax.Array:
   """`dequantize(quantize_with(x, ...))` with a straight-through gradient.
@@ -136,7 +137,14 @@ def fake_quant_with(
   return jnp.reshape(y, shape)
 
 
-def prepare(x, fmt, axis, rounding, key, random_bits):
+def prepare(
+  x: ArrayLike,
+  fmt: BlockFormat,
+  axis: Axis,
+  rounding: str,
+  key: Key | None,
+  random_bits: int,
+) -> tuple[jax.Array, tuple[int, ...], tuple[int, ...]]:
   core.check_format(fmt)
   x = as_float_array(x)
   shape = x.shape
@@ -236,6 +244,7 @@ def _scale_value(job: core.Job):
   scale, tensor_scale, _ = job.scales
   s = jnp.float32(1)
   if scale is not None:
+    assert job.fmt.scale is not None
     for factor in _scaling.factors(scale, job.fmt.scale):
       s = s * factor
   if tensor_scale is not None:

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from lowbit_jax._typing import ArrayLike
 from lowbit_jax.formats import FloatFormat, bfloat16, e4m3fn, e5m2, float32
 from lowbit_jax.numerics._codec import as_float_array
 from lowbit_jax.ops._softmax import softmax
@@ -65,8 +66,8 @@ class _Options(NamedTuple):
 
 
 def lmul(
-  x,
-  y,
+  x: ArrayLike,
+  y: ArrayLike,
   *,
   fmt: FloatFormat | None = None,
   mantissa_bits: int | None = None,
@@ -115,8 +116,8 @@ def lmul(
 
 
 def lmul_dot(
-  x,
-  y,
+  x: ArrayLike,
+  y: ArrayLike,
   *,
   fmt: FloatFormat | None = None,
   mantissa_bits: int | None = None,
@@ -149,11 +150,11 @@ def lmul_dot(
 
 
 def lmul_attention(
-  query,
-  key,
-  value,
+  query: ArrayLike,
+  key: ArrayLike,
+  value: ArrayLike,
   *,
-  mask=None,
+  mask: ArrayLike | None = None,
   is_causal: bool = False,
   scale: float | None = None,
   fmt: FloatFormat | None = None,
@@ -213,6 +214,7 @@ def _promoted(x, y):
 
 
 def _codes(x, options: _Options):
+  assert options.fmt is not None and options.mantissa_bits is not None
   f = _LAYOUTS[options.fmt]
   codes = arith.to_codes(x.astype(jnp.float32), f)
   return arith.round_mantissa(codes, f, options.mantissa_bits)
@@ -220,6 +222,7 @@ def _codes(x, options: _Options):
 
 def _products(x, y, options: _Options):
   """float32 products of codes."""
+  assert options.fmt is not None and options.mantissa_bits is not None
   f, bits = _LAYOUTS[options.fmt], options.mantissa_bits
   offset = 1 << (f.mantissa_bits - arith.offset_bits(bits))
   code = arith.multiply(x, y, f, options.reading, offset)
@@ -255,7 +258,7 @@ def _dot(x, y, options: _Options):
   return total.astype(dtype)
 
 
-def _slabs(codes, slabs: int, width: int):
+def _slabs(codes, slabs, width):
   """(..., k, n) codes as (slabs, ..., width, n)."""
   *batch, depth, columns = codes.shape
   padding = [(0, 0)] * len(batch) + [(0, slabs * width - depth), (0, 0)]

@@ -12,6 +12,7 @@ TPUs kernels are chosen inside `shard_map` only.
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,7 @@ from jax.custom_batching import custom_vmap
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import NamedSharding, PartitionSpec
 
+from lowbit_jax._typing import PyTree
 from lowbit_pallas.wq_matmul.prepack import Prepacked
 
 
@@ -179,10 +181,10 @@ def _with_batches(product: Callable) -> Callable:
 def rows_and_extras(
   run: Callable,
   x: jax.Array,
-  *extras,
+  *extras: Any,
   split: bool = True,
   has_rules: bool = True,
-):
+) -> PyTree:
   """run(x, *extras), a tree of arrays with the rows of x, wherever it is
   called.
 

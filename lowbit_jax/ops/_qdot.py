@@ -25,6 +25,13 @@ import jax.numpy as jnp
 from jax import lax
 
 from lowbit_jax import _quantize as core, qarray
+from lowbit_jax._typing import (
+  ArrayLike,
+  DotDims,
+  Implementation,
+  Key,
+  Precision,
+)
 from lowbit_jax.numerics import _rounding
 from lowbit_jax.numerics._codec import as_float_array
 from lowbit_jax.ops import _dispatch, _dot, _dot_xla, specs
@@ -67,14 +74,14 @@ class _Quantized(NamedTuple):
 
 
 def qdot(
-  x,
-  w,
+  x: ArrayLike,
+  w: ArrayLike,
   recipe: Recipe,
   *,
-  key=None,
-  tensor_amax=(None, None),
-  precision=None,
-  implementation=None,
+  key: Key | None = None,
+  tensor_amax: tuple[ArrayLike | None, ArrayLike | None] = (None, None),
+  precision: Precision = None,
+  implementation: Implementation = None,
 ) -> jax.Array:
   """x @ w as a recipe trains it, with quantized products in both directions.
 
@@ -135,7 +142,9 @@ def qdot(
   return y.reshape(*x.shape[:-1], w.shape[1])
 
 
-def apart(x, recipe: Recipe):
+def apart(
+  x: jax.Array, recipe: Recipe
+) -> tuple[jax.Array, list[tuple[jax.Array, ...]]]:
   """Splits off what is multiplied in high precision.
 
   Args:
@@ -178,7 +187,9 @@ def _leading(x, count: int):
   return p
 
 
-def matrices(lhs, rhs, dimension_numbers):
+def matrices(
+  lhs: jax.Array, rhs: jax.Array, dimension_numbers: DotDims
+) -> tuple[jax.Array, jax.Array, tuple[int, ...]]:
   """Operands of `lax.dot_general` without batch dimensions as x and w of a
   linear layer.
 

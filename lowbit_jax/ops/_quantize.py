@@ -5,13 +5,22 @@ and options, also where the caller does not jit.
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from lowbit_jax import _quantize as core, qarray
+from lowbit_jax._typing import (
+  ArrayLike,
+  Axis,
+  DTypeLike,
+  Implementation,
+  Key,
+  Origin,
+  Shape,
+)
 from lowbit_jax.formats import BlockFormat
 from lowbit_jax.numerics import _rounding, _scaling
 from lowbit_jax.ops import _dispatch, _quantize_kernels
@@ -29,7 +38,7 @@ class Options(NamedTuple):
   random_bits: int
   full_shape: tuple[int, ...] | None
   backward: str = 'identity'
-  implementation: str | tuple[str, ...] | None = None
+  implementation: Implementation = None
   rotation: int = 0
   prescale: float = 1.0
 
@@ -37,25 +46,25 @@ class Options(NamedTuple):
 class Extras(NamedTuple):
   """Its array arguments besides x and given scales, all without gradient."""
 
-  key: jax.Array | None
+  key: Key | None
   start: tuple
-  tensor_scale: jax.Array | None
+  tensor_scale: ArrayLike | None
   signs: jax.Array | None = None
 
 
 def quantize(
-  x,
+  x: ArrayLike,
   fmt: BlockFormat,
   *,
-  axis: int | tuple[int, ...] | None = None,
+  axis: Axis = None,
   scale_rule: str | None = None,
   rounding: str = 'nearest_even',
-  key=None,
+  key: Key | None = None,
   random_bits: int = 23,
-  tensor_scale=None,
-  origin=None,
+  tensor_scale: ArrayLike | None = None,
+  origin: Origin | None = None,
   rotation: Hadamard | None = None,
-  implementation=None,
+  implementation: Implementation = None,
 ) -> QArray:
   """Quantizes an array into packed codes and stored scales.
 
@@ -122,19 +131,19 @@ def quantize(
 
 
 def operands(
-  x,
-  fmt,
+  x: ArrayLike | jax.ShapeDtypeStruct,
+  fmt: BlockFormat,
   *,
-  axis=None,
-  scale_rule=None,
-  rounding='nearest_even',
-  key=None,
-  random_bits=23,
-  tensor_scale=None,
-  origin=None,
-  rotation=None,
-  implementation=None,
-):
+  axis: Axis = None,
+  scale_rule: str | None = None,
+  rounding: str = 'nearest_even',
+  key: Key | None = None,
+  random_bits: int = 23,
+  tensor_scale: ArrayLike | None = None,
+  origin: Origin | None = None,
+  rotation: Hadamard | None = None,
+  implementation: Implementation = None,
+) -> tuple[Any, Extras, Options]:
   """Arguments of `quantize`, checked: (x, extras, options)."""
   core.check_format(fmt)
   if not isinstance(x, jax.ShapeDtypeStruct):
@@ -177,17 +186,17 @@ def _check_rotation(rotation: Hadamard | None, x, axes) -> int:
 
 
 def quantize_with(
-  x,
-  scale,
+  x: ArrayLike,
+  scale: ArrayLike | None,
   fmt: BlockFormat,
   *,
-  axis: int | tuple[int, ...] | None = None,
-  tensor_scale=None,
-  zero_point=None,
+  axis: Axis = None,
+  tensor_scale: ArrayLike | None = None,
+  zero_point: ArrayLike | None = None,
   rounding: str = 'nearest_even',
-  key=None,
+  key: Key | None = None,
   random_bits: int = 23,
-  origin=None,
+  origin: Origin | None = None,
 ) -> QArray:
   """Quantizes with given scales: calibrated, learned or held.
 
@@ -237,7 +246,7 @@ def _plan_xla(x, extras: Extras, options: Options) -> _dispatch.Plan:
   return _dispatch.Plan('block maxima, scales, codes, packing', run)
 
 
-def job(x, extras: Extras, options: Options) -> core.Job:
+def job(x: jax.Array, extras: Extras, options: Options) -> core.Job:
   """The quantization of an array with scales from its data, not yet run."""
   rounding = rounding_of(options, extras)
   fmt, axes, rule = options.fmt, options.axes, options.rule
@@ -259,7 +268,7 @@ def _quantize_with(x, scales, extras: Extras, options: Options) -> QArray:
   return core.pack(job, x.dtype)
 
 
-def split_origin(origin) -> tuple[tuple, tuple[int, ...] | None]:
+def split_origin(origin: Origin | None) -> tuple[tuple, tuple[int, ...] | None]:
   """Starts as arguments of a compiled function, and the full shape."""
   if origin is None:
     return (), None
@@ -276,7 +285,9 @@ def rounding_of(options: Options, extras: Extras) -> core.Rounding:
   return core.Rounding(options.rounding, extras.key, bits, origin)
 
 
-def dequantize(q: QArray, dtype=None, *, dither_key=None) -> jax.Array:
+def dequantize(
+  q: QArray, dtype: DTypeLike | None = None, *, dither_key: Key | None = None
+) -> jax.Array:
   return qarray.dequantize(q, dtype, dither_key=dither_key)
 
 
@@ -284,7 +295,12 @@ dequantize.__doc__ = qarray.dequantize.__doc__
 
 
 def check_scales(
-  shape, fmt: BlockFormat, axes, scale, tensor_scale, zero_point
+  shape: Shape,
+  fmt: BlockFormat,
+  axes: tuple[int, ...],
+  scale: ArrayLike | None,
+  tensor_scale: ArrayLike | None,
+  zero_point: ArrayLike | None,
 ) -> core.Scales:
   """Given scales in stored form, or an error that says what they should be."""
   padded = list(shape)
@@ -317,6 +333,7 @@ def check_scales(
     'tensor_scale', tensor_scale, fmt.tensor_scale, (1,) * len(shape)
   )
   if scale is not None:
+    assert fmt.scale is not None
     coded = _scaling.is_coded(fmt.scale)
     if jnp.issubdtype(scale.dtype, jnp.floating):
       scale = _scaling.from_values(scale, fmt.scale)

@@ -6,6 +6,7 @@ scale is a reduction in XLA before.
 
 import importlib
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,12 @@ from lowbit_jax.transforms import Hadamard
 from lowbit_pallas import _support
 
 
-def plan(implementation: str, x, extras, options) -> Plan:
+def plan(
+  implementation: str,
+  x: jax.Array | jax.ShapeDtypeStruct,
+  extras: Any,
+  options: Any,
+) -> Plan:
   """Plans `quantize` of an array by a kernel.
 
   Args:

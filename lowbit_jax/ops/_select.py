@@ -1,7 +1,9 @@
 """Asking which implementation an operation would use."""
 
 import functools
+from typing import Any
 
+from lowbit_jax._typing import Implementation
 from lowbit_jax.ops import _dispatch, _dot, _quantize, _softmax
 
 _OPS = {
@@ -22,7 +24,7 @@ def implementations(op: str) -> tuple[str, ...]:
 
 
 def select_implementation(
-  op: str, *args, implementation=None, **kwargs
+  op: str, *args: Any, implementation: Implementation = None, **kwargs: Any
 ) -> _dispatch.Choice:
   """What `op(*args, **kwargs)` would run, without running it.
 

@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lowbit_jax._typing import ArrayLike, DTypeLike, Implementation
 from lowbit_jax.ops import _dispatch, _partition
 from lowbit_pallas import _support
 from lowbit_pallas.arith import softmax as algebra
@@ -45,15 +46,15 @@ class _Call(NamedTuple):
 
 
 def softmax(
-  x,
+  x: ArrayLike,
   axis: int = -1,
   *,
-  where=None,
-  temperature=1.0,
-  out_dtype=None,
+  where: ArrayLike | None = None,
+  temperature: float | np.floating | jax.Array = 1.0,
+  out_dtype: DTypeLike | None = None,
   algorithm: str = 'auto',
   exp: str = 'degree5',
-  implementation=None,
+  implementation: Implementation = None,
 ) -> jax.Array:
   """exp(x / temperature), normalised to sum to one along an axis.
 
@@ -110,15 +111,15 @@ def softmax(
 
 
 def log_softmax(
-  x,
+  x: ArrayLike,
   axis: int = -1,
   *,
-  where=None,
-  temperature=1.0,
-  out_dtype=None,
+  where: ArrayLike | None = None,
+  temperature: float | np.floating | jax.Array = 1.0,
+  out_dtype: DTypeLike | None = None,
   algorithm: str = 'auto',
   exp: str = 'degree5',
-  implementation=None,
+  implementation: Implementation = None,
 ) -> jax.Array:
   """The logarithm of `softmax`, with the error relative to the result.
 
@@ -144,15 +145,15 @@ def log_softmax(
 
 
 def logsumexp(
-  x,
+  x: ArrayLike,
   axis: int = -1,
   *,
-  where=None,
-  temperature=1.0,
-  out_dtype=None,
+  where: ArrayLike | None = None,
+  temperature: float | np.floating | jax.Array = 1.0,
+  out_dtype: DTypeLike | None = None,
   algorithm: str = 'auto',
   exp: str = 'degree5',
-  implementation=None,
+  implementation: Implementation = None,
 ) -> jax.Array:
   """log(sum(exp(x / temperature))) over an axis, without overflow.
 
@@ -203,16 +204,16 @@ def _run(
 
 def operands(
   kind: str,
-  x,
+  x: ArrayLike | jax.ShapeDtypeStruct,
   axis: int = -1,
   *,
-  where=None,
-  temperature=1.0,
-  out_dtype=None,
+  where: ArrayLike | None = None,
+  temperature: float | numbers.Real | jax.Array = 1.0,
+  out_dtype: DTypeLike | None = None,
   algorithm: str = 'auto',
   exp: str = 'degree5',
-  implementation=None,
-):
+  implementation: Implementation = None,
+) -> tuple[Any, Any, _Call]:
   """Checked arguments of the plans: (x, where, call)."""
   x = _checked_array(x)
   axis = _checked_axis(axis, x.shape)

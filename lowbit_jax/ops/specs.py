@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from lowbit_jax import _quantize as core, qarray
+from lowbit_jax._typing import Key
 from lowbit_jax.numerics import _scaling
 from lowbit_jax.ops import _fake_quant, _quantize
 from lowbit_jax.recipe import QuantSpec
@@ -15,7 +16,7 @@ def quantization(
   spec: QuantSpec,
   axis: int | tuple[int, ...],
   *,
-  key: jax.Array | None = None,
+  key: Key | None = None,
   tensor_amax: jax.Array | None = None,
 ) -> core.Job:
   """The quantization of an array that a spec describes, not yet run.
@@ -43,7 +44,7 @@ def fake_quant(
   spec: QuantSpec,
   axis: int | tuple[int, ...],
   *,
-  key: jax.Array | None = None,
+  key: Key | None = None,
   tensor_amax: jax.Array | None = None,
 ) -> jax.Array:
   """The values of `quantization` with the gradient of the spec.
@@ -74,6 +75,7 @@ def check_stateless(name: str, spec: QuantSpec) -> None:
 
 
 def _options(spec: QuantSpec, axes: tuple[int, ...]) -> _quantize.Options:
+  assert spec.scale_rule is not None  # filled in by QuantSpec
   return _quantize.Options(
     spec.fmt,
     axes,

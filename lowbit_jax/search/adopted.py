@@ -57,7 +57,7 @@ class Adopted:
   interval: tuple[float, float]
   timed: tuple[float, float]
   wrapper: str
-  start: Callable[[], Sequence]
+  start: Callable[[], Sequence[float] | np.ndarray]
   polished: tuple[float, float]
   edges: tuple[tuple[float, float], ...]
 

@@ -145,7 +145,9 @@ def nsga2(candidates: Sequence[Entry], size: int) -> tuple[Entry, ...]:
   return tuple(pool[i] for i in order[:size])
 
 
-def to_arrays(items: Sequence[Entry], rows: int, constants: int):
+def to_arrays(
+  items: Sequence[Entry], rows: int, constants: int
+) -> dict[str, np.ndarray]:
   """Entries as arrays of fixed sizes, for files and for other processes.
 
   Returns:

@@ -33,8 +33,10 @@ from typing import Any
 
 import jax
 import numpy as np
+import numpy.typing as npt
 
 from lowbit_jax import _files
+from lowbit_jax._typing import PathLike
 
 TIERS = ('2^12', '2^16', '2^20', 'stride61', 'all')
 CHUNK = 2**22
@@ -52,7 +54,7 @@ class Refuted(ValueError):
   """A function exceeds the bound that it was to be certified for."""
 
 
-def import_mpmath():
+def import_mpmath() -> Any:
   """The module, or an ImportError that says how to get it."""
   try:
     import mpmath
@@ -64,7 +66,7 @@ def import_mpmath():
   return mpmath
 
 
-def ulp32(value) -> np.ndarray:
+def ulp32(value: npt.ArrayLike) -> np.ndarray:
   """2^(max(floor(log2 |value|), -126) - 23) of finite float64 numbers."""
   bits = np.asarray(value, np.float64).view(np.int64)
   exponent = (bits >> 52) & 0x7FF
@@ -120,7 +122,7 @@ def positions(interval: tuple[float, float]) -> tuple[int, int]:
   return lo, hi
 
 
-def from_position(place) -> np.ndarray:
+def from_position(place: npt.ArrayLike) -> np.ndarray:
   """float32 numbers at places; the inverse of `positions`."""
   place = np.asarray(place, np.int32)
   size = np.abs(place)
@@ -461,7 +463,7 @@ class Certificate:
         f'the certificate is damaged ({error}); run its command again'
       ) from error
 
-  def save(self, path, *, overwrite: bool = False) -> None:
+  def save(self, path: PathLike, *, overwrite: bool = False) -> None:
     """Writes JSON to a file, which appears complete or not at all.
 
     Args:
@@ -480,7 +482,7 @@ class Certificate:
       f.write(self.to_json().encode())
 
   @classmethod
-  def load(cls, path) -> 'Certificate':
+  def load(cls, path: PathLike) -> 'Certificate':
     """Reads what `save` wrote.
 
     Raises:
@@ -509,7 +511,7 @@ def certify(
   tier: str = 'all',
   bound: float = 1.0,
   edges: Iterable[tuple[float, float]] = (),
-  program=None,
+  program: Any = None,
 ) -> Certificate:
   """Measures a function, and vouches for its error if that is within a bound.
 

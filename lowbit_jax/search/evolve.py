@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lowbit_jax import _files
+from lowbit_jax._typing import PathLike
 from lowbit_jax.search import (
   archive as archives,
   fit as fitting,
@@ -109,7 +110,7 @@ class Search:
   rounds: int = 6
   seed: int = 0
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     programs.op_codes(self.ops)
     for name, value, allowed in (
       ('objective', self.objective, OBJECTIVES),
@@ -480,7 +481,7 @@ def polished(search: Search, entry: Entry) -> tuple[Program, float]:
   return entry.program.replace_constants(fit.constants), fit.error
 
 
-def save(path, search: Search, state: State) -> None:
+def save(path: PathLike, search: Search, state: State) -> None:
   """Writes a checkpoint, which appears complete or not at all.
 
   A checkpoint of the same search is replaced.
@@ -516,7 +517,7 @@ def save(path, search: Search, state: State) -> None:
     np.savez_compressed(f, **arrays)
 
 
-def load(path, search: Search) -> State:
+def load(path: PathLike, search: Search) -> State:
   """Reads what `save` wrote.
 
   Raises:

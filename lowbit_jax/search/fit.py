@@ -17,6 +17,7 @@ float64 in a scope of its own.
 
 import functools
 import operator
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -25,6 +26,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec as P
 
+from lowbit_jax._typing import ArrayLike
 from lowbit_jax.search import program as programs
 
 _LANES = 64  # programs at a time on a device: what its cache holds
@@ -201,7 +203,14 @@ def _fit_shard(rows, constants, *samples, ops, steps, rounds, dense):
   )
 
 
-def evaluate(rows, constants, x, ops, *, tangents: bool = True):
+def evaluate(
+  rows: jax.Array,
+  constants: jax.Array,
+  x: jax.Array,
+  ops: Iterable[int],
+  *,
+  tangents: bool = True,
+) -> tuple[jax.Array, jax.Array | None]:
   """Values (N, B) and derivatives by the constants (K, N, B) of a batch.
 
   Args:
@@ -265,7 +274,9 @@ def evaluate(rows, constants, x, ops, *, tangents: bool = True):
   return result
 
 
-def least_squares(a, b):
+def least_squares(
+  a: Sequence[jax.Array] | jax.Array, b: jax.Array
+) -> jax.Array:
   """Solutions d (K, B) of min |a d - b| for a (K, M, B) and b (M, B)."""
   columns = [*a, b]
   k = len(a)
@@ -289,7 +300,12 @@ def _largest(e):
   return jnp.where(jnp.isfinite(worst), worst, jnp.inf)
 
 
-def damped_step(jacobian, e, damping, solve=least_squares):
+def damped_step(
+  jacobian: jax.Array,
+  e: jax.Array,
+  damping: ArrayLike,
+  solve: Callable[..., jax.Array] = least_squares,
+) -> jax.Array:
   """The step (K, B) of Levenberg and Marquardt with columns scaled to 1."""
   k, _, lanes = jacobian.shape
   norm = jnp.sqrt(jnp.sum(jacobian * jacobian, 1))

@@ -7,12 +7,14 @@ leaves a snapshot and takes those of the others as they are, so runs differ.
 """
 
 import pathlib
+from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
 from lowbit_jax import _files
+from lowbit_jax._typing import PathLike
 from lowbit_jax.search import archive as archives, evolve
 from lowbit_jax.search.archive import Entry
 
@@ -50,7 +52,7 @@ def ring(search: evolve.Search, state: evolve.State) -> evolve.State:
 
 
 def directory(
-  search: evolve.Search, state: evolve.State, path, island: int
+  search: evolve.Search, state: evolve.State, path: PathLike, island: int
 ) -> evolve.State:
   """The state with the snapshots of other islands, after leaving its own.
 
@@ -64,7 +66,8 @@ def directory(
     island: number of this island.
   """
   path = pathlib.Path(path)
-  sent = archives.to_arrays(emigrants(state), search.rows, search.constants)
+  sent: dict[str, Any] = {}
+  sent |= archives.to_arrays(emigrants(state), search.rows, search.constants)
   sent['search'] = np.array(evolve.identity(search))
   own = path / f'island_{island}.npz'
   with _files.replacing(own) as f:

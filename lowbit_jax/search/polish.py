@@ -18,10 +18,11 @@ approximations", 2007, there with lattice reduction and exact evaluation).
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import jax
 import numpy as np
+import numpy.typing as npt
 
 from lowbit_jax.search import certify
 
@@ -160,7 +161,7 @@ def minimax(
   model: Model,
   reference: Callable[[np.ndarray], np.ndarray],
   interval: tuple[float, float],
-  start,
+  start: Iterable[float | str],
   *,
   weight: str | Weight = 'rel',
 ) -> Fit:
@@ -297,7 +298,7 @@ def _linear_program(e, jacobian, radius):
 
 def float32_coefficients(
   fn: Callable,
-  start,
+  start: npt.ArrayLike,
   reference: Callable[[np.ndarray], np.ndarray],
   interval: tuple[float, float],
   *,

@@ -21,6 +21,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lowbit_jax._typing import ArrayLike
+
 
 class Op(NamedTuple):
   """An operation.
@@ -110,7 +112,7 @@ class Program:
   rows: tuple[tuple[int, int, int, int], ...]
   constants: tuple[float, ...] = ()
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     for i, (op, *operands) in enumerate(self.rows):
       if not 0 <= op < len(OPS):
         raise ValueError(f'rows[{i}] has operation {op}; codes index OPS')
@@ -122,7 +124,7 @@ class Program:
             ' exist before it'
           )
 
-  def __call__(self, x):
+  def __call__(self, x: ArrayLike) -> Any:
     """Evaluates the program in the arithmetic of x.
 
     Args:
@@ -134,7 +136,9 @@ class Program:
     cast = np.longdouble if wide else float if traced else lambda c: c
     return evaluate(self.rows, [cast(c) for c in self.constants], x)
 
-  def value_and_jacobian(self, x: np.ndarray, constants: np.ndarray):
+  def value_and_jacobian(
+    self, x: np.ndarray, constants: np.ndarray
+  ) -> tuple[np.ndarray, np.ndarray]:
     """Values and their derivatives by the constants, forward mode in NumPy.
 
     Args:
@@ -151,7 +155,7 @@ class Program:
     dtype = np.result_type(x, constants)
     unit = np.eye(k, dtype=dtype)
     zero = np.zeros((len(x), k), dtype)
-    registers = [(np.asarray(x, dtype), zero)]
+    registers: list[tuple[Any, Any]] = [(np.asarray(x, dtype), zero)]
     registers += [
       (np.full(len(x), constants[i], dtype), zero + unit[i]) for i in range(k)
     ]
@@ -170,10 +174,10 @@ class Program:
         registers.append((y, tangent))
     return registers[-1] if self.rows else registers[0]
 
-  def replace_constants(self, constants) -> 'Program':
+  def replace_constants(self, constants: Iterable[float]) -> 'Program':
     return Program(self.rows, tuple(constants))
 
-  def __str__(self):
+  def __str__(self) -> str:
     """One infix expression; values that are used twice are named u1, u2, ..."""
     return '; '.join(_infix(self))
 
@@ -206,7 +210,11 @@ def _infix(program: Program) -> list[str]:
   return [*lines, names[-1] if program.rows else 'x']
 
 
-def evaluate(rows, constants, x):
+def evaluate(
+  rows: Iterable[tuple[int, int, int, int]],
+  constants: Iterable[Any],
+  x: ArrayLike,
+) -> Any:
   """The last of the rows, in the arithmetic of x and the constants.
 
   Args:
@@ -272,7 +280,9 @@ class Node:
 
   __slots__ = ('args', 'op', 'value')
 
-  def __init__(self, op: int, args=(), value=None):
+  def __init__(
+    self, op: int, args: Iterable['Node'] = (), value: Any = None
+  ) -> None:
     self.op = op
     self.args = list(args)
     self.value = value
@@ -445,12 +455,13 @@ def _number(output: Node) -> Program:
   constants = [node for node in order if node.op == CONSTANT]
   rows = [node for node in order if node.op >= 0]
   number = {node: 1 + i for i, node in enumerate([*constants, *rows])}
-  padding = (0, 0, 0)
+
+  def row(node: Node) -> tuple[int, int, int, int]:
+    a, b, c = ([number.get(a, 0) for a in node.args] + [0, 0, 0])[:3]
+    return node.op, a, b, c
+
   return Program(
-    tuple(
-      (node.op, *([number.get(a, 0) for a in node.args] + [*padding])[:3])
-      for node in rows
-    ),
+    tuple(row(node) for node in rows),
     tuple(node.value for node in constants),
   )
 

@@ -79,7 +79,7 @@ class Target:
   reduced: tuple[float, float] | None = None
   derivative: str | None = None
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     if not (isinstance(self.name, str) and self.name.isidentifier()):
       raise ValueError(f'name={self.name!r} must be a Python identifier')
     if not callable(self.exact):
@@ -360,9 +360,8 @@ def assemble(target: Target, core: Program) -> Program:
 
   for op, *operands in core.rows:
     arity = OPS[op].arity
-    rows.append(
-      (op, *(register(r) for r in operands[:arity]), *operands[arity:])
-    )
+    a, b, c = (*map(register, operands[:arity]), *operands[arity:])
+    rows.append((op, a, b, c))
   p = register(k + len(core.rows) if core.rows else 0)
   if _product(target):
     rows.append((MUL, 0, p, 0))

@@ -35,6 +35,8 @@ import numpy as np
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
+from lowbit_jax._typing import ArrayLike
+
 _DTYPES = ('float32', 'float64')
 
 
@@ -56,7 +58,7 @@ _PLANS = {
 }
 
 
-def log_iv(v, x) -> jax.Array:
+def log_iv(v: ArrayLike, x: ArrayLike) -> jax.Array:
   """log I_v(x), the modified Bessel function of the first kind.
 
   Args:
@@ -82,7 +84,7 @@ def log_iv(v, x) -> jax.Array:
   return _log_iv_everywhere(v, x)
 
 
-def log_kv(v, x) -> jax.Array:
+def log_kv(v: ArrayLike, x: ArrayLike) -> jax.Array:
   """log K_v(x), the modified Bessel function of the second kind.
 
   Args:
@@ -106,7 +108,7 @@ def log_kv(v, x) -> jax.Array:
   return _log_kv_everywhere(v, x)
 
 
-def iv_ratio(v, x) -> jax.Array:
+def iv_ratio(v: ArrayLike, x: ArrayLike) -> jax.Array:
   """I_{v+1}(x) / I_v(x), to a few units in the last place.
 
   It is never formed from a difference of logarithms. For points in p dimensions
@@ -124,7 +126,7 @@ def iv_ratio(v, x) -> jax.Array:
   return _iv_ratio(v, x)
 
 
-def log_0f1(v, x) -> jax.Array:
+def log_0f1(v: ArrayLike, x: ArrayLike) -> jax.Array:
   """log 0F1(; v + 1; x^2 / 4) = log(Gamma(v + 1) (2 / x)^v I_v(x)).
 
   It is what remains of log I_v when its behaviour at x = 0 is taken off, and

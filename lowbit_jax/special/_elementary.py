@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from lowbit_jax._typing import ArrayLike
 from lowbit_pallas.arith import elementary
 
 _DTYPES = ('float32', 'bfloat16', 'float16')
@@ -61,7 +62,7 @@ def _apply(fn: Callable, x) -> jax.Array:
   return fn(x.astype(jnp.float32)).astype(x.dtype)
 
 
-def exp2(x) -> jax.Array:
+def exp2(x: ArrayLike) -> jax.Array:
   """2^x, within 1 ULP; whole numbers give exact powers.
 
   Args:
@@ -83,7 +84,7 @@ def exp2(x) -> jax.Array:
   return _apply(_exp2, x)
 
 
-def exp(x) -> jax.Array:
+def exp(x: ArrayLike) -> jax.Array:
   """e^x, within 1 ULP.
 
   Arguments, results and errors as in `exp2`: inf above 88.7228, 0 below
@@ -98,7 +99,7 @@ def exp(x) -> jax.Array:
   return _apply(_exp, x)
 
 
-def log2(x) -> jax.Array:
+def log2(x: ArrayLike) -> jax.Array:
   """log2(x), within 1 ULP; powers of two give whole numbers.
 
   Arguments and errors as in `exp2`. -inf at zero and for subnormal numbers, NaN
@@ -113,7 +114,7 @@ def log2(x) -> jax.Array:
   return _apply(_log2, x)
 
 
-def sin(x) -> jax.Array:
+def sin(x: ArrayLike) -> jax.Array:
   """sin(x), within 1 ULP for every x.
 
   Arguments and errors as in `exp2`. If any element exceeds 1e5 in size, the
@@ -129,7 +130,7 @@ def sin(x) -> jax.Array:
   return _apply(_sin, x)
 
 
-def cos(x) -> jax.Array:
+def cos(x: ArrayLike) -> jax.Array:
   """cos(x), within 1 ULP for every x. As `sin`.
 
   Derivative: -sin(x), forward and reverse mode, of any order.
@@ -141,7 +142,7 @@ def cos(x) -> jax.Array:
   return _apply(_cos, x)
 
 
-def tanh(x) -> jax.Array:
+def tanh(x: ArrayLike) -> jax.Array:
   """tanh(x), within 2 ULP.
 
   Arguments and errors as in `exp2`. +-1 for |x| > 9.3.
@@ -156,7 +157,7 @@ def tanh(x) -> jax.Array:
   return _apply(_tanh, x)
 
 
-def sigmoid(x) -> jax.Array:
+def sigmoid(x: ArrayLike) -> jax.Array:
   """1 / (1 + e^-x), within 1.5 ULP.
 
   Arguments and errors as in `exp2`. Results below 2^-126 are 0.
@@ -170,7 +171,7 @@ def sigmoid(x) -> jax.Array:
   return _apply(_sigmoid, x)
 
 
-def erf(x) -> jax.Array:
+def erf(x: ArrayLike) -> jax.Array:
   """The error function, within 1.5 ULP.
 
   Arguments and errors as in `exp2`. +-1 for |x| > 3.93.
@@ -184,7 +185,7 @@ def erf(x) -> jax.Array:
   return _apply(_erf, x)
 
 
-def gelu(x) -> jax.Array:
+def gelu(x: ArrayLike) -> jax.Array:
   """x Phi(x) with the normal distribution function Phi, within 2 ULP.
 
   Arguments and errors as in `exp2`. Accurate in the negative tail too, down to
@@ -203,7 +204,7 @@ def gelu(x) -> jax.Array:
   return _apply(_gelu, x)
 
 
-def softplus(x) -> jax.Array:
+def softplus(x: ArrayLike) -> jax.Array:
   """log(1 + e^x), within 2 ULP.
 
   Arguments and errors as in `exp2`. Results below 2^-126 are 0.

@@ -19,12 +19,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from lowbit_jax._typing import ArrayLike, Key
 from lowbit_jax.special import _bessel
 
 _NEWTON_STEPS = 8
 
 
-def log_prob(x, mean, kappa) -> jax.Array:
+def log_prob(x: ArrayLike, mean: ArrayLike, kappa: ArrayLike) -> jax.Array:
   """Log density with respect to the area of the unit sphere.
 
   Args:
@@ -60,7 +61,7 @@ def log_prob(x, mean, kappa) -> jax.Array:
   return kappa * cosine - _bessel.log_0f1(p / 2 - 1, kappa) - _log_area(p)
 
 
-def fit(x) -> tuple[jax.Array, jax.Array]:
+def fit(x: ArrayLike) -> tuple[jax.Array, jax.Array]:
   """Maximum likelihood: the mean direction, and kappa with A_p(kappa) = R.
 
   R is the length of the mean of the samples. kappa starts from R (p - R^2) /
@@ -100,7 +101,12 @@ def fit(x) -> tuple[jax.Array, jax.Array]:
   return average / R[..., None], _concentration(R, p)
 
 
-def sample(key, mean, kappa, shape: Sequence[int] | None = None) -> jax.Array:
+def sample(
+  key: Key,
+  mean: ArrayLike,
+  kappa: ArrayLike,
+  shape: Sequence[int] | None = None,
+) -> jax.Array:
   """Unit vectors from the distribution.
 
   By rejection along the mean (Wood, "Simulation of the von Mises Fisher

@@ -3,11 +3,16 @@
 import numpy as np
 
 from lowbit_jax import numerics
+from lowbit_jax._typing import ArrayLike
 from lowbit_jax.qarray import LEAVES, QArray, is_qarray
 
 
 def assert_bits_equal(
-  actual, expected, message: str = '', *, any_nan: bool = False
+  actual: ArrayLike | QArray,
+  expected: ArrayLike | QArray,
+  message: str = '',
+  *,
+  any_nan: bool = False,
 ) -> None:
   """Asserts that two arrays, or two QArrays, are the same bits.
 
@@ -48,7 +53,9 @@ def assert_bits_equal(
   )
 
 
-def assert_within_ulp(actual, expected, ulp: float, message: str = '') -> None:
+def assert_within_ulp(
+  actual: ArrayLike, expected: ArrayLike, ulp: float, message: str = ''
+) -> None:
   """Asserts that at most `ulp - 1` floats lie between the two arrays.
 
   Args:

@@ -195,7 +195,8 @@ def _edges(fmt: BlockFormat, rows: int, width: int) -> np.ndarray:
     seeds = seeds[:4] + [[448 * 6 * 2.0**-k] for k in range(0, 24, 2)]
   size = width * (rows if fmt.is_tile else 1)
   blocks = [
-    np.resize(np.float32([*s, *[0.25 * s[-1]] * 2]), size) for s in seeds
+    np.resize(np.array([*s, *[0.25 * s[-1]] * 2], np.float32), size)
+    for s in seeds
   ]
   if not fmt.is_tile:
     blocks += [np.zeros(size, np.float32)] * (-len(blocks) % rows)

@@ -9,6 +9,7 @@ import numpy as np
 
 from lowbit_jax import numerics, ops, qarray
 from lowbit_jax._quantize import check_format
+from lowbit_jax._typing import ArrayLike
 from lowbit_jax.formats import BlockFormat
 from lowbit_jax.numerics import _scaling
 from lowbit_jax.qarray import QArray
@@ -82,7 +83,9 @@ def check_dot(
       _compare(dot_fn(lhs, q), lhs, q, operand_unit, label)
 
 
-def dot_tolerance(lhs, rhs, *, operand_unit: float = 0.0) -> np.ndarray:
+def dot_tolerance(
+  lhs: ArrayLike, rhs: ArrayLike, *, operand_unit: float = 0.0
+) -> np.ndarray:
   """The tolerance of `check_dot` for a float32 result.
 
   Args:
@@ -102,7 +105,7 @@ def dot_tolerance(lhs, rhs, *, operand_unit: float = 0.0) -> np.ndarray:
   return units * (a @ b)
 
 
-def exact_values(q) -> np.ndarray:
+def exact_values(q: ArrayLike | QArray) -> np.ndarray:
   """element * scale * tensor_scale in float64, unrounded."""
   if not isinstance(q, QArray):
     return np.asarray(q, np.float64)
@@ -113,6 +116,7 @@ def exact_values(q) -> np.ndarray:
   if q.zero_point is not None:
     y = y - np.expand_dims(np.asarray(q.zero_point, np.float64), inner)
   if q.scale is not None:
+    assert fmt.scale is not None
     scale = np.asarray(q.scale)
     if _scaling.is_coded(fmt.scale):
       scale = fmt.scale.values()[scale]

@@ -146,7 +146,8 @@ def swapped_nibbles(q: QArray) -> QArray:
 
 def dropped_tensor_scale(q: QArray) -> QArray:
   """A tensor scale of one."""
-  return qarray.replace(q, tensor_scale=jnp.ones_like(q.tensor_scale))
+  ones = jnp.ones_like(q.tensor_scale)  # pyright: ignore[reportArgumentType]
+  return qarray.replace(q, tensor_scale=ones)
 
 
 def wrong_group(q: QArray) -> QArray:

@@ -1,6 +1,6 @@
 """The suite of a quantizer."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +8,7 @@ import numpy as np
 
 from lowbit_jax import numerics, ops
 from lowbit_jax._quantize import check_format
+from lowbit_jax._typing import Key
 from lowbit_jax.formats import BlockFormat
 from lowbit_jax.numerics import _scaling
 from lowbit_jax.qarray import QArray
@@ -70,7 +71,7 @@ def check_stochastic(
   quantize_fn: Callable,
   fmt: BlockFormat,
   *,
-  keys,
+  keys: Sequence[Key] | Key,
   scale_rule: str | None = None,
   random_bits: int = 23,
   rows: int = 4096,
@@ -238,6 +239,7 @@ def _unit(q: QArray) -> float:
   """The whole scale of a QArray of one block."""
   scale = 1.0
   if q.scale is not None:
+    assert q.fmt.scale is not None
     value = np.asarray(q.scale)
     if _scaling.is_coded(q.fmt.scale):
       value = q.fmt.scale.values()[value]

@@ -24,11 +24,15 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 from scipy import optimize
 
 CHANNEL_BLOCK = 2**13.1567  # B that stands for one scale per channel
 _COST_PER_BIT = 6 / 16  # C = 6 N D operations at P = 16 bits
 _LOG_RANGE = 60.0  # constants stay within e^-60 ... e^60 in a fit
+
+
+Numbers = np.float64 | np.ndarray  # a float64 for numbers, else an array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +66,7 @@ class FloatLaw:
   delta: float = 3.1926
   nu: float = 2.9543
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     for field in dataclasses.fields(self):
       value = getattr(self, field.name)
       if not (np.isfinite(value) and value > 0):
@@ -71,7 +75,7 @@ class FloatLaw:
           ' law are positive and fall with N, D, E and M'
         )
 
-  def unquantized_loss(self, N, D):
+  def unquantized_loss(self, N: npt.ArrayLike, D: npt.ArrayLike) -> Numbers:
     """n / N^alpha + d / D^beta + epsilon.
 
     Args:
@@ -81,7 +85,7 @@ class FloatLaw:
     N, D = _positive('N', N), _positive('D', D)
     return self.n / N**self.alpha + self.d / D**self.beta + self.epsilon
 
-  def precision(self, E, M):
+  def precision(self, E: npt.ArrayLike, M: npt.ArrayLike) -> Numbers:
     """gamma (E + 1/2)^delta (M + 1/2)^nu, what a format divides the gap by.
 
     Args:
@@ -91,7 +95,14 @@ class FloatLaw:
     E, M = _at_least(0, 'E', E), _at_least(0, 'M', M)
     return self.gamma * (E + 0.5) ** self.delta * (M + 0.5) ** self.nu
 
-  def gap(self, N, D, E, M, B):
+  def gap(
+    self,
+    N: npt.ArrayLike,
+    D: npt.ArrayLike,
+    E: npt.ArrayLike,
+    M: npt.ArrayLike,
+    B: npt.ArrayLike,
+  ) -> Numbers:
     """The last term: what the format costs.
 
     Args:
@@ -106,11 +117,20 @@ class FloatLaw:
     ratio = D**self.beta / N**self.alpha
     return ratio * np.log2(B) / self.precision(E, M)
 
-  def loss(self, N, D, E, M, B):
+  def loss(
+    self,
+    N: npt.ArrayLike,
+    D: npt.ArrayLike,
+    E: npt.ArrayLike,
+    M: npt.ArrayLike,
+    B: npt.ArrayLike,
+  ) -> Numbers:
     """L(N, D, E, M, B); arguments as in `gap`."""
     return self.unquantized_loss(N, D) + self.gap(N, D, E, M, B)
 
-  def critical_data(self, N, E, M, B):
+  def critical_data(
+    self, N: npt.ArrayLike, E: npt.ArrayLike, M: npt.ArrayLike, B: npt.ArrayLike
+  ) -> Numbers:
     """Tokens beyond which more data make the loss worse.
 
     The minimum over D of d / D^beta + gap:
@@ -130,7 +150,7 @@ class FloatLaw:
     ratio = self.d * N**self.alpha * self.precision(E, M) / np.log2(B)
     return ratio ** (1 / (2 * self.beta))
 
-  def optimal_mantissa(self, bits):
+  def optimal_mantissa(self, bits: npt.ArrayLike) -> Numbers:
     """M* = nu P / (delta + nu) - 1/2 of P = E + M + 1 bits, a real number.
 
     The exponent gets the rest: E* = delta P / (delta + nu) - 1/2.
@@ -150,7 +170,7 @@ class FloatLaw:
     options = [(E, int(bits) - 1 - E) for E in range(int(bits))]
     return max(options, key=lambda option: float(self.precision(*option)))
 
-  def optimal_precision(self, D, B):
+  def optimal_precision(self, D: npt.ArrayLike, B: npt.ArrayLike) -> Numbers:
     """Bits P that are worth computing with at a given size of data.
 
     At the cost C = k N P D a smaller P buys a larger N. With the best split,
@@ -173,7 +193,9 @@ class FloatLaw:
     power = self._gamma_data * D**self.beta * np.log2(B)
     return power ** (1 / (self.delta + self.nu))
 
-  def compute_optimal_precision(self, C, B, k: float = _COST_PER_BIT):
+  def compute_optimal_precision(
+    self, C: npt.ArrayLike, B: npt.ArrayLike, k: float = _COST_PER_BIT
+  ) -> Numbers:
     """Bits P where N, D and P are free at the cost C = k N P D.
 
       P^((delta+nu)(alpha+beta)/beta + alpha)
@@ -455,7 +477,7 @@ def _minimize(table: _Table, theta: np.ndarray, huber: float):
   return optimize.least_squares(
     lambda t: (_log_loss(t, table) - target) / huber,
     np.clip(theta, lower + 1e-6, upper - 1e-6),
-    lambda t: _jacobian(t, table) / huber,
+    lambda t: _jacobian(t, table) / huber,  # pyright: ignore[reportArgumentType]
     bounds=(lower, upper),
     loss='huber',
     x_scale='jac',

@@ -10,13 +10,14 @@ Layers keep the names and shapes of their parameters.
 
 import contextlib
 import functools
-from collections.abc import Callable
-from typing import cast
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, cast
 
 import jax
 from flax import linen as flax_linen
 
 from lowbit_jax import ops
+from lowbit_jax._typing import DotDims, DTypeLike, Precision
 from lowbit_jax.nn.linen import RNG
 from lowbit_jax.ops import _qdot
 from lowbit_jax.recipe import Policy, Recipe
@@ -49,12 +50,12 @@ class QDotGeneral(flax_linen.Module):
   @flax_linen.compact
   def __call__(
     self,
-    lhs,
-    rhs,
-    dimension_numbers,
-    precision=None,
-    preferred_element_type=None,
-    **kwargs,
+    lhs: jax.Array,
+    rhs: jax.Array,
+    dimension_numbers: DotDims,
+    precision: Precision = None,
+    preferred_element_type: DTypeLike | None = None,
+    **kwargs: Any,
   ) -> jax.Array:
     recipe = recipe_at(self.recipe, self.path[:-1], self.fraction)
     if recipe is None:
@@ -100,7 +101,9 @@ def dot_general_cls(
 
 
 @contextlib.contextmanager
-def quantized(recipe: Recipe | Policy | None, fraction: float = 0.0):
+def quantized(
+  recipe: Recipe | Policy | None, fraction: float = 0.0
+) -> Iterator[None]:
   """Dense and DenseGeneral layers train by `recipe` inside this context.
 
   Layers that have a `dot_general` of their own keep it. Tracing must happen
@@ -131,7 +134,9 @@ def quantized(recipe: Recipe | Policy | None, fraction: float = 0.0):
     yield
 
 
-def recipe_at(recipe, path, fraction: float) -> Recipe | None:
+def recipe_at(
+  recipe: Recipe | Policy | None, path: Iterable, fraction: float
+) -> Recipe | None:
   """The recipe of the layer at `path`."""
   if isinstance(recipe, Policy):
     return recipe.at('/'.join(map(str, path)), fraction)
@@ -145,7 +150,7 @@ def recipe_at(recipe, path, fraction: float) -> Recipe | None:
   )
 
 
-def check_keywords(kwargs) -> None:
+def check_keywords(kwargs: Mapping[str, Any]) -> None:
   """Refuses keywords of `lax.dot_general` that a training product lacks."""
   given = {k: v for k, v in kwargs.items() if v is not None}
   if given:

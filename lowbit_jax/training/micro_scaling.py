@@ -55,6 +55,7 @@ import jax
 import jax.numpy as jnp
 
 from lowbit_jax import _quantize as core, formats, qarray
+from lowbit_jax._typing import ArrayLike, Key
 from lowbit_jax.formats import BlockFormat, FloatFormat
 from lowbit_jax.numerics import _rounding, _scaling
 from lowbit_jax.numerics._codec import as_float_array, spec
@@ -111,7 +112,7 @@ class Lattice(NamedTuple):
 class Ste:
   """The straight-through estimator, Q' = 1 everywhere."""
 
-  def slope(self, v, lattice: Lattice):
+  def slope(self, v: jax.Array, lattice: Lattice) -> jax.Array:
     del lattice
     return jnp.ones_like(v)
 
@@ -133,12 +134,12 @@ class Dge:
   power: float = 5.0
   ceiling: float = 3.0
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     if not self.power >= 1:
       raise ValueError(f'power={self.power!r} must be at least 1')
     _check_positive('ceiling', self.ceiling)
 
-  def slope(self, v, lattice: Lattice):
+  def slope(self, v: jax.Array, lattice: Lattice) -> jax.Array:
     distance = jnp.abs(2 * _position(v, lattice) - 1)
     slope = distance ** (1 / self.power - 1) / self.power
     return jnp.minimum(slope, self.ceiling)
@@ -161,11 +162,11 @@ class Sigmoid:
   low: float = 0.3
   high: float = 1.5
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     _check_positive('temperature', self.temperature)
     _check_order(self.low, self.high)
 
-  def slope(self, v, lattice: Lattice):
+  def slope(self, v: jax.Array, lattice: Lattice) -> jax.Array:
     u = 12 * (_position(v, lattice) - 0.5) / self.temperature
     sigma = jax.nn.sigmoid(u)
     slope = 12 * sigma * (1 - sigma) / self.temperature
@@ -189,12 +190,12 @@ class Spline:
   low: float = 0.3
   high: float = 1.5
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     if self.points < 2:
       raise ValueError(f'points={self.points!r} must be at least 2')
     _check_order(self.low, self.high)
 
-  def slope(self, v, lattice: Lattice):
+  def slope(self, v: jax.Array, lattice: Lattice) -> jax.Array:
     pieces = self.points - 1
     if lattice.span is None:
       # Every binade is like [1, 2), on which the rounder has steps of 2^-m.
@@ -274,7 +275,7 @@ class MicroScaling:
   alpha: float = 1.0
   allow_underflow: bool = False
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     for name in ('element', 'scale'):
       if not isinstance(getattr(self, name), FloatFormat):
         raise TypeError(
@@ -363,7 +364,9 @@ class MicroScaling:
     """Whether the rounding draws random bits."""
     return 'stochastic' in (self.rounding, self.scale_round)
 
-  def __call__(self, x, axis: int = -1, key=None) -> jax.Array:
+  def __call__(
+    self, x: ArrayLike, axis: int = -1, key: Key | None = None
+  ) -> jax.Array:
     """The quantized values of `x` in its shape and dtype.
 
     Args:

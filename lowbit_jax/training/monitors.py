@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from lowbit_jax import _quantize as core, qarray
+from lowbit_jax._typing import ArrayLike, Key
 from lowbit_jax.doctor import _blocks
 from lowbit_jax.ops import _qdot
 from lowbit_jax.recipe import QuantSpec, Recipe
@@ -44,7 +45,13 @@ def zeros() -> Lost:
 
 
 def lost(
-  x, w, dy, recipe: Recipe, *, key=None, tensor_amax=(None, None)
+  x: jax.Array,
+  w: jax.Array,
+  dy: jax.Array,
+  recipe: Recipe,
+  *,
+  key: Key | None = None,
+  tensor_amax: tuple[ArrayLike | None, ArrayLike | None] = (None, None),
 ) -> Lost:
   """Measures the operands of `ops.qdot` and its derivative.
 
@@ -81,7 +88,15 @@ def lost(
   return Lost(*(jnp.stack(share) for share in zip(*shares, strict=True)))
 
 
-def tap(recipe: Recipe, y, x, w, key, tensor_amax, probe: Lost) -> jax.Array:
+def tap(
+  recipe: Recipe,
+  y: jax.Array,
+  x: jax.Array,
+  w: jax.Array,
+  key: Key | None,
+  tensor_amax: tuple[ArrayLike | None, ArrayLike | None],
+  probe: Lost,
+) -> jax.Array:
   """Returns y; the gradient of `probe`, any `Lost`, is what `lost` measures.
 
   The gradient of y passes, and none goes to the other arguments, which are

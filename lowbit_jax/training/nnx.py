@@ -1,9 +1,12 @@
 """NNX: recipes in the linear layers of any model."""
 
+from typing import Any
+
 import jax
 from flax import nnx as flax_nnx
 
 from lowbit_jax import ops
+from lowbit_jax._typing import DotDims, DTypeLike, OutSharding, Precision
 from lowbit_jax.ops import _qdot
 from lowbit_jax.recipe import Policy, Recipe
 from lowbit_jax.training import scaling
@@ -25,7 +28,7 @@ class QDotGeneral(flax_nnx.Module):
 
   def __init__(
     self, recipe: Recipe | None, *, rngs: flax_nnx.Rngs | None = None
-  ):
+  ) -> None:
     if recipe is not None and recipe.needs_key and rngs is None:
       raise ValueError(
         f'recipe {recipe.name!r} draws random bits: pass rngs=nnx.Rngs(quant=0)'
@@ -40,13 +43,13 @@ class QDotGeneral(flax_nnx.Module):
 
   def __call__(
     self,
-    lhs,
-    rhs,
-    dimension_numbers,
-    precision=None,
-    preferred_element_type=None,
-    out_sharding=None,
-    **kwargs,
+    lhs: jax.Array,
+    rhs: jax.Array,
+    dimension_numbers: DotDims,
+    precision: Precision = None,
+    preferred_element_type: DTypeLike | None = None,
+    out_sharding: OutSharding = None,
+    **kwargs: Any,
   ) -> jax.Array:
     if self.recipe is None:
       return jax.lax.dot_general(
@@ -75,7 +78,7 @@ class QDotGeneral(flax_nnx.Module):
 
 
 def quantize(
-  model,
+  model: flax_nnx.Module,
   recipe: Recipe | Policy,
   *,
   rngs: flax_nnx.Rngs | None = None,
@@ -101,7 +104,7 @@ def quantize(
       module.dot_general = flax_nnx.data(QDotGeneral(chosen, rngs=rngs))
 
 
-def advance(model) -> None:
+def advance(model: flax_nnx.Module) -> None:
   """Turns all held tensor scales of a model to the next step, in place."""
   for _, module in flax_nnx.iter_modules(model):
     if isinstance(module, QDotGeneral) and module.scales is not None:

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from lowbit_jax._typing import ArrayLike
 from lowbit_jax.numerics._codec import as_float_array
 
 PARAMETERS = ('log', 'clipped')
@@ -56,7 +57,7 @@ class Lsq:
   axis: int | None = None
   parameter: str = 'log'
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     if not isinstance(self.bits, int) or not 1 + self.signed <= self.bits <= 16:
       raise ValueError(
         f'bits={self.bits!r} must be an int in {1 + self.signed}..16'
@@ -73,7 +74,7 @@ class Lsq:
       return 0, 2**self.bits - 1
     return 2 ** (self.bits - 1), 2 ** (self.bits - 1) - 1
 
-  def init(self, x) -> dict[str, jax.Array]:
+  def init(self, x: ArrayLike) -> dict[str, jax.Array]:
     """The step 2 mean |x| / sqrt(Q_p) of the source.
 
     Args:
@@ -104,7 +105,7 @@ class Lsq:
     step = params[name]
     return _with_value(jnp.maximum(step, LEAST_STEP), step)
 
-  def __call__(self, params: dict[str, jax.Array], x) -> jax.Array:
+  def __call__(self, params: dict[str, jax.Array], x: ArrayLike) -> jax.Array:
     """x_hat of the shape and dtype of x."""
     x = as_float_array(x)
     low, high = self.range
@@ -134,7 +135,7 @@ class Pact:
   bits: int
   decay: float = 1e-3
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     if not isinstance(self.bits, int) or not 1 <= self.bits <= 16:
       raise ValueError(f'bits={self.bits!r} must be an int in 1..16')
     if not self.decay >= 0:
@@ -150,7 +151,7 @@ class Pact:
     """decay alpha^2, to be added to the loss."""
     return self.decay * jnp.square(params['alpha'])
 
-  def __call__(self, params: dict[str, jax.Array], x) -> jax.Array:
+  def __call__(self, params: dict[str, jax.Array], x: ArrayLike) -> jax.Array:
     """x_hat of the shape and dtype of x."""
     x = as_float_array(x)
     alpha = params['alpha']

@@ -10,17 +10,17 @@ b1.58 is `QuantSpec(formats.ternary_tensor)` for weights and
 """
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from lowbit_jax import _quantize as core, formats
+from lowbit_jax._typing import ArrayLike, Key
 from lowbit_jax.numerics import _rounding, _scaling
 from lowbit_jax.numerics._codec import as_float_array, round_to
 from lowbit_jax.ops import specs
-from lowbit_jax.recipe import QuantSpec, check_quantizer
+from lowbit_jax.recipe import Quantizer, QuantSpec, check_quantizer
 from lowbit_pallas.arith import bits as fb
 
 # The clip c, in units of the standard deviation, of a centred uniform grid of
@@ -63,10 +63,12 @@ class DoReFaWeight(_Deterministic):
 
   bits: int
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     _check_bits(self.bits)
 
-  def __call__(self, x, axis: int = -1, key=None) -> jax.Array:
+  def __call__(
+    self, x: ArrayLike, axis: int = -1, key: Key | None = None
+  ) -> jax.Array:
     del axis, key
     x, dtype = _widened(x)
     t = jnp.tanh(x)
@@ -87,10 +89,12 @@ class DoReFaActivation(_Deterministic):
 
   bits: int
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     _check_bits(self.bits)
 
-  def __call__(self, x, axis: int = -1, key=None) -> jax.Array:
+  def __call__(
+    self, x: ArrayLike, axis: int = -1, key: Key | None = None
+  ) -> jax.Array:
     del axis, key
     x, dtype = _widened(x)
     y = _uniform(jnp.clip(x, 0, 1), self.bits)
@@ -111,7 +115,7 @@ class DoReFaGradient:
 
   bits: int
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     _check_bits(self.bits)
 
   @property
@@ -119,7 +123,9 @@ class DoReFaGradient:
     """Whether the rounding draws random bits."""
     return True
 
-  def __call__(self, x, axis: int = -1, key=None) -> jax.Array:
+  def __call__(
+    self, x: ArrayLike, axis: int = -1, key: Key | None = None
+  ) -> jax.Array:
     del axis
     if key is None:
       raise ValueError('DoReFaGradient needs key=jax.random.key(seed)')
@@ -145,11 +151,13 @@ class Sign(_Deterministic):
 
   scale: str = 'one'
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     if self.scale not in ('one', 'mean'):
       raise ValueError(f"scale={self.scale!r} is not one of ('one', 'mean')")
 
-  def __call__(self, x, axis: int = -1, key=None) -> jax.Array:
+  def __call__(
+    self, x: ArrayLike, axis: int = -1, key: Key | None = None
+  ) -> jax.Array:
     del key
     x, dtype = _widened(x)
     sign = jnp.where(x >= 0, jnp.float32(1), jnp.float32(-1))
@@ -176,11 +184,13 @@ class Quartet(_Deterministic):
 
   block: int = 32
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     if not isinstance(self.block, int) or self.block < 1:
       raise ValueError(f'block={self.block!r} must be a positive int')
 
-  def __call__(self, x, axis: int = -1, key=None) -> jax.Array:
+  def __call__(
+    self, x: ArrayLike, axis: int = -1, key: Key | None = None
+  ) -> jax.Array:
     del key
     x, dtype = _widened(x)
     axis = axis % x.ndim
@@ -223,13 +233,15 @@ class Quest(_Deterministic):
   bits: int = 4
   trust: float | None = None
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     if self.bits not in GAUSSIAN_CLIPS:
       raise ValueError(f'bits={self.bits!r} must be an int in 1..8')
     if self.trust is not None and not self.trust > 0:
       raise ValueError(f'trust={self.trust!r} must be positive or None')
 
-  def __call__(self, x, axis: int = -1, key=None) -> jax.Array:
+  def __call__(
+    self, x: ArrayLike, axis: int = -1, key: Key | None = None
+  ) -> jax.Array:
     del key
     x, dtype = _widened(x)
     clip, steps = GAUSSIAN_CLIPS[self.bits], 2**self.bits - 1
@@ -257,10 +269,10 @@ class OutlierCompensated:
     quantile: of |x|, in (0, 1].
   """
 
-  inner: Any
+  inner: QuantSpec | Quantizer
   quantile: float = 0.99
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     check_quantizer('inner', self.inner)
     if self.inner is None:
       raise TypeError('inner=None quantizes nothing; give a QuantSpec')
@@ -272,7 +284,9 @@ class OutlierCompensated:
     """Whether the rounding draws random bits."""
     return self.inner.needs_key
 
-  def __call__(self, x, axis: int = -1, key=None) -> jax.Array:
+  def __call__(
+    self, x: ArrayLike, axis: int = -1, key: Key | None = None
+  ) -> jax.Array:
     x, dtype = _widened(x)
     t = lax.stop_gradient(jnp.quantile(jnp.abs(x), self.quantile))
     outside = jnp.abs(x) > t
@@ -323,12 +337,14 @@ class RowScaled(_PerRow):
 
   candidates: int = 4
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     super().__post_init__()
     if not isinstance(self.candidates, int) or self.candidates < 2:
       raise ValueError(f'candidates={self.candidates!r} must be an int above 1')
 
-  def __call__(self, x, axis: int = -1, key=None) -> jax.Array:
+  def __call__(
+    self, x: ArrayLike, axis: int = -1, key: Key | None = None
+  ) -> jax.Array:
     del key
     x, dtype = _widened(x)
     t = lax.stop_gradient(x)
@@ -363,7 +379,9 @@ class Eden(_PerRow):
     inner: a `QuantSpec` that rounds to nearest, straight through.
   """
 
-  def __call__(self, x, axis: int = -1, key=None) -> jax.Array:
+  def __call__(
+    self, x: ArrayLike, axis: int = -1, key: Key | None = None
+  ) -> jax.Array:
     del key
     x, dtype = _widened(x)
     t = lax.stop_gradient(x)
@@ -395,7 +413,7 @@ class FixedPoint:
   fraction_bits: int
   rounding: str = 'stochastic'
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     for name in ('integer_bits', 'fraction_bits'):
       if not isinstance(getattr(self, name), int):
         raise TypeError(f'{name}={getattr(self, name)!r} must be an int')
@@ -414,7 +432,9 @@ class FixedPoint:
     """Whether the rounding draws random bits."""
     return self.rounding == 'stochastic'
 
-  def __call__(self, x, axis: int = -1, key=None) -> jax.Array:
+  def __call__(
+    self, x: ArrayLike, axis: int = -1, key: Key | None = None
+  ) -> jax.Array:
     del axis
     x, dtype = _widened(x)
     random = None
@@ -429,7 +449,12 @@ class FixedPoint:
     return _masked(k * step, x, (x >= -top) & (x <= top - step)).astype(dtype)
 
 
-def apply(quantizer, x, axis: int = -1, key=None) -> jax.Array:
+def apply(
+  quantizer: QuantSpec | Quantizer | None,
+  x: jax.Array,
+  axis: int = -1,
+  key: Key | None = None,
+) -> jax.Array:
   """The values that a site of a product would see.
 
   Args:

@@ -15,8 +15,15 @@ states, codecs for communication and loss scaling in `training.optimizers`.
 import dataclasses
 
 from lowbit_jax import formats
+from lowbit_jax._quantize import check_format
 from lowbit_jax.formats import BlockFormat
-from lowbit_jax.recipe import GemmSpec, QuantSpec, Recipe, TensorScaling
+from lowbit_jax.recipe import (
+  GemmSpec,
+  Quantizer,
+  QuantSpec,
+  Recipe,
+  TensorScaling,
+)
 from lowbit_jax.training import micro_scaling, quantizers
 
 
@@ -41,7 +48,7 @@ def names() -> tuple[str, ...]:
 
 
 def _spec(fmt, rule: str | None = None, **options) -> QuantSpec:
-  fmt = formats.get(fmt) if isinstance(fmt, str) else fmt
+  fmt = check_format(formats.get(fmt)) if isinstance(fmt, str) else fmt
   return QuantSpec(fmt, rule, **options)
 
 
@@ -49,7 +56,7 @@ def _stochastic(spec: QuantSpec) -> QuantSpec:
   return dataclasses.replace(spec, rounding='stochastic')
 
 
-def _everywhere(spec: QuantSpec) -> Recipe:
+def _everywhere(spec: QuantSpec | Quantizer) -> Recipe:
   gemm = GemmSpec(spec, spec)
   return Recipe('', gemm, gemm, gemm)
 
@@ -232,7 +239,8 @@ def _ufp4() -> Recipe:
   """Uniform 4-bit grid with rotations in all products, stochastic gradients."""
   spec = _spec('mxint4', 'rceil')
   sides = (spec, spec), (_stochastic(spec), spec), (spec, _stochastic(spec))
-  return Recipe('', *(GemmSpec(a, b, 32, 'fixed') for a, b in sides))
+  fwd, dgrad, wgrad = (GemmSpec(a, b, 32, 'fixed') for a, b in sides)
+  return Recipe('', fwd, dgrad, wgrad)
 
 
 def _fp8(element: BlockFormat, gradient: BlockFormat, **options) -> Recipe:
@@ -245,15 +253,15 @@ def _fp8(element: BlockFormat, gradient: BlockFormat, **options) -> Recipe:
 def _fp8_current() -> Recipe:
   """TransformerEngine: E4M3 and, for gradients, E5M2, one current scale per
   tensor."""
-  return _fp8(formats.get('e4m3fn_tensor'), formats.get('e5m2_tensor'))
+  return _fp8(formats.e4m3fn_tensor, formats.e5m2_tensor)
 
 
 def _fp8_delayed() -> Recipe:
   """TransformerEngine: as fp8_current, scales of activations and weights from
   the largest magnitude of the last 1024 steps."""
   return _fp8(
-    formats.get('e4m3fn_tensor'),
-    formats.get('e5m2_tensor'),
+    formats.e4m3fn_tensor,
+    formats.e5m2_tensor,
     tensor_scaling=TensorScaling(window=1024),
   )
 
@@ -358,15 +366,11 @@ def _bfp8() -> Recipe:
   return _everywhere(_spec(formats.bfp(8, 32)))
 
 
-_UE5M3 = BlockFormat(
-  'e2m1_b16_ue5m3', formats.get('e2m1'), (16,), formats.get('ue5m3'), True
-)
+_UE5M3 = BlockFormat('e2m1_b16_ue5m3', formats.e2m1, (16,), formats.ue5m3, True)
 _UE5M3_TILE = dataclasses.replace(
   _UE5M3, name='e2m1_b16x16_ue5m3', block=(16, 16)
 )
-_INT8_TILE = BlockFormat(
-  'int8_32x32', formats.get('int8'), (32, 32), formats.float32
-)
+_INT8_TILE = BlockFormat('int8_32x32', formats.int8, (32, 32), formats.float32)
 
 _RECIPES = {
   'float32': _float32,

@@ -42,7 +42,7 @@ once: 26624 for the first two and 448 for S2FT.
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -50,14 +50,17 @@ import numpy as np
 from jax import lax
 
 from lowbit_jax import ops, qarray
+from lowbit_jax._typing import Key, PyTree
 from lowbit_jax.formats import BlockFormat
 from lowbit_jax.qarray import QArray
 
 KINDS = ('sink', 'source')
 
+Order = Sequence[int] | np.ndarray | jax.Array
+
 
 def select(
-  key, layers: int, units: int, ratio: float, *, multiple: int = 1
+  key: Key, layers: int, units: int, ratio: float, *, multiple: int = 1
 ) -> tuple[np.ndarray, ...]:
   """Draws units uniformly from all (layer, unit) pairs.
 
@@ -131,7 +134,9 @@ def arrange(
   return Arrangement(order, (0, stop), (start, start + int(in_source.sum())))
 
 
-def co_permute(sources: Any, sinks: Any, order, *, width: int = 1):
+def co_permute(
+  sources: PyTree, sinks: PyTree, order: Order, *, width: int = 1
+) -> tuple[PyTree, PyTree]:
   """Reorders the units between two products, which leaves the output as it is.
 
   Args:
@@ -153,7 +158,9 @@ def co_permute(sources: Any, sinks: Any, order, *, width: int = 1):
   )
 
 
-def co_permute_heads(q: Any, k: Any, v: Any, o: Any, order, *, head_dim: int):
+def co_permute_heads(
+  q: PyTree, k: PyTree, v: PyTree, o: PyTree, order: Order, *, head_dim: int
+) -> tuple[PyTree, PyTree, PyTree, PyTree]:
   """Reorders the heads of an attention, which leaves the output as it is.
 
   With grouped queries the units are key-value heads; each moves together with
@@ -182,7 +189,7 @@ def co_permute_heads(q: Any, k: Any, v: Any, o: Any, order, *, head_dim: int):
   return q, k, v, o
 
 
-def expand(order, width: int) -> np.ndarray:
+def expand(order: Order, width: int) -> np.ndarray:
   """The order of entries that belongs to an order of units of some width."""
   order = np.asarray(order)
   if not np.array_equal(np.sort(order), np.arange(order.size)):
@@ -388,7 +395,7 @@ def make_adapter(
   slice_: jax.Array,
   frozen: QArray,
   base: QArray | jax.Array,
-  order,
+  order: Order,
   *,
   start: int = 0,
   kind: str = 'sink',

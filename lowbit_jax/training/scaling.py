@@ -19,12 +19,13 @@ holds nothing but zeros or infinities, the current magnitude counts.
 
 import dataclasses
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from lowbit_jax import ops
+from lowbit_jax._typing import Key, PyTree
 from lowbit_jax.recipe import QuantSpec, Recipe, TensorScaling
 
 
@@ -51,7 +52,7 @@ class ScaleState:
   seen: jax.Array
   scaling: TensorScaling
 
-  def note(self, amax) -> tuple['ScaleState', jax.Array]:
+  def note(self, amax: jax.Array) -> tuple['ScaleState', jax.Array]:
     """The state that has seen `amax`, and the magnitude to quantize with."""
     state = dataclasses.replace(self, seen=jnp.maximum(self.seen, amax))
     renewed = self.amax == 0
@@ -106,7 +107,13 @@ def init_dot(recipe: Recipe) -> DotScales:
 
 
 def qdot(
-  x, w, recipe: Recipe, state: DotScales, *, key=None, **options
+  x: jax.Array,
+  w: jax.Array,
+  recipe: Recipe,
+  state: DotScales,
+  *,
+  key: Key | None = None,
+  **options: Any,
 ) -> tuple[jax.Array, DotScales]:
   """`ops.qdot` with held tensor scales.
 
@@ -127,7 +134,9 @@ def qdot(
   return y, state
 
 
-def noted(x, w, state: DotScales) -> tuple[DotScales, tuple]:
+def noted(
+  x: jax.Array, w: jax.Array, state: DotScales
+) -> tuple[DotScales, tuple]:
   """The state that has noted both, and the `tensor_amax` of `ops.qdot`."""
   states, used = [], []
   for t, s in zip((x, w), state, strict=True):
@@ -137,14 +146,14 @@ def noted(x, w, state: DotScales) -> tuple[DotScales, tuple]:
   return DotScales(*states), tuple(used)
 
 
-def largest(x) -> jax.Array:
+def largest(x: jax.Array) -> jax.Array:
   """The largest finite magnitude, float32, without gradient."""
   magnitude = jnp.abs(jax.lax.stop_gradient(x).astype(jnp.float32))
   finite = jnp.where(jnp.isfinite(magnitude), magnitude, 0)
   return jnp.max(finite, initial=0)
 
 
-def merge(a, b):
+def merge(a: PyTree, b: PyTree) -> PyTree:
   """One tree of states that has noted what two copies of it have.
 
   Args:
@@ -156,7 +165,7 @@ def merge(a, b):
   )
 
 
-def advance(states):
+def advance(states: PyTree) -> PyTree:
   """All states of a tree, turned to the next step; other leaves stay."""
   return _map(ScaleState.advanced, states)
 

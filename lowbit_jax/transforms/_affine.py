@@ -41,7 +41,7 @@ class BlockAffine:
   matrix: jax.Array
   axis: int = dataclasses.field(default=-1, metadata={'static': True})
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     _base.check_axis(self.axis)
     host = not isinstance(self.matrix, jax.Array)
     if host:

@@ -36,7 +36,7 @@ class Chain:
 
   transforms: tuple[_base.Transform, ...]
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     object.__setattr__(self, 'transforms', tuple(self.transforms))
     if not self.transforms:
       raise ValueError('transforms is empty; a Chain needs at least one')

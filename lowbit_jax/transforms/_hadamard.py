@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from lowbit_jax._typing import Key
 from lowbit_jax.transforms import _base
 from lowbit_pallas.arith import hadamard as _core
 
@@ -36,7 +37,7 @@ class Hadamard:
   axis: int = dataclasses.field(default=-1, metadata={'static': True})
   signs: jax.Array | None = None
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     _core.check_power_of_two(self.block)
     _base.check_axis(self.axis)
     if self.signs is not None and jnp.ndim(self.signs) != 1:
@@ -92,7 +93,7 @@ class Hadamard:
 
 
 def random_hadamard(
-  key: jax.Array, size: int, block: int, axis: int = -1
+  key: Key, size: int, block: int, axis: int = -1
 ) -> Hadamard:
   """Returns a Hadamard rotation with `size` random signs.
 

@@ -39,7 +39,7 @@ class Permutation:
   order: jax.Array
   axis: int = dataclasses.field(default=-1, metadata={'static': True})
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     _base.check_axis(self.axis)
     if not isinstance(self.order, jax.Array):
       object.__setattr__(self, 'order', _check_host_order(self.order))

@@ -32,7 +32,7 @@ class DiagonalSmoothing:
   scale: jax.Array
   axis: int = dataclasses.field(default=-1, metadata={'static': True})
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     _base.check_axis(self.axis)
     if not isinstance(self.scale, jax.Array):
       object.__setattr__(self, 'scale', np.asarray(self.scale))

@@ -1,5 +1,8 @@
 """Differences between JAX versions in Mosaic GPU, in one place."""
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import jax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -10,14 +13,14 @@ _OLD = tuple(map(int, jax.__version__.split('.')[:2])) < (0, 11)
 MOST_BLOCKS = 65535
 
 
-def why_not_grid(grid) -> str | None:
+def why_not_grid(grid: Sequence[int]) -> str | None:
   """Why no device launches this grid, or None."""
   if any(blocks > MOST_BLOCKS for blocks in grid[:-1]):
     return f'grid={tuple(grid)}: over {MOST_BLOCKS} blocks along a leading axis'
   return None
 
 
-def kernel(body, *, grid, **kwargs):
+def kernel(body: Callable, *, grid: Sequence[int], **kwargs: Any) -> Callable:
   """`plgpu.kernel` with warpgroup semantics, the default since JAX 0.11.
 
   Raises:
@@ -34,13 +37,13 @@ def kernel(body, *, grid, **kwargs):
   return plgpu.kernel(body, **kwargs)
 
 
-def load(ref, layout):
+def load(ref: Any, layout: Any) -> jax.Array:
   """A whole SMEM ref in registers, in the given layout."""
   indices = ((),) if _OLD else ()
   return plgpu.load(ref, *indices, layout=layout)
 
 
-def transpose(ref):
+def transpose(ref: Any) -> Any:
   """A matrix ref with its axes swapped: a view."""
   return plgpu.transpose_ref(ref, (1, 0)) if _OLD else ref.T
 
@@ -55,6 +58,6 @@ def concatenates() -> bool:
   return not _OLD
 
 
-def accumulator(shape, dtype):
+def accumulator(shape: tuple[int, int], dtype: Any) -> Any:
   """Registers that WGMMA adds to, an argument of `pl.run_scoped`."""
   return plgpu.ACC(shape, dtype)  # pyright: ignore[reportPrivateImportUsage]

@@ -1,6 +1,6 @@
 """What runs where: the table that dispatch, tests, benchmarks and docs read."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
@@ -48,11 +48,11 @@ KERNELS = (
 )
 
 
-def target_of(device) -> str | None:
+def target_of(device: Any) -> str | None:
   """The name of a device in this table, None for one that has no kernels."""
   if device.platform == 'tpu':
     return _DEVICE_KINDS.get(device.device_kind)
-  capability = getattr(device, 'compute_capability', None)
+  capability = getattr(device, 'compute_capability', '')
   return _COMPUTE_CAPABILITIES.get(capability)
 
 

@@ -12,6 +12,7 @@ import json
 import pathlib
 import re
 from collections.abc import Callable
+from typing import Any
 
 import jax
 
@@ -43,7 +44,7 @@ def operand(spec: Blocked) -> str:
   return f'{name}:{spec.bits}:{spec.block}:{scale}'
 
 
-def find(op: str, implementation: str, key: str, make: Callable):
+def find(op: str, implementation: str, key: str, make: Callable) -> Any:
   """The configuration of an entry for the default device, or None.
 
   Args:

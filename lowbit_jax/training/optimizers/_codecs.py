@@ -128,7 +128,7 @@ class RankOne:
 Encoded = QArray | Companded | RankOne
 
 
-def is_encoded(x) -> bool:
+def is_encoded(x: object) -> bool:
   """Whether `x` is an encoded leaf; the `is_leaf` of tree functions."""
   return isinstance(x, QArray | Companded | RankOne)
 
@@ -176,8 +176,10 @@ def _codec(name: str, second: bool, block: int | None = None) -> Codec:
   elif name == 'e5m2':
     element = _e5m2
   elif (rest or name).startswith('lin'):
+    assert bits is not None
     element = linear_map(bits) if second else {8: _int8, 4: _int4}[bits]
   else:
+    assert bits is not None
     element = dynamic_map(bits, signed=not second)
   if kind == 'rank1':
     return Codec(BlockFormat(name, element, (0,), None), 'rank1')

@@ -1,6 +1,7 @@
 """Names of embeddings and heads, step counts, checks of arguments."""
 
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,13 +13,13 @@ _HEAD = re.compile(
 )
 
 
-def is_embedding(path: str, leaf=None) -> bool:
+def is_embedding(path: str, leaf: Any = None) -> bool:
   """Whether a path names an embedding: it holds 'embed', 'wte' or 'wpe'."""
   del leaf
   return _EMBEDDING.search(path) is not None
 
 
-def is_head(path: str, leaf=None) -> bool:
+def is_head(path: str, leaf: Any = None) -> bool:
   """Whether a path names an output head.
 
   That is a component 'head', '..._head', 'logits', 'unembed...' or
@@ -33,7 +34,9 @@ def increment(steps: jax.Array) -> jax.Array:
   return jnp.asarray(optax.safe_increment(steps))
 
 
-def check_range(name: str, value: float, low: float, high: float) -> None:
+def check_range(
+  name: str, value: float | jax.Array, low: float, high: float
+) -> None:
   """Refuses numbers outside [low, high)."""
   if not low <= value < high:
     raise ValueError(f'{name}={value!r} must be in [{low}, {high})')

@@ -17,6 +17,7 @@ import optax
 
 from lowbit_jax import _quantize as core, ops, qarray
 from lowbit_jax._tree import path_name
+from lowbit_jax._typing import Key
 from lowbit_jax.formats import BlockFormat, IntFormat, float32 as _float32
 from lowbit_jax.qarray import QArray
 from lowbit_jax.training.optimizers._common import (
@@ -38,7 +39,7 @@ class EFSignState(NamedTuple):
 
 
 def qsgd_encode(
-  x: jax.Array, key: jax.Array, *, bits: int = 4, bucket: int = 512
+  x: jax.Array, key: Key, *, bits: int = 4, bucket: int = 512
 ) -> QArray:
   """What a worker sends: integers in [-s, s] and a norm for each bucket.
 

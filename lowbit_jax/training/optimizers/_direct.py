@@ -20,10 +20,11 @@ import optax
 
 from lowbit_jax import ops, qarray
 from lowbit_jax._tree import path_name
+from lowbit_jax._typing import Key, PyTree
 from lowbit_jax.qarray import QArray, is_qarray
 
 
-def dequantized(params):
+def dequantized(params: PyTree) -> PyTree:
   """The tree with the values of its QArrays, which gradients are taken at."""
   return jax.tree.map(
     lambda x: qarray.dequantize(x) if is_qarray(x) else x,
@@ -57,12 +58,12 @@ def direct(
 
 
 def apply_updates(
-  params,
-  updates,
-  key: jax.Array,
+  params: PyTree,
+  updates: PyTree,
+  key: Key,
   *,
   scales: Literal['current', 'held'] = 'current',
-):
+) -> PyTree:
   """w + u, stochastically rounded to the format of w.
 
   The mean over keys is w + u exactly (to 2^-24 of a step) where nothing

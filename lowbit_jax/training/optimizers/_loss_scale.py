@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from lowbit_jax._typing import PyTree
 from lowbit_jax.training.optimizers._common import check_steps
 
 
@@ -83,7 +84,7 @@ def dynamic_loss_scale(
   return optax.GradientTransformationExtraArgs(init, update)
 
 
-def scale_loss(loss: jax.Array, state) -> jax.Array:
+def scale_loss(loss: jax.Array, state: PyTree) -> jax.Array:
   """The loss times the scale of an optimizer state, in the dtype of the loss.
 
   Args:
@@ -98,7 +99,7 @@ def scale_loss(loss: jax.Array, state) -> jax.Array:
   return loss * scale.astype(loss.dtype)
 
 
-def all_finite(tree) -> jax.Array:
+def all_finite(tree: PyTree) -> jax.Array:
   """Whether no array of a tree holds NaN or Inf, as a boolean array."""
   leaves = [jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree)]
   return jnp.all(jnp.stack(leaves)) if leaves else jnp.asarray(True)

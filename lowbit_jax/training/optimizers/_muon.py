@@ -24,7 +24,7 @@ reading of them.
 
 import math
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -65,7 +65,7 @@ class MuonState(NamedTuple):
   mu: optax.Updates
 
 
-def hidden_matrices(path: str, leaf) -> MuonDimensionNumbers | None:
+def hidden_matrices(path: str, leaf: jax.Array) -> MuonDimensionNumbers | None:
   """Which leaves Muon takes unless told otherwise.
 
   Those of rank 2, (in, out), but for embeddings and output heads: paths that
@@ -175,7 +175,7 @@ def scale_by_muon(
 def muon(
   learning_rate: optax.ScalarOrSchedule,
   weight_decay: float = 0.0,
-  mask=None,
+  mask: Any = None,
   *,
   other: optax.GradientTransformation | None = None,
   momentum: str | BlockFormat | None = None,
@@ -231,7 +231,7 @@ def muon(
 
     return jax.tree_util.tree_map_with_path(label, params)
 
-  transforms = {
+  transforms: dict[Hashable, optax.GradientTransformation] = {
     'muon': optax.chain(
       matrix,
       optax.add_decayed_weights(weight_decay, mask),
@@ -242,7 +242,9 @@ def muon(
   return optax.partition(transforms, labels)
 
 
-def mup_normal(in_axis: int = -2, out_axis: int = -1):
+def mup_normal(
+  in_axis: int = -2, out_axis: int = -1
+) -> jax.nn.initializers.Initializer:
   """Initializer of hidden matrices for muP: N(0, sigma^2).
 
   sigma = sqrt(d_out / d_in) / (sqrt(d_in) + sqrt(d_out)); as a Gaussian matrix

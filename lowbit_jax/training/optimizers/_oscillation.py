@@ -23,6 +23,7 @@ import numpy as np
 import optax
 
 from lowbit_jax import numerics, ops, qarray
+from lowbit_jax._typing import Axis
 from lowbit_jax.formats import BlockFormat, ElementFormat
 from lowbit_jax.ops import specs
 from lowbit_jax.recipe import QuantSpec
@@ -51,7 +52,7 @@ class QEMAState(NamedTuple):
 def deoscillate(
   quantize: Callable[[jax.Array], jax.Array] | QuantSpec,
   *,
-  axis: int | tuple[int, ...] | None = None,
+  axis: Axis = None,
   window: int = 200,
   threshold: float = 4.0,
   warmup: int = 2000,
@@ -156,7 +157,7 @@ def grid_neighbours(
   w: jax.Array,
   fmt: BlockFormat,
   *,
-  axis: int | tuple[int, ...] | None = None,
+  axis: Axis = None,
   scale_rule: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
   """The two numbers of a block format that enclose each element of `w`.
@@ -210,7 +211,7 @@ def ema_quantize(
   ema: jax.Array,
   fmt: BlockFormat,
   *,
-  axis: int | tuple[int, ...] | None = None,
+  axis: Axis = None,
   scale_rule: str | None = None,
 ) -> jax.Array:
   """Of the two grid points around each weight, the one nearer to its mean.

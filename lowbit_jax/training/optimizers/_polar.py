@@ -5,11 +5,12 @@ X <- a X + (b A + c A^2) X maps each singular value s to a s + b s^3 + c s^5.
 """
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from lowbit_jax._typing import Key, Shape
 from lowbit_jax.training.optimizers._common import check_steps
 
 Triple = tuple[float, float, float]
@@ -97,7 +98,7 @@ def newton_schulz(
 
 def randomized_polar(
   x: jax.Array,
-  key: jax.Array,
+  key: Key,
   *,
   rank: int,
   oversample: int = 10,
@@ -154,7 +155,7 @@ def randomized_polar(
   return (o.mT if wide else o).astype(x.dtype)
 
 
-def sketch_size(shape, rank: int, oversample: int) -> int:
+def sketch_size(shape: Shape, rank: int, oversample: int) -> int:
   """Columns of the sketch of matrices (..., m, n)."""
   return min(rank + oversample, *shape[-2:])
 
@@ -169,14 +170,16 @@ def _coefficients(value: Coefficients) -> NewtonSchulz:
         ' one, or triples (a, b, c)'
       )
     return COEFFICIENTS[value]
-  triples = tuple(value)
+  triples: tuple[Any, ...] = tuple(value)
   if len(triples) == 3 and all(isinstance(t, int | float) for t in triples):
     triples = (triples,)
   if not triples or any(len(tuple(t)) != 3 for t in triples):
     raise ValueError(
       f'coefficients={value!r} must be one triple (a, b, c) or several'
     )
-  return NewtonSchulz(tuple(tuple(map(float, t)) for t in triples))
+  return NewtonSchulz(
+    tuple((float(a), float(b), float(c)) for a, b, c in triples)
+  )
 
 
 def _check_matrices(x) -> None:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import numpy as np
 import optax
 
 from lowbit_jax._tree import path_name
+from lowbit_jax._typing import PyTree
 from lowbit_jax.formats import BlockFormat
 from lowbit_jax.training.optimizers import _codecs
 from lowbit_jax.training.optimizers._common import (
@@ -128,7 +130,7 @@ def adamw(
   b2: float = 0.999,
   eps: float = 1e-8,
   weight_decay: float = 1e-4,
-  mask=None,
+  mask: Any = None,
   *,
   nesterov: bool = False,
   first: Moment = 'dyn8',
@@ -157,7 +159,7 @@ def adamw(
 
 
 def adamw_4bit(
-  learning_rate: optax.ScalarOrSchedule, **options
+  learning_rate: optax.ScalarOrSchedule, **options: Any
 ) -> optax.GradientTransformationExtraArgs:
   """AdamW with moments of 4 bits: 'de4', and 'rank1_lin4' for the second.
 
@@ -169,7 +171,7 @@ def adamw_4bit(
   return adamw(learning_rate, **options)
 
 
-def state_bytes(state) -> int:
+def state_bytes(state: PyTree) -> int:
   """Bytes of all arrays of a state, or of its `jax.eval_shape`."""
   return sum(
     math.prod(x.shape) * np.dtype(x.dtype).itemsize

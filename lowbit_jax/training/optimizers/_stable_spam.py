@@ -14,7 +14,7 @@ Source: Huang et al., Stable-SPAM: How to Train in 4-Bit More Stably than 16-Bit
 Adam (2025).
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -160,7 +160,7 @@ def stable_spam(
   b2: float = 0.999,
   eps: float = 1e-8,
   weight_decay: float = 0.0,
-  mask=None,
+  mask: Any = None,
   *,
   gamma1: float = 0.7,
   gamma2: float = 0.9,

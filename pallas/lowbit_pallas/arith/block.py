@@ -3,6 +3,7 @@
 import math
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 
 from lowbit_pallas.arith import bits as fb, codec, scale as exact
@@ -22,7 +23,7 @@ class Blocked(NamedTuple):
       bfloat16 numbers, and where there are no block scales.
   """
 
-  element: codec.Float | codec.Int | codec.Codebook
+  element: codec.Element
   bits: int
   block: int
   scale: codec.Float | None
@@ -33,7 +34,9 @@ def is_exponent(scale: codec.Float | None) -> bool:
   return scale is not None and not scale.subnormals
 
 
-def scale_factors(stored, scale: codec.Float | None) -> tuple:
+def scale_factors(
+  stored: jax.Array, scale: codec.Float | None
+) -> tuple[jax.Array, ...]:
   """Float32 factors whose product is the stored scale.
 
   E8M0 gives two, so that 2^-127 survives hardware that flushes subnormals.
@@ -45,7 +48,9 @@ def scale_factors(stored, scale: codec.Float | None) -> tuple:
   return (codec.decode_float(stored, scale),)
 
 
-def times_scale(x, stored, scale: codec.Float | None):
+def times_scale(
+  x: jax.Array, stored: jax.Array, scale: codec.Float | None
+) -> jax.Array:
   """x * scale in float32, `stored` broadcastable to x."""
   for factor in scale_factors(stored, scale):
     x = x * factor
@@ -64,7 +69,12 @@ def scale_rules(spec: Blocked) -> tuple[str, ...]:
   return tuple(r for r in exact.EXPONENT_RULES if has_mantissa or r != 'even')
 
 
-def stored_scale(amax_bits, spec: Blocked, rule: str, tensor_scale=None):
+def stored_scale(
+  amax_bits: jax.Array,
+  spec: Blocked,
+  rule: str,
+  tensor_scale: jax.Array | None = None,
+) -> jax.Array:
   """The scale of blocks from their maxima, by a rule in closed form.
 
   Args:
@@ -87,10 +97,13 @@ def stored_scale(amax_bits, spec: Blocked, rule: str, tensor_scale=None):
   if spec.scale is None:
     return jnp.where(bad, jnp.float32(math.nan), scale)
   code = codec.encode_float(scale, spec.scale, dtype=jnp.int32)
-  return jnp.where(bad, spec.scale.nan_code, code)
+  nan = spec.scale.nan_code
+  return jnp.where(bad, nan, code)  # pyright: ignore[reportArgumentType]
 
 
-def absmax(amax_bits, largest: float, tensor_scale=None):
+def absmax(
+  amax_bits: jax.Array, largest: float, tensor_scale: jax.Array | None = None
+) -> jax.Array:
   """max |x| / largest / tensor_scale in float32, 0 for poison and subnormals.
 
   Multiplications by 1 / largest and by 1 / tensor_scale, in this order.
@@ -104,8 +117,11 @@ def absmax(amax_bits, largest: float, tensor_scale=None):
 
 
 def inverse_factors(
-  stored, scale: codec.Float | None, largest: float, tensor_scale=None
-) -> tuple:
+  stored: jax.Array | None,
+  scale: codec.Float | None,
+  largest: float,
+  tensor_scale: jax.Array | None = None,
+) -> tuple[jax.Array, ...]:
   """Float32 factors that quantize: their product is 1 / scale.
 
   1 / 0 counts as 0, so blocks without a scale become zero. The contract of
@@ -122,12 +138,14 @@ def inverse_factors(
     Factors; the first is NaN for poisoned blocks.
   """
   if is_exponent(scale):
+    assert stored is not None
     return exact.inverse_exponent_factors(stored)
   s = tensor_scale
   if stored is not None:
     (s,) = scale_factors(stored, scale)
     if tensor_scale is not None:
       s = s * tensor_scale
+  assert s is not None
   if largest >= 4:
     return (exact.reciprocal(s),)
   # s can exceed 2^126 here, and 1 / s would be flushed: split the factor.
@@ -136,7 +154,7 @@ def inverse_factors(
   return exact.reciprocal(s * shrink), shrink
 
 
-def scaled(x, inverse: tuple):
+def scaled(x: jax.Array, inverse: tuple[jax.Array, ...]) -> jax.Array:
   """x / scale from the `inverse_factors`, 0 in poisoned blocks."""
   for factor in inverse:
     x = x * factor

@@ -11,11 +11,14 @@ because a normal number has exponent field e - emin + 1 and mantissa k - 2^M;
 a carry k = 2^(M+1) moves into the next binade by itself.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.typing import ArrayLike, DTypeLike
 
 from lowbit_pallas.arith import bits as fb
 
@@ -48,12 +51,15 @@ class Codebook(NamedTuple):
   table: tuple[float, ...]
 
 
+Element = Float | Int | Codebook
+
 # Rounding rules: (t, odd) -> integer-valued float32. `t` is a value on the
 # integer lattice; `odd` is None where the parity of an integer is the parity
 # of its code, else the parity offset of the code lattice.
+Rule = Callable[..., jax.Array]
 
 
-def nearest_even(t, odd=None):
+def nearest_even(t: jax.Array, odd: ArrayLike | None = None) -> jax.Array:
   """Nearest integer; ties to the even code."""
   if odd is None:
     return fb.round_half_even(t)
@@ -64,13 +70,13 @@ def nearest_even(t, odd=None):
   return low + up.astype(t.dtype)
 
 
-def toward_zero(t, odd=None):
+def toward_zero(t: jax.Array, odd: ArrayLike | None = None) -> jax.Array:
   """Truncation."""
   del odd
   return jnp.where(t < 0, -fb.floor(-t), fb.floor(t))
 
 
-def stochastic(random, n: int):
+def stochastic(random: jax.Array, n: int) -> Rule:
   """Up with probability frac(t), from the top n <= 23 bits of `random`.
 
   j is an n-bit integer; t goes up iff j + 1/2 < frac * 2^n. That happens for
@@ -87,7 +93,9 @@ def stochastic(random, n: int):
   return round_
 
 
-def rule(rounding: str, random=None, random_bits: int = 23):
+def rule(
+  rounding: str, random: jax.Array | None = None, random_bits: int = 23
+) -> Rule:
   """The rounding rule for a name.
 
   Args:
@@ -96,6 +104,7 @@ def rule(rounding: str, random=None, random_bits: int = 23):
     random_bits: how many of them are used.
   """
   if rounding == 'stochastic':
+    assert random is not None
     return stochastic(random, random_bits)
   if rounding == 'toward_zero':
     return toward_zero
@@ -103,13 +112,13 @@ def rule(rounding: str, random=None, random_bits: int = 23):
 
 
 def encode_float(
-  x,
+  x: jax.Array,
   f: Float,
-  rounding=nearest_even,
+  rounding: Rule = nearest_even,
   *,
   saturate: bool = True,
-  dtype=jnp.uint8,
-):
+  dtype: DTypeLike = jnp.uint8,
+) -> jax.Array:
   """Codes of float32 `x`.
 
   Args:
@@ -177,7 +186,7 @@ def _float_value(code: int, f: Float) -> float:
   return min(lead * 2.0 ** (e - f.subnormals + f.emin), 2.0**127 * 1.75)
 
 
-def decode_float(code, f: Float):
+def decode_float(code: jax.Array, f: Float) -> jax.Array:
   """float32 values of integer codes."""
   m, width = f.mantissa_bits, f.exponent_bits + f.mantissa_bits
   code = code.astype(jnp.uint32)
@@ -206,7 +215,12 @@ def decode_float(code, f: Float):
   return fb.from_bits(bits)
 
 
-def encode_int(x, f: Int, rounding=nearest_even, dtype=jnp.uint8):
+def encode_int(
+  x: jax.Array,
+  f: Int,
+  rounding: Rule = nearest_even,
+  dtype: DTypeLike = jnp.uint8,
+) -> jax.Array:
   """Codes of float32 `x`, clipped to the symmetric range; NaN gives 0."""
   top = (1 << (f.bits - f.signed)) - 1
   k = rounding(x * jnp.float32(1 << f.fraction_bits))
@@ -215,7 +229,7 @@ def encode_int(x, f: Int, rounding=nearest_even, dtype=jnp.uint8):
   return (k & ((1 << f.bits) - 1)).astype(dtype)
 
 
-def decode_int(code, f: Int):
+def decode_int(code: jax.Array, f: Int) -> jax.Array:
   """float32 values of integer codes."""
   k = code.astype(jnp.int32)
   if f.signed:
@@ -223,7 +237,12 @@ def decode_int(code, f: Int):
   return k.astype(jnp.float32) * jnp.float32(2.0**-f.fraction_bits)
 
 
-def encode_codebook(x, f: Codebook, rounding=nearest_even, dtype=jnp.uint8):
+def encode_codebook(
+  x: jax.Array,
+  f: Codebook,
+  rounding: Rule = nearest_even,
+  dtype: DTypeLike = jnp.uint8,
+) -> jax.Array:
   """Index of the entry that `rounding` picks; NaN gives the entry nearest 0."""
   table = f.table
   if rounding is nearest_even:
@@ -260,7 +279,7 @@ def _round_down(v: float) -> np.float32:
   return np.nextafter(f, np.float32(-np.inf)) if float(f) > v else f
 
 
-def decode_codebook(code, f: Codebook):
+def decode_codebook(code: jax.Array, f: Codebook) -> jax.Array:
   """float32 table entries, by selects for small tables and a gather else."""
   if len(f.table) > 16:
     return jnp.array(f.table, jnp.float32)[code.astype(jnp.int32)]
@@ -278,8 +297,13 @@ def decode_codebook(code, f: Codebook):
 
 
 def encode(
-  x, f, rounding=nearest_even, *, saturate: bool = True, dtype=jnp.uint8
-):
+  x: jax.Array,
+  f: Element,
+  rounding: Rule = nearest_even,
+  *,
+  saturate: bool = True,
+  dtype: DTypeLike = jnp.uint8,
+) -> jax.Array:
   """Codes of float32 `x` in a `Float`, `Int` or `Codebook`."""
   if isinstance(f, Float):
     return encode_float(x, f, rounding, saturate=saturate, dtype=dtype)
@@ -288,7 +312,7 @@ def encode(
   return encode_codebook(x, f, rounding, dtype)
 
 
-def largest(f) -> float:
+def largest(f: Element) -> float:
   """The largest finite magnitude of a `Float`, `Int` or `Codebook`."""
   if isinstance(f, Float):
     return _float_value(f.code_max, f)
@@ -297,7 +321,7 @@ def largest(f) -> float:
   return max(abs(v) for v in f.table)
 
 
-def decode(code, f):
+def decode(code: jax.Array, f: Element) -> jax.Array:
   """float32 values of codes of a `Float`, `Int` or `Codebook`."""
   if isinstance(f, Float):
     return decode_float(code, f)
@@ -306,9 +330,11 @@ def decode(code, f):
   return decode_codebook(code, f)
 
 
-def unit_in_kernel(f) -> float:
+def unit_in_kernel(f: Element) -> float:
   """A power of two that `decode_in_kernel` saves work to leave out."""
-  return 1.0 if _levels(f) is None else 2.0 ** (f.emin - f.mantissa_bits)
+  if not isinstance(f, Float) or _levels(f) is None:
+    return 1.0
+  return 2.0 ** (f.emin - f.mantissa_bits)
 
 
 def _levels(f) -> list[int] | None:
@@ -322,7 +348,9 @@ def _levels(f) -> list[int] | None:
   return levels if whole and width <= 3 and levels[-1] <= 15 else None
 
 
-def decode_field(field, shift: int, bits: int, f, unit: float = 1.0):
+def decode_field(
+  field: jax.Array, shift: int, bits: int, f: Element, unit: float = 1.0
+) -> jax.Array:
   """`decode_in_kernel` of codes within words, which are not cut out first.
 
   Args:
@@ -338,7 +366,12 @@ def decode_field(field, shift: int, bits: int, f, unit: float = 1.0):
     scale = 2.0**-f.fraction_bits
     return value if scale == 1 else value * jnp.float32(scale)
   levels = _levels(f)
-  if levels is None or not f.signed or len(levels) << 1 != 1 << bits:
+  if (
+    not isinstance(f, Float)
+    or levels is None
+    or not f.signed
+    or len(levels) << 1 != 1 << bits
+  ):
     return decode_in_kernel(field >> shift & ((1 << bits) - 1), f, unit)
   place = _moved(field, shift, 2) & (4 * len(levels) - 4)
   sign = _moved(field, shift + bits - 1, 31) & jnp.uint32(1 << 31)
@@ -360,7 +393,9 @@ def _moved(word, start: int, end: int):
   return word << (end - start) if end >= start else word >> (start - end)
 
 
-def decode_in_kernel(code, f, unit: float = 1.0):
+def decode_in_kernel(
+  code: jax.Array, f: Element, unit: float = 1.0
+) -> jax.Array:
   """The numbers of `decode`, for vector units where selects are dear.
 
   Finite minifloats whose magnitudes are at most 15 times the smallest one, in

@@ -6,9 +6,16 @@ mixer is the 32-bit finalizer `lowbias32` (bias found by search, C. Wellons,
 "Prospecting for Hash Functions"), applied twice to each index.
 """
 
+from collections.abc import Sequence
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.typing import ArrayLike
+
+# (start, full shape) of the larger array that an array is a slice of.
+Origin = tuple[Sequence[ArrayLike], Sequence[int]]
 
 _SITE = 0x9E3779B9
 _HIGH = 0x85EBCA6B
@@ -20,7 +27,13 @@ def _mix(h):
   return h ^ (h >> 16)
 
 
-def random_bits(key_words, index, index_hi=None, *, site: int = 0):
+def random_bits(
+  key_words: jax.Array,
+  index: jax.Array,
+  index_hi: jax.Array | None = None,
+  *,
+  site: int = 0,
+) -> jax.Array:
   """32 random bits for each element.
 
   Args:
@@ -36,7 +49,7 @@ def random_bits(key_words, index, index_hi=None, *, site: int = 0):
   return bits_of(streams(key_words, site), index, index_hi)
 
 
-def streams(key_words, site: int = 0) -> tuple:
+def streams(key_words: jax.Array, site: int = 0) -> tuple[jax.Array, jax.Array]:
   """The two uint32 constants through which a key and a site enter."""
   k0, k1 = key_words[..., 0], key_words[..., 1]
   # Both words and the site go into both constants, so that neighbouring keys
@@ -45,7 +58,11 @@ def streams(key_words, site: int = 0) -> tuple:
   return a, _mix(k1 ^ a)
 
 
-def bits_of(constants: tuple, index, index_hi=None):
+def bits_of(
+  constants: tuple[jax.Array, jax.Array],
+  index: jax.Array,
+  index_hi: jax.Array | None = None,
+) -> jax.Array:
   """`random_bits` from the `streams` of its key and site."""
   a, b = constants
   h = _mix(index + a)
@@ -65,7 +82,9 @@ def _multiply_wide(a, b: int):
   return a * jnp.uint32(low), upper + a * jnp.uint32(high)
 
 
-def element_index(shape, origin=None):
+def element_index(
+  shape: Sequence[int], origin: Origin | None = None
+) -> tuple[jax.Array, jax.Array | None]:
   """Row-major index of each element as (low word, high word or None).
 
   Args:

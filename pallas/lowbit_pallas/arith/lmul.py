@@ -29,6 +29,7 @@ W. Sun, 2024. "Computer Multiplication and Division Using Binary Logarithms",
 J. N. Mitchell, 1962.
 """
 
+import jax
 import jax.numpy as jnp
 
 from lowbit_pallas.arith import bits as fb, codec
@@ -48,7 +49,7 @@ def offset_bits(mantissa_bits: int) -> int:
   return min(mantissa_bits, 3 if mantissa_bits <= 4 else 4)
 
 
-def to_codes(x, f: codec.Float):
+def to_codes(x: jax.Array, f: codec.Float) -> jax.Array:
   """Codes (int32) of float32 `x`, rounded to nearest even.
 
   Finite numbers saturate; infinity stays where the format has it.
@@ -64,14 +65,16 @@ def to_codes(x, f: codec.Float):
   return jnp.where(is_inf, sign | f.inf_code, code)
 
 
-def from_codes(code, f: codec.Float):
+def from_codes(code: jax.Array, f: codec.Float) -> jax.Array:
   """float32 values of codes (int32)."""
   if f.exponent_bits == 8:
     return fb.from_bits(code << _shift(f))
   return codec.decode_float(code, f)
 
 
-def round_mantissa(code, f: codec.Float, mantissa_bits: int):
+def round_mantissa(
+  code: jax.Array, f: codec.Float, mantissa_bits: int
+) -> jax.Array:
   """Codes with all but the first mantissa bits zero, by nearest even.
 
   Finite numbers stay finite; infinity and NaN stay.
@@ -89,8 +92,12 @@ def round_mantissa(code, f: codec.Float, mantissa_bits: int):
 
 
 def multiply(
-  x, y, f: codec.Float, reading: str = 'integer', offset: int | None = None
-):
+  x: jax.Array,
+  y: jax.Array,
+  f: codec.Float,
+  reading: str = 'integer',
+  offset: int | None = None,
+) -> jax.Array:
   """L-Mul on codes.
 
   Args:
@@ -124,7 +131,8 @@ def multiply(
     is_nan = (largest > f.inf_code) | (is_nan & is_zero)
   width = _width(f)
   sign = ((x ^ y) >> width) << width
-  return jnp.where(is_nan, f.nan_code, total | sign)
+  total = total | sign
+  return jnp.where(is_nan, f.nan_code, total)  # pyright: ignore[reportArgumentType]
 
 
 def _excess(carried):

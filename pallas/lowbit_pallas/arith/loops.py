@@ -1,10 +1,12 @@
 """Loop carries inside `shard_map`."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
 
-def carry(start: jax.Array, *operands) -> jax.Array:
+def carry(start: jax.Array, *operands: Any) -> jax.Array:
   """`start` as the first carry of a loop whose body adds in `operands`.
 
   Inside `shard_map` a value that is the same on all devices has another type

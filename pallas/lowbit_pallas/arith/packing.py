@@ -10,11 +10,15 @@ of bytes do not vectorise; other axes are packed slice by slice.
 
 import functools
 import math
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple, TypeVar
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+
+_Integers = TypeVar('_Integers', jax.Array, np.ndarray)
 
 
 def codes_per_group(bits: int) -> int:
@@ -32,7 +36,7 @@ def unpacked_size(n: int, bits: int) -> int:
   return n * 8 // bits
 
 
-def pack(codes, bits: int, axis: int = -1):
+def pack(codes: jax.Array, bits: int, axis: int = -1) -> jax.Array:
   """Packs uint8 codes below 2**bits along `axis`.
 
   Args:
@@ -48,7 +52,7 @@ def pack(codes, bits: int, axis: int = -1):
   return pack_lanes(_split(codes, axis, codes_per_group(bits)), bits, axis)
 
 
-def pack_lanes(lanes_, bits: int, axis: int):
+def pack_lanes(lanes_: Sequence[jax.Array], bits: int, axis: int) -> jax.Array:
   """Packs codes that are already split into the lanes of `lanes`.
 
   Args:
@@ -62,7 +66,7 @@ def pack_lanes(lanes_, bits: int, axis: int):
   return _join(lanes_to_planes(lanes_, bits), axis)
 
 
-def unpack(packed, bits: int, axis: int = -1):
+def unpack(packed: jax.Array, bits: int, axis: int = -1) -> jax.Array:
   """The inverse of `pack`: uint8 codes."""
   if bits == 8:
     return packed
@@ -72,7 +76,7 @@ def unpack(packed, bits: int, axis: int = -1):
   return _join([c.astype(jnp.uint8) for c in lanes(packed, bits, axis)], axis)
 
 
-def lanes(packed, bits: int, axis: int):
+def lanes(packed: jax.Array, bits: int, axis: int) -> list[jax.Array]:
   """Codes by their place in a packing group, without interleaving them.
 
   Args:
@@ -88,7 +92,7 @@ def lanes(packed, bits: int, axis: int):
   return planes_to_lanes(_split(packed, axis % packed.ndim, size), bits)
 
 
-def planes_to_lanes(planes, bits: int):
+def planes_to_lanes(planes: Sequence[jax.Array], bits: int) -> list[jax.Array]:
   """Codes of packing groups whose bytes lie in arrays of their own.
 
   Args:
@@ -107,7 +111,9 @@ def planes_to_lanes(planes, bits: int):
   ]
 
 
-def planes_to_fields(planes, bits: int) -> list[tuple]:
+def planes_to_fields(
+  planes: Sequence[jax.Array], bits: int
+) -> list[tuple[jax.Array, int]]:
   """As `planes_to_lanes`, with codes where they are: (uint32 array, place of
   the lowest bit). Other bits of the first 16 hold something else."""
   stream = [b.astype(jnp.uint32) for b in planes]
@@ -121,7 +127,7 @@ def planes_to_fields(planes, bits: int) -> list[tuple]:
   return out
 
 
-def lanes_to_planes(lanes_, bits: int):
+def lanes_to_planes(lanes_: Sequence[jax.Array], bits: int) -> list[jax.Array]:
   """The inverse of `planes_to_lanes`, in the dtype of the lanes."""
   out = []
   for byte in range(len(lanes_) * bits // 8):
@@ -272,7 +278,7 @@ def byte_matrices(bits: int, size: int) -> tuple:
   return low, carry if crosses.any() else None
 
 
-def low_mask(column, bits: int):
+def low_mask(column: _Integers, bits: int) -> _Integers:
   """The bits of the code at an int32 column that stay in its first byte."""
   return (1 << (8 - (column * bits & 7))) - 1
 

@@ -9,8 +9,10 @@ Power-of-two scales are E8M0 codes: 2**(code - 127), 255 for NaN.
 """
 
 import math
+from collections.abc import Sequence
 from fractions import Fraction
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -20,18 +22,18 @@ EXPONENT_RULES = ('floor', 'ceil', 'even', 'rceil', 'round')
 NAN_CODE = 255
 
 
-def magnitude_bits(x):
+def magnitude_bits(x: jax.Array) -> jax.Array:
   """Bits of |x| as int32."""
   return fb.to_bits(x) & fb.MAGNITUDE
 
 
-def magnitude(x):
+def magnitude(x: jax.Array) -> jax.Array:
   """|x| with NaN as Inf: its float maximum has the bits of `block_max`."""
   size = jnp.abs(x)
   return jnp.where(x == x, size, jnp.float32(math.inf))
 
 
-def block_max(b, axes):
+def block_max(b: jax.Array, axes: Sequence[int]) -> jax.Array:
   """Maximum of non-negative int32 `b` over `axes`, kept with size 1.
 
   XLA:CPU reduces many axes element by element. Folding an axis in halves first
@@ -65,7 +67,9 @@ def _reduce_max(b, axis: int):
   return jnp.max(b, axis=axis, keepdims=True, initial=0)
 
 
-def exponent_code(amax_bits, rule: str, emax: int, max_value: float, m: int):
+def exponent_code(
+  amax_bits: jax.Array, rule: str, emax: int, max_value: float, m: int
+) -> jax.Array:
   """E8M0 code of the shared scale.
 
   Args:
@@ -107,7 +111,7 @@ def exponent_code(amax_bits, rule: str, emax: int, max_value: float, m: int):
   return jnp.where(amax_bits >= fb.INF, NAN_CODE, code)
 
 
-def exponent_factors(code):
+def exponent_factors(code: jax.Array) -> tuple[jax.Array, jax.Array]:
   """Two normal float32 factors whose product is 2**(code - 127).
 
   2^-127 itself is subnormal and would be flushed to zero. Code 255 gives NaN.
@@ -118,7 +122,7 @@ def exponent_factors(code):
   return main, jnp.where(code == 0, jnp.float32(0.5), jnp.float32(1))
 
 
-def inverse_exponent_factors(code):
+def inverse_exponent_factors(code: jax.Array) -> tuple[jax.Array, jax.Array]:
   """Two normal float32 factors whose product is 2**(127 - code)."""
   code = code.astype(jnp.int32)
   main = fb.from_bits((254 - jnp.minimum(code, 253)) << 23)
@@ -126,7 +130,7 @@ def inverse_exponent_factors(code):
   return main, jnp.where(code == 254, jnp.float32(0.5), jnp.float32(1))
 
 
-def reciprocal(s):
+def reciprocal(s: jax.Array) -> jax.Array:
   """1 / s in float32, 0 for s = 0 and for subnormal s."""
   tiny = jnp.abs(s) < jnp.float32(2.0**-126)
   return jnp.where(tiny, 0.0, 1 / jnp.where(tiny, 1.0, s))

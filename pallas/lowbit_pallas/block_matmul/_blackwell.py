@@ -22,7 +22,7 @@ SCALE_TILE = (32, 16)
 TMA_WARP, MMA_WARP = 0, 1
 
 
-def scale_tiles(scale):
+def scale_tiles(scale: jax.Array) -> jax.Array:
   """Scales in the order in which the tensor memory takes them.
 
   The scale of row r and block c is at [r // 128, c // 4, r % 32,
@@ -40,7 +40,14 @@ def scale_tiles(scale):
   return scale.transpose(0, 3, 2, 1, 4).reshape(rows, blocks, *SCALE_TILE)
 
 
-def block_scaled(a, b, sa, sb, block: int, config: GpuConfig):
+def block_scaled(
+  a: jax.Array,
+  b: jax.Array,
+  sa: jax.Array,
+  sb: jax.Array,
+  block: int,
+  config: GpuConfig,
+) -> jax.Array:
   """The product of two block-scaled operands.
 
   Args:

@@ -5,6 +5,8 @@ sizes are multiples of the tiles. A slot of the ring is released once for every
 time that it is filled, and the loader waits for all of it before it ends.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -27,7 +29,14 @@ ROW_LAYOUT = plgpu.Layout.WGMMA.reduce(1)
 COLUMN_LAYOUT = plgpu.Layout.WGMMA.reduce(0)
 
 
-def promoted(a, b, sa, sb, config: GpuConfig, interpret=None):
+def promoted(
+  a: jax.Array,
+  b: jax.Array,
+  sa: jax.Array,
+  sb: jax.Array,
+  config: GpuConfig,
+  interpret: Any = None,
+) -> jax.Array:
   """'fp8_128': FP8 products of 128 elements, scaled and summed in float32.
 
   Args:
@@ -110,7 +119,14 @@ def promoted(a, b, sa, sb, config: GpuConfig, interpret=None):
   )(a, b, sa, sb)
 
 
-def integer(a, b, row, column, config: GpuConfig, interpret=None):
+def integer(
+  a: jax.Array,
+  b: jax.Array,
+  row: jax.Array,
+  column: jax.Array,
+  config: GpuConfig,
+  interpret: Any = None,
+) -> jax.Array:
   """'integer': int32 sums of int8 products, then a scale per row and column.
 
   Args:

@@ -16,6 +16,8 @@ have K on axis 0.
 """
 
 import functools
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -50,8 +52,8 @@ WIDENED = {E4M3: E4M3, E5M2: E5M2, E2M3: E4M3, E3M2: E4M3, E2M1: E4M3}
 
 
 def why_not(
-  lhs_shape,
-  rhs_shape,
+  lhs_shape: Sequence[int],
+  rhs_shape: Sequence[int],
   lhs_spec: Blocked,
   rhs_spec: Blocked,
   *,
@@ -179,10 +181,10 @@ def _mma_bits(specs, mode) -> int:
 
 
 def run(
-  lhs,
-  lhs_scale,
-  rhs,
-  rhs_scale,
+  lhs: jax.Array,
+  lhs_scale: jax.Array | None,
+  rhs: jax.Array,
+  rhs_scale: jax.Array | None,
   lhs_spec: Blocked,
   rhs_spec: Blocked,
   *,
@@ -190,8 +192,8 @@ def run(
   mode: str = 'exact',
   target: str = 'h100',
   config: GpuConfig | None = None,
-  interpret=False,
-):
+  interpret: Any = False,
+) -> jax.Array:
   """`reference.run` on a GPU.
 
   Args:

@@ -1,5 +1,6 @@
 """From MX blocks of 32 to the FP8 blocks of 128 that 'fp8_128' multiplies."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -27,7 +28,7 @@ class Reblocked(NamedTuple):
   lossless: jax.Array
 
 
-def why_not(shape, spec: Blocked) -> str | None:
+def why_not(shape: Sequence[int], spec: Blocked) -> str | None:
   """Why an operand of packed codes (rows, K) cannot be reblocked, or None."""
   if not is_exponent(spec.scale):
     return f'scales {spec.scale} are not powers of two'
@@ -40,7 +41,12 @@ def why_not(shape, spec: Blocked) -> str | None:
 
 
 def reblock(
-  codes, scale, spec: Blocked, element: codec.Float, *, high: int = 1
+  codes: jax.Array,
+  scale: jax.Array,
+  spec: Blocked,
+  element: codec.Float,
+  *,
+  high: int = 1,
 ) -> Reblocked:
   """Gives each 1 x 128 or 128 x 128 one scale, the smallest that fits.
 

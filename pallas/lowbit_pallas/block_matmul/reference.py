@@ -1,5 +1,8 @@
 """The contract of block_matmul in jnp, and what its kernels check and share."""
 
+from collections.abc import Sequence
+
+import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -16,7 +19,13 @@ def k_axes(layout: str) -> tuple[int, int]:
   return (1 if layout[0] == 'n' else 0), (0 if layout[1] == 'n' else 1)
 
 
-def sizes(lhs_shape, rhs_shape, lhs_spec, rhs_spec, layout):
+def sizes(
+  lhs_shape: Sequence[int],
+  rhs_shape: Sequence[int],
+  lhs_spec: Blocked,
+  rhs_spec: Blocked,
+  layout: str,
+) -> tuple[int, int, int, int]:
   """M, N and the two values of K that the shapes of packed codes imply."""
   lk, rk = k_axes(layout)
   return (
@@ -28,8 +37,8 @@ def sizes(lhs_shape, rhs_shape, lhs_spec, rhs_spec, layout):
 
 
 def why_not(
-  lhs_shape,
-  rhs_shape,
+  lhs_shape: Sequence[int],
+  rhs_shape: Sequence[int],
   lhs_spec: Blocked,
   rhs_spec: Blocked,
   *,
@@ -92,7 +101,9 @@ def _why_not_operand(spec: Blocked, mode: str, k: int) -> str | None:
   return None
 
 
-def values(codes, scale, spec: Blocked, axis: int):
+def values(
+  codes: jax.Array, scale: jax.Array | None, spec: Blocked, axis: int
+) -> jax.Array:
   """element * scale in bfloat16.
 
   Args:
@@ -109,16 +120,16 @@ def values(codes, scale, spec: Blocked, axis: int):
 
 
 def run(
-  lhs,
-  lhs_scale,
-  rhs,
-  rhs_scale,
+  lhs: jax.Array,
+  lhs_scale: jax.Array | None,
+  rhs: jax.Array,
+  rhs_scale: jax.Array | None,
   lhs_spec: Blocked,
   rhs_spec: Blocked,
   *,
   layout: str = 'nt',
   mode: str = 'exact',
-):
+) -> jax.Array:
   """The product of two blocked operands.
 
   Args:
@@ -143,8 +154,10 @@ def run(
   lk, rk = k_axes(layout)
   dims = (((lk,), (rk,)), ((), ()))
   if mode == 'integer':
-    a = integers(packing.unpack(lhs, lhs_spec.bits, lk), lhs_spec.element)
-    b = integers(packing.unpack(rhs, rhs_spec.bits, rk), rhs_spec.element)
+    left, right = lhs_spec.element, rhs_spec.element
+    assert isinstance(left, codec.Int) and isinstance(right, codec.Int)
+    a = integers(packing.unpack(lhs, lhs_spec.bits, lk), left)
+    b = integers(packing.unpack(rhs, rhs_spec.bits, rk), right)
     total = lax.dot_general(a, b, dims, preferred_element_type=jnp.int32)
     scales = row_scales(lhs_scale, rhs_scale, lhs_spec, rhs_spec, layout)
     return scaled(total, *scales)
@@ -158,7 +171,16 @@ def run(
   )
 
 
-def check(lhs, lhs_scale, rhs, rhs_scale, lhs_spec, rhs_spec, layout, mode):
+def check(
+  lhs: jax.Array,
+  lhs_scale: jax.Array | None,
+  rhs: jax.Array,
+  rhs_scale: jax.Array | None,
+  lhs_spec: Blocked,
+  rhs_spec: Blocked,
+  layout: str,
+  mode: str,
+) -> None:
   """Raises ValueError for what `why_not` refuses, and for scales that do not
   go with the specs."""
   reason = why_not(
@@ -180,13 +202,19 @@ def check(lhs, lhs_scale, rhs, rhs_scale, lhs_spec, rhs_spec, layout, mode):
       )
 
 
-def integers(code, element: codec.Int):
+def integers(code: jax.Array, element: codec.Int) -> jax.Array:
   """Signed integers of codes, as int8."""
   shift = 32 - element.bits
   return ((code.astype(jnp.int32) << shift) >> shift).astype(jnp.int8)
 
 
-def row_scales(lhs_scale, rhs_scale, lhs_spec, rhs_spec, layout):
+def row_scales(
+  lhs_scale: jax.Array | None,
+  rhs_scale: jax.Array | None,
+  lhs_spec: Blocked,
+  rhs_spec: Blocked,
+  layout: str,
+) -> tuple[jax.Array, jax.Array]:
   """Scales of 'integer' as float32 (M or 1, 1) and (1, N or 1).
 
   The step of the elements, a power of two, is part of them.
@@ -197,6 +225,7 @@ def row_scales(lhs_scale, rhs_scale, lhs_spec, rhs_spec, layout):
     (lhs_scale, lhs_spec, lk, 1),
     (rhs_scale, rhs_spec, rk, 0),
   ):
+    assert isinstance(spec.element, codec.Int)
     one = jnp.full((1, 1), 2.0**-spec.element.fraction_bits, jnp.float32)
     if scale is not None:
       one = block.times_scale(one, scale, spec.scale)
@@ -204,12 +233,14 @@ def row_scales(lhs_scale, rhs_scale, lhs_spec, rhs_spec, layout):
   return tuple(out)
 
 
-def scaled(total, row, column):
+def scaled(total: jax.Array, row: jax.Array, column: jax.Array) -> jax.Array:
   """The float32 result of 'integer' from its int32 sums."""
   return total.astype(jnp.float32) * row * column
 
 
-def promotion_scales(lhs_scale, rhs_scale, n: int, layout: str):
+def promotion_scales(
+  lhs_scale: jax.Array, rhs_scale: jax.Array, n: int, layout: str
+) -> tuple[jax.Array, jax.Array]:
   """Scales of 'fp8_128' as float32 (M, K / 128) and (K / 128, N)."""
   lk, rk = k_axes(layout)
   sa = lhs_scale.T if lk == 0 else lhs_scale
@@ -219,7 +250,9 @@ def promotion_scales(lhs_scale, rhs_scale, n: int, layout: str):
   return sa.astype(jnp.float32), sb.astype(jnp.float32)
 
 
-def promote(acc, partial, sa, sb):
+def promote(
+  acc: jax.Array, partial: jax.Array, sa: jax.Array, sb: jax.Array | int
+) -> jax.Array:
   """One step of 'fp8_128': sa (M, 1), sb (1, N)."""
   return acc + (sa * sb) * partial
 

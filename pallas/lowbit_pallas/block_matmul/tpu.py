@@ -5,7 +5,8 @@ first reorders each tile of K, as `prepack` does.
 """
 
 import functools
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,8 +25,8 @@ INTEGER_TARGETS = ('v5e', 'v6e')
 
 
 def why_not(
-  lhs_shape,
-  rhs_shape,
+  lhs_shape: Sequence[int],
+  rhs_shape: Sequence[int],
   lhs_spec: Blocked,
   rhs_spec: Blocked,
   *,
@@ -66,18 +67,18 @@ def _is_fit(block_size: int) -> bool:
 
 
 def run(
-  lhs,
-  lhs_scale,
-  rhs,
-  rhs_scale,
+  lhs: jax.Array,
+  lhs_scale: jax.Array | None,
+  rhs: jax.Array,
+  rhs_scale: jax.Array | None,
   lhs_spec: Blocked,
   rhs_spec: Blocked,
   *,
   layout: str = 'nt',
   mode: str = 'exact',
   config: TpuConfig | None = None,
-  interpret=False,
-):
+  interpret: Any = False,
+) -> jax.Array:
   """`reference.run` on a TPU; the same arguments, tiles and `interpret`."""
   reference.check(
     lhs, lhs_scale, rhs, rhs_scale, lhs_spec, rhs_spec, layout, mode
@@ -95,6 +96,7 @@ def run(
     )
     lhs_scale = rhs_scale = None
   elif mode == 'fp8_128':
+    assert lhs_scale is not None and rhs_scale is not None
     sa, sb = reference.promotion_scales(lhs_scale, rhs_scale, n, layout)
     lhs_scale = sa.T if lk == 0 else sa
     rhs_scale = sb if rk == 0 else sb.T
@@ -135,7 +137,12 @@ def keeps_storage(lhs: Blocked, rhs: Blocked) -> bool:
 
 
 def prepare(
-  codes, scale, spec: Blocked, axis: int, tile: int, in_order: bool
+  codes: jax.Array,
+  scale: jax.Array | None,
+  spec: Blocked,
+  axis: int,
+  tile: int,
+  in_order: bool,
 ) -> Tiled:
   """An operand in the order in which the kernel reads it.
 
@@ -227,13 +234,13 @@ def _scale_spec(x, tile, dim):
   return pl.BlockSpec(shape, lambda *ijk: (ijk[2], 0, ijk[dim]))
 
 
-def tile_codes(planes, bits: int) -> list:
+def tile_codes(planes: jax.Array, bits: int) -> list:
   """Lanes of codes from the planes of a tile."""
-  planes = [planes[b] for b in range(planes.shape[0])]
-  return packing.planes_to_lanes(planes, bits)
+  rows = [planes[b] for b in range(planes.shape[0])]
+  return packing.planes_to_lanes(rows, bits)
 
 
-def along_sublanes(factor, k: int):
+def along_sublanes(factor: jax.Array, k: int) -> jax.Array:
   """Factors (blocks, n) repeated over blocks of k rows: (k, n)."""
   blocks, n = factor.shape
   size = k // blocks
@@ -241,7 +248,7 @@ def along_sublanes(factor, k: int):
   return wide.reshape(k, n)
 
 
-def along_lanes(factor, k: int):
+def along_lanes(factor: jax.Array, k: int) -> jax.Array:
   """Factors (blocks, m) repeated over blocks of k columns: (m, k).
 
   A gather within registers: selecting among broadcast columns took twice the
@@ -261,7 +268,13 @@ def along_lanes(factor, k: int):
   return jnp.concatenate(parts, axis=1)
 
 
-def tile_values(planes, scale, spec: Blocked, axis: int, in_order: bool):
+def tile_values(
+  planes: jax.Array,
+  scale: jax.Array | None,
+  spec: Blocked,
+  axis: int,
+  in_order: bool,
+) -> jax.Array:
   """Values of a tile in bfloat16, lanes one after the other.
 
   Args:

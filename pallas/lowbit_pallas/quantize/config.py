@@ -2,12 +2,16 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike, DTypeLike
 
 from lowbit_pallas import _tuned
 from lowbit_pallas.arith import block, codec, hash
+from lowbit_pallas.arith.hash import Origin
 
 BLOCKS = (16, 32, 64, 128)
 ROTATIONS = (16, 32, 64, 128)
@@ -34,7 +38,7 @@ class Task(NamedTuple):
   rotation: int = 0
 
 
-def why_not(shape, dtype, task: Task) -> str | None:
+def why_not(shape: Sequence[int], dtype: DTypeLike, task: Task) -> str | None:
   """Why no kernel takes this, or None."""
   spec = task.spec
   if len(shape) != 2:
@@ -58,12 +62,12 @@ def why_not(shape, dtype, task: Task) -> str | None:
   return None
 
 
-def scale_dtype(task: Task):
+def scale_dtype(task: Task) -> DTypeLike:
   """uint8 for codes, else float32."""
   return jnp.float32 if task.spec.scale is None else jnp.uint8
 
 
-def nothing(shape, task: Task) -> tuple:
+def nothing(shape: Sequence[int], task: Task) -> tuple:
   """The result for an x without rows or without columns."""
   rows, cols = shape
   return (
@@ -72,12 +76,12 @@ def nothing(shape, task: Task) -> tuple:
   )
 
 
-def scalar(x):
+def scalar(x: ArrayLike) -> jax.Array:
   """float32 (1,), as kernels read scalars."""
   return jnp.reshape(x, (1,)).astype(jnp.float32)
 
 
-def words(key_words, origin):
+def words(key_words: jax.Array, origin: Origin | None) -> jax.Array:
   """What random bits depend on: the streams of the key, and the origin."""
   start = (0, 0) if origin is None else origin[0]
   start = [jnp.asarray(s).astype(jnp.uint32) for s in start]
@@ -127,7 +131,7 @@ def key(cols: int, dtype_bytes: int, task: Task) -> str:
   )
 
 
-def tpu(shape, dtype_bytes: int, task: Task) -> Config:
+def tpu(shape: Sequence[int], dtype_bytes: int, task: Task) -> Config:
   """The tuned tiles of this device, or those of `heuristic`."""
 
   def tuned(**sizes):
@@ -143,7 +147,7 @@ def tpu(shape, dtype_bytes: int, task: Task) -> Config:
   ) or heuristic(shape, dtype_bytes, task)
 
 
-def heuristic(shape, dtype_bytes: int, task: Task) -> Config:
+def heuristic(shape: Sequence[int], dtype_bytes: int, task: Task) -> Config:
   """Tiles of at most 2 MiB of x: whole rows up to 16384 columns.
 
   Pieces of 128 rows hide the latency of reductions and products best.
@@ -159,7 +163,7 @@ def heuristic(shape, dtype_bytes: int, task: Task) -> Config:
   return Config(bm, bn, rows)
 
 
-def check(config: Config, shape, task: Task) -> None:
+def check(config: Config, shape: Sequence[int], task: Task) -> None:
   """Raises ValueError for tiles that the TPU kernel cannot work with."""
   width = chunk(task.spec.bits)
   if config.rows % 32 or config.bm % config.rows:
@@ -183,7 +187,7 @@ class GpuConfig:
   columns: int = 256
 
 
-def mosaic_gpu(shape, dtype_bytes: int, task: Task) -> GpuConfig:
+def mosaic_gpu(shape: Sequence[int], dtype_bytes: int, task: Task) -> GpuConfig:
   """The tuned tile of this device, or that of `gpu_heuristic`."""
 
   def tuned(columns: int):
@@ -196,6 +200,6 @@ def mosaic_gpu(shape, dtype_bytes: int, task: Task) -> GpuConfig:
   ) or gpu_heuristic(shape)
 
 
-def gpu_heuristic(shape) -> GpuConfig:
+def gpu_heuristic(shape: Sequence[int]) -> GpuConfig:
   """256 columns: up to 64 KiB of x in flight, several tiles on a processor."""
   return GpuConfig(min(256, -(-shape[1] // LANES) * LANES))

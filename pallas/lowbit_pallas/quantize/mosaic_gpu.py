@@ -10,13 +10,15 @@ and transposed outside.
 """
 
 import functools
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.typing import DTypeLike
 
 from lowbit_pallas import _mosaic_gpu as compat
 from lowbit_pallas.arith import (
@@ -28,6 +30,7 @@ from lowbit_pallas.arith import (
   packing,
   scale as exact,
 )
+from lowbit_pallas.arith.hash import Origin
 from lowbit_pallas.quantize import config as cfg
 from lowbit_pallas.quantize.config import LANES, GpuConfig, Task
 
@@ -35,23 +38,23 @@ ROWS = 64
 _WGMMA = plgpu.Layout.WGMMA
 
 
-def why_not(shape, dtype, task: Task) -> str | None:
+def why_not(shape: Sequence[int], dtype: DTypeLike, task: Task) -> str | None:
   """Why this kernel does not take x, or None."""
   reason = cfg.why_not(shape, dtype, task)
   return reason or compat.why_not_grid(_grid(shape, LANES))
 
 
 def run(
-  x,
+  x: jax.Array,
   task: Task,
   *,
-  key_words=None,
-  origin=None,
-  tensor_scale=None,
-  signs=None,
+  key_words: jax.Array | None = None,
+  origin: Origin | None = None,
+  tensor_scale: jax.Array | None = None,
+  signs: jax.Array | None = None,
   config: GpuConfig | None = None,
-  interpret=False,
-):
+  interpret: Any = False,
+) -> tuple[jax.Array, jax.Array]:
   """Quantizes and packs, see `reference.run` for arguments and results.
 
   Args:
@@ -68,6 +71,7 @@ def run(
   x = jnp.pad(x, ((0, -rows % 8), (0, -cols % LANES)))
   operands = {'x': x}
   if task.rounding == 'stochastic':
+    assert key_words is not None
     operands['words'] = cfg.words(key_words, origin)
   if tensor_scale is not None:
     operands['tensor_scale'] = cfg.scalar(tensor_scale)
@@ -121,7 +125,7 @@ class _Tile(NamedTuple):
   width: int
   unit: int
   cols: int
-  full: tuple[int, int] | None
+  full: tuple[int, ...] | None
   rows: int
 
   @property

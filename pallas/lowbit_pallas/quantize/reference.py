@@ -1,5 +1,6 @@
 """The contract of the quantization kernels in plain jnp."""
 
+import jax
 import jax.numpy as jnp
 
 from lowbit_pallas.arith import (
@@ -10,18 +11,19 @@ from lowbit_pallas.arith import (
   packing,
   scale as exact,
 )
+from lowbit_pallas.arith.hash import Origin
 from lowbit_pallas.quantize.config import Task
 
 
 def run(
-  x,
+  x: jax.Array,
   task: Task,
   *,
-  key_words=None,
-  origin=None,
-  tensor_scale=None,
-  signs=None,
-):
+  key_words: jax.Array | None = None,
+  origin: Origin | None = None,
+  tensor_scale: jax.Array | None = None,
+  signs: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array]:
   """Quantizes and packs.
 
   Args:
@@ -44,9 +46,11 @@ def run(
     x = hadamard.hadamard(x, task.rotation)
   random = None
   if task.rounding == 'stochastic':
+    assert key_words is not None
     index = hash.element_index(x.shape, origin)
     random = hash.random_bits(key_words, *index)
-  x, random = (_split(a, spec.block) for a in (x, random))
+  x = _split(x, spec.block)
+  random = None if random is None else _split(random, spec.block)
   amax = jnp.max(exact.magnitude_bits(x), -1, keepdims=True, initial=0)
   scale = block.stored_scale(amax, spec, task.rule, tensor_scale)
   inverse = block.inverse_factors(
@@ -61,7 +65,5 @@ def run(
 
 def _split(a, size: int):
   """(rows, cols) as (rows, blocks, size), padded with zeros."""
-  if a is None:
-    return None
   a = jnp.pad(a, ((0, 0), (0, -a.shape[1] % size)))
   return a.reshape(len(a), a.shape[1] // size, size)

@@ -8,6 +8,7 @@ cheaply, so bytes are products of codes with constant matrices, which is exact
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +26,7 @@ from lowbit_pallas.arith import (
   packing,
   scale as exact,
 )
+from lowbit_pallas.arith.hash import Origin
 from lowbit_pallas.quantize import config as cfg
 from lowbit_pallas.quantize.config import LANES, Config, Task
 
@@ -45,16 +47,16 @@ _FLOAT16 = codec.Float(
 
 
 def run(
-  x,
+  x: jax.Array,
   task: Task,
   *,
-  key_words=None,
-  origin=None,
-  tensor_scale=None,
-  signs=None,
+  key_words: jax.Array | None = None,
+  origin: Origin | None = None,
+  tensor_scale: jax.Array | None = None,
+  signs: jax.Array | None = None,
   config: Config | None = None,
-  interpret=False,
-):
+  interpret: Any = False,
+) -> tuple[jax.Array, jax.Array]:
   """Quantizes and packs, see `reference.run` for arguments and results.
 
   Args:
@@ -347,5 +349,6 @@ def _pack_group(codes, plan, inputs):
           factor, inputs['pack'][k], preferred_element_type=jnp.float32
         )
         total = part if total is None else total + part
+    assert total is not None
     out.append(fb.nearest_integer(total))
   return out[0] if len(out) == 1 else jnp.concatenate(out, 1)

@@ -33,7 +33,7 @@ class TpuConfig:
   rows: int
   columns: int
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     if self.rows < 1 or self.rows % 8:
       raise ValueError(f'rows={self.rows} must be a multiple of 8')
     if self.columns < 1 or self.columns % LANES:
@@ -124,7 +124,7 @@ class GpuConfig:
   slices: int
   splits: int = 1
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     if not 1 <= self.slices <= _MOST_SLICES:
       raise ValueError(f'slices={self.slices} is not in 1 ... {_MOST_SLICES}')
     if self.splits < 1:

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.typing import DTypeLike
 
 from lowbit_pallas import _mosaic_gpu
 from lowbit_pallas.softmax import config as config_lib, forms
@@ -38,7 +39,11 @@ class _Static(NamedTuple):
   out_dtype: Any
 
 
-def why_not(x, out_dtype=None, masked: bool = False) -> str | None:
+def why_not(
+  x: jax.Array | jax.ShapeDtypeStruct,
+  out_dtype: DTypeLike | None = None,
+  masked: bool = False,
+) -> str | None:
   """Why the kernels refuse, or None.
 
   Args:
@@ -65,7 +70,7 @@ def run(
   kind: str = 'softmax',
   scale: float = 1.0,
   algorithm: str = 'auto',
-  out_dtype=None,
+  out_dtype: DTypeLike | None = None,
   config: config_lib.GpuConfig | None = None,
   interpret: Any = None,
 ) -> jax.Array:

@@ -4,9 +4,12 @@ Sums are taken along the rows of a `(chunks, CHAIN, LANES)` view of each row,
 in that order, so that the longest chain of additions stays short.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 
 from lowbit_pallas.arith import softmax as sm
 from lowbit_pallas.softmax import forms
@@ -30,7 +33,7 @@ def run(
   kind: str = 'softmax',
   scale: float = 1.0,
   algorithm: str = 'auto',
-  out_dtype=None,
+  out_dtype: DTypeLike | None = None,
   exp: str = 'degree5',
 ) -> jax.Array:
   """softmax, log_softmax or logsumexp along the last axis.
@@ -105,7 +108,7 @@ def _online(kind, x, where):
   return getattr(form, kind)(x, total, where, -1)
 
 
-def _sum(x):
+def _sum(x) -> Any:
   """The sum of rows, in short chains: of whole chunks, slices and lanes."""
   *rows, columns = x.shape
   slices = columns // LANES

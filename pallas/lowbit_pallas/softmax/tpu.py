@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jax.typing import DTypeLike
 
 from lowbit_pallas.arith import softmax as sm
 from lowbit_pallas.softmax import config as config_lib, forms
@@ -41,7 +42,11 @@ class _Static(NamedTuple):
   out_dtype: Any
 
 
-def why_not(x, out_dtype=None, masked: bool = False) -> str | None:
+def why_not(
+  x: jax.Array | jax.ShapeDtypeStruct,
+  out_dtype: DTypeLike | None = None,
+  masked: bool = False,
+) -> str | None:
   """Why the kernel refuses, or None.
 
   Args:
@@ -68,7 +73,7 @@ def run(
   kind: str = 'softmax',
   scale: float = 1.0,
   algorithm: str = 'auto',
-  out_dtype=None,
+  out_dtype: DTypeLike | None = None,
   config: config_lib.TpuConfig | None = None,
   interpret: Any = False,
 ) -> jax.Array:
@@ -280,6 +285,7 @@ def _write_quotients(source, terms_ref, inverse_ref, y_ref, static: _Static):
     y = _slices(terms_ref, rows, c, static) * inverse_ref[rows, :]
     if static.masked:
       _, where = _load(source, rows, c, 0, static)
+      assert where is not None
       y = jnp.where(where, y, 0.0)
     _store(y, y_ref, rows, c, static)
     return state

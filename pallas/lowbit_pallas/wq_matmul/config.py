@@ -9,6 +9,7 @@ import dataclasses
 import math
 
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from lowbit_pallas import _tuned
 from lowbit_pallas.arith import block, packing
@@ -42,7 +43,7 @@ class Config:
   stages: int = 2
 
 
-def key(n: int, k: int, spec: Blocked, dtype, schedule: str) -> str:
+def key(n: int, k: int, spec: Blocked, dtype: DTypeLike, schedule: str) -> str:
   """What a tuned entry is for."""
   name = jnp.dtype(dtype).name
   return f'n={n} k={k} {_tuned.operand(spec)} {name} {schedule}'
@@ -77,7 +78,7 @@ def tpu(
   n: int,
   k: int,
   spec: Blocked,
-  dtype,
+  dtype: DTypeLike,
   *,
   tile: int | None = None,
   schedule: str | None = None,
@@ -106,7 +107,7 @@ def mosaic_gpu(
   n: int,
   k: int,
   spec: Blocked,
-  dtype,
+  dtype: DTypeLike,
   *,
   tile: int | None = None,
   schedule: str | None = None,
@@ -138,7 +139,7 @@ def heuristic(
   n: int,
   k: int,
   spec: Blocked,
-  dtype,
+  dtype: DTypeLike,
   *,
   tile: int | None = None,
   schedule: str | None = None,
@@ -180,7 +181,7 @@ def gpu_heuristic(
   n: int,
   k: int,
   spec: Blocked,
-  dtype,
+  dtype: DTypeLike,
   *,
   tile: int | None = None,
   schedule: str | None = None,
@@ -257,7 +258,7 @@ def heuristic_schedule(spec: Blocked) -> str:
   return 'post' if spec.block % 128 == 0 else 'pre'
 
 
-def vmem_bytes(config: Config, spec: Blocked, dtype) -> int:
+def vmem_bytes(config: Config, spec: Blocked, dtype: DTypeLike) -> int:
   """Bytes of VMEM: two buffers of each operand, the sums, a decoded tile."""
   bm, bn, tile = config.bm, config.bn, config.tile
   wide = jnp.dtype(dtype).itemsize

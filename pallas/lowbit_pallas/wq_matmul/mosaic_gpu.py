@@ -8,12 +8,14 @@ device; float32 partial results are added in a fixed order.
 """
 
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.typing import DTypeLike
 
 from lowbit_pallas import _mosaic_gpu
 from lowbit_pallas.arith import block, codec, packing
@@ -24,7 +26,9 @@ from lowbit_pallas.wq_matmul.prepack import Prepacked
 ROWS = _config.COLUMNS  # of w^T in a tile
 
 
-def why_not(x_shape, x_dtype, w: Prepacked, config: Config) -> str | None:
+def why_not(
+  x_shape: Sequence[int], x_dtype: DTypeLike, w: Prepacked, config: Config
+) -> str | None:
   """Why the kernel refuses, or None.
 
   Args:
@@ -65,7 +69,13 @@ def why_not(x_shape, x_dtype, w: Prepacked, config: Config) -> str | None:
   return None
 
 
-def run(x, w: Prepacked, *, config: Config | None = None, out_dtype=None):
+def run(
+  x: jax.Array,
+  w: Prepacked,
+  *,
+  config: Config | None = None,
+  out_dtype: DTypeLike | None = None,
+) -> jax.Array:
   """x @ dequantize(w).
 
   Args:

@@ -86,9 +86,9 @@ def why_not(spec: Blocked, tile: int) -> str | None:
 
 
 def prepack(
-  codes,
-  scale,
-  zero_point,
+  codes: jax.Array,
+  scale: jax.Array | None,
+  zero_point: jax.Array | None,
   spec: Blocked,
   *,
   tile: int,

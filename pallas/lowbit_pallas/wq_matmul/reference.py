@@ -1,8 +1,12 @@
 """The contract in jnp, and the arithmetic of a tile that kernels share."""
 
+from collections.abc import Sequence
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.typing import DTypeLike
 
 from lowbit_pallas.arith import block, codec, loops, packing
 from lowbit_pallas.arith.block import Blocked
@@ -12,7 +16,13 @@ SCHEDULES = ('pre', 'post')
 RUN = 256  # rows of K that are decoded at once
 
 
-def run(x, w: Prepacked, schedule: str, *, out_dtype=None):
+def run(
+  x: jax.Array,
+  w: Prepacked,
+  schedule: str,
+  *,
+  out_dtype: DTypeLike | None = None,
+) -> jax.Array:
   """x @ dequantize(w), a scan over the tiles of w.
 
   Args:
@@ -59,7 +69,9 @@ def run(x, w: Prepacked, schedule: str, *, out_dtype=None):
   return acc.astype(out_dtype)
 
 
-def why_not(x_shape, x_dtype, w: Prepacked, schedule: str) -> str | None:
+def why_not(
+  x_shape: Sequence[int], x_dtype: DTypeLike, w: Prepacked, schedule: str
+) -> str | None:
   """Why operands do not fit each other, or None."""
   if schedule not in SCHEDULES:
     return f'{schedule=} is not one of {SCHEDULES}'
@@ -91,7 +103,9 @@ def _significant_bits(element) -> int:
   return 8 if (table == table.astype(jnp.bfloat16)).all() else 24
 
 
-def operands_of(x, w: Prepacked, schedule: str):
+def operands_of(
+  x: jax.Array, w: Prepacked, schedule: str
+) -> tuple[jax.Array, bool]:
   """x as the matrix unit takes it, K padded to whole tiles.
 
   A product with weights that bfloat16 holds is exact for bfloat16 x. Wider x
@@ -109,7 +123,7 @@ def operands_of(x, w: Prepacked, schedule: str):
   return jnp.pad(x, ((0, 0), (0, w.steps * w.tile - w.k))), wide
 
 
-def bfloat16_parts(x):
+def bfloat16_parts(x: jax.Array) -> jax.Array:
   """Bfloat16 parts, stacked along axis 0, whose sum is x.
 
   Each takes the leading 8 of the bits that are left, by truncation, which never
@@ -129,7 +143,7 @@ def bfloat16_parts(x):
   return jnp.concatenate(parts)
 
 
-def sum_of_parts(acc, m: int):
+def sum_of_parts(acc: jax.Array, m: int) -> jax.Array:
   """Float32 (m, n) from products (parts * m, n), the smallest part first."""
   if acc.shape[0] == m:
     return acc
@@ -140,7 +154,16 @@ def sum_of_parts(acc, m: int):
   return total
 
 
-def tile_product(acc, x, planes, scale, zero, spec: Blocked, schedule, wide):
+def tile_product(
+  acc: jax.Array,
+  x: jax.Array,
+  planes: jax.Array,
+  scale: jax.Array | None,
+  zero: jax.Array | None,
+  spec: Blocked,
+  schedule: str,
+  wide: bool,
+) -> jax.Array:
   """acc + x @ w for a tile of K rows.
 
   Args:

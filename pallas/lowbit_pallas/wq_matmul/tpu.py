@@ -1,12 +1,15 @@
 """The product on TPU: weights are decoded in VMEM, next to the matrix unit."""
 
 import functools
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jax.typing import DTypeLike
 
 from lowbit_pallas.arith import block, packing
 from lowbit_pallas.wq_matmul import config as _config, reference
@@ -14,7 +17,9 @@ from lowbit_pallas.wq_matmul.config import Config
 from lowbit_pallas.wq_matmul.prepack import Prepacked
 
 
-def why_not(x_shape, x_dtype, w: Prepacked, config: Config) -> str | None:
+def why_not(
+  x_shape: Sequence[int], x_dtype: DTypeLike, w: Prepacked, config: Config
+) -> str | None:
   """Why the kernel refuses, or None.
 
   Args:
@@ -38,13 +43,13 @@ def why_not(x_shape, x_dtype, w: Prepacked, config: Config) -> str | None:
 
 
 def run(
-  x,
+  x: jax.Array,
   w: Prepacked,
   *,
   config: Config | None = None,
-  out_dtype=None,
-  interpret=False,
-):
+  out_dtype: DTypeLike | None = None,
+  interpret: Any = False,
+) -> jax.Array:
   """x @ dequantize(w).
 
   Args:

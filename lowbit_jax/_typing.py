@@ -1,0 +1,21 @@
+"""Types that arguments share, by the names that annotations use."""
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax.sharding import NamedSharding, PartitionSpec
+from jax.typing import ArrayLike as ArrayLike, DTypeLike as DTypeLike
+
+from lowbit_pallas.arith.hash import Origin as Origin
+
+Axis = int | tuple[int, ...] | None
+DotDims = jax.lax.DotDimensionNumbers
+Implementation = str | Sequence[str] | None
+Key = jax.Array  # a typed PRNG key, or its raw uint32 data
+OutSharding = NamedSharding | PartitionSpec | None
+PathLike = str | os.PathLike[str]
+Precision = jax.lax.PrecisionLike
+PyTree = Any
+Shape = Sequence[int]
