@@ -24,6 +24,8 @@ sys.path.insert(0, str(_ROOT / 'examples'))
 import _checkpoints  # noqa: E402
 import byte_lm  # noqa: E402
 import lm_trainer  # noqa: E402
+from lowbit_jax import formats  # noqa: E402
+from lowbit_jax.recipe import GemmSpec, QuantSpec, Recipe  # noqa: E402
 from lowbit_jax.training import optimizers, recipes  # noqa: E402
 from tests.examples import scripts  # noqa: E402
 
@@ -149,6 +151,10 @@ class MeshTest(parameterized.TestCase):
   # numbers next to a tie then round to the other side, and training goes on
   # from there, while the first loss is of the same weights.
   def test_losses_are_those_of_one_device(self):
+    self.check_losses('data=2,fsdp=2,model=2', settings('float32'), 1e-4)
+
+  @pytest.mark.slow
+  def test_losses_of_stacked_blocks_are_those_of_one_device(self):
     self.check_losses('data=2,fsdp=2,model=2', stacked('float32'), 1e-4)
 
   @parameterized.parameters(
@@ -173,7 +179,7 @@ class MeshTest(parameterized.TestCase):
       self.assertLess(abs(a.loss - b.loss), limit)
 
   def test_microbatches(self):
-    self.check_microbatches(stacked('float32'))
+    self.check_microbatches(settings('float32'))
 
   @pytest.mark.slow
   def test_microbatches_of_a_recipe(self):
@@ -237,7 +243,16 @@ class MonitorTest(absltest.TestCase):
     return lm_trainer._summary(monitored)
 
   def test_four_bits(self):
-    measured = self.measure('mxfp4_rtn')
+    spec = QuantSpec(formats.mxfp4)
+    recipe = Recipe('mxfp4', *[GemmSpec(spec, spec)] * 3)
+    with mock.patch.object(recipes, 'get', return_value=recipe):
+      self.check_four_bits(self.measure('mxfp4_rtn'))
+
+  @pytest.mark.slow
+  def test_four_bits_of_a_recipe(self):
+    self.check_four_bits(self.measure('mxfp4_rtn'))
+
+  def check_four_bits(self, measured):
     self.assertBetween(measured['snr_db'], 3, 20)
     for operand in ('x', 'w', 'dy'):
       self.assertBetween(measured[f'{operand}_flushed'], 0.05, 0.9)
