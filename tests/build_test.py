@@ -178,6 +178,7 @@ def _imports(root: pathlib.Path, targets: list[Target]) -> Iterator[str]:
   everywhere = [folder for target in targets for folder in target.imports]
   for target in targets:
     folders = ['', *_search_path(target, targets), *everywhere]
+    folders = list(dict.fromkeys(folders))
     for file in target.srcs:
       if not file.endswith('.py') or not (root / file).is_file():
         continue

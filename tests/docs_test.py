@@ -1,12 +1,11 @@
 """Runs the Python of the README, of the pages under docs/ and of docstrings.
 
 The blocks of one file share a namespace and run in order, in an empty
-directory. Files share processes, so that JAX starts twice and not twenty times,
-but for those that change what others see. A block of prompts (`>>>`) is
-compared with the output it shows. Tracebacks name the line of the page.
+directory and in this process, but for files that change what others see. A
+block of prompts (`>>>`) is compared with the output it shows. Tracebacks name
+the line of the page.
 """
 
-import argparse
 import contextlib
 import doctest
 import importlib
@@ -22,12 +21,14 @@ import traceback
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import jax
 from absl.testing import absltest, parameterized
 
 _ROOT = pathlib.Path(__file__).resolve().parents[1]
 _README = _ROOT / 'README.md'
 _FENCE = re.compile(r'^(?P<indent> *)```(?P<language>[^\s`{]*).*$')
 _ALONE = re.compile(r'config\.update|formats\.register')  # global state
+_OPTION = 'jax_disable_most_optimizations'  # No page measures speed.
 _SKIPPED = ('', 'bash', 'console', 'json', 'mermaid', 'sh', 'text', 'toml')
 
 
@@ -54,31 +55,25 @@ def blocks(text: str) -> Iterator[Block]:
 def run_page(path: pathlib.Path) -> None:
   """Executes the Python blocks of a page; raises at the first that fails."""
   namespace = {'__name__': '__main__'}
-  for block in blocks(path.read_text('utf-8')):
-    if block.language in _SKIPPED:
-      continue
-    if block.language != 'python':
-      where = f'{path}:{block.line - 1}'
-      raise ValueError(f'{where}: unknown language {block.language!r}')
-    if block.text.startswith('>>>'):
-      _run_prompts(block, path, namespace)
-    else:
-      padding = '\n' * (block.line - 1)
-      exec(compile(padding + block.text, str(path), 'exec'), namespace)
+  with _empty_directory():
+    for block in blocks(path.read_text('utf-8')):
+      if block.language in _SKIPPED:
+        continue
+      if block.language != 'python':
+        where = f'{path}:{block.line - 1}'
+        raise ValueError(f'{where}: unknown language {block.language!r}')
+      if block.text.startswith('>>>'):
+        _run_prompts(block, path, namespace)
+      else:
+        padding = '\n' * (block.line - 1)
+        exec(compile(padding + block.text, str(path), 'exec'), namespace)
 
 
-def run_pages(paths: list[pathlib.Path]) -> int:
-  """Runs every page, each in an empty directory; returns how many failed."""
-  failed = 0
-  for path in paths:
-    with tempfile.TemporaryDirectory() as directory:
-      with contextlib.chdir(directory):
-        try:
-          run_page(path)
-        except Exception:
-          traceback.print_exc()
-          failed += 1
-  return failed
+@contextlib.contextmanager
+def _empty_directory():
+  with tempfile.TemporaryDirectory() as directory:
+    with contextlib.chdir(directory):
+      yield
 
 
 def _run_prompts(block: Block, path: pathlib.Path, namespace: dict) -> None:
@@ -91,12 +86,10 @@ def _run_prompts(block: Block, path: pathlib.Path, namespace: dict) -> None:
   namespace.update(test.globs)
 
 
-def run_docstrings(package: str) -> int:
-  """Runs every docstring example of a package; returns how many there are."""
+def run_docstrings(modules: list[str]) -> int:
+  """Runs every docstring example of modules; returns how many there are."""
   attempted = failed = 0
-  root = importlib.import_module(package)
-  modules = pkgutil.walk_packages(root.__path__, f'{package}.')
-  for name in [package, *(module.name for module in modules)]:
+  for name in modules:
     result = doctest.testmod(
       importlib.import_module(name), optionflags=doctest.ELLIPSIS
     )
@@ -107,16 +100,26 @@ def run_docstrings(package: str) -> int:
   return attempted
 
 
-def _in_fresh_process(*arguments: str) -> subprocess.CompletedProcess:
+def modules_by_part(package: pathlib.Path) -> dict[str, list[str]]:
+  """The modules of a package, those of each subpackage together."""
+  parts = {}
+  for path in sorted(package.rglob('*.py')):
+    names = path.relative_to(package.parent).with_suffix('').parts
+    names = names[:-1] if names[-1] == '__init__' else names
+    parts.setdefault('.'.join(names[:2]), []).append('.'.join(names))
+  return parts
+
+
+def _in_fresh_process(page: pathlib.Path) -> subprocess.CompletedProcess:
   path = os.pathsep.join([str(_ROOT), str(_ROOT / 'pallas')])
   environment = os.environ | {
     'PYTHONPATH': path,
     'JAX_PLATFORMS': 'cpu',
-    'JAX_DISABLE_MOST_OPTIMIZATIONS': '1',  # No page measures speed.
+    _OPTION.upper(): '1',
   }
   with tempfile.TemporaryDirectory() as directory:
     return subprocess.run(
-      [sys.executable, __file__, *arguments],
+      [sys.executable, __file__, '--page', str(page)],
       cwd=directory,
       env=environment,
       capture_output=True,
@@ -141,56 +144,72 @@ def _pages() -> list[str]:
   return [str(page.relative_to(_ROOT)) for page in [_README, *pages]]
 
 
-def _groups() -> list[list[str]]:
-  """The pages of each process: two for those that leave no traces."""
-  shared, alone = [], []
-  for page in _pages():
-    text = (_ROOT / page).read_text('utf-8')
-    (alone if _ALONE.search(text) else shared).append(page)
-  return [shared[::2], shared[1::2], *([page] for page in alone)]
+def setUpModule():
+  jax.config.update(_OPTION, True)
+
+
+def tearDownModule():
+  jax.config.update(_OPTION, False)
+  jax.clear_caches()
 
 
 class DocsTest(parameterized.TestCase):
-  @parameterized.parameters((group,) for group in _groups())
-  def test_pages_run(self, pages):
-    result = _in_fresh_process('--pages', *(str(_ROOT / p) for p in pages))
-    self.assertEqual(result.returncode, 0, result.stdout + result.stderr)
-
-  def test_every_page_is_in_one_group(self):
-    grouped = [page for group in _groups() for page in group]
-    self.assertCountEqual(grouped, _pages())
+  @parameterized.parameters((page,) for page in _pages())
+  def test_page_runs(self, page):
+    path = _ROOT / page
+    if _ALONE.search(path.read_text('utf-8')):
+      result = _in_fresh_process(path)
+      self.assertEqual(result.returncode, 0, result.stdout + result.stderr)
+    else:
+      run_page(path)
 
   def test_readme_has_code(self):
     self.assertTrue(_has_python(_README))
 
-  def test_docstring_examples_run(self):
-    packages = ('lowbit_jax', 'lowbit_pallas')
-    result = _in_fresh_process('--docstrings', *packages)
-    self.assertEqual(result.returncode, 0, result.stdout + result.stderr)
+  @parameterized.parameters(
+    (part,)
+    for package in ('lowbit_jax', 'pallas/lowbit_pallas')
+    for part in modules_by_part(_ROOT / package).items()
+  )
+  def test_docstring_examples_run(self, part):
+    with _empty_directory():
+      run_docstrings(part[1])
+
+  def test_every_module_is_in_a_part(self):
+    parts = modules_by_part(_ROOT / 'lowbit_jax')
+    listed = [name for names in parts.values() for name in names]
+    package = importlib.import_module('lowbit_jax')
+    walked = pkgutil.walk_packages(package.__path__, 'lowbit_jax.')
+    self.assertCountEqual(listed, ['lowbit_jax', *(m.name for m in walked)])
 
 
 class RunnerTest(parameterized.TestCase):
-  def _run(self, text: str) -> subprocess.CompletedProcess:
-    with tempfile.TemporaryDirectory() as directory:
-      page = pathlib.Path(directory) / 'page.md'
-      page.write_text(text)
-      return _in_fresh_process('--pages', str(page))
+  def _page(self, text: str) -> pathlib.Path:
+    directory = self.enterContext(tempfile.TemporaryDirectory())
+    page = pathlib.Path(directory) / 'page.md'
+    page.write_text(text)
+    return page
 
-  def test_blocks_share_a_namespace(self):
-    text = '```python\nx = 1\n```\ntext\n```python\nassert x == 1\n```\n'
-    self.assertEqual(self._run(text).returncode, 0)
-
-  def test_prompts_and_code_share_a_namespace(self):
-    text = '```python\n>>> x = 1\n>>> x + 1\n2\n```\n```python\nx\n```\n'
-    self.assertEqual(self._run(text).returncode, 0)
-
-  def test_indented_block_runs(self):
-    text = '1. Item\n\n    ```python\n    if True:\n      x = 1\n    ```\n'
-    self.assertEqual(self._run(text).returncode, 0)
-
-  def test_other_languages_do_not_run(self):
-    text = '```bash\nexit 1\n```\n```text\n1 +\n```\n```\n1 +\n```\n'
-    self.assertEqual(self._run(text).returncode, 0)
+  @parameterized.named_parameters(
+    (
+      'blocks_share_a_namespace',
+      '```python\nx = 1\n```\ntext\n```python\nassert x == 1\n```\n',
+    ),
+    (
+      'prompts_and_code_share_a_namespace',
+      '```python\n>>> x = 1\n>>> x + 1\n2\n```\n```python\nx\n```\n',
+    ),
+    (
+      'indented_block',
+      '1. Item\n\n    ```python\n    if True:\n      x = 1\n    ```\n',
+    ),
+    (
+      'other_languages_do_not_run',
+      '```bash\nexit 1\n```\n```text\n1 +\n```\n```\n1 +\n```\n',
+    ),
+  )
+  def test_runs(self, text):
+    run_page(self._page(text))
 
   @parameterized.named_parameters(
     (
@@ -204,9 +223,23 @@ class RunnerTest(parameterized.TestCase):
     ('label', 'a\n```py\nx\n```\n', r"page\.md:2: unknown language 'py'"),
   )
   def test_failure_names_file_and_line(self, text, expected):
-    result = self._run(text)
+    page = self._page(text)
+    with contextlib.redirect_stdout(io.StringIO()):
+      try:
+        run_page(page)
+      except Exception:
+        self.assertRegex(traceback.format_exc(), expected)
+      else:
+        self.fail('nothing was raised')
+
+  def test_failure_in_a_fresh_process_is_seen(self):
+    result = _in_fresh_process(self._page('\n```python\nassert 0\n```\n'))
     self.assertNotEqual(result.returncode, 0)
-    self.assertRegex(result.stdout + result.stderr, expected)
+    self.assertRegex(result.stderr, r'page\.md", line 3')
+
+  def test_pages_run_in_an_empty_directory(self):
+    text = '```python\nimport os\nassert not os.listdir()\n```\n'
+    run_page(self._page(text))
 
   def test_wrong_docstring_example_fails(self):
     with tempfile.TemporaryDirectory() as directory:
@@ -214,13 +247,13 @@ class RunnerTest(parameterized.TestCase):
       package.mkdir()
       (package / '__init__.py').write_text('')
       (package / 'module.py').write_text('"""\n>>> 1 + 1\n2\n"""\n')
-      with _on_path(directory):
-        self.assertEqual(run_docstrings('planted_docstring'), 1)
       (package / 'other.py').write_text('"""\n>>> 1 + 1\n3\n"""\n')
-      importlib.invalidate_caches()
-      with _on_path(directory), self.assertRaises(AssertionError):
-        with contextlib.redirect_stdout(io.StringIO()):
-          run_docstrings('planted_docstring')
+      right, wrong = 'planted_docstring.module', 'planted_docstring.other'
+      with _on_path(directory):
+        self.assertEqual(run_docstrings([right]), 1)
+        with self.assertRaises(AssertionError):
+          with contextlib.redirect_stdout(io.StringIO()):
+            run_docstrings([right, wrong])
 
 
 @contextlib.contextmanager
@@ -233,14 +266,7 @@ def _on_path(directory: str):
 
 
 if __name__ == '__main__':
-  parser = argparse.ArgumentParser(add_help=False)
-  parser.add_argument('--pages', type=pathlib.Path, nargs='+')
-  parser.add_argument('--docstrings', nargs='+')
-  known, _ = parser.parse_known_args()
-  if known.pages:
-    sys.exit(run_pages(known.pages) > 0)
-  elif known.docstrings:
-    for package in known.docstrings:
-      run_docstrings(package)
+  if sys.argv[1:2] == ['--page']:
+    run_page(pathlib.Path(sys.argv[2]))
   else:
     absltest.main()

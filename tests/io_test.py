@@ -1,5 +1,6 @@
 """Tests of saving, loading, and serialization by jax.export."""
 
+import functools
 import json
 import os
 import tempfile
@@ -16,15 +17,30 @@ from absl.testing import absltest, parameterized
 import lowbit_jax as lowbit
 from lowbit_jax import formats, io
 
+_OPTION = 'jax_disable_most_optimizations'
 
+
+def setUpModule():
+  """Few optimizations: bytes on disk are what counts here."""
+  global _before
+  _before = jax.config.read(_OPTION)
+  jax.config.update(_OPTION, True)
+
+
+def tearDownModule():
+  jax.config.update(_OPTION, _before)
+  jax.clear_caches()
+
+
+@functools.cache
 def tree():
-  w = jax.random.normal(jax.random.key(0), (50, 24))
-  quantized = {
-    name: lowbit.quantize(w, formats.get(name))
-    for name in ('mxfp4', 'nvfp4', 'uint4_g32', 'nf4_g64', 'nvfp4_16x16')
-  }
+  w = np.random.RandomState(0).standard_normal((50, 24)).astype(np.float32)
+  names = ('mxfp4', 'nvfp4', 'uint4_g32', 'nf4_g64', 'nvfp4_16x16')
+  quantize = jax.jit(
+    lambda w: {name: lowbit.quantize(w, formats.get(name)) for name in names}
+  )
   return {
-    'quantized': quantized,
+    'quantized': quantize(w),
     'half': [jnp.ones((2, 3), jnp.bfloat16), (jnp.float16(1), None)],
     'fp8': jnp.ones(3, jnp.float8_e4m3fn),
     'empty': jnp.zeros((0, 4)),
@@ -125,7 +141,8 @@ class IoTest(parameterized.TestCase):
       io.load(self.path)
 
   def test_export_keeps_the_format(self):
-    w = jax.random.normal(jax.random.key(0), (64, 8))
+    random = np.random.RandomState(0)
+    w = random.standard_normal((64, 8)).astype(np.float32)
     q = lowbit.quantize(w, formats.mxfp4, axis=-2)
     x = jnp.ones((2, 64))
     exported = jax.export.export(jax.jit(lowbit.dot))(x, q)

@@ -1,5 +1,7 @@
 """The installed test suites: they pass what is right and reject mutants."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -16,9 +18,39 @@ SHAPES = tuple(
   for name in ('two_blocks', 'ragged_everything', 'no_rows', 'no_contraction')
 )
 
+# The first case that shows a fault, where that is not the first of all.
+SEEN_BY = {
+  'lost_negative_zero': 'boundaries',
+  'nan_to_zero': 'nan',
+  'spread_poison': 'nan',
+}
+# A test of its own shows the bias of one random bit.
+BIASED = ('nearest', 'toward_zero', 'one_random_bit')
+
 
 def quantizer(fmt, **kwargs):
-  return jax.jit(lambda x: lowbit_jax.quantize(x, fmt, **kwargs))
+  return lambda x: lowbit_jax.quantize(x, fmt, **kwargs)
+
+
+def padded(f, fmt):
+  """`f` compiled for one shape, which holds each of the cases of `fmt`.
+
+  Zeros in blocks of their own, or at the end of one, change no other number,
+  and narrow dtypes are exact in float32.
+  """
+  sizes = [x.shape for x in testing.quantizer_cases(fmt).values()]
+  blocks = fmt.block if fmt.is_tile else (1, fmt.block[0] or 1)
+  size = np.max(sizes, axis=0)
+  size += -size % np.array(blocks)
+  compiled = jax.jit(f)
+
+  def call(x):
+    m, n = x.shape
+    whole = np.zeros(size, np.float32)
+    whole[:m, :n] = np.asarray(x)
+    return np.asarray(compiled(whole))[:m, :n].astype(x.dtype)
+
+  return call
 
 
 def stochastic(x, key, fmt):
@@ -79,13 +111,14 @@ class AssertsTest(parameterized.TestCase):
       testing.assert_bits_equal(np.zeros(2, np.float16), np.zeros(2))
 
   def test_qarrays(self):
-    x = jnp.ones((4, 64))
+    x = np.ones((4, 64), np.float32)
     q = quantizer(formats.nvfp4)(x)
     testing.assert_bits_equal(q, quantizer(formats.nvfp4)(x))
     with self.assertRaisesRegex(AssertionError, 'tensor_scale: 1 of 1 differ'):
       testing.assert_bits_equal(q, quantizer(formats.nvfp4)(2 * x))
+    other = jax.eval_shape(quantizer(formats.mxfp4), x)
     with self.assertRaisesRegex(AssertionError, 'fmt is nvfp4, want mxfp4'):
-      testing.assert_bits_equal(q, quantizer(formats.mxfp4)(x))
+      testing.assert_bits_equal(q, other)
     with self.assertRaisesRegex(AssertionError, 'a QArray'):
       testing.assert_bits_equal(x, q)
 
@@ -104,14 +137,18 @@ class AssertsTest(parameterized.TestCase):
 
 
 class QuantizerSuiteTest(parameterized.TestCase):
-  @parameterized.parameters(
-    'mxfp4', 'e4m3fn_tensor', 'uint4_g32', 'nvfp4_16x16'
-  )
-  def test_own_quantizer_passes(self, name):
-    fmt = formats.get(name)
+  def test_own_quantizer_passes(self):
+    fmt = formats.get('uint2_g32')
     testing.check_quantizer(quantizer(fmt), fmt)
 
-  @parameterized.parameters('nvfp4', 'int8_channel')
+  @parameterized.parameters(
+    'nvfp4',
+    'mxfp4',
+    'int8_channel',
+    'uint4_g32',
+    'e4m3fn_tensor',
+    'nvfp4_16x16',
+  )
   @pytest.mark.slow
   def test_own_quantizer_passes_in_more_formats(self, name):
     fmt = formats.get(name)
@@ -120,13 +157,27 @@ class QuantizerSuiteTest(parameterized.TestCase):
   def test_values_pass(self):
     fmt = formats.mxfp4
 
-    @jax.jit
-    def fake(x):
-      return lowbit_jax.fake_quant(x, fmt, scale_rule='rceil')
-
+    fake = padded(
+      lambda x: lowbit_jax.fake_quant(x, fmt, scale_rule='rceil'), fmt
+    )
     testing.check_quantizer(fake, fmt, scale_rule='rceil')
     with self.assertRaisesRegex(AssertionError, 'mxfp4 floor .* values'):
       testing.check_quantizer(fake, fmt)
+
+  @parameterized.parameters('e2m1_tensor', 'mxfp4_4x8')
+  def test_values_of_other_layouts_pass(self, name):
+    fmt = {
+      'e2m1_tensor': formats.per_tensor(formats.e2m1),
+      'mxfp4_4x8': dataclasses.replace(
+        formats.get('mxfp4_32x32'), name='mxfp4_4x8', block=(4, 8)
+      ),
+    }[name]
+    fake = padded(
+      lambda x: lowbit_jax.dequantize(lowbit_jax.quantize(x, fmt)), fmt
+    )
+    testing.check_quantizer(fake, fmt)
+    with self.assertRaisesRegex(AssertionError, 'blocks values'):
+      testing.check_quantizer(lambda x: fake(x) * x.dtype.type(2), fmt)
 
   def assert_rule_is_that_of_quantize(self, fmt, rule):
     run = quantizer(fmt, scale_rule=rule)
@@ -145,15 +196,27 @@ class QuantizerSuiteTest(parameterized.TestCase):
     fmt = formats.mxfp4
     other = quantizer(formats.get('bfp4_g32'))
     with self.assertRaisesRegex(AssertionError, 'want mxfp4'):
-      testing.check_quantizer(other, fmt)
+      testing.check_quantizer(lambda x: jax.eval_shape(other, x), fmt)
     with self.assertRaises(AssertionError):
       testing.check_quantizer(quantizer(fmt, axis=-2), fmt)
 
-  @parameterized.parameters(*cases(testing.quantizer_mutants, 'mxfp4', 'nvfp4'))
+  @parameterized.parameters(*cases(testing.quantizer_mutants, 'nvfp4'))
   def test_mutants_are_rejected(self, name, mutant):
+    self._mutant_is_rejected(name, mutant)
+
+  @parameterized.parameters(*cases(testing.quantizer_mutants, 'mxfp4'))
+  @pytest.mark.slow
+  def test_mutants_of_exponent_scales_are_rejected(self, name, mutant):
+    self._mutant_is_rejected(name, mutant)
+
+  def _mutant_is_rejected(self, name, mutant):
     fmt = formats.get(name)
     fault = testing.quantizer_mutants(fmt)[mutant]
-    with self.assertRaisesRegex(AssertionError, f'^{name} '):
+    # What is wrong for some numbers only passes where there are none.
+    case = SEEN_BY.get(mutant, '.*')
+    with self.assertRaisesRegex(
+      AssertionError, f'^{fmt} {fmt.scale_rule} {case} '
+    ):
       testing.check_quantizer(fault, fmt)
 
   def test_mutants_cover_the_named_faults(self):
@@ -184,29 +247,40 @@ class QuantizerSuiteTest(parameterized.TestCase):
 
 
 class StochasticSuiteTest(parameterized.TestCase):
-  @parameterized.parameters('nvfp4', 'uint4_g32', 'nf4_g64', 'nvfp4_16x16')
-  def test_own_rounding_passes(self, name):
+  def test_own_rounding_passes(self):
+    self._own_rounding_passes('nvfp4_16x16')
+
+  @parameterized.parameters('nvfp4', 'uint4_g32', 'nf4_g64')
+  @pytest.mark.slow
+  def test_own_rounding_passes_in_more_formats(self, name):
+    self._own_rounding_passes(name)
+
+  def _own_rounding_passes(self, name):
     fmt = formats.get(name)
     run = jax.jit(lambda x, key: stochastic(x, key, fmt))
     rows = 512 if fmt.is_tile else 4096
     testing.check_stochastic(run, fmt, keys=KEYS, rows=rows)
 
   def test_few_random_bits_need_to_be_declared(self):
-    fmt = formats.mxfp4
-
-    @jax.jit
-    def run(x, key):
-      return lowbit_jax.quantize(
-        x, fmt, rounding='stochastic', key=key, random_bits=3
-      )
-
-    testing.check_stochastic(run, fmt, keys=KEYS, random_bits=3)
+    fmt = formats.nvfp4
+    run = jax.jit(testing.stochastic_mutants(fmt)['one_random_bit'])
+    testing.check_stochastic(run, fmt, keys=KEYS, random_bits=1)
     with self.assertRaisesRegex(AssertionError, 'biased'):
       testing.check_stochastic(run, fmt, keys=KEYS)
 
-  @parameterized.parameters(*cases(testing.stochastic_mutants, 'nvfp4'))
-  def test_mutants_are_rejected(self, name, mutant):
-    fmt = formats.get(name)
+  @parameterized.parameters(
+    *(m for m in testing.stochastic_mutants(formats.nvfp4) if m not in BIASED)
+  )
+  def test_mutants_are_rejected(self, mutant):
+    self._mutant_is_rejected(mutant)
+
+  @parameterized.parameters(*BIASED)
+  @pytest.mark.slow
+  def test_biased_mutants_are_rejected(self, mutant):
+    self._mutant_is_rejected(mutant)
+
+  def _mutant_is_rejected(self, mutant):
+    fmt = formats.nvfp4
     fault = testing.stochastic_mutants(fmt)[mutant]
     if mutant != 'fresh_noise_each_call':
       fault = jax.jit(fault)
@@ -224,50 +298,60 @@ class StochasticSuiteTest(parameterized.TestCase):
     fmt = formats.mxfp4
 
     def noisy(x, key):
-      return x + jax.random.uniform(key, x.shape)
+      seed = np.asarray(jax.random.key_data(key))
+      noise = np.random.RandomState(seed).uniform(size=x.shape)
+      return np.asarray(x) + noise.astype(np.float32)
 
     with self.assertRaisesRegex(AssertionError, 'not one of its neighbours'):
       testing.check_stochastic(noisy, fmt, keys=KEYS)
 
 
 class DotSuiteTest(parameterized.TestCase):
-  @parameterized.parameters('nvfp4', 'uint4_g32')
-  def test_own_product_passes(self, name):
+  def test_own_product_passes(self):
+    testing.check_dot(jax.jit(lowbit_jax.dot), formats.nvfp4, shapes=SHAPES[:2])
+
+  @parameterized.parameters('nvfp4', 'uint4_g32', 'nvfp4_16x16')
+  @pytest.mark.slow
+  def test_own_product_passes_in_more_formats(self, name):
     testing.check_dot(jax.jit(lowbit_jax.dot), formats.get(name), shapes=SHAPES)
 
-  def test_all_small_shapes(self):
-    testing.check_dot(jax.jit(lowbit_jax.dot), formats.get('e4m3fn_tensor'))
-
+  @parameterized.parameters('e4m3fn_tensor', 'mxfp8_e4m3')
   @pytest.mark.slow
-  def test_all_small_shapes_in_blocks(self):
-    testing.check_dot(jax.jit(lowbit_jax.dot), formats.mxfp8_e4m3)
+  def test_all_small_shapes(self, name):
+    testing.check_dot(jax.jit(lowbit_jax.dot), formats.get(name))
 
   def test_quantized_activations(self):
     fmt = formats.int8_channel
     testing.check_dot(
-      jax.jit(lowbit_jax.dot), fmt, lhs_fmt=fmt, shapes=SHAPES[:2]
+      jax.jit(lowbit_jax.dot), fmt, lhs_fmt=fmt, shapes=SHAPES[:1]
     )
 
   def test_rounded_operands_need_to_be_declared(self):
-    fmt = formats.mxfp4
+    fmt = formats.nvfp4
     run = jax.jit(testing.dot_mutants(fmt)['bfloat16_operands'])
     testing.check_dot(run, fmt, shapes=SHAPES[:1], operand_unit=2.0**-8)
     with self.assertRaises(AssertionError):
       testing.check_dot(run, fmt, shapes=SHAPES[:1])
 
   def test_narrow_results(self):
-    fmt = formats.mxfp4
+    fmt = formats.nvfp4
 
     @jax.jit
     def run(x, q):
       return lowbit_jax.dot(x, q, preferred_element_type=jnp.bfloat16)
 
-    testing.check_dot(run, fmt, shapes=SHAPES[:2])
+    testing.check_dot(run, fmt, shapes=SHAPES[:1])
 
-  @parameterized.parameters(
-    *cases(testing.dot_mutants, 'nvfp4', 'int8_channel')
-  )
+  @parameterized.parameters(*cases(testing.dot_mutants, 'nvfp4'))
   def test_mutants_are_rejected(self, name, mutant):
+    self._mutant_is_rejected(name, mutant)
+
+  @parameterized.parameters(*cases(testing.dot_mutants, 'int8_channel'))
+  @pytest.mark.slow
+  def test_mutants_of_whole_axes_are_rejected(self, name, mutant):
+    self._mutant_is_rejected(name, mutant)
+
+  def _mutant_is_rejected(self, name, mutant):
     fmt = formats.get(name)
     fault = jax.jit(testing.dot_mutants(fmt)[mutant])
     with self.assertRaisesRegex(AssertionError, f'^{name} two_blocks'):
@@ -289,13 +373,14 @@ class DotSuiteTest(parameterized.TestCase):
     self.assertEqual(testing.dot_tolerance(a, b)[0, 0], 166 * 400 * 2.0**-24)
 
   def test_message(self):
+    @jax.jit
     def off(x, q):
       return lowbit_jax.dot(x, q) + 1
 
     with self.assertRaisesRegex(
       AssertionError, r'two_blocks random \(3x256x16\): 48 of 48 .* \(0, 0\)'
     ):
-      testing.check_dot(off, formats.mxfp4, shapes=SHAPES[:1])
+      testing.check_dot(off, formats.nvfp4, shapes=SHAPES[:1])
 
 
 class ShapesTest(absltest.TestCase):

@@ -130,8 +130,8 @@ def sample(
   Derivative: none; samples are constants.
 
   Examples:
-    >>> sample(jax.random.key(0), jnp.eye(3)[0], 10.0, (5,)).shape
-    (5, 3)
+    >>> sample(jax.random.key(0), jnp.eye(8)[0], 20.0, (4000,)).shape
+    (4000, 8)
   """
   mean, kappa = _floats(mean=mean, kappa=kappa)
   p = _dimension('mean', mean)

@@ -69,7 +69,8 @@ def lost(
     >>> import jax, jax.numpy as jnp
     >>> from lowbit_jax.training import recipes
     >>> x, w, dy = jax.random.normal(jax.random.key(0), (3, 64, 64))
-    >>> share = lost(x, w, dy, recipes.get('mxfp8'))
+    >>> measure = jax.jit(lost, static_argnums=3)
+    >>> share = measure(x, w, dy, recipes.get('mxfp8'))
     >>> float(share.clipped.max()), share.flushed.shape
     (0.0, (6,))
   """

@@ -12,16 +12,23 @@ from tests.aot import targets
 
 class QdotTest(parameterized.TestCase):
   @parameterized.parameters('v5e', 'h100')
-  @pytest.mark.long('both directions of a product with rotations and a QR')
+  @pytest.mark.long('both directions of a product with rotations')
   def test_both_directions(self, target):
+    self.check('mxfp4_sr_rht', target)
+
+  @parameterized.parameters('v5e', 'h100')
+  @pytest.mark.long('leading directions come from a QR, long to compile')
+  @pytest.mark.slow
+  def test_leading_directions(self, target):
+    self.check('mxfp4_lowbit', target)
+
+  def check(self, recipe, target):
     if (why := targets.why_not(target)) is not None:
       self.skipTest(why)
 
     def gradients(x, w):
       def loss(x, w):
-        y = lowbit_jax.qdot(
-          x, w, recipes.get('mxfp4_lowbit'), key=jax.random.key(0)
-        )
+        y = lowbit_jax.qdot(x, w, recipes.get(recipe), key=jax.random.key(0))
         return jnp.sum(jnp.square(y))
 
       return jax.grad(loss, (0, 1))(x, w)

@@ -20,7 +20,7 @@ from tests.examples import scripts  # noqa: E402
 script = scripts.load('compare_recipes')
 
 _TINY = byte_lm.Config(
-  width=64, heads=2, blocks=2, context=32, batch=8, steps=3
+  width=64, heads=2, blocks=1, context=32, batch=8, steps=3
 )
 
 
@@ -31,9 +31,7 @@ def _corpus() -> byte_lm.Corpus:
 
 def _settings(recipe: str, optimizer: str, seed: int) -> lm_trainer.Settings:
   model = dataclasses.replace(_TINY, seed=seed)
-  return lm_trainer.Settings(
-    model, recipe=recipe, optimizer=optimizer, scan=True
-  )
+  return lm_trainer.Settings(model, recipe=recipe, optimizer=optimizer)
 
 
 class CompareTest(absltest.TestCase):

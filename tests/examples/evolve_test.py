@@ -7,16 +7,23 @@ import pathlib
 import subprocess
 import sys
 import tempfile
+from unittest import mock
 
 import numpy as np
 import pytest
 from absl.testing import absltest
 
-from lowbit_jax.search import certify, emit
+from lowbit_jax.search import certify, emit, evolve, targets
 
 _ROOT = pathlib.Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(_ROOT / 'examples'))
+
+from tests.examples import scripts  # noqa: E402
+
+script = scripts.load('evolve')
+
 _TOY = (
-  '--rows=4', '--constants=3', '--batch=32', '--islands=2', '--exchange=2',
+  '--rows=3', '--constants=3', '--batch=32', '--islands=2', '--exchange=2',
 )  # fmt: skip
 
 
@@ -41,16 +48,42 @@ def _run(directory, *flags):
 
 class EvolveTest(absltest.TestCase):
   def test_islands_resume_and_report(self):
+    """One island after the other, in one process, with fewer starts."""
+
+    def run(directory, *flags):
+      for island in (1, 0):
+        own = (*_TOY, f'--workdir={directory}', f'--island={island}')
+        code, out = scripts.run(script, *own, *flags)
+        if code:
+          break
+      return code, out
+
+    changes = (
+      (evolve, '_SCREEN', (32, 24)),
+      (evolve, '_STARTS', 8),
+      (evolve, '_STEPS', 24),  # as in `_SCREEN`: one program fits all
+      (script, 'start_others', lambda count: []),
+      (targets, 'core_reference', lambda target: np.exp2),
+    )
+    for owner, name, value in changes:
+      self.enterContext(mock.patch.object(owner, name, value))
+    self.check_islands(run, 1, 2)
+
+  @pytest.mark.slow
+  def test_islands_in_processes_resume_and_report(self):
+    self.check_islands(_run, 3, 6)
+
+  def check_islands(self, run, first, last):
     with tempfile.TemporaryDirectory() as directory:
       path = pathlib.Path(directory)
-      code, out = _run(directory, '--generations=3')
+      code, out = run(directory, f'--generations={first}')
       self.assertEqual(code, 0, out)
-      code, out = _run(directory, '--generations=6')
+      code, out = run(directory, f'--generations={last}')
       self.assertEqual(code, 0, out)
-      self.assertIn('generation 6', out)
+      self.assertIn(f'generation {last}', out)
       hall = json.loads((path / 'hall_of_fame.json').read_text())
       self.assertEqual(hall['target'], 'exp2')
-      self.assertGreater(hall['fits'], 2 * (2 + 6 * 32))
+      self.assertGreater(hall['fits'], 2 * (2 + last * 32))
       errors = [entry['error'] for entry in hall['programs']]
       self.assertEqual(errors, sorted(errors, reverse=True))
       self.assertLess(errors[-1], 0.05)
@@ -62,7 +95,7 @@ class EvolveTest(absltest.TestCase):
           float(row['seconds']) for row in csv.DictReader(text.splitlines())
         ]
         self.assertEqual(seconds, sorted(seconds))
-      code, out = _run(directory, '--generations=6', '--seed=1')
+      code, out = run(directory, f'--generations={last}', '--seed=1')
       self.assertEqual(code, 1, out)
       self.assertIn('belongs to another search: seed 0 -> 1', out)
 
@@ -89,10 +122,16 @@ class EvolveTest(absltest.TestCase):
         ('--ops=add,plus', "ops has 'plus'"),
         ('--coordinator=localhost:1', 'needs --generations'),
       ):
-        code, out = _run(directory, '--islands=1', flag)
+        own = (f'--workdir={directory}', '--islands=1')
+        code, out = scripts.run(script, *own, flag)
         self.assertEqual(code, 1, out)
         self.assertIn(message, out)
-        self.assertNotIn('Traceback', out)
+
+  def test_bad_flag_ends_the_process(self):
+    with tempfile.TemporaryDirectory() as directory:
+      code, out = _run(directory, '--islands=1', '--interval=0')
+    self.assertEqual(code, 1, out)
+    self.assertNotIn('Traceback', out)
 
 
 if __name__ == '__main__':

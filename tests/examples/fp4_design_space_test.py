@@ -4,9 +4,7 @@ import csv
 import importlib.util
 import json
 import math
-import os
 import pathlib
-import subprocess
 import sys
 import tempfile
 from unittest import mock
@@ -170,43 +168,23 @@ class TableTest(absltest.TestCase):
 
 
 class ScriptTest(absltest.TestCase):
-  """Runs the script as its users do, at toy size."""
-
-  _FLAGS = (
-    '--workdir=out',
-    '--tasks=regression',
-    '--seeds=2',
-    '--steps=3',
-  )
+  """Runs the script at toy size."""
 
   def _run(self, *flags):
-    paths = [*filter(None, sys.path), str(_ROOT), str(_ROOT / 'pallas')]
-    done = subprocess.run(
-      [
-        sys.executable,
-        str(_ROOT / 'examples' / 'fp4_design_space.py'),
-        *self._FLAGS,
-        *flags,
-      ],
-      cwd=self.cwd,
-      env=os.environ | {'PYTHONPATH': os.pathsep.join(paths)},
-      capture_output=True,
-      text=True,
-      timeout=300,
-    )
-    self.assertNotIn('Traceback', done.stderr)
-    return done
+    own = ('--tasks=regression', '--seeds=2', '--steps=3')
+    return scripts.run(study, f'--workdir={self.workdir}', *own, *flags)
 
   def test_trains_reports_and_resumes(self):
-    self.cwd = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory()))
-    done = self._run('--settings=base')
-    self.assertEqual(done.returncode, 0, done.stderr)
-    self.assertIn('float32', done.stdout)
+    directory = self.enterContext(tempfile.TemporaryDirectory())
+    self.workdir = pathlib.Path(directory)
+    status, out = self._run('--settings=base')
+    self.assertEqual(status, 0, out)
+    self.assertIn('float32', out)
     rows = self._table()
     self.assertEqual(list(rows), ['float32', 'base'])
     self.assertEqual(float(rows['float32']['gap']), 0)
     self.assertNotEqual(float(rows['base']['gap']), 0)
-    record = self.cwd / 'out' / 'runs' / 'regression_base.json'
+    record = self.workdir / 'runs' / 'regression_base.json'
     losses = json.loads(record.read_text())['losses']
     self.assertAlmostEqual(
       float(rows['base']['loss']), float(np.mean(losses)), places=5
@@ -217,17 +195,17 @@ class ScriptTest(absltest.TestCase):
     with mock.patch.object(
       study, 'train_seeds', wraps=study.train_seeds
     ) as train:
-      study.run(['regression'], {'base': {}}, 2, 3, self.cwd / 'out')
+      study.run(['regression'], {'base': {}}, 2, 3, self.workdir)
     train.assert_called_once()
     self.assertEqual(self._table(), rows)
     self.assertEqual(json.loads(record.read_text())['losses'], losses)
 
-    done = self._run('--settings=hadamard=some')
-    self.assertEqual(done.returncode, 1)
-    self.assertIn('none, fwd, bwd, all, wgrad', done.stderr)
+    status, out = self._run('--settings=hadamard=some')
+    self.assertEqual(status, 1)
+    self.assertIn('none, fwd, bwd, all, wgrad', out)
 
   def _table(self):
-    with open(self.cwd / 'out' / 'table.csv', newline='') as file:
+    with open(self.workdir / 'table.csv', newline='') as file:
       return {row['setting']: row for row in csv.DictReader(file)}
 
 

@@ -82,12 +82,19 @@ class ErrorsTest(absltest.TestCase):
 
 class RunTest(absltest.TestCase):
   def test_tables_are_saved_and_the_arithmetic_is_used(self):
+    self.check_run('E4M3')
+
+  @pytest.mark.slow
+  def test_more_arithmetics_are_used(self):
+    self.check_run('float32', 'bfloat16', '3 bits')
+
+  def check_run(self, *names):
     data = np.random.default_rng(0).integers(0, 256, 4096).astype(np.uint8)
     corpus = byte_lm.Corpus(data[:3000], data[3000:], 2, 'toy')
     workdir = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory()))
-    few = {name: study.ARITHMETICS[name] for name in ('float32', 'E4M3')}
+    few = {name: study.ARITHMETICS[name] for name in names}
     with mock.patch.object(study, 'ARITHMETICS', few):
-      study.run(_TOY, workdir, 1000, 6, corpus)
+      study.run(_TOY, workdir, 1 << 19, 8, corpus)
     with open(workdir / 'lmul_losses.csv', newline='') as file:
       rows = list(csv.DictReader(file))
     self.assertLen(rows, 1 + 2 * len(few))

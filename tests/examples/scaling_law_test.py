@@ -1,10 +1,10 @@
 """Tests of examples/scaling_law.py at toy size."""
 
 import csv
+import dataclasses
+import functools
 import json
-import os
 import pathlib
-import subprocess
 import sys
 import tempfile
 from unittest import mock
@@ -23,6 +23,29 @@ from lowbit_jax.training import laws  # noqa: E402
 from tests.examples import scripts  # noqa: E402
 
 scaling_law = scripts.load('scaling_law')
+
+
+_make_program = scaling_law.make_program
+
+
+@functools.cache
+def _program(config, width, element, scale_block):
+  setting = scaling_law.Setting(width, 1, element, scale_block, 0)
+  return _make_program(config, setting)
+
+
+def _remembered(config, setting):
+  """`make_program`, where settings of one kind share a program."""
+  config = dataclasses.replace(config, steps=1, learning_rate=1e-3, seed=0)
+  return _program(config, setting.width, setting.element, setting.scale_block)
+
+
+def setUpModule():
+  scaling_law.make_program = _remembered
+
+
+def tearDownModule():
+  scaling_law.make_program = _make_program
 
 
 def _sweep(steps=(2, 4)):
@@ -82,6 +105,7 @@ class StoreTest(parameterized.TestCase):
   def setUp(self):
     super().setUp()
     self.directory = _new_directory(self)
+    self.enterContext(mock.patch.object(scaling_law, '_LAYERS', 1))
     self.sweep, self.corpus = _sweep(), _toy_corpus()
 
   def _store(self, **changes):
@@ -170,37 +194,27 @@ class SignsTest(parameterized.TestCase):
 
 class ScriptTest(absltest.TestCase):
   def test_table_and_plot(self):
-    cwd = _new_directory(self)
-    paths = [*filter(None, sys.path), str(_ROOT), str(_ROOT / 'pallas')]
-    command = [
-      sys.executable,
-      str(_ROOT / 'examples' / 'scaling_law.py'),
-      '--workdir=out',
-      '--widths=8',
+    workdir = _new_directory(self)
+    flags = (
+      f'--workdir={workdir}',
+      '--widths=16',
       '--steps=1,2,3,4,5',
       '--formats=e2m1',
       '--scale_blocks=4',
       '--context=8',
       '--batch=2',
       '--eval_windows=4',
-    ]
-
-    result = subprocess.run(
-      command,
-      cwd=cwd,
-      env=os.environ | {'PYTHONPATH': os.pathsep.join(paths)},
-      capture_output=True,
-      text=True,
-      timeout=300,
     )
-    self.assertEqual(result.returncode, 0, result.stderr)
-    self.assertIn('rises with D', result.stdout)
-    with open(cwd / 'out' / 'table.csv', newline='') as file:
+    with mock.patch.multiple(scaling_law, _RESAMPLES=2, _LAYERS=1):
+      status, out = scripts.run(scaling_law, *flags)
+    self.assertEqual(status, 0, out)
+    self.assertIn('rises with D', out)
+    with open(workdir / 'table.csv', newline='') as file:
       rows = list(csv.DictReader(file))
     self.assertLen(rows, 10)
     self.assertEqual(rows[0]['element'], 'float32')
     self.assertEqual(float(rows[0]['gap']), 0)
-    plot = (cwd / 'out' / 'plot.png').read_bytes()
+    plot = (workdir / 'plot.png').read_bytes()
     self.assertEqual(plot[:8], b'\x89PNG\r\n\x1a\n')
 
 

@@ -24,14 +24,34 @@ sys.path.insert(0, str(_ROOT / 'examples'))
 import _checkpoints  # noqa: E402
 import byte_lm  # noqa: E402
 import lm_trainer  # noqa: E402
+from lowbit_jax import formats  # noqa: E402
+from lowbit_jax.recipe import GemmSpec, QuantSpec, Recipe  # noqa: E402
 from lowbit_jax.training import optimizers, recipes  # noqa: E402
+from tests.examples import scripts  # noqa: E402
+
+script = scripts.load('train_lm')
+_INIT, _MAKE_STEP = lm_trainer.init, lm_trainer.make_step
+
+
+def setUpModule():
+  """Runs of equal settings share what they trace."""
+  lm_trainer.init = jax.jit(_INIT, static_argnums=0)
+  lm_trainer.make_step = functools.cache(_MAKE_STEP)
+
+
+def tearDownModule():
+  lm_trainer.init, lm_trainer.make_step = _INIT, _MAKE_STEP
+
 
 TINY = byte_lm.Config(width=64, heads=2, blocks=1, context=32, batch=8, steps=6)
 STACKED = dataclasses.replace(TINY, blocks=2)
 
 
-def settings(recipe: str = 'mxfp4_sr_rht', **options) -> lm_trainer.Settings:
-  """A run of one block, which compiles faster than a scan over two."""
+def settings(recipe: str = 'fixed_sr', **options) -> lm_trainer.Settings:
+  """A run of one block, which compiles faster than a scan over two.
+
+  The default rounds all six operands at random.
+  """
   return lm_trainer.Settings(TINY, recipe=recipe, **options)
 
 
@@ -74,6 +94,10 @@ class ResumeTest(absltest.TestCase):
 
   def test_ends_in_the_same_bits(self):
     self.check_resume(settings())
+
+  @pytest.mark.slow
+  def test_with_rotations_ends_in_the_same_bits(self):
+    self.check_resume(settings('mxfp4_sr_rht'))
 
   @pytest.mark.slow
   def test_stacked_blocks_end_in_the_same_bits(self):
@@ -126,17 +150,21 @@ class MeshTest(parameterized.TestCase):
   # Sums over devices round differently. In float32 that is all; with a recipe
   # numbers next to a tie then round to the other side, and training goes on
   # from there, while the first loss is of the same weights.
-  @parameterized.parameters(
-    ('fsdp=8', settings(), 2e-2),
-    ('data=2,fsdp=2,model=2', stacked('float32'), 1e-4),
-  )
-  def test_losses_are_those_of_one_device(self, mesh, run, limit):
-    self.check_losses(mesh, run, limit)
+  def test_losses_are_those_of_one_device(self):
+    self.check_losses('data=2,fsdp=2,model=2', settings('float32'), 1e-4)
 
-  @parameterized.parameters(('fsdp=8', 'mxfp4_sr_rht'), ('data=8', 'mxfp8'))
   @pytest.mark.slow
-  def test_losses_of_stacked_blocks_are_those_of_one_device(self, mesh, recipe):
-    self.check_losses(mesh, stacked(recipe), 2e-2)
+  def test_losses_of_stacked_blocks_are_those_of_one_device(self):
+    self.check_losses('data=2,fsdp=2,model=2', stacked('float32'), 1e-4)
+
+  @parameterized.parameters(
+    ('fsdp=8', settings('mxfp4_sr_rht')),
+    ('fsdp=8', stacked('mxfp4_sr_rht')),
+    ('data=8', stacked('mxfp8')),
+  )
+  @pytest.mark.slow
+  def test_losses_of_recipes_are_those_of_one_device(self, mesh, run):
+    self.check_losses(mesh, run, 2e-2)
 
   def check_losses(self, mesh, run, limit):
     _, want = trained(run)
@@ -151,8 +179,14 @@ class MeshTest(parameterized.TestCase):
       self.assertLess(abs(a.loss - b.loss), limit)
 
   def test_microbatches(self):
+    self.check_microbatches(settings('float32'))
+
+  @pytest.mark.slow
+  def test_microbatches_of_a_recipe(self):
+    self.check_microbatches(settings('mxfp4_forward'))
+
+  def check_microbatches(self, run):
     """Gradients of a batch in two parts, where tokens are not blocked."""
-    run = settings('mxfp4_forward')
     _, want = trained(run)
     _, got = trained(dataclasses.replace(run, accumulate=2))
     for a, b in zip(got, want, strict=True):
@@ -201,21 +235,35 @@ class OptimizerTest(absltest.TestCase):
 
 
 class MonitorTest(absltest.TestCase):
-  def test_orders_recipes(self):
-    measured = {}
+  def measure(self, recipe):
     windows = byte_lm.train_batch(corpus(), TINY, 0)
-    for recipe in ('mxfp8', 'mxfp4_rtn'):
-      run = settings(recipe)
-      state = jax.jit(lambda: lm_trainer.init(run))()
-      monitored = lm_trainer.make_monitor(run)(state, jnp.asarray(windows))
-      measured[recipe] = lm_trainer._summary(monitored)
-    self.assertGreater(measured['mxfp8']['snr_db'], 20)
-    self.assertBetween(measured['mxfp4_rtn']['snr_db'], 3, 20)
-    self.assertLess(measured['mxfp8']['w_flushed'], 0.01)
-    self.assertEqual(measured['mxfp8']['dy_clipped'], 0)
+    run = settings(recipe)
+    state = jax.jit(lambda: lm_trainer.init(run))()
+    monitored = lm_trainer.make_monitor(run)(state, jnp.asarray(windows))
+    return lm_trainer._summary(monitored)
+
+  def test_four_bits(self):
+    spec = QuantSpec(formats.mxfp4)
+    recipe = Recipe('mxfp4', *[GemmSpec(spec, spec)] * 3)
+    with mock.patch.object(recipes, 'get', return_value=recipe):
+      self.check_four_bits(self.measure('mxfp4_rtn'))
+
+  @pytest.mark.slow
+  def test_four_bits_of_a_recipe(self):
+    self.check_four_bits(self.measure('mxfp4_rtn'))
+
+  def check_four_bits(self, measured):
+    self.assertBetween(measured['snr_db'], 3, 20)
     for operand in ('x', 'w', 'dy'):
-      self.assertBetween(measured['mxfp4_rtn'][f'{operand}_flushed'], 0.05, 0.9)
-      self.assertGreater(measured['mxfp4_rtn'][f'{operand}_clipped'], 0)
+      self.assertBetween(measured[f'{operand}_flushed'], 0.05, 0.9)
+      self.assertGreater(measured[f'{operand}_clipped'], 0)
+
+  @pytest.mark.slow
+  def test_eight_bits(self):
+    measured = self.measure('mxfp8')
+    self.assertGreater(measured['snr_db'], 20)
+    self.assertLess(measured['w_flushed'], 0.01)
+    self.assertEqual(measured['dy_clipped'], 0)
 
   def test_log_keeps_what_was_measured(self):
     records = [
@@ -234,30 +282,19 @@ class MonitorTest(absltest.TestCase):
 
 
 class ScriptTest(absltest.TestCase):
-  def run_script(self, *flags, wait=True):
-    command = [sys.executable, str(_ROOT / 'examples' / 'train_lm.py')]
-    command += ['--width=64', '--heads=2', '--context=32']
-    command += ['--batch=8', '--steps=3', '--eval_windows=8']
-    process = subprocess.Popen(
-      [*command, *flags],
-      stdout=subprocess.PIPE,
-      stderr=subprocess.STDOUT,
-      text=True,
-      env=_environment(),
-    )
-    if not wait:
-      return process
-    out, _ = process.communicate(timeout=600)
-    return process.returncode, out
+  FLAGS = ('--width=64', '--heads=2', '--context=32', '--batch=8', '--steps=6')
+  FLAGS += ('--eval_windows=8',)
 
   def test_one_process(self):
-    with tempfile.TemporaryDirectory() as directory:
-      code, out = self.run_script(
+    mesh = mock.patch.object(lm_trainer, 'make_mesh', return_value=one_device())
+    with mesh, tempfile.TemporaryDirectory() as directory:
+      code, out = scripts.run(
+        script,
+        *self.FLAGS,
         f'--workdir={directory}',
-        '--recipe=mxfp4_forward',
-        '--monitor_every=2',
-        '--blocks=2',
-        '--scan',
+        '--recipe=fixed_sr',
+        '--monitor_every=5',
+        '--blocks=1',
       )
       self.assertEqual(code, 0, out)
       self.assertIn('held-out loss', out)
@@ -267,29 +304,42 @@ class ScriptTest(absltest.TestCase):
       curve = (pathlib.Path(directory) / 'curve.png').read_bytes()
       with (pathlib.Path(directory) / 'log.csv').open(newline='') as file:
         log = list(csv.DictReader(file))
-      self.assertEqual(summary['recipe'], 'mxfp4_forward')
-      self.assertEqual([bool(row['x_flushed']) for row in log], [1, 0, 1])
-      self.assertEqual(summary['x_flushed'], float(log[2]['x_flushed']))
+      self.assertEqual(summary['recipe'], 'fixed_sr')
+      self.assertEqual(
+        [bool(row['x_flushed']) for row in log], [1, 0, 0, 0, 0, 1]
+      )
+      self.assertEqual(summary['x_flushed'], float(log[5]['x_flushed']))
       self.assertTrue(curve.startswith(b'\x89PNG'))
-      code, out = self.run_script(f'--workdir={directory}', '--recipe=mxfp8')
+      code, out = scripts.run(
+        script, *self.FLAGS, f'--workdir={directory}', '--recipe=float32'
+      )
       self.assertEqual(code, 1, out)
       self.assertIn('belongs to another run', out)
 
+  @pytest.mark.slow
   def test_two_processes(self):
+    command = [sys.executable, str(_ROOT / 'examples' / 'train_lm.py')]
     with socket.socket() as free:
       free.bind(('localhost', 0))
       port = free.getsockname()[1]
     with tempfile.TemporaryDirectory() as directory:
       processes = [
-        self.run_script(
-          f'--workdir={directory}',
-          '--mesh=data=2',
-          '--recipe=fp8_current',
-          '--blocks=1',
-          f'--coordinator=localhost:{port}',
-          '--processes=2',
-          f'--process={i}',
-          wait=False,
+        subprocess.Popen(
+          [
+            *command,
+            *self.FLAGS,
+            f'--workdir={directory}',
+            '--mesh=data=2',
+            '--recipe=fp8_current',
+            '--blocks=1',
+            f'--coordinator=localhost:{port}',
+            '--processes=2',
+            f'--process={i}',
+          ],
+          stdout=subprocess.PIPE,
+          stderr=subprocess.STDOUT,
+          text=True,
+          env=_environment(),
         )
         for i in range(2)
       ]

@@ -9,6 +9,7 @@ import functools
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+import pytest
 from absl.testing import absltest, parameterized
 
 from lowbit_jax import formats, numerics
@@ -22,6 +23,7 @@ except ImportError:
 
 # Inputs have one common size, so that each operation is compiled once.
 SIZE = 4096
+NONFINITE = np.float32([np.inf, -np.inf, np.nan, -np.nan])
 
 ML_DTYPES = {
   'e4m3fn': ml_dtypes.float8_e4m3fn,
@@ -93,6 +95,23 @@ def all_elements() -> dict[str, formats.ElementFormat]:
 
 
 ELEMENTS = all_elements()
+# Each kind of special values at few and at many bits, each number of exponent
+# bits, and what has a name elsewhere: enough for every day.
+EVERY_DAY = (
+  'e1m1', 'e2m0fn', 'e1m1ieee', 'e3m0fnuz', 'e1m2', 'e2m1', 'e3m0', 'e2m2',
+  'e4m0ieee', 'e2m3', 'e3m2', 'e1m4fn', 'e4m1fnuz', 'e5m0', 'e3m3', 'e2m4fn',
+  'e1m5fnuz', 'e6m0ieee', 'e1m6fnuz', 'e2m5none', 'e3m4', 'e4m3', 'e4m3fn',
+  'e4m3fnuz', 'e5m2', 'e5m2fnuz', 'e6m1', 'e7m0none', 'e4m3b11fnuz', 'e8m0',
+  'ue4m3', 'ue5m3', 'int2', 'int3', 'int8', 'uint2', 'uint5', 'uint8',
+  'ternary', 'nf4', 'int8f6', 'int4f2', 'int2f0',
+)  # fmt: skip
+OTHER_ELEMENTS = tuple(n for n in ELEMENTS if n not in EVERY_DAY)
+
+
+def has_special_codes(name: str) -> bool:
+  fmt = ELEMENTS[name]
+  special = getattr(fmt, 'special', 'none') != 'none'
+  return special and not (fmt.inf_code is None and fmt.nan_code is None)
 
 
 @functools.cache
@@ -117,13 +136,16 @@ def boundaries(fmt: formats.ElementFormat) -> np.ndarray:
   )
   x = x[(x == 0) | (np.abs(x) >= np.float32(2.0**-126))]
   x = np.concatenate([x, -x])
-  if len(x) > SIZE:
+  if len(x) > SIZE - len(NONFINITE):
     raise ValueError(f'{fmt} has {len(x)} boundaries; raise SIZE')
   return np.resize(x, SIZE)
 
 
-def nonfinite() -> np.ndarray:
-  return np.resize(np.float32([np.inf, -np.inf, np.nan, -np.nan]), SIZE)
+def with_nonfinite(fmt) -> np.ndarray:
+  """`boundaries`; the last ones, which repeat the first, are not finite."""
+  x = boundaries(fmt).copy()
+  x[-len(NONFINITE) :] = NONFINITE
+  return x
 
 
 def same_numbers(a, b) -> np.ndarray:
@@ -243,7 +265,7 @@ class MlDtypesTest(parameterized.TestCase):
     fmt, dtype = formats.get(name), ML_DTYPES[name]
     if fmt.special == 'none':
       self.skipTest('all codes are finite')
-    x = np.concatenate([boundaries(fmt), nonfinite()])[::2]
+    x = with_nonfinite(fmt)
     got = encode(x, fmt, overflow='special')
     with np.errstate(over='ignore'):
       want = x.astype(dtype)
@@ -342,38 +364,46 @@ class OracleTest(parameterized.TestCase):
     got = encode(np.resize(values[keep], SIZE), fmt)[: keep.sum()]
     assert_codes(values[keep], got, codes[keep])
 
-  @parameterized.parameters(*ELEMENTS)
+  @parameterized.parameters(*EVERY_DAY)
   def test_nearest_even(self, name):
-    fmt = ELEMENTS[name]
-    x = boundaries(fmt)
-    x = np.concatenate([x, nonfinite()])
-    want = oracle_codes(x, fmt)
-    assert_codes(x, encode(x, fmt), want)
+    self.assert_agrees(with_nonfinite, name)
 
-  @parameterized.parameters(*ELEMENTS)
+  @parameterized.parameters(*OTHER_ELEMENTS)
+  @pytest.mark.slow
+  def test_nearest_even_in_other_elements(self, name):
+    self.assert_agrees(with_nonfinite, name)
+
+  @parameterized.parameters(*EVERY_DAY)
   def test_toward_zero(self, name):
-    fmt = ELEMENTS[name]
-    x = boundaries(fmt)
-    want = oracle_codes(x, fmt, 'toward_zero')
-    assert_codes(x, encode(x, fmt, rounding='toward_zero'), want)
+    self.assert_agrees(boundaries, name, rounding='toward_zero')
 
-  @parameterized.parameters(*ELEMENTS)
+  @parameterized.parameters(*OTHER_ELEMENTS)
+  @pytest.mark.slow
+  def test_toward_zero_in_other_elements(self, name):
+    self.assert_agrees(boundaries, name, rounding='toward_zero')
+
+  @parameterized.parameters(*(n for n in EVERY_DAY if has_special_codes(n)))
   def test_special(self, name):
+    self.assert_agrees(with_nonfinite, name, overflow='special')
+
+  @parameterized.parameters(
+    *(n for n in OTHER_ELEMENTS if has_special_codes(n))
+  )
+  @pytest.mark.slow
+  def test_special_in_other_elements(self, name):
+    self.assert_agrees(with_nonfinite, name, overflow='special')
+
+  def assert_agrees(self, data, name, **kwargs):
     fmt = ELEMENTS[name]
-    if getattr(fmt, 'special', 'none') == 'none':
-      self.skipTest('no special codes')
-    if fmt.inf_code is None and fmt.nan_code is None:
-      self.skipTest('no special codes')
-    x = np.concatenate([boundaries(fmt), nonfinite()])
-    want = oracle_codes(x, fmt, overflow='special')
-    assert_codes(x, encode(x, fmt, overflow='special'), want)
+    x = data(fmt)
+    assert_codes(x, encode(x, fmt, **kwargs), oracle_codes(x, fmt, **kwargs))
 
 
-def oracle_codes(x, fmt, *args, **kwargs) -> np.ndarray:
+def oracle_codes(x, fmt, **kwargs) -> np.ndarray:
   """Codes of the oracle; equal inputs are computed once."""
   bits, inverse = np.unique(x.view(np.uint32), return_inverse=True)
   unique = bits.view(np.float32)
-  codes = [oracle.encode(float(v), fmt, *args, **kwargs) for v in unique]
+  codes = [oracle.encode(float(v), fmt, **kwargs) for v in unique]
   return np.array(codes)[inverse.reshape(-1)]
 
 

@@ -134,7 +134,6 @@ def _attention():
 
 class UnmodifiedTest(parameterized.TestCase):
   @parameterized.named_parameters(
-    ('dense', flax_linen.Dense(8), (3, 64), -2),
     (
       'dense_general_2',
       flax_linen.DenseGeneral(8, axis=(-2, -1)),
@@ -148,10 +147,13 @@ class UnmodifiedTest(parameterized.TestCase):
   def test_module_equals_that_of_decoded_weights(self, module, shape, axis):
     self._equals_that_of_decoded_weights(module, shape, axis)
 
-  @pytest.mark.slow  # its axes are those of 'einsum'
-  def test_general_module_equals_that_of_decoded_weights(self):
-    module = flax_linen.DenseGeneral((4, 8))
-    self._equals_that_of_decoded_weights(module, (3, 64), -3)
+  @parameterized.named_parameters(
+    ('dense', flax_linen.Dense(8), -2),  # as 'padded', without padding
+    ('dense_general', flax_linen.DenseGeneral((4, 8)), -3),  # as 'einsum'
+  )
+  @pytest.mark.slow
+  def test_another_module_equals_that_of_decoded_weights(self, module, axis):
+    self._equals_that_of_decoded_weights(module, (3, 64), axis)
 
   def _equals_that_of_decoded_weights(self, module, shape, axis):
     x = _rand(*shape)
@@ -296,11 +298,10 @@ class PackedTest(parameterized.TestCase):
     size = _largest_float(plain, q, self.x)
     self.assertGreaterEqual(size, self.K * self.N)
 
-  @parameterized.parameters('nvfp4', 'uint4_g32')
-  def test_dense(self, name):
-    self._dense(name)
+  def test_dense(self):
+    self._dense('nvfp4')
 
-  @parameterized.parameters('mxfp4', 'int8_channel')
+  @parameterized.parameters('mxfp4', 'int8_channel', 'uint4_g32')
   @pytest.mark.slow  # test_thin_dense has mxfp4
   def test_dense_of_other_formats(self, name):
     self._dense(name)
@@ -347,6 +348,7 @@ class PackedTest(parameterized.TestCase):
     size = _largest_float(plain, q, self.x)
     self.assertGreaterEqual(size, self.K * self.N)  # as before
 
+  @pytest.mark.slow
   def test_context_with_heads(self):
     q = {'kernel': _quantize(_rand(self.K, 2, 4), formats.mxfp4, -3)}
     module = flax_linen.DenseGeneral((2, 4), use_bias=False)

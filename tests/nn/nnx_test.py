@@ -1,6 +1,7 @@
 """NNX: unmodified modules, quantize in place, gradients and optimizers."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +24,11 @@ def _quantize(x, fmt, axis):
   return lowbit.quantize(x, fmt, axis=axis)
 
 
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _fake_quant(x, fmt, axis):
+  return lowbit.fake_quant(x, fmt, axis=axis)
+
+
 def _assert_close(actual, expected, magnitude, terms=256):
   """Two float32 sums of `terms` products whose magnitudes add up to at most
   `magnitude`: each is off by at most terms * 2^-24 * magnitude."""
@@ -38,20 +44,33 @@ _run = flax_nnx.jit(lambda module, x: module(x))
 _decode = jax.jit(lowbit.dequantize)
 
 
+def _normal(key, shape, dtype, **kwargs):
+  """Kernels like those of `lecun_normal`, without compiling it."""
+  return jnp.asarray(_rand(*shape) / math.sqrt(shape[0]), dtype)
+
+
+def _zeros(key, shape, dtype, **kwargs):
+  return jnp.asarray(np.zeros(shape), dtype)
+
+
+_INIT = {'kernel_init': _normal, 'bias_init': _zeros}
+
+
 def _make(make, *args, **kwargs):
-  """The module, its parameters drawn by one program."""
-  return flax_nnx.jit(lambda: make(*args, rngs=_rngs(), **kwargs))()
+  return make(*args, rngs=_rngs(), **kwargs)
 
 
 class Model(flax_nnx.Module):
   def __init__(self, rngs):
-    self.embed = flax_nnx.Embed(16, 64, rngs=rngs)
-    self.attention = flax_nnx.MultiHeadAttention(2, 64, decode=False, rngs=rngs)
-    self.mix = flax_nnx.Einsum('bti,ijk->btjk', (64, 2, 32), rngs=rngs)
-    self.layers = flax_nnx.List(
-      [flax_nnx.Linear(64, 64, rngs=rngs) for _ in range(2)]
+    self.embed = flax_nnx.Embed(16, 64, embedding_init=_normal, rngs=rngs)
+    self.attention = flax_nnx.MultiHeadAttention(
+      2, 64, decode=False, rngs=rngs, **_INIT
     )
-    self.tied = flax_nnx.Linear(64, 64, rngs=rngs)
+    self.mix = flax_nnx.Einsum('bti,ijk->btjk', (64, 2, 32), rngs=rngs, **_INIT)
+    self.layers = flax_nnx.List(
+      [flax_nnx.Linear(64, 64, rngs=rngs, **_INIT) for _ in range(2)]
+    )
+    self.tied = flax_nnx.Linear(64, 64, rngs=rngs, **_INIT)
     self.tied.kernel = self.layers[0].kernel
 
   def __call__(self, ids):
@@ -74,22 +93,31 @@ def _model():
 
 class UnmodifiedTest(parameterized.TestCase):
   @parameterized.named_parameters(
-    ('linear', lambda rngs: flax_nnx.Linear(64, 8, rngs=rngs), (3, 64), -2),
+    (
+      'linear',
+      lambda rngs: flax_nnx.Linear(64, 8, rngs=rngs, **_INIT),
+      (3, 64),
+      -2,
+    ),
     (
       'linear_general',
-      lambda rngs: flax_nnx.LinearGeneral((2, 32), 8, axis=(-2, -1), rngs=rngs),
+      lambda rngs: flax_nnx.LinearGeneral(
+        (2, 32), 8, axis=(-2, -1), rngs=rngs, **_INIT
+      ),
       (3, 2, 32),
       -2,
     ),
     (
       'conv',
-      lambda rngs: flax_nnx.Conv(32, 4, (3,), rngs=rngs),
+      lambda rngs: flax_nnx.Conv(32, 4, (3,), rngs=rngs, **_INIT),
       (2, 8, 32),
       -2,
     ),
     (
       'einsum',
-      lambda rngs: flax_nnx.Einsum('bi,iho->bho', (64, 4, 8), rngs=rngs),
+      lambda rngs: flax_nnx.Einsum(
+        'bi,iho->bho', (64, 4, 8), rngs=rngs, **_INIT
+      ),
       (3, 64),
       -3,
     ),
@@ -112,7 +140,7 @@ class UnmodifiedTest(parameterized.TestCase):
     _assert_close(grad, dense_grad, 64.0)
 
   def test_embed(self):
-    layer = _make(flax_nnx.Embed, 10, 32)
+    layer = _make(flax_nnx.Embed, 10, 32, embedding_init=_normal)
     q = _quantize(layer.embedding[...], formats.mxfp4, -1)
     layer.embedding = nn.nnx.frozen(layer.embedding, q)
     table = np.asarray(_decode(q))
@@ -122,15 +150,15 @@ class UnmodifiedTest(parameterized.TestCase):
     _assert_close(layer.attend(x), x @ table.T, np.abs(x) @ np.abs(table.T))
 
   def test_bfloat16(self):
-    layer = _make(flax_nnx.Linear, 64, 8, dtype=jnp.bfloat16)
+    layer = _make(flax_nnx.Linear, 64, 8, dtype=jnp.bfloat16, **_INIT)
     nn.nnx.quantize(layer, None, formats.mxfp4)
     x = _rand(3, 64)
-    y = layer(x)
+    y = _run(layer, x)
     self.assertEqual(y.dtype, jnp.bfloat16)
-    kernel = _decode(layer.kernel.get_value())
+    kernel = np.asarray(_decode(layer.kernel.get_value()))
     x = x.astype(jnp.bfloat16).astype(jnp.float32)
     np.testing.assert_allclose(
-      y.astype(jnp.float32), x @ kernel, rtol=2.0**-8, atol=1e-4
+      np.float32(y), x @ kernel, rtol=2.0**-8, atol=1e-4
     )
 
 
@@ -165,7 +193,7 @@ class QuantizeTest(parameterized.TestCase):
           path,
           dense,
         )
-        other.kernel[...] = lowbit.dequantize(kernel.get_value())
+        other.kernel[...] = _decode(kernel.get_value())
     ids = np.array([[0, 1, 2], [3, 4, 5]])
     expected = _run(dense, ids)
     scale = float(jnp.max(np.abs(expected)))
@@ -198,7 +226,7 @@ class QuantizeTest(parameterized.TestCase):
     @flax_nnx.split_rngs(splits=3)
     @flax_nnx.vmap(in_axes=0, out_axes=0)
     def make(rngs):
-      return flax_nnx.Linear(64, 8, rngs=rngs)
+      return flax_nnx.Linear(64, 8, rngs=rngs, **_INIT)
 
     layers = make(_rngs())
     nn.nnx.quantize(layers, None, formats.nvfp4)
@@ -207,22 +235,24 @@ class QuantizeTest(parameterized.TestCase):
     self.assertEqual(q.tensor_scale.shape, (3, 1, 1))
 
   def test_metadata_stays(self):
-    layer = _make(flax_nnx.Linear, 64, 8, kernel_metadata={'note': 'mine'})
+    layer = _make(
+      flax_nnx.Linear, 64, 8, kernel_metadata={'note': 'mine'}, **_INIT
+    )
     nn.nnx.quantize(layer, None, formats.mxfp4)
     self.assertEqual(layer.kernel.get_metadata('note'), 'mine')
 
   def test_products_of_its_own_stay(self):
     product = nn.dot_general(lhs=QuantSpec(formats.int8_channel))
-    layer = _make(flax_nnx.Linear, 64, 8, dot_general=product)
+    layer = _make(flax_nnx.Linear, 64, 8, dot_general=product, **_INIT)
     nn.nnx.quantize(layer, None, formats.mxfp4)
     self.assertIs(layer.dot_general, product)
-    other = _make(flax_nnx.Linear, 64, 8)
+    other = _make(flax_nnx.Linear, 64, 8, **_INIT)
     nn.nnx.quantize(other, None, formats.mxfp4)
     self.assertEqual(other.dot_general, nn.dot_general())
 
   def test_packed_product(self):
     k, n = 2048, 8
-    layer = _make(flax_nnx.Linear, k, n, use_bias=False)
+    layer = _make(flax_nnx.Linear, k, n, use_bias=False, **_INIT)
     nn.nnx.quantize(layer, None, formats.mxfp4)
     x = _rand(1, k)
 
@@ -244,7 +274,7 @@ class QuantizeTest(parameterized.TestCase):
 class TrainingTest(absltest.TestCase):
   def setUp(self):
     super().setUp()
-    self.layer = _make(flax_nnx.Linear, 64, 8)
+    self.layer = _make(flax_nnx.Linear, 64, 8, **_INIT)
     nn.nnx.quantize(self.layer, None, formats.mxfp4)
     self.x = _rand(3, 64)
 
@@ -268,26 +298,29 @@ class TrainingTest(absltest.TestCase):
 
   def test_straight_through_gradient(self):
     spec = QuantSpec(formats.mxfp4)
-    layer = _make(flax_nnx.Linear, 64, 8, dot_general=nn.dot_general(rhs=spec))
+    layer = _make(
+      flax_nnx.Linear, 64, 8, dot_general=nn.dot_general(rhs=spec), **_INIT
+    )
     c = _rand(3, 8)
-    grads = flax_nnx.grad(lambda m, x: jnp.sum(c * m(x)))(layer, self.x)
+    loss = lambda m, x: jnp.sum(c * m(x))
+    grads = flax_nnx.jit(flax_nnx.grad(loss))(layer, self.x)
     _assert_close(
       grads['kernel'][...], self.x.T @ c, np.abs(self.x.T) @ np.abs(c)
     )
-    w = lowbit.fake_quant(layer.kernel[...], spec.fmt, axis=-2)
-    _assert_close(layer(self.x), self.x @ w, np.abs(self.x) @ np.abs(w))
+    w = np.asarray(_fake_quant(layer.kernel[...], spec.fmt, -2))
+    _assert_close(_run(layer, self.x), self.x @ w, np.abs(self.x) @ np.abs(w))
 
   def test_random_rounding_draws_new_bits(self):
     spec = QuantSpec(formats.mxfp4, 'rceil', rounding='stochastic')
     product = nn.nnx.DotGeneral(rhs=spec, rngs=_rngs())
-    layer = flax_nnx.Linear(64, 8, dot_general=product, rngs=_rngs())
+    layer = flax_nnx.Linear(64, 8, dot_general=product, rngs=_rngs(), **_INIT)
     first, second = _run(layer, self.x), _run(layer, self.x)
     self.assertFalse(np.array_equal(first, second))
 
 
 class EmbedTest(absltest.TestCase):
   def test_rows_and_scores(self):
-    layer = _make(nn.nnx.Embed, 512, 32)
+    layer = _make(nn.nnx.Embed, 512, 32, embedding_init=_normal)
     nn.nnx.quantize(layer, 'embedding', formats.mxfp4)
     table = np.asarray(_decode(layer.embedding.get_value()))
     ids = np.array([[0, 511], [-1, 512]])
@@ -299,13 +332,13 @@ class EmbedTest(absltest.TestCase):
 
   def test_fake_quantized_rows(self):
     spec = QuantSpec(formats.mxfp4)
-    layer = _make(nn.nnx.Embed, 16, 32, rhs=spec)
-    table = lowbit.fake_quant(layer.embedding[...], spec.fmt, axis=-1)
+    layer = _make(nn.nnx.Embed, 16, 32, rhs=spec, embedding_init=_normal)
+    table = _fake_quant(layer.embedding[...], spec.fmt, -1)
     ids = np.array([3, 1])
-    np.testing.assert_array_equal(layer(ids), table[ids])
+    np.testing.assert_array_equal(_run(layer, ids), np.asarray(table)[ids])
 
   def test_ids_are_integers(self):
-    layer = _make(nn.nnx.Embed, 16, 32)
+    layer = _make(nn.nnx.Embed, 16, 32, embedding_init=_normal)
     with self.assertRaisesRegex(ValueError, 'must be an integer type'):
       layer(jnp.ones(3))
 

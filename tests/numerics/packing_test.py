@@ -33,8 +33,15 @@ def round_trip(codes, bits: int, axis: int):
   return packed, numerics.unpack(packed, bits, axis)
 
 
-# The last axis, an inner one, and the first.
+# The last axis, an inner one, and the first: one for each width, and all for
+# codes that cross bytes and for those that do not.
 COVER = (((3, 24), -1), ((2, 8, 5), 1), ((16, 3), -2))
+
+
+def every_day(bits, shape, axis) -> bool:
+  if (shape, axis) not in COVER:
+    return False
+  return bits in (3, 4) or COVER.index((shape, axis)) == bits % 3
 
 
 def cases():
@@ -46,11 +53,11 @@ def cases():
 
 
 class PackTest(parameterized.TestCase):
-  @parameterized.parameters(*(c for c in cases() if c[1:] in COVER))
+  @parameterized.parameters(*(c for c in cases() if every_day(*c)))
   def test_every_width_and_axis(self, bits, shape, axis):
     self._width_and_axis(bits, shape, axis)
 
-  @parameterized.parameters(*(c for c in cases() if c[1:] not in COVER))
+  @parameterized.parameters(*(c for c in cases() if not every_day(*c)))
   @pytest.mark.slow
   def test_other_shapes(self, bits, shape, axis):
     self._width_and_axis(bits, shape, axis)
@@ -65,8 +72,6 @@ class PackTest(parameterized.TestCase):
     np.testing.assert_array_equal(back, codes)
 
   def test_literals(self):
-    got = numerics.pack(np.uint8([1, 2, 15, 8]), 4)
-    self.assertEqual(got.tolist(), [0x21, 0x8F])
     for bits, codes, want in (
       (4, [1, 2, 15, 8], [0x21, 0x8F]),
       (2, [0, 1, 2, 3], [0b11100100]),
@@ -76,8 +81,11 @@ class PackTest(parameterized.TestCase):
       (6, [63, 0, 0, 1], [63, 0, 4]),
       (8, [255, 0, 7], [255, 0, 7]),
     ):
-      got, _ = round_trip(np.uint8(codes), bits, -1)
-      self.assertEqual(got.tolist(), want)
+      whole = np.zeros(24, np.uint8)  # one size is compiled once
+      whole[: len(codes)] = codes
+      got, _ = round_trip(whole, bits, -1)
+      self.assertEqual(got.tolist()[: len(want)], want)
+      self.assertEqual(got.shape, (3 * bits,))
 
   @parameterized.parameters(*range(1, 9))
   def test_sizes(self, bits):

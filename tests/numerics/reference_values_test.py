@@ -7,7 +7,6 @@ NVFP4 values those of torchao, TransformerEngine's reference and JAX.
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from absl.testing import absltest, parameterized
@@ -113,11 +112,11 @@ PACKED = (
 RULES = ('floor', 'even', 'rceil', 'ceil')
 # Formats that differ in the kind of their elements or of their scales.
 BLOCK_FORMATS = (
-  'mxfp4', 'mxfp8_e4m3', 'mxint8', 'nvfp4', 'int4_g32', 'uint4_g32', 'nf4_g64',
-  'fp8_1x128', 'bfp4_g16',
+  'mxfp4', 'mxfp8_e4m3', 'mxint8', 'nvfp4', 'uint4_g32', 'nf4_g64',
 )  # fmt: skip
 OTHER_FORMATS = (
-  'mxfp6_e2m3', 'mxfp6_e3m2', 'mxfp8_e5m2', 'nvint4', 'int8_g32',
+  'mxfp6_e2m3', 'mxfp6_e3m2', 'mxfp8_e5m2', 'nvint4', 'int4_g32', 'int8_g32',
+  'fp8_1x128', 'bfp4_g16',
 )  # fmt: skip
 
 
@@ -215,9 +214,14 @@ class BlockTest(parameterized.TestCase):
   @parameterized.parameters(*PACKED)
   def test_packing(self, bits, stream):
     codes = np.arange(8, dtype=np.uint8) % 2**bits
-    packed = jax.jit(lambda codes: numerics.pack(codes, bits))(codes)
+
+    @jax.jit
+    def there_and_back(codes):
+      packed = numerics.pack(codes, bits)
+      return packed, numerics.unpack(packed, bits)
+
+    packed, back = there_and_back(codes)
     self.assertEqual(np.asarray(packed).tobytes().hex(), stream)
-    back = jax.jit(lambda packed: numerics.unpack(packed, bits))(packed)
     np.testing.assert_array_equal(back, codes)
 
 
@@ -263,13 +267,21 @@ class ScaleCodeTest(parameterized.TestCase):
     back = dequantize(quantize(x, 'mxfp4', scale_rule='floor'))
     self.assertEqual(back[0, 0], 6.0)
 
-  def test_rceil_tells_neighbours_of_the_maximum_apart(self):
-    for name in ('mxfp4', 'mxfp8_e4m3', 'mxfp6_e3m2', 'mxint8', 'mxint4'):
-      largest = np.float32(formats.get(name).element.max)
-      above = np.nextafter(largest, INF)
-      below = np.nextafter(largest, np.float32(0))
-      got = scale_codes([below, largest, above], name, 'rceil')
-      self.assertEqual(got.tolist(), [127, 127, 128], name)
+  @parameterized.parameters('mxfp4', 'mxfp8_e4m3', 'mxint8')
+  def test_rceil_tells_neighbours_of_the_maximum_apart(self, name):
+    self._neighbours_of_the_maximum(name)
+
+  @parameterized.parameters('mxfp6_e3m2', 'mxint4')
+  @pytest.mark.slow
+  def test_rceil_tells_neighbours_apart_in_other_formats(self, name):
+    self._neighbours_of_the_maximum(name)
+
+  def _neighbours_of_the_maximum(self, name):
+    largest = np.float32(formats.get(name).element.max)
+    above = np.nextafter(largest, INF)
+    below = np.nextafter(largest, np.float32(0))
+    got = scale_codes([below, largest, above], name, 'rceil')
+    self.assertEqual(got.tolist(), [127, 127, 128])
 
 
 class EdgeCaseTest(parameterized.TestCase):
@@ -305,11 +317,19 @@ class EdgeCaseTest(parameterized.TestCase):
       self.assertEqual(int(q.scale[0, 1]), fmt.scale.nan_code)
     else:
       self.assertTrue(np.isnan(np.asarray(q.scale)[0, 1]))
-    zero = int(jax.jit(lambda: numerics.encode(jnp.float32(0), fmt.element))())
+    zero = np.nanargmin(np.abs(fmt.element.values()))
     np.testing.assert_array_equal(codes_of(q)[block], zero)
 
-  @parameterized.parameters('e4m3fn_tensor', 'int8_tensor')
+  @parameterized.parameters(('e4m3fn_tensor',))
   def test_poison_of_a_tensor_without_blocks(self, name):
+    self._poison_without_blocks(name)
+
+  @parameterized.parameters(('int8_tensor',))
+  @pytest.mark.slow
+  def test_poison_of_a_tensor_of_integers(self, name):
+    self._poison_without_blocks(name)
+
+  def _poison_without_blocks(self, name):
     x = embed(np.float32([1.0, NAN, 2.0, 3.0]))
     self.assertTrue(np.all(np.isnan(dequantize(quantize(x, name)))))
 
@@ -382,7 +402,7 @@ class EdgeCaseTest(parameterized.TestCase):
     assert_bits(got[block], np.full(n, -0.0))
 
   @parameterized.parameters(
-    'mxfp4', 'mxfp8_e4m3', 'mxint8', 'nvfp4', 'int8_g32', 'uint4_g32'
+    'mxfp4', 'mxfp8_e4m3', 'mxint8', 'nvfp4', 'nf4_g64', 'uint4_g32'
   )
   def test_largest_float32(self, name):
     largest = np.finfo(np.float32).max

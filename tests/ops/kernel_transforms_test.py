@@ -64,7 +64,6 @@ def operations(implementation: str) -> dict:
 
 EAGER = operations('tpu')
 OPS = {name: jax.jit(f) for name, f in EAGER.items()}
-SMOOTH = 'dot', 'softmax'
 
 
 def digest() -> str:
@@ -87,8 +86,15 @@ class TransformsTest(parameterized.TestCase):
     for a, b in zip(got, want, strict=True):
       np.testing.assert_array_equal(a, b)
 
-  @parameterized.parameters(*OPS)
+  @parameterized.parameters('dot', 'quantize')
   def test_vmap_scan_and_donation_keep_bits(self, name):
+    self.check_transforms(name)
+
+  @pytest.mark.slow
+  def test_vmap_scan_and_donation_of_softmax_keep_bits(self):
+    self.check_transforms('softmax')
+
+  def check_transforms(self, name):
     f, x = OPS[name], data(STEPS, ROWS, K)
     want = [np.stack(v) for v in zip(*map(f, x), strict=True)]
     _, scanned = jax.lax.scan(lambda c, x: (c, f(x)), 0, x)
@@ -107,13 +113,13 @@ class TransformsTest(parameterized.TestCase):
     want = [np.concatenate(v) for v in zip(*parts, strict=True)]
     self.assert_same(jax.jit(sharded)(x), want)
 
-  @parameterized.parameters(*SMOOTH)
-  def test_shards_keep_bits(self, name):
-    self.check_shards(name)
+  def test_shards_keep_bits(self):
+    self.check_shards('dot')
 
+  @parameterized.parameters('softmax', 'quantize')
   @pytest.mark.slow
-  def test_shards_of_quantize_keep_bits(self):
-    self.check_shards('quantize')
+  def test_shards_of_more_operations_keep_bits(self, name):
+    self.check_shards(name)
 
   def check_rows(self, name, sizes, most: int):
     f, x = OPS[name], data(most, K)
@@ -130,9 +136,12 @@ class TransformsTest(parameterized.TestCase):
     )
     self.assert_same(EAGER[name](x), whole)
 
-  @parameterized.parameters(*SMOOTH)
-  def test_rows_keep_bits_among_others(self, name):
-    self.check_rows(name, (1,), ROWS)
+  def test_rows_keep_bits_among_others(self):
+    self.check_rows('dot', (1,), ROWS)
+
+  @pytest.mark.slow
+  def test_rows_of_softmax_keep_bits_among_others(self):
+    self.check_rows('softmax', (1,), ROWS)
 
   @parameterized.parameters(*OPS)
   @pytest.mark.slow
@@ -167,13 +176,13 @@ class TransformsTest(parameterized.TestCase):
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
       np.testing.assert_allclose(a, b, atol=1e-4)
 
-  @parameterized.parameters(('dot', True), ('softmax', False))
-  def test_derivatives(self, name, remat):
-    self.check_derivatives(name, remat)
+  def test_derivatives(self):
+    self.check_derivatives('dot', True)
 
+  @parameterized.parameters(False, True)
   @pytest.mark.slow
-  def test_derivatives_of_remat(self):
-    self.check_derivatives('softmax', True)
+  def test_derivatives_of_softmax(self, remat):
+    self.check_derivatives('softmax', remat)
 
 
 class ProcessTest(absltest.TestCase):

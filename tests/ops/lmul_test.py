@@ -83,8 +83,13 @@ class ElementsTest(parameterized.TestCase):
   def test_rounds_operands_to_the_format(self, fmt):
     x, y = _normal(1, 2, 1000)
     layout = _lmul._LAYOUTS[fmt]
-    a, b = (arith.to_codes(jnp.asarray(v), layout) for v in (x, y))
-    want = arith.from_codes(arith.multiply(a, b, layout), layout)
+
+    @jax.jit
+    def wanted(x, y):
+      a, b = (arith.to_codes(v, layout) for v in (x, y))
+      return arith.from_codes(arith.multiply(a, b, layout), layout)
+
+    want = wanted(x, y)
     np.testing.assert_array_equal(multiply(x, y, fmt=fmt), want)
 
   def test_narrow_float32_is_a_narrow_format(self):
@@ -95,31 +100,49 @@ class ElementsTest(parameterized.TestCase):
       wide = multiply(x, y, mantissa_bits=3, reading=reading)
       narrow = multiply(x, y, fmt=formats.e4m3fn, reading=reading)
       if reading == 'formula':  # a format of 3 bits rounds the product
-        wide = lowbit_jax.round_to(wide, formats.e4m3fn)
+        wide = jax.jit(lowbit_jax.round_to, static_argnums=1)(
+          wide, formats.e4m3fn
+        )
       np.testing.assert_array_equal(wide, narrow)
 
   def test_dtypes(self):
-    x, y = (jnp.asarray(v) for v in _normal(3, 2, 100))
+    x, y = _normal(3, 2, 100)
     narrow = multiply(x.astype(jnp.bfloat16), y.astype(jnp.bfloat16))
     self.assertEqual(narrow.dtype, jnp.bfloat16)
     np.testing.assert_array_equal(
-      narrow.astype(jnp.float32), multiply(x, y, fmt=formats.bfloat16)
+      np.asarray(narrow, np.float32), multiply(x, y, fmt=formats.bfloat16)
     )
     mixed = multiply(x.astype(jnp.bfloat16), y)
     self.assertEqual(mixed.dtype, jnp.float32)
     half = multiply(x.astype(jnp.float16), y.astype(jnp.float16))
     self.assertEqual(half.dtype, jnp.float16)
 
-  @parameterized.parameters(*OPTIONS)
+  @parameterized.parameters(OPTIONS[0], OPTIONS[4])
   def test_jit_and_vmap_give_the_same_bits(self, **options):
+    self.check_jit_and_vmap(**options)
+
+  @parameterized.parameters(*OPTIONS[1:4], OPTIONS[5])
+  @pytest.mark.slow
+  def test_jit_and_vmap_of_more_options(self, **options):
+    self.check_jit_and_vmap(**options)
+
+  def check_jit_and_vmap(self, **options):
     x, y = _normal(4, 2, 7, 9)
     run = functools.partial(lmul, **options)
     want = run(x, y)
     for wrapped in (jax.jit(run), jax.vmap(run)):
       np.testing.assert_array_equal(wrapped(x, y), want)
 
-  @parameterized.parameters(*OPTIONS)
+  @parameterized.parameters(OPTIONS[0], OPTIONS[4])
   def test_derivative_is_that_of_the_product(self, **options):
+    self.check_derivative(**options)
+
+  @parameterized.parameters(*OPTIONS[1:4], OPTIONS[5])
+  @pytest.mark.slow
+  def test_more_derivatives_are_those_of_the_product(self, **options):
+    self.check_derivative(**options)
+
+  def check_derivative(self, **options):
     x, y, dx, dy = _normal(5, 4, 3, 5)
     y, dy = y[:1], dy[:1]  # broadcasts
     run = functools.partial(lmul, **options)
@@ -147,11 +170,8 @@ SHAPES = (
 
 class DotTest(parameterized.TestCase):
   @parameterized.parameters(
-    (OPTIONS[0], 1, SHAPES[0]),
     (OPTIONS[0], 100, SHAPES[1]),
-    (OPTIONS[1], 100, SHAPES[0]),
     (OPTIONS[2], 1 << 20, SHAPES[0]),
-    (OPTIONS[3], 1 << 20, SHAPES[1]),
     (OPTIONS[4], 1, SHAPES[1]),
     (OPTIONS[5], 100, SHAPES[2]),
   )
@@ -203,15 +223,21 @@ class DotTest(parameterized.TestCase):
     )
 
   def test_bfloat16_is_rounded_once(self):
-    x, y = (jnp.asarray(_normal(i, 64, 64), jnp.bfloat16) for i in (0, 1))
+    x, y = (_normal(i, 64, 64).astype(jnp.bfloat16) for i in (0, 1))
     got = dot(x, y)
-    wide = dot(
-      x.astype(jnp.float32), y.astype(jnp.float32), fmt=formats.bfloat16
-    )
-    np.testing.assert_array_equal(got, wide.astype(jnp.bfloat16))
+    wide = dot(x.astype(np.float32), y.astype(np.float32), fmt=formats.bfloat16)
+    np.testing.assert_array_equal(got, np.asarray(wide).astype(jnp.bfloat16))
 
-  @parameterized.parameters(*OPTIONS)
+  @parameterized.parameters(OPTIONS[0], OPTIONS[4])
   def test_derivative_is_that_of_the_product(self, **options):
+    self.check_derivative(**options)
+
+  @parameterized.parameters(*OPTIONS[1:4], OPTIONS[5])
+  @pytest.mark.slow
+  def test_more_derivatives_are_those_of_the_product(self, **options):
+    self.check_derivative(**options)
+
+  def check_derivative(self, **options):
     x, dx = _normal(6, 2, 2, 3, 5)
     y, dy = _normal(7, 2, 5, 4)  # broadcasts
     run = functools.partial(lmul_dot, **options)
@@ -249,9 +275,7 @@ def _attention(q, k, v, live, **options):
 class AttentionTest(parameterized.TestCase):
   @parameterized.parameters(
     ({}, 'both'),
-    ({}, 'causal'),
-    ({'reading': 'formula'}, 'mask'),
-    ({'mantissa_bits': 23}, 'plain'),
+    ({'reading': 'formula'}, 'plain'),
   )
   def test_against_float64(self, options, case):
     self.check_attention(options, case)
@@ -281,18 +305,23 @@ class AttentionTest(parameterized.TestCase):
     # 16 u of the softmax; L-Mul doubles a relative error at most.
     self.assertLess(np.abs(got - want).max(), 200 * U * np.abs(v).max())
 
-  def test_is_near_the_exact_one_and_the_bits_matter(self):
+  def error(self, **options) -> float:
+    """Relative to the exact attention."""
     q, k, v = _normal(13, 3, 2, 24, 2, 8)
     exact = jax.jit(jax.nn.dot_product_attention, static_argnames='is_causal')
     exact = np.asarray(exact(q, k, v, is_causal=True))
+    got = attend(q, k, v, is_causal=True, **options)
+    return np.linalg.norm(got - exact) / np.linalg.norm(exact)
 
-    def error(**options):
-      got = attend(q, k, v, is_causal=True, **options)
-      return np.linalg.norm(got - exact) / np.linalg.norm(exact)
+  @pytest.mark.slow
+  def test_is_near_the_exact_one(self):
+    self.assertLess(self.error(), 0.05)
 
-    self.assertLess(error(), 0.05)
-    self.assertLess(error(), error(reading='formula'))
-    self.assertLess(error(mantissa_bits=5), error(mantissa_bits=2))
+  @pytest.mark.slow
+  def test_the_reading_and_the_bits_matter(self):
+    self.assertLess(self.error(), self.error(reading='formula'))
+    bits = 5, 2
+    self.assertLess(*(self.error(mantissa_bits=n) for n in bits))
 
   def test_masked_rows_are_zero(self):
     q, k, v = _normal(14, 3, 1, 4, 1, 8)
@@ -325,11 +354,16 @@ class AttentionTest(parameterized.TestCase):
     self.assertGreater(abs(left), 0.1)
 
   def test_dtype_of_the_query(self):
-    q, k, v = jnp.asarray(_normal(17, 3, 1, 4, 1, 8), jnp.bfloat16)
-    out = lmul_attention(q, k, v)
+    x = jax.ShapeDtypeStruct((1, 4, 1, 8), jnp.bfloat16)
+    self.assertEqual(jax.eval_shape(lmul_attention, x, x, x).dtype, x.dtype)
+
+  @pytest.mark.slow
+  def test_narrow_queries_are_rounded_once(self):
+    q, k, v = _normal(17, 3, 1, 4, 1, 8).astype(jnp.bfloat16)
+    out = attend(q, k, v)
     self.assertEqual(out.dtype, jnp.bfloat16)
-    wide = (a.astype(jnp.float32) for a in (q, k, v))
-    wide = attend(*wide, fmt=formats.bfloat16)
+    wide = (a.astype(np.float32) for a in (q, k, v))
+    wide = np.asarray(attend(*wide, fmt=formats.bfloat16))
     np.testing.assert_array_equal(out, wide.astype(jnp.bfloat16))
 
 
@@ -369,7 +403,7 @@ class ErrorsTest(parameterized.TestCase):
       lmul_dot(jnp.ones((2, 2, 2)), jnp.ones((3, 2, 2)))
 
   def test_attention(self):
-    x = jnp.ones((1, 4, 2, 8))
+    x = np.ones((1, 4, 2, 8), np.float32)
     with self.assertRaisesRegex(ValueError, 'add axes'):
       lmul_attention(x[0], x, x)
     with self.assertRaisesRegex(ValueError, 'repeat them'):

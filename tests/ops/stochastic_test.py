@@ -17,7 +17,6 @@ import functools  # noqa: E402
 import math  # noqa: E402
 
 import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 from absl.testing import absltest, parameterized  # noqa: E402
@@ -27,15 +26,19 @@ from jax.sharding import PartitionSpec as P  # noqa: E402
 import lowbit_jax  # noqa: E402
 from lowbit_jax import formats, numerics, qarray  # noqa: E402
 from lowbit_pallas.arith import codec, hash  # noqa: E402
-from tests.ops import coarse  # noqa: E402
+from tests import kinds  # noqa: E402
 
 KEYS = 4096
 
-BLOCK_FORMATS, MORE_FORMATS = coarse.split()
-ELEMENTS = (
-  'e4m3fn', 'e5m2', 'e4m3', 'e3m4', 'e4m3fnuz', 'e2m3', 'e3m2', 'e2m1', 'e1m2',
-  'e3m0', 'e4m0', 'ue4m3', 'e8m0', 'int8', 'int4', 'int2', 'uint4', 'uint8',
-  'ternary', 'nf4',
+BLOCK_FORMATS = (
+  'mxfp4', 'nvfp4', 'nf4_g64', 'uint4_g32', 'int8_channel', 'e4m3fn_tensor',
+  'mxfp4_32x32',
+)  # fmt: skip
+MORE_FORMATS = tuple(n for n in kinds.block_formats() if n not in BLOCK_FORMATS)
+ELEMENTS = 'e4m3fn', 'e3m2', 'e3m0', 'e8m0', 'int4', 'uint4', 'nf4'
+MORE_ELEMENTS = (
+  'e5m2', 'e4m3', 'e3m4', 'e4m3fnuz', 'e2m3', 'e2m1', 'e1m2', 'e4m0', 'ue4m3',
+  'int8', 'int2', 'uint8', 'ternary',
 )  # fmt: skip
 # Fractions of the block maximum, which comes first and fixes the scale.
 FRACTIONS = (1, -0.43, 0.11, 0.77, -0.88, 0.3, -0.015, 0.6)
@@ -141,6 +144,14 @@ class UnbiasedTest(parameterized.TestCase):
 
   @parameterized.parameters(*ELEMENTS)
   def test_element_format(self, name):
+    self.check_element(name)
+
+  @parameterized.parameters(*MORE_ELEMENTS)
+  @pytest.mark.slow
+  def test_more_element_formats(self, name):
+    self.check_element(name)
+
+  def check_element(self, name):
     element = formats.get(name)
     values = element.values()
     grid = np.unique(values[np.isfinite(values)])
@@ -164,7 +175,14 @@ class UnbiasedTest(parameterized.TestCase):
     assert_unbiased(self, draws, x.astype(np.float64), grid)
 
   def test_numbers_of_the_format_never_move(self):
-    for name in ('e2m1', 'e4m3fn', 'e3m2', 'int8', 'nf4', 'e3m0'):
+    self.check_numbers('e4m3fn', 'int8', 'nf4')
+
+  @pytest.mark.slow
+  def test_numbers_of_more_formats_never_move(self):
+    self.check_numbers('e2m1', 'e3m2', 'e3m0')
+
+  def check_numbers(self, *names):
+    for name in names:
       element = formats.get(name)
       values = element.values()
       x = np.unique(values[np.isfinite(values)]).astype(np.float32)
@@ -182,17 +200,19 @@ class UnbiasedTest(parameterized.TestCase):
       np.testing.assert_array_equal(draw(keys(64)), np.tile(x, (64, 1)), name)
 
   def test_fake_quant_draws_the_same(self):
-    x, key = np.float32(np.random.RandomState(0).randn(4, 64)), keys(1)[0]
-    for fmt in (formats.mxfp4, formats.nvfp4):
-      got = jax.jit(
-        lambda x: lowbit_jax.fake_quant(x, fmt, rounding='stochastic', key=key)
-      )(x)  # noqa: B023
-      want = jax.jit(
-        lambda x: lowbit_jax.dequantize(
-          lowbit_jax.quantize(x, fmt, rounding='stochastic', key=key)
-        )
-      )(x)  # noqa: B023
-      np.testing.assert_array_equal(got, want)
+    self.check_fake_quant(formats.nvfp4)
+
+  @pytest.mark.slow
+  def test_fake_quant_of_mxfp4_draws_the_same(self):
+    self.check_fake_quant(formats.mxfp4)
+
+  def check_fake_quant(self, fmt):
+    x, key = data(4, 64), jax.random.key(0)
+    got = jax.jit(
+      lambda x: lowbit_jax.fake_quant(x, fmt, rounding='stochastic', key=key)
+    )(x)
+    want = dequantize(quantize(x, key, fmt))
+    np.testing.assert_array_equal(got, want)
 
 
 class RandomBitsTest(parameterized.TestCase):
@@ -203,8 +223,8 @@ class RandomBitsTest(parameterized.TestCase):
     # Bits below the n used ones must not matter.
     random = (j << (32 - n)) | np.uint32((1 << (32 - n)) - 1 if n % 2 else 0)
     fractions = np.arange(97, dtype=np.float32) / 96
-    rule = codec.stochastic(jnp.asarray(random)[:, None], n)
-    up = np.asarray(rule(jnp.asarray(fractions)[None] + 4)) - 4
+    rule = jax.jit(lambda random, x: codec.stochastic(random, n)(x))
+    up = np.asarray(rule(random[:, None], fractions[None] + np.float32(4))) - 4
     # A fraction that float32 cannot hold next to 4 is the one that counts.
     fractions = (fractions + np.float32(4)).astype(np.float64) - 4
     self.assertContainsSubset(np.unique(up).tolist(), [0.0, 1.0])
@@ -231,8 +251,15 @@ class RandomBitsTest(parameterized.TestCase):
     self.assertEqual(p[3], 1)
 
   def test_argument_of_quantize(self):
+    self.check_argument((2, 0.25), (23, 0.3))
+
+  @pytest.mark.slow
+  def test_one_bit(self):
+    self.check_argument((1, 0.5))
+
+  def check_argument(self, *cases):
     x = np.tile(np.array([7, 0.3], np.float32), (1, 16))
-    for bits, p in ((1, 0.5), (2, 0.25), (23, 0.3)):
+    for bits, p in cases:
       q = jax.jit(
         jax.vmap(
           lambda key: qarray.element_values(
@@ -276,22 +303,35 @@ def assert_same(a, b):
 
 
 class SameBitsTest(parameterized.TestCase):
-  @parameterized.parameters('mxfp4', 'uint4_g32')
-  def test_jit_and_eager(self, name):
+  def test_jit_and_eager(self):
+    self.check_eager('mxfp4')
+
+  @pytest.mark.slow
+  def test_jit_and_eager_with_zero_points(self):
+    self.check_eager('uint4_g32')
+
+  def check_eager(self, name):
     fmt, x, key = formats.get(name), data(4, 64), jax.random.key(1)
     assert_same(
       lowbit_jax.quantize(x, fmt, rounding='stochastic', key=key),
       quantize(x, key, fmt),
     )
 
-  @parameterized.parameters('nvfp4', 'int3_g32')
-  def test_vmap_over_keys_is_a_loop(self, name):
+  def test_vmap_over_keys_is_a_loop(self):
+    self.check_vmap('nvfp4')
+
+  @pytest.mark.slow
+  def test_more_vmaps_over_keys_are_loops(self):
+    self.check_vmap('int3_g32')
+
+  def check_vmap(self, name):
     fmt, x, ks = formats.get(name), data(3, 5, 40), keys(3)
     got = jax.jit(
       jax.vmap(
         lambda x, k: lowbit_jax.quantize(x, fmt, rounding='stochastic', key=k)
       )
     )(x, ks)
+    got = jax.tree.map(np.asarray, got)
     for i in range(3):
       one = quantize(x[i], ks[i], fmt)
       assert_same(jax.tree.map(lambda leaf: leaf[i], got), one)  # noqa: B023
@@ -335,29 +375,38 @@ class SameBitsTest(parameterized.TestCase):
         same = (codes[i] == codes[j]).mean()
         self.assertBetween(same, 2 / 3 - 0.1, 2 / 3 + 0.1)
 
-  def test_the_same_bits_on_1_2_and_8_devices(self):
-    x, key = data(16, 256), jax.random.key(3)
-    for name in ('nvfp4',):
-      fmt = formats.get(name)
-      want = quantize(x, key, fmt)
-      for n in (1, 2, 8):
-        for spec in (P('d'), P(None, 'd')):
-          mesh = jax.make_mesh(
-            (n,),
-            ('d',),
-            (jax.sharding.AxisType.Auto,),
-            devices=jax.devices()[:n],
-          )
-          put = jax.device_put(x, NamedSharding(mesh, spec))
-          self.assertLen(put.addressable_shards, n)
-          assert_same(quantize(put, key, fmt), want)
+  def test_the_same_bits_on_1_and_8_devices(self):
+    self.check_devices((8, P('d')), (8, P(None, 'd')))
+
+  @pytest.mark.slow
+  def test_the_same_bits_on_other_numbers_of_devices(self):
+    specs = P('d'), P(None, 'd')
+    self.check_devices(*((n, spec) for n in (1, 2, 4) for spec in specs))
+
+  def check_devices(self, *cases):
+    x, key, fmt = data(16, 256), jax.random.key(3), formats.nvfp4
+    want = quantize(x, key, fmt)
+    for n, spec in cases:
+      mesh = jax.make_mesh(
+        (n,), ('d',), (jax.sharding.AxisType.Auto,), devices=jax.devices()[:n]
+      )
+      put = jax.device_put(x, NamedSharding(mesh, spec))
+      self.assertLen(put.addressable_shards, n)
+      assert_same(quantize(put, key, fmt), want)
+
+  def test_shard_map_with_origin(self):
+    self.check_shard_map('mxfp4', (8, P('d')), (8, P(None, 'd')))
 
   @parameterized.parameters('mxfp4', 'uint4_g32')
-  def test_shard_map_with_origin(self, name):
+  @pytest.mark.slow
+  def test_more_shard_maps_with_origin(self, name):
+    self.check_shard_map(name, (2, P('d')), (8, P('d')), (8, P(None, 'd')))
+
+  def check_shard_map(self, name, *cases):
     fmt = formats.get(name)
     x, key = data(16, 256), jax.random.key(3)
     want = quantize(x, key, fmt)
-    for n, spec in ((2, P('d')), (8, P('d')), (8, P(None, 'd'))):
+    for n, spec in cases:
       mesh = jax.make_mesh(
         (n,), ('d',), (jax.sharding.AxisType.Auto,), devices=jax.devices()[:n]
       )
@@ -378,7 +427,7 @@ class SameBitsTest(parameterized.TestCase):
 
   def test_origin_of_a_slice(self):
     x, key = data(8, 96), jax.random.key(0)
-    whole = dequantize(quantize(x, key, formats.mxfp4))
+    whole = np.asarray(dequantize(quantize(x, key, formats.mxfp4)))
 
     @functools.partial(jax.jit, static_argnames='full')
     def part(x, full, start):
@@ -413,8 +462,8 @@ class SameBitsTest(parameterized.TestCase):
       ]
     )(key)
     for words in others:
-      np.testing.assert_array_equal(words.ravel(), flat)
-    np.testing.assert_array_equal(one, flat[0])
+      np.testing.assert_array_equal(np.ravel(words), flat)
+    np.testing.assert_array_equal(one, np.asarray(flat)[0])
     # Row-major: a transposed array has other bits.
     x = data(4, 6)
     f = jax.jit(
@@ -422,7 +471,7 @@ class SameBitsTest(parameterized.TestCase):
         x, formats.get('int8'), rounding='stochastic', key=key
       )
     )
-    self.assertFalse((f(x) == f(x.T).T).all())
+    self.assertFalse((np.asarray(f(x)) == np.asarray(f(x.T)).T).all())
 
 
 def join(low, high) -> np.ndarray:
@@ -455,7 +504,7 @@ class ElementIndexTest(parameterized.TestCase):
   )
   def test_against_python_integers(self, shape, start, full):
     want = self.expected(shape, start, full)
-    low, high = hash.element_index(shape, (start, full))
+    low, high = jax.jit(lambda: hash.element_index(shape, (start, full)))()
     if math.prod(full) <= 2**32:
       self.assertIsNone(high)
       high = np.zeros(shape, np.uint32)
@@ -472,8 +521,10 @@ class ElementIndexTest(parameterized.TestCase):
 
   def test_the_high_word_changes_the_bits(self):
     key, full = jax.random.key(0), (2**20, 2**20)
-    a = numerics.random_words(key, (1, 64), ((0, 0), full))
-    b = numerics.random_words(key, (1, 64), ((4096, 0), full))  # + 2^32
+    words = jax.jit(
+      lambda row: numerics.random_words(key, (1, 64), ((row, 0), full))
+    )
+    a, b = words(0), words(4096)  # + 2^32
     self.assertEqual(int((np.asarray(a) == np.asarray(b)).sum()), 0)
 
 
@@ -575,13 +626,14 @@ class HashTest(parameterized.TestCase):
     self.assertLessEqual(collisions, 3)
 
   def test_sites_differ(self):
-    i = jnp.arange(N, dtype=jnp.uint32)
-    key = jnp.array([3, 4], jnp.uint32)
-    a, b = (np.asarray(hash.random_bits(key, i, site=s)) for s in (0, 1))
+    i, key = np.arange(N, dtype=np.uint32), np.uint32([3, 4])
+    draw = jax.jit(lambda s: hash.random_bits(key, i, site=s), static_argnums=0)
+    a, b = (np.asarray(draw(s)) for s in (0, 1))
     self.assert_balanced(bit_matrix(a ^ b))
 
   def test_dither_is_uniform_on_the_open_interval(self):
-    u = np.asarray(numerics.dither(jax.random.key(0), (N,)), np.float64)
+    u = jax.jit(lambda key: numerics.dither(key, (N,)))(jax.random.key(0))
+    u = np.asarray(u, np.float64)
     self.assertGreaterEqual(u.min(), -0.5)
     self.assertLess(u.max(), 0.5)
     self.assertLess(abs(u.mean()), 5 * math.sqrt(1 / 12 / N))

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from absl.testing import absltest, parameterized
+from scipy import special
 
 from lowbit_jax.special import _bessel, log_iv, log_kv
 
@@ -155,8 +156,23 @@ class IdentityTest(parameterized.TestCase):
         for leaf in jax.tree.leaves(hessian(np.float64(v), np.float64(x))):
           self.assertTrue(np.isfinite(leaf).all())
 
-  def assert_solves_bessels_equation(self, name, derivative):
-    # With r = d/dx log B: r' = 1 + v^2 / x^2 - r / x - r^2.
+  def test_modified_bessel_equation_in_float32(self):
+    # With r = d/dx log I: r' = 1 + v^2 / x^2 - r / x - r^2.
+    v, x = np.float32([[0, 0.7, 3, 20], [0.5, 3, 8, 40]])
+    f = forward_in_x(jax.grad(log_iv, 1))
+    r, slope = map(np.float64, _jit_unfused(jax.vmap(f))(v, x))
+    v, x = np.float64(v), np.float64(x)
+    want = v / x + special.ive(v + 1, x) / special.ive(v, x)
+    # A few roundings of results and terms, none of which is above 2.
+    np.testing.assert_allclose(r, want, rtol=8 * 2.0**-24)
+    want = 1 + (v / x) ** 2 - want / x - want * want
+    np.testing.assert_allclose(slope, want, rtol=0, atol=16 * 2.0**-24)
+
+  @parameterized.product(
+    name=('iv', 'kv'), derivative=(forward_in_x, reverse_in_x)
+  )
+  @pytest.mark.slow
+  def test_modified_bessel_equation(self, name, derivative):
     v, x = np.array([0.0, 0.7, 3.0, 20.0]), np.array([0.5, 3.0, 8.0, 40.0])
     first = jax.grad(_FUNCTIONS[name], 1)
     with jax.enable_x64(True):
@@ -164,15 +180,6 @@ class IdentityTest(parameterized.TestCase):
     r, slope = map(np.asarray, both)
     want = 1 + (v / x) ** 2 - r / x - r * r
     np.testing.assert_allclose(slope, want, rtol=1e-8, atol=1e-10)
-
-  @parameterized.parameters(('iv', reverse_in_x), ('kv', forward_in_x))
-  def test_modified_bessel_equation(self, name, derivative):
-    self.assert_solves_bessels_equation(name, derivative)
-
-  @parameterized.parameters(('iv', forward_in_x), ('kv', reverse_in_x))
-  @pytest.mark.slow
-  def test_modified_bessel_equation_by_the_other_mode(self, name, derivative):
-    self.assert_solves_bessels_equation(name, derivative)
 
 
 class EdgesTest(parameterized.TestCase):
@@ -189,9 +196,24 @@ class EdgesTest(parameterized.TestCase):
     ('kv', np.nan, 1, np.nan),
   )
   def test_values(self, name, v, x, want):
-    np.testing.assert_equal(float(_FUNCTIONS[name](v, x)), want)
+    got = evaluate(name, np.float32(v), np.float32(x))
+    np.testing.assert_equal(got, np.float32([want]))
+
+  def test_takes_integers(self):
+    for f in _FUNCTIONS.values():
+      self.assertEqual(jax.eval_shape(f, 1, 0).dtype, np.float32)
 
   def test_composes(self):
+    v, x = np.float32([0.5, 7]), np.float32([[1], [2], [30]])
+    rows = jax.jit(jax.vmap(lambda x: log_iv(v, x)))(x)
+    self.assertEqual(rows.shape, (3, 2))
+    want = evaluate('iv', *map(np.ravel, np.broadcast_arrays(v, x)))
+    np.testing.assert_allclose(np.ravel(rows), want, rtol=1e-6)
+    for f in _FUNCTIONS.values():
+      self.assertEqual(jax.eval_shape(f, v, x).shape, (3, 2))
+
+  @pytest.mark.slow
+  def test_is_the_same_without_jit(self):
     v, x = np.float32([0.5, 7]), np.float32([[1], [2], [30]])
     for f in _FUNCTIONS.values():
       want = f(v, x)

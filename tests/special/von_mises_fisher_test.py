@@ -1,5 +1,7 @@
 """The von Mises-Fisher distribution: closed forms, and its own samples."""
 
+import functools
+
 import jax
 import numpy as np
 import pytest
@@ -9,16 +11,24 @@ from scipy import special
 from lowbit_jax.special import von_mises_fisher
 
 MANY = (10, 2000)
+# From where the power series holds to where the uniform expansion does.
+KAPPA = np.float32(np.geomspace(2, 200, 10))[:, None]
 
 log_prob = jax.jit(von_mises_fisher.log_prob)
 fit = jax.jit(von_mises_fisher.fit)
 _sample = jax.jit(von_mises_fisher.sample, static_argnums=3)
 
 
-def sample(seed: int, mean, kappa: float, shape) -> np.ndarray:
+def sample(seed: int, mean, kappa, shape) -> np.ndarray:
   """Compiled, one program for each shape."""
   key = jax.random.key(seed)
   return np.asarray(_sample(key, mean, np.float32(kappa), shape))
+
+
+@functools.cache
+def sets() -> np.ndarray:
+  """2000 samples in 8 dimensions for each of 10 kappas (KAPPA)."""
+  return sample(0, unit(8), KAPPA, MANY)
 
 
 def unit(p: int, seed: int = 0, shape=()) -> np.ndarray:
@@ -33,11 +43,10 @@ class LogProbTest(parameterized.TestCase):
     mean, x = unit(3, 0), unit(3, 1)
     want = np.log(kappa / (2 * np.pi * -np.expm1(-2.0 * kappa)))
     want = want + kappa * (np.float64(x) @ mean - 1)
-    got = von_mises_fisher.log_prob(x, mean, kappa)
+    got = log_prob(x, mean, kappa)
     np.testing.assert_allclose(got, want, rtol=1e-6, atol=2e-5)
 
-  @parameterized.parameters((2, 1.0), (10, 4.0), (64, 200.0))
-  def test_float64_against_scipy(self, p, kappa):
+  def assert_is_that_of_scipy(self, p, kappa):
     v = p / 2 - 1
     log_iv = np.log(special.ive(v, kappa)) + kappa
     log_c = v * np.log(kappa) - p / 2 * np.log(2 * np.pi) - log_iv
@@ -46,8 +55,15 @@ class LogProbTest(parameterized.TestCase):
       got = log_prob(x, mean, kappa)
       np.testing.assert_allclose(got, log_c + kappa * (x @ mean), rtol=1e-12)
 
-  @parameterized.parameters(2, 3, 2048, 32768)
-  def test_float32_agrees_with_float64(self, p):
+  @parameterized.parameters((2, 1.0), (2, 100.0), (64, 200.0))
+  def test_float64_against_scipy(self, p, kappa):
+    self.assert_is_that_of_scipy(p, kappa)
+
+  @pytest.mark.slow
+  def test_float64_against_scipy_in_ten_dimensions(self):
+    self.assert_is_that_of_scipy(10, 4.0)
+
+  def assert_float32_agrees_with_float64(self, p):
     x, mean, kappa = unit(p, 0), unit(p, 1), np.float32(0.25 * p)
     got = log_prob(x, mean, kappa)
     with jax.enable_x64(True):
@@ -55,6 +71,26 @@ class LogProbTest(parameterized.TestCase):
       want = log_prob(*wide)
     np.testing.assert_allclose(got, want, rtol=2e-6)
 
+  @parameterized.parameters(2, 32768)
+  def test_float32_agrees_with_float64(self, p):
+    self.assert_float32_agrees_with_float64(p)
+
+  @parameterized.parameters(3, 2048)
+  @pytest.mark.slow
+  def test_float32_agrees_with_float64_between(self, p):
+    self.assert_float32_agrees_with_float64(p)
+
+  def test_derivatives_in_float32(self):
+    x, mean, kappa = unit(16, 0), unit(16, 1), np.float32(9)
+    f = von_mises_fisher.log_prob
+    d_mean, d_kappa = jax.jit(jax.grad(f, (1, 2)))(x, mean, kappa)
+    np.testing.assert_allclose(d_mean, kappa * x, rtol=2.0**-22)
+    # A difference of two numbers below 1, each of a few roundings.
+    ratio = special.ive(8, 9.0) / special.ive(7, 9.0)
+    want = np.float64(x) @ mean - ratio
+    np.testing.assert_allclose(d_kappa, want, atol=16 * 2.0**-24)
+
+  @pytest.mark.slow
   def test_derivatives(self):
     with jax.enable_x64(True):
       x, mean, kappa = np.float64(unit(16, 0)), np.float64(unit(16, 1)), 9.0
@@ -66,7 +102,38 @@ class LogProbTest(parameterized.TestCase):
 
 
 class SampleTest(parameterized.TestCase):
-  def assert_fit_recovers_kappa(self, p, kappa, shape):
+  def test_fit_recovers_kappa(self):
+    p, n, kappa = 8, MANY[1], np.float64(KAPPA[:, 0])
+    x = sets()
+    np.testing.assert_allclose(np.linalg.norm(x, axis=-1), 1, atol=1e-5)
+    direction, fitted = map(np.asarray, fit(x))
+    self.assertGreater((direction @ unit(p)).min(), 0.95)
+    # The standard error of kappa is 1 / sqrt(n A'(kappa)), and the likelihood
+    # is biased by p^2 / (2 n kappa).
+    ratio = special.ive(p / 2, kappa) / special.ive(p / 2 - 1, kappa)
+    slope = 1 - ratio * ratio - (p - 1) / kappa * ratio
+    bound = 4 / np.sqrt(n * slope) + p * p / (2 * n * kappa)
+    np.testing.assert_array_less(np.abs(fitted - kappa), bound)
+
+  def test_fit_inverts_the_mean_length(self):
+    # Half of the points at either side of the mean; their mean has length A.
+    p, kappa = 8, np.float64(KAPPA)
+    mean, other = np.eye(p)[:2]
+    ratio = special.ive(p / 2, kappa) / special.ive(p / 2 - 1, kappa)
+    side = np.resize([1, -1], MANY) * np.sqrt(1 - ratio * ratio)
+    x = ratio[..., None] * mean + side[..., None] * other
+    direction, fitted = map(np.asarray, fit(np.float32(x)))
+    np.testing.assert_allclose(direction, np.tile(mean, (10, 1)), atol=1e-6)
+    # A few roundings of A to float32, over A'(kappa).
+    slope = 1 - ratio * ratio - (p - 1) / kappa * ratio
+    bound = 16 * 2.0**-24 / slope[:, 0]
+    np.testing.assert_array_less(np.abs(fitted - kappa[:, 0]), bound)
+
+  @parameterized.parameters(
+    (3, 5.0, MANY), (2048, 500.0, (2000,)), (32768, 8000.0, (2000,))
+  )
+  @pytest.mark.slow
+  def test_fit_recovers_kappa_in_other_dimensions(self, p, kappa, shape):
     # The standard error of kappa is 1 / sqrt(n A'(kappa)), below 0.1 % in high
     # dimensions, where the likelihood is biased by p^2 / (2 n kappa^2), 0.4 %.
     # For p = 3 it is 2 %, and that of the mean of ten sets 0.7 %.
@@ -77,34 +144,41 @@ class SampleTest(parameterized.TestCase):
     self.assertGreater((direction @ mean).min(), 0.95)
     self.assertLess(abs(fitted.mean() / kappa - 1), 0.03 if p == 3 else 0.01)
 
-  @parameterized.parameters((3, 5.0, MANY), (2048, 500.0, (2000,)))
-  def test_fit_recovers_kappa(self, p, kappa, shape):
-    self.assert_fit_recovers_kappa(p, kappa, shape)
+  def assert_uniform(self, probabilities):
+    u = np.sort(np.ravel(probabilities))
+    distance = np.max(np.abs(u - (np.arange(u.size) + 0.5) / u.size))
+    self.assertLess(distance, 1.95 / u.size**0.5)  # Kolmogorov-Smirnov, 0.1 %
+
+  def test_cosines(self):
+    # Their density is e^{kw} (1 - w^2)^((p - 3) / 2).
+    w = np.linspace(-1, 1, 20001)
+    steps = (1 - w[1:] * w[:-1]) ** 2.5 * np.exp(KAPPA * (w[1:] - 1))
+    below = np.cumsum(steps / steps.sum(-1, keepdims=True), -1)
+    cosines = zip(sets() @ unit(8), below, strict=True)
+    self.assert_uniform([np.interp(x, w[1:], b) for x, b in cosines])
 
   @pytest.mark.slow
-  def test_fit_recovers_kappa_in_the_highest_dimension(self):
-    self.assert_fit_recovers_kappa(32768, 8000.0, (2000,))
-
   def test_cosines_of_the_sphere(self):
     # p = 3: the cosine has the distribution (e^{kw} - e^-k) / (e^k - e^-k).
     kappa, mean = 2.0, unit(3)
-    w = np.sort((sample(1, mean, kappa, MANY) @ mean).ravel())
-    cdf = np.expm1(kappa * (w + 1)) / np.expm1(2 * kappa)
-    distance = np.max(np.abs(cdf - (np.arange(w.size) + 0.5) / w.size))
-    self.assertLess(distance, 1.95 / w.size**0.5)  # Kolmogorov-Smirnov, 0.1 %
+    w = sample(1, mean, kappa, MANY) @ mean
+    self.assert_uniform(np.expm1(kappa * (w + 1)) / np.expm1(2 * kappa))
 
   def test_uniform(self):
-    x = sample(2, unit(3), 0.0, MANY).reshape(-1, 3)
-    np.testing.assert_allclose(x.mean(0), 0, atol=5 / (3 * len(x)) ** 0.5)
+    x = sample(2, unit(8), 0 * KAPPA, MANY).reshape(-1, 8)
+    np.testing.assert_allclose(x.mean(0), 0, atol=5 / (8 * len(x)) ** 0.5)
 
   def test_the_key_alone_decides(self):
-    def draw(seed):
-      key = jax.random.key(seed)
-      return von_mises_fisher.sample(key, unit(3), np.float32(3), MANY)
+    np.testing.assert_array_equal(sample(0, unit(8), KAPPA, MANY), sets())
+    other = sample(4, unit(8), KAPPA, MANY)
+    self.assertFalse(np.array_equal(other, sets()))
 
-    a, b = draw(3), sample(3, unit(3), 3.0, MANY)
+  @pytest.mark.slow
+  def test_is_the_same_without_jit(self):
+    key = jax.random.key(3)
+    a = von_mises_fisher.sample(key, unit(3), np.float32(3), MANY)
+    b = sample(3, unit(3), 3.0, MANY)
     np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
-    self.assertFalse(np.array_equal(a, draw(4)))
 
 
 class ArgumentsTest(parameterized.TestCase):

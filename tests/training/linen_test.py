@@ -9,11 +9,17 @@ from absl.testing import absltest, parameterized
 from flax import linen
 
 import lowbit_jax as lowbit
-from lowbit_jax.recipe import Policy
+from lowbit_jax import formats
+from lowbit_jax.recipe import GemmSpec, Policy, QuantSpec, Recipe
 from lowbit_jax.training import linen as low
 from lowbit_jax.training import recipes, scaling
 
 X = np.random.default_rng(0).standard_normal((2, 3, 32)).astype(np.float32)
+NOISY = Recipe(
+  'noisy',
+  fwd=GemmSpec(QuantSpec(formats.mxfp4)),
+  dgrad=GemmSpec(QuantSpec(formats.mxfp4, 'rceil', rounding='stochastic')),
+)
 RNGS = {'params': jax.random.key(1), 'quant': jax.random.key(2)}
 
 
@@ -90,7 +96,7 @@ class LinenTest(parameterized.TestCase):
     self.assertFalse(np.array_equal(one, none))
 
   def test_random_bits_come_from_the_stream(self):
-    model = Mlp(recipes.get('mxfp4_sr_rht'))
+    model = Mlp(NOISY)
     variables = init(Mlp())
     grad = jax.jit(jax.grad(lambda v, key: loss(model, v, quant=key)[0]))
     a, b, c = (
@@ -101,7 +107,7 @@ class LinenTest(parameterized.TestCase):
     self.assertFalse(np.array_equal(a, c))
 
   def test_evaluation_needs_no_stream(self):
-    model = Mlp(recipes.get('mxfp4_sr_rht'))
+    model = Mlp(NOISY)
     variables = init(Mlp())
     want, _ = loss(model, variables, quant=jax.random.key(9))
     got, _ = loss(model, variables)

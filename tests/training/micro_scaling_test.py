@@ -460,13 +460,15 @@ class AgreementTest(parameterized.TestCase):
     self.assertEqual(got.dtype, dtype)
     assert_bits(np.asarray(got, np.float32), np.asarray(want, np.float32))
 
-  @parameterized.parameters(*zip(PAIRS, (0, 1, 0, 1), strict=True))
+  @parameterized.parameters(*zip(PAIRS[:3], (0, 1, 0), strict=True))
   def test_values(self, pair, axis):
     self._check_values(pair, axis)
 
-  @parameterized.parameters(*zip(PAIRS, (1, 0, 1, 0), strict=True))
+  @parameterized.parameters(
+    *zip(PAIRS, (1, 0, 1, 0), strict=True), (PAIRS[3], 1)
+  )
   @pytest.mark.slow
-  def test_values_along_the_other_axis(self, pair, axis):
+  def test_values_along_other_axes(self, pair, axis):
     self._check_values(pair, axis)
 
   def test_stochastic_values(self):

@@ -10,7 +10,8 @@ from absl.testing import absltest, parameterized
 from flax import linen
 
 import lowbit_jax as lowbit
-from lowbit_jax import doctor, formats
+from lowbit_jax import formats
+from lowbit_jax.doctor import _measure
 from lowbit_jax.recipe import GemmSpec, QuantSpec, Recipe
 from lowbit_jax.training import linen as low
 from lowbit_jax.training import monitors, quantizers, recipes
@@ -27,8 +28,8 @@ quantize = jax.jit(
 
 def by_doctor(t, fmt, axis, scale_rule=None) -> tuple[float, float]:
   q = quantize(t, fmt, axis=axis, scale_rule=scale_rule)
-  (row,) = doctor.report(q, reference=t)
-  return row.measures.saturated, row.measures.flushed
+  measures = _measure.measure(q, t)
+  return measures.saturated, measures.flushed
 
 
 def hadamard(n: int) -> np.ndarray:
@@ -144,31 +145,42 @@ class WatchTest(parameterized.TestCase):
     def gradient(watch, params, probes, x):
       def loss(params, probes, x):
         variables = {'params': params, 'watched': probes}
-        return jnp.sum(layer(watch).apply(variables, x) ** 2)
+        y = layer(watch).apply(variables, x)
+        return jnp.sum(y**2), y
 
-      return jax.grad(loss, (0, 1, 2))(params, probes, x)
+      return jax.grad(loss, (0, 1, 2), has_aux=True)(params, probes, x)
 
     variables = variables_of(layer(True), X)
-    plain, _, dx = gradient(False, variables['params'], {}, X)
-    watched, shares, dx_watched = gradient(
+    (plain, _, dx), y = gradient(False, variables['params'], {}, X)
+    (watched, shares, dx_watched), _ = gradient(
       True, variables['params'], variables['watched'], X
     )
     np.testing.assert_array_equal(watched['kernel'], plain['kernel'])
     np.testing.assert_array_equal(dx_watched, dx)
     (share,) = jax.tree.leaves(shares, is_leaf=lambda s: isinstance(s, tuple))
     w = variables['params']['kernel']
-    apply = jax.jit(layer(False).apply)
-    dy = 2 * np.asarray(apply({'params': variables['params']}, X))
-    want = lost(X, w, dy, recipe)
+    want = lost(X, w, 2 * np.asarray(y), recipe)
     np.testing.assert_allclose(share.flushed, want.flushed, rtol=1e-6)
     np.testing.assert_allclose(share.clipped, want.clipped, rtol=1e-6)
 
+  def test_scanned_layers_are_stacked(self):
+    spec = QuantSpec(formats.mxfp4, 'rceil', rounding='stochastic')
+    shares = self.scanned(Recipe('noisy', GemmSpec(spec, spec)))
+    flushed = np.asarray(jax.tree.leaves(shares)[1])
+    self.assertTrue((flushed[:, :2] > 0).all())
+
   @parameterized.parameters('mxfp4_sr_rht', 'fp8_delayed')
-  def test_scanned_layers_are_stacked(self, name):
+  @pytest.mark.slow
+  def test_scanned_layers_of_recipes_are_stacked(self, name):
+    shares = self.scanned(recipes.get(name))
+    if name == 'mxfp4_sr_rht':
+      self.assertTrue((np.asarray(jax.tree.leaves(shares)[1]) > 0).all())
+
+  def scanned(self, recipe):
     class Body(linen.Module):
       @linen.compact
       def __call__(self, x, _):
-        cls = low.dot_general_cls(recipes.get(name), watch=True)
+        cls = low.dot_general_cls(recipe, watch=True)
         return linen.Dense(64, dot_general_cls=cls)(x), None
 
     scanned = linen.scan(
@@ -188,8 +200,7 @@ class WatchTest(parameterized.TestCase):
     for share in jax.tree.leaves(shares):
       self.assertEqual(share.shape, (3, 6))
       self.assertTrue(np.isfinite(share).all())
-    if name == 'mxfp4_sr_rht':
-      self.assertTrue((np.asarray(jax.tree.leaves(shares)[1]) > 0).all())
+    return shares
 
 
 if __name__ == '__main__':

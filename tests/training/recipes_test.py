@@ -40,7 +40,6 @@ def gradients(name: str, products=compiled):
 # recipes that compile fastest. The others are for the slow run.
 QUICK = (
   'mxfp8',
-  'mxfp4_sr_rht',
   'nvfp4',
   'fp8_delayed',
   'jetfire_int8',

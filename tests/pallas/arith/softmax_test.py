@@ -10,6 +10,7 @@ import itertools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from absl.testing import absltest, parameterized
 from jax import lax
 from jax.experimental import pallas as pl
@@ -257,7 +258,7 @@ class ScaledExpTest(parameterized.TestCase):
   def test_row_exponent(self):
     top = np.array([1000, -INF, NAN, INF, 3e4, -3e4], np.float32)
     np.testing.assert_array_equal(
-      sm.row_exponent(top), np.float32([1442, -3e38, 3e38, 3e38, 3e38, 3e38])
+      _row_exponent(top), np.float32([1442, -3e38, 3e38, 3e38, 3e38, 3e38])
     )
 
 
@@ -337,16 +338,16 @@ class MergeTest(parameterized.TestCase):
     self.assertTrue(np.isfinite(m[np.ix_([one, zero], [one, zero])]).all())
 
   def test_reduce_matches_merges(self):
-    pair = sm.Pair(*(np.reshape(v, (8, 250)) for v in self._pairs(8)))
+    pair = sm.Pair(*(np.reshape(v, (8, 1000)) for v in self._pairs(8, 8000)))
     total = _reduce(pair, -1)
     exact = _worth(pair).sum(-1)
     n = np.asarray(total.n).astype(int) - int(np.max(pair.n))
     error = np.abs(np.ldexp(np.asarray(total.m).astype(LONG), n) / exact - 1)
-    self.assertLessEqual(float(error.max()) / U, 249)
+    self.assertLessEqual(float(error.max()) / U, 999)
     tree = _tree(pair)
     n = np.asarray(tree.n).astype(int) - int(np.max(pair.n))
     error = np.abs(np.ldexp(np.asarray(tree.m).astype(LONG), n) / exact - 1)
-    self.assertLessEqual(float(error.max()) / U, 8)
+    self.assertLessEqual(float(error.max()) / U, 10)
 
   @parameterized.parameters(0, 1, -1)
   def test_reduce_along_any_axis(self, axis):
@@ -396,13 +397,21 @@ class SoftmaxTest(parameterized.TestCase):
     total = _reduce(pair, -1)
     self.assertEqual(total.n, 1443)
     np.testing.assert_allclose(total.m, 2.44183326, rtol=2 * U)
-    y = sm.normalise(pair, total)
+    y = _normalise(pair, total)
     np.testing.assert_allclose(
       y, [0.33149892, 0.54654944, 0, 0.12195165], rtol=4 * U
     )
 
-  @parameterized.product(form=('pair', 'online'), split=(1, 37))
+  @parameterized.product(form=('pair', 'online'), split=(37,))
   def test_split_rows_merge(self, form, split):
+    self.check_split(form, split)
+
+  @parameterized.product(form=('pair', 'online'), split=(1,))
+  @pytest.mark.slow
+  def test_a_column_and_the_rest_merge(self, form, split):
+    self.check_split(form, split)
+
+  def check_split(self, form, split):
     x = _rows('uniform50')
     where = np.random.default_rng(5).random(x.shape) < 0.8
 
@@ -418,13 +427,23 @@ class SoftmaxTest(parameterized.TestCase):
       return sm.online_normalise(x, _online_merge(*parts), where)
 
     y = jax.jit(merged)(x, where)
-    whole = FORMS[form](x, where)[0]
-    np.testing.assert_allclose(
-      y, whole, rtol=(2 * 127 + 12) * U, atol=2.0**-126
-    )
+    want = _oracle(np.where(where, x, -INF))[0].astype(float)
+    # Of the form, whose chains are no longer, and of one merge.
+    bound = {'pair': 8, 'online': 10 + 5}[form] + 127
+    np.testing.assert_allclose(y, want, rtol=bound * U, atol=2.0**-126)
 
-  @parameterized.product(form=('pair', 'online'), axis=(0, 1, -2))
+  @parameterized.parameters(('pair', 0), ('online', -2))
   def test_other_axes(self, form, axis):
+    self.check_axis(form, axis)
+
+  @parameterized.parameters(
+    ('online', 0), ('pair', 1), ('online', 1), ('pair', -2)
+  )
+  @pytest.mark.slow
+  def test_more_other_axes(self, form, axis):
+    self.check_axis(form, axis)
+
+  def check_axis(self, form, axis):
     x = _rows('wide', (6, 7, 8))
 
     @jax.jit
@@ -446,6 +465,14 @@ class SoftmaxTest(parameterized.TestCase):
     )
 
   @parameterized.parameters('pair', 'online')
+  def test_a_row_alone_has_the_same_bits(self, form):
+    x = _rows('wide')
+    whole = FORMS[form](x)[0]
+    for i in range(5):
+      np.testing.assert_array_equal(FORMS[form](x[i : i + 1])[0][0], whole[i])
+
+  @parameterized.parameters('pair', 'online')
+  @pytest.mark.slow
   def test_batching_is_bitwise_neutral(self, form):
     x = _rows('wide', (5, 33))
     whole = FORMS[form](x)[0]
@@ -453,10 +480,16 @@ class SoftmaxTest(parameterized.TestCase):
       np.testing.assert_array_equal(FORMS[form](x[i : i + 1])[0][0], whole[i])
     np.testing.assert_array_equal(jax.vmap(FORMS[form])(x)[0], whole)
 
-  @parameterized.product(
-    form=('pair', 'online'), dtype=(jnp.bfloat16, jnp.float16)
-  )
+  @parameterized.parameters(('pair', jnp.bfloat16), ('online', jnp.float16))
   def test_narrow_inputs_are_widened_first(self, form, dtype):
+    self.check_narrow(form, dtype)
+
+  @parameterized.parameters(('pair', jnp.float16), ('online', jnp.bfloat16))
+  @pytest.mark.slow
+  def test_more_narrow_inputs_are_widened_first(self, form, dtype):
+    self.check_narrow(form, dtype)
+
+  def check_narrow(self, form, dtype):
     x = _rows('wide').astype(dtype)
     for got, want in zip(
       FORMS[form](x), FORMS[form](x.astype(np.float32)), strict=True
@@ -617,8 +650,14 @@ class LoweringTest(parameterized.TestCase):
     exported = jax.export.export(jax.jit(kernel), platforms=['tpu'])(self.SHAPE)
     self.assertIn('tpu_custom_call', exported.mlir_module())
 
-  @parameterized.parameters(_pair_block, _online_block)
-  def test_gpu(self, block):
+  def test_gpu(self):
+    self.check_gpu(_pair_block)
+
+  @pytest.mark.slow
+  def test_gpu_online(self):
+    self.check_gpu(_online_block)
+
+  def check_gpu(self, block):
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     def body(x_ref, o_ref, tile_ref, barrier):

@@ -18,8 +18,16 @@ from lowbit_pallas.softmax import config, forms, reference
 from tests.pallas.softmax import rows
 
 GUARD = 12
-SHAPES = ((1, 1), (3, 5), (9, 129), (2, 9000))
-MORE_SHAPES = ((1, 2), (7, 127), (8, 128), (5, 1000), (13, 300))
+SHAPES = ((1, 1), (2, 9000))
+MORE_SHAPES = (
+  (1, 2),
+  (3, 5),
+  (9, 129),
+  (7, 127),
+  (8, 128),
+  (5, 1000),
+  (13, 300),
+)
 
 
 @functools.cache

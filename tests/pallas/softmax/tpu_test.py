@@ -24,14 +24,24 @@ from tests.pallas.softmax import rows
 
 NARROW = config.TpuConfig(8, 128)
 CASES = (
-  # One block; ragged blocks in both directions; several chunks to a block.
+  # Ragged blocks in both directions; several chunks to a block, and rows beyond
+  # a whole one.
+  ('ragged_online', (9, 300), NARROW, 'online', 'float32', 'increasing'),
+  (
+    'chunks',
+    (17, 1300),
+    config.TpuConfig(16, 1408),
+    'pair',
+    'bfloat16',
+    'wide',
+  ),
+)
+SLOW_CASES = (
   ('one_block', (3, 5), None, 'pair', 'float32', 'wide'),
   ('ragged', (13, 300), NARROW, 'pair', 'float32', 'offset'),
-  ('ragged_online', (9, 300), NARROW, 'online', 'float32', 'increasing'),
   ('chunks', (3, 1300), None, 'pair', 'bfloat16', 'wide'),
   ('half', (3, 129), None, 'online', 'float16', 'wide'),
-)
-SLOW_CASES = tuple(
+) + tuple(
   (f'{name}_{algorithm}_{i}', shape, block, algorithm, dtype, name)
   for name in ('wide', 'uniform1000', 'increasing', 'one_hot')
   for algorithm in forms.ALGORITHMS
@@ -77,7 +87,7 @@ def _error(y, x, where=None):
 
 class Softmax(parameterized.TestCase):
   def check(self, shape, block, algorithm, dtype, name):
-    x = jnp.asarray(rows.draw(name, shape), dtype)
+    x = rows.draw(name, shape).astype(jnp.dtype(dtype))
     y = _run(x, algorithm=algorithm, config=block, out_dtype=jnp.float32)
     want = rows.exact('softmax', x)
     bound = {'pair': 8, 'online': 10, 'auto': 8}[algorithm] + _chain(shape[1])
@@ -97,8 +107,15 @@ class TpuTest(Softmax):
   def test_softmax(self, *case):
     self.check(*case)
 
-  @parameterized.parameters(*forms.KINDS)
-  def test_special_rows_under_a_mask(self, kind):
+  def test_special_rows_under_a_mask(self):
+    self.check_special_rows_under_a_mask('log_softmax')
+
+  @parameterized.parameters('softmax', 'logsumexp')
+  @pytest.mark.slow
+  def test_more_special_rows_under_a_mask(self, kind):
+    self.check_special_rows_under_a_mask(kind)
+
+  def check_special_rows_under_a_mask(self, kind):
     x = rows.draw('wide', (8, 300))
     where = np.random.default_rng(0).random(x.shape) < 0.7
     where[0] = False
@@ -121,14 +138,23 @@ class TpuTest(Softmax):
     np.testing.assert_allclose(y[finite], want[finite], rtol=32 * rows.U)
 
   def test_auto_decides_row_by_row(self):
+    x = rows.draw('wide', (8, 128))
+    x[2] = rows.draw('beyond', (1, 128))
+    x[4, 7], x[5, 120], x[6] = np.nan, np.inf, -np.inf
+    y, pair = _run(x), _run(x, algorithm='pair')
+    bad = np.isin(np.arange(8), (4, 5, 6))
+    np.testing.assert_array_equal(np.isnan(y), np.tile(bad[:, None], 128))
+    bad[2] = True
+    np.testing.assert_array_equal(np.isnan(pair), np.tile(bad[:, None], 128))
+    others = np.arange(8) != 2
+    np.testing.assert_array_equal(y[others], pair[others])
+    self.assertLessEqual(_error(y[2:3], x[2:3]), 32)
+
+  @pytest.mark.slow
+  def test_auto_is_online_beyond_the_domain(self):
     x = rows.draw('wide', (9, 150))
     x[2] = rows.draw('beyond', (1, 150))
-    y = _run(x)
-    pair, online = _run(x, algorithm='pair'), _run(x, algorithm='online')
-    self.assertTrue(np.isnan(pair[2]).all())
-    others = np.arange(9) != 2
-    np.testing.assert_array_equal(y[others], pair[others])
-    np.testing.assert_array_equal(y[2], online[2])
+    np.testing.assert_array_equal(_run(x)[2], _run(x, algorithm='online')[2])
 
   def test_guards_are_left_out_where_entries_are_near(self):
     seen = []
@@ -158,6 +184,7 @@ class TpuTest(Softmax):
           self.assertLessEqual(_error(y, x), 24)
           seen.clear()
 
+  @pytest.mark.slow
   def test_rows_beyond_a_whole_block(self):
     x = rows.draw('wide', (9, 256))
     y = tpu.run(
@@ -167,29 +194,48 @@ class TpuTest(Softmax):
 
   @parameterized.parameters('nan', 'inf', 'all_dead', 'dead')
   def test_special_rows_in_a_whole_block(self, name):
+    self.check_special_rows_in_a_whole_block(name, ('logsumexp',))
+
+  @parameterized.parameters('nan', 'inf', 'all_dead', 'dead')
+  @pytest.mark.slow
+  def test_more_special_rows_in_a_whole_block(self, name):
+    self.check_special_rows_in_a_whole_block(name, ('softmax', 'log_softmax'))
+
+  def check_special_rows_in_a_whole_block(self, name, kinds):
     x = rows.draw('wide', (8, 128))
     if name == 'all_dead':
       x[3] = -np.inf
     else:
       x[3, 5] = {'nan': np.nan, 'inf': np.inf, 'dead': -np.inf}[name]
-    for kind in forms.KINDS:
+    for kind in kinds:
       y = _run(x, algorithm='pair', kind=kind)
       want = np.asarray(_reference(kind)(x))
       for special in (np.isnan, np.isposinf, np.isneginf):
         np.testing.assert_array_equal(special(y), special(want), err_msg=kind)
 
   def test_rows_do_not_see_each_other(self):
+    x = rows.draw('wide', (8, 128))
+    whole = _run(x, algorithm='pair')
+    np.testing.assert_array_equal(_run(x[::-1], algorithm='pair'), whole[::-1])
+    others = ~np.isin(np.arange(8), (3, 4))
+    x[others] = np.nan
+    part = _run(x, algorithm='pair')
+    np.testing.assert_array_equal(part[3:5], whole[3:5])
+
+  @pytest.mark.slow
+  def test_rows_do_not_see_how_many_they_are(self):
     x = rows.draw('wide', (9, 150))
     whole = _run(x, algorithm='pair')
     part = _run(x[3:5], algorithm='pair')
     np.testing.assert_array_equal(whole[3:5], part)
 
-  def test_half_precision_rounds_once(self):
-    x = jnp.asarray(rows.draw('wide', (9, 150)), jnp.bfloat16)
-    y = _run(x, algorithm='pair')
-    wide = _run(x.astype(jnp.float32), algorithm='pair')
+  def test_half_precision_rounds_once_and_is_scaled_exactly(self):
+    x = rows.draw('wide', (8, 128)).astype(jnp.bfloat16)
+    y = _run(x, scale=0.5, algorithm='pair')
+    wide = _run(x.astype(np.float32) / 2, algorithm='pair')
     np.testing.assert_array_equal(y, wide.astype(y.dtype))
 
+  @pytest.mark.slow
   def test_scale(self):
     x = rows.draw('wide', (3, 140))
     y = _run(x, scale=0.5, algorithm='pair')
@@ -217,9 +263,10 @@ class MutationTest(parameterized.TestCase):
     return _error(y, x, where)
 
   def test_nothing_is_wrong(self):
-    where = jnp.asarray(np.arange(300) % 3 > 0)[None].repeat(3, 0)
+    where = np.tile(np.arange(300) % 3 > 0, (3, 1))
     self.assertLess(self._error_with(contextlib.nullcontext(), where), 32)
 
+  @pytest.mark.slow
   def test_last_column_block_dropped(self):
     sum_block = tpu._sum_block
 
@@ -229,6 +276,7 @@ class MutationTest(parameterized.TestCase):
     patch = mock.patch.object(tpu, '_sum_block', dropped)
     self.assertGreater(self._error_with(patch), 1e3)
 
+  @pytest.mark.slow
   def test_rescale_skipped(self):
     def merge(a, b):
       return sm.Pair(a.m + b.m, jnp.maximum(a.n, b.n))
@@ -242,6 +290,7 @@ class MutationTest(parameterized.TestCase):
     ('half_of_what_rows_need', '_to_lanes'),
     ('stored_with_an_error', '_store'),
   )
+  @pytest.mark.slow
   def test_whole_rows(self, name):
     faults = {
       '_over_chunks': lambda f: (
@@ -255,17 +304,19 @@ class MutationTest(parameterized.TestCase):
     patch = mock.patch.object(tpu, name, faults[name](getattr(tpu, name)))
     self.assertGreater(self._error_with(patch, columns=384), 1e3)
 
+  @pytest.mark.slow
   def test_whole_rows_without_a_fault(self):
     error = self._error_with(contextlib.nullcontext(), columns=384)
     self.assertLess(error, 24)
 
+  @pytest.mark.slow
   def test_mask_forgotten(self):
     load = tpu._load
 
     def unmasked(*args):
       return load(*args)[0], None
 
-    where = jnp.asarray(np.arange(300) % 3 > 0)[None].repeat(3, 0)
+    where = np.tile(np.arange(300) % 3 > 0, (3, 1))
     patch = mock.patch.object(tpu, '_load', unmasked)
     self.assertGreater(self._error_with(patch, where), 1e3)
 

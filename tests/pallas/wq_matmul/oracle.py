@@ -47,15 +47,35 @@ class Weight:
     return _prepack(*leaves, self.spec, tile=tile, k=self.k, layout=layout)
 
 
+_K, _N = 1152, 256
+
+
 @functools.cache
-def quantized(name: str, k: int, n: int, seed: int = 0) -> Weight:
-  """A quantized N(0, 1) weight without its tensor scale."""
-  w = np.random.default_rng([seed, k, n]).normal(size=(k, n))
-  q = _quantize(w.astype(np.float32), formats.get(name), axis=0)
-  leaves = (q.codes, q.scale, q.zero_point)
-  return Weight(
-    q.fmt, k, *[None if v is None else np.asarray(v) for v in leaves]
-  )
+def _large(name: str, k: int, n: int):
+  w = np.random.default_rng([k, n]).normal(size=(k, n))
+  return _quantize(w.astype(np.float32), formats.get(name), axis=0)
+
+
+def quantized(name: str, k: int, n: int) -> Weight:
+  """A quantized N(0, 1) weight without its tensor scale.
+
+  A corner of a larger one, so that tests share the program that makes it.
+  """
+  fmt = formats.get(name)
+  is_small = k <= _K and n <= _N
+  q = _large(name, *((_K, _N) if is_small else (k, n)))
+  rows = -(-k // fmt.block[0]) * fmt.block[0] if fmt.block[0] else k
+  leaves = [
+    None if v is None else np.asarray(v)
+    for v in (q.codes, q.scale, q.zero_point)
+  ]
+  if is_small:
+    sizes = rows * fmt.element.bits // 8, *[-(-k // (fmt.block[0] or k))] * 2
+    leaves = [
+      None if v is None else v[:size, :n]
+      for v, size in zip(leaves, sizes, strict=True)
+    ]
+  return Weight(q.fmt, k, *leaves)
 
 
 def random_codes(name: str, k: int, n: int, scale, seed: int = 0) -> Weight:

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 from absl.testing import absltest, parameterized
 
 import lowbit_jax
@@ -15,8 +16,16 @@ def gradient(seed: int = 0, shape=(6, 50)) -> np.ndarray:
 
 
 class QSGDTest(parameterized.TestCase):
-  @parameterized.product(bits=(2, 4, 8), bucket=(64, 512))
+  @parameterized.parameters((2, 64), (4, 512), (8, 64))
   def test_is_unbiased(self, bits, bucket):
+    self.check_mean(bits, bucket)
+
+  @parameterized.parameters((2, 512), (4, 64), (8, 512))
+  @pytest.mark.slow
+  def test_is_unbiased_in_other_pairs(self, bits, bucket):
+    self.check_mean(bits, bucket)
+
+  def check_mean(self, bits, bucket):
     g, draws = gradient(), 400
     tx = optimizers.qsgd(bits, bucket=bucket)
 
@@ -71,17 +80,18 @@ class QSGDTest(parameterized.TestCase):
 
   @parameterized.parameters(((3,), 4), ((1, 1), 3), ((7, 9), 2), ((513,), 5))
   def test_odd_shapes_and_dtypes(self, shape, bits):
-    g = jnp.asarray(gradient(shape=shape), jnp.bfloat16)
+    g = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
     tx = optimizers.qsgd(bits)
-    out, _ = tx.update(g, tx.init(g))
+    out, _ = jax.eval_shape(tx.update, g, jax.eval_shape(tx.init, g))
     self.assertEqual((out.shape, out.dtype), (g.shape, g.dtype))
 
   def test_zeros_and_nan(self):
     tx = optimizers.qsgd()
-    zero = jnp.zeros((5, 5))
-    np.testing.assert_array_equal(tx.update(zero, tx.init(zero))[0], 0)
-    bad = zero.at[1, 1].set(jnp.nan)
-    self.assertTrue(bool(jnp.isnan(tx.update(bad, tx.init(bad))[0][1, 1])))
+    first = jax.jit(lambda g: tx.update(g, tx.init(g))[0])
+    g = np.zeros((5, 5), np.float32)
+    np.testing.assert_array_equal(first(g), 0)
+    g[1, 1] = np.nan
+    self.assertTrue(np.isnan(first(g)[1, 1]))
 
   @parameterized.parameters(
     (dict(bits=1), 'bits=1'), (dict(bits=9), 'bits=9'),

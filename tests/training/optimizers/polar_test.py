@@ -148,13 +148,13 @@ class NewtonSchulzTest(parameterized.TestCase):
 class RandomizedPolarTest(parameterized.TestCase):
   # <O, X> / ||X||_* and the number of singular values above 1/2 for another
   # draw of the sketch, and of the matrix around these singular values.
-  @parameterized.parameters((32, 0.773, 42, 0.0179), (128, 0.981, 115, 0.0283))
-  def test_share_of_the_nuclear_norm(self, *case):
-    self.check_share(*case)
+  def test_share_of_the_nuclear_norm(self):
+    self.check_share(32, 0.773, 42, 0.0179)
 
+  @parameterized.parameters((64, 0.928, 74, 0.0238), (128, 0.981, 115, 0.0283))
   @pytest.mark.slow
-  def test_share_of_the_nuclear_norm_between(self):
-    self.check_share(64, 0.928, 74, 0.0238)
+  def test_share_of_the_nuclear_norm_of_larger_ranks(self, *case):
+    self.check_share(*case)
 
   def check_share(self, rank, share, count, rms):
     x, _ = ill_conditioned()
