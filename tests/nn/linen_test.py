@@ -7,10 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from absl.testing import absltest, parameterized
-from flax import errors as flax_errors
-from flax import linen as flax_linen
-from jax.sharding import AxisType, NamedSharding
-from jax.sharding import PartitionSpec as P
+from flax import errors as flax_errors, linen as flax_linen
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 import lowbit_jax as lowbit
 from lowbit_jax import QArray, formats, nn

@@ -10,8 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from absl.testing import absltest, parameterized
-from flax import linen as flax_linen
-from flax import nnx as flax_nnx
+from flax import linen as flax_linen, nnx as flax_nnx
 from flax.core import freeze, meta
 
 import lowbit_jax as lowbit

@@ -12,15 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from absl.testing import absltest, parameterized
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import NamedSharding, PartitionSpec as P
 
 import lowbit_jax
 from lowbit_jax import formats
 from lowbit_jax.ops import _partition
 from lowbit_jax.ops._prepack import blocked
-from lowbit_pallas.quantize import mosaic_gpu
-from lowbit_pallas.quantize import reference as quantize
+from lowbit_pallas.quantize import mosaic_gpu, reference as quantize
 from lowbit_pallas.quantize.config import Task
 from lowbit_pallas.wq_matmul import prepack, reference
 

@@ -20,8 +20,10 @@ import jax  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 from absl.testing import absltest, parameterized  # noqa: E402
-from jax.sharding import NamedSharding  # noqa: E402
-from jax.sharding import PartitionSpec as P  # noqa: E402
+from jax.sharding import (
+  NamedSharding,  # noqa: E402
+  PartitionSpec as P,  # noqa: E402
+)
 
 import lowbit_jax  # noqa: E402
 from lowbit_jax import formats, numerics, qarray  # noqa: E402

@@ -6,8 +6,7 @@ from unittest import mock
 
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call as tpu
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks as gpu
-from jax.experimental.pallas import mosaic_gpu as plgpu
-from jax.experimental.pallas import tpu as pltpu
+from jax.experimental.pallas import mosaic_gpu as plgpu, tpu as pltpu
 
 TPU = pltpu.InterpretParams(detect_races=True)
 # JAX 0.10 interprets no kernel of ours for GPUs.

@@ -16,18 +16,26 @@ from lowbit_jax import formats
 from lowbit_jax.numerics._codec import blocked
 from lowbit_jax.ops import _prepack
 from lowbit_pallas import _tuned
-from lowbit_pallas.block_matmul import config as block_config
-from lowbit_pallas.block_matmul import mosaic_gpu as block_gpu
-from lowbit_pallas.block_matmul import tpu as block_tpu
-from lowbit_pallas.quantize import config as quantize_config
-from lowbit_pallas.quantize import mosaic_gpu as quantize_gpu
-from lowbit_pallas.quantize import tpu as quantize_tpu
-from lowbit_pallas.softmax import config as softmax_config
-from lowbit_pallas.softmax import mosaic_gpu as softmax_gpu
-from lowbit_pallas.softmax import tpu as softmax_tpu
-from lowbit_pallas.wq_matmul import config as wq_config
-from lowbit_pallas.wq_matmul import mosaic_gpu as wq_gpu
-from lowbit_pallas.wq_matmul import tpu as wq_tpu
+from lowbit_pallas.block_matmul import (
+  config as block_config,
+  mosaic_gpu as block_gpu,
+  tpu as block_tpu,
+)
+from lowbit_pallas.quantize import (
+  config as quantize_config,
+  mosaic_gpu as quantize_gpu,
+  tpu as quantize_tpu,
+)
+from lowbit_pallas.softmax import (
+  config as softmax_config,
+  mosaic_gpu as softmax_gpu,
+  tpu as softmax_tpu,
+)
+from lowbit_pallas.wq_matmul import (
+  config as wq_config,
+  mosaic_gpu as wq_gpu,
+  tpu as wq_tpu,
+)
 
 N, K = 512, 1024
 ROWS = (1, 2, 3, 7, 8, 16, 17, 64, 300)

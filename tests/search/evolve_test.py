@@ -17,9 +17,14 @@ import numpy as np
 import pytest
 from absl.testing import absltest, parameterized
 
-from lowbit_jax.search import archive as archives
-from lowbit_jax.search import evolve, islands, targets, variation
-from lowbit_jax.search import program as programs
+from lowbit_jax.search import (
+  archive as archives,
+  evolve,
+  islands,
+  program as programs,
+  targets,
+  variation,
+)
 from lowbit_jax.search.archive import Entry
 from lowbit_jax.search.program import ADD, DIV, FMA, MUL, SUB, Program
 

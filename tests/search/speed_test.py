@@ -8,8 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 from absl.testing import absltest
 
-from lowbit_jax.search import archive as archives
-from lowbit_jax.search import certify, program, speed, targets
+from lowbit_jax.search import (
+  archive as archives,
+  certify,
+  program,
+  speed,
+  targets,
+)
 
 _EXP2 = dataclasses.replace(targets.get('exp2'), interval=(-0.5, 0.5))
 

@@ -11,8 +11,7 @@ from flax import linen
 import lowbit_jax as lowbit
 from lowbit_jax import formats
 from lowbit_jax.recipe import GemmSpec, Policy, QuantSpec, Recipe
-from lowbit_jax.training import linen as low
-from lowbit_jax.training import recipes, scaling
+from lowbit_jax.training import linen as low, recipes, scaling
 
 X = np.random.default_rng(0).standard_normal((2, 3, 32)).astype(np.float32)
 NOISY = Recipe(

@@ -13,8 +13,7 @@ import lowbit_jax as lowbit
 from lowbit_jax import formats
 from lowbit_jax.doctor import _measure
 from lowbit_jax.recipe import GemmSpec, QuantSpec, Recipe
-from lowbit_jax.training import linen as low
-from lowbit_jax.training import monitors, quantizers, recipes
+from lowbit_jax.training import linen as low, monitors, quantizers, recipes
 
 X, W, DY = (
   np.random.RandomState(0).standard_t(3, (3, 64, 64)).astype(np.float32)

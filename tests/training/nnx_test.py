@@ -9,8 +9,7 @@ from flax import nnx
 import lowbit_jax as lowbit
 from lowbit_jax import formats
 from lowbit_jax.recipe import GemmSpec, Policy, QuantSpec, Recipe
-from lowbit_jax.training import nnx as low
-from lowbit_jax.training import recipes
+from lowbit_jax.training import nnx as low, recipes
 
 X = np.random.default_rng(0).standard_normal((6, 32)).astype(np.float32)
 NOISY = Recipe(
