@@ -39,10 +39,25 @@ import hypothesis  # noqa: E402
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
+from tests import compilation  # noqa: E402
+
 _SLOWEST = 10
 _LONG = 20  # seconds after which a test needs a reason
 _TESTS = pathlib.Path(__file__).parent
 _STRICT = ('formats', 'numerics', 'ops', 'pallas', 'qarray', 'transforms')
+# No test of these looks at speed or at the last bits of arithmetic,
+_QUICK = (
+  'docs_test.py',
+  'doctor_test.py',
+  'examples/',
+  'io_test.py',
+  'nn/',
+  'pallas/gpu_benchmark_test.py',
+  'training/',
+  'tree_test.py',
+)
+# but for these.
+_EXACT = ('training/micro_scaling_test.py', 'training/quantizers_test.py')
 
 hypothesis.settings.register_profile(
   'reproducible', deadline=None, derandomize=True
@@ -53,6 +68,21 @@ hypothesis.settings.load_profile('reproducible')
 def _is_core(path: pathlib.Path) -> bool:
   first = path.relative_to(_TESTS).parts[0]
   return first.removesuffix('_test.py').split('_')[0] in _STRICT
+
+
+def _is_quick(path: pathlib.Path) -> bool:
+  name = path.relative_to(_TESTS).as_posix()
+  return name.startswith(_QUICK) and name not in _EXACT
+
+
+@pytest.fixture(autouse=True, scope='module')
+def _few_optimizations(request: pytest.FixtureRequest):
+  """Compiles with few optimizations where that is all the same."""
+  if _is_quick(request.path):
+    with compilation.few_optimizations():
+      yield
+  else:
+    yield
 
 
 @pytest.fixture(autouse=True)

@@ -21,14 +21,12 @@ import traceback
 from collections.abc import Iterator
 from typing import NamedTuple
 
-import jax
 from absl.testing import absltest, parameterized
 
 _ROOT = pathlib.Path(__file__).resolve().parents[1]
 _README = _ROOT / 'README.md'
 _FENCE = re.compile(r'^(?P<indent> *)```(?P<language>[^\s`{]*).*$')
 _ALONE = re.compile(r'config\.update|formats\.register')  # global state
-_OPTION = 'jax_disable_most_optimizations'  # No page measures speed.
 _SKIPPED = ('', 'bash', 'console', 'json', 'mermaid', 'sh', 'text', 'toml')
 
 
@@ -115,7 +113,6 @@ def _in_fresh_process(page: pathlib.Path) -> subprocess.CompletedProcess:
   environment = os.environ | {
     'PYTHONPATH': path,
     'JAX_PLATFORMS': 'cpu',
-    _OPTION.upper(): '1',
   }
   with tempfile.TemporaryDirectory() as directory:
     return subprocess.run(
@@ -142,15 +139,6 @@ def _pages() -> list[str]:
     - set(_SKIPPED)
   ]
   return [str(page.relative_to(_ROOT)) for page in [_README, *pages]]
-
-
-def setUpModule():
-  jax.config.update(_OPTION, True)
-
-
-def tearDownModule():
-  jax.config.update(_OPTION, False)
-  jax.clear_caches()
 
 
 class DocsTest(parameterized.TestCase):

@@ -17,18 +17,6 @@ import lowbit_jax
 from lowbit_jax import doctor, formats
 
 SHAPE = (16, 128)
-_OPTION = 'jax_disable_most_optimizations'
-
-
-@pytest.fixture(autouse=True, scope='module')
-def _quick_compilation():
-  """No test here looks at speed, nor at the last bits of arithmetic."""
-  before = jax.config.read(_OPTION)
-  jax.config.update(_OPTION, True)
-  yield
-  jax.config.update(_OPTION, before)
-  jax.clear_caches()
-
 
 # Tracing op by op is what costs time here.
 quantize = jax.jit(

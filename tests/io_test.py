@@ -17,20 +17,6 @@ from absl.testing import absltest, parameterized
 import lowbit_jax as lowbit
 from lowbit_jax import formats, io
 
-_OPTION = 'jax_disable_most_optimizations'
-
-
-def setUpModule():
-  """Few optimizations: bytes on disk are what counts here."""
-  global _before
-  _before = jax.config.read(_OPTION)
-  jax.config.update(_OPTION, True)
-
-
-def tearDownModule():
-  jax.config.update(_OPTION, _before)
-  jax.clear_caches()
-
 
 @functools.cache
 def tree():

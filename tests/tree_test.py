@@ -14,19 +14,6 @@ from lowbit_jax import formats
 from lowbit_jax.qarray import is_qarray
 
 P = PartitionSpec
-_OPTION = 'jax_disable_most_optimizations'
-
-
-def setUpModule():
-  """Few optimizations: trees and placements are what counts here."""
-  global _before
-  _before = jax.config.read(_OPTION)
-  jax.config.update(_OPTION, True)
-
-
-def tearDownModule():
-  jax.config.update(_OPTION, _before)
-  jax.clear_caches()
 
 
 def weights(*shape) -> np.ndarray:

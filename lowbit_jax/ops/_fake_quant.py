@@ -34,7 +34,7 @@ from lowbit_jax.ops._quantize import (
   Extras,
   Options,
   check_scales,
-  job as data_job,
+  data_job,
   rounding_of,
   split_origin,
 )

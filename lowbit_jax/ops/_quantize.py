@@ -241,12 +241,12 @@ def _plan_xla(x, extras: Extras, options: Options) -> _dispatch.Plan:
     if options.rotation:
       (axis,) = options.axes
       x = Hadamard(options.rotation, axis, extras.signs).apply(x)
-    return core.pack(job(x, extras, options), x.dtype)
+    return core.pack(data_job(x, extras, options), x.dtype)
 
   return _dispatch.Plan('block maxima, scales, codes, packing', run)
 
 
-def job(x: jax.Array, extras: Extras, options: Options) -> core.Job:
+def data_job(x: jax.Array, extras: Extras, options: Options) -> core.Job:
   """The quantization of an array with scales from its data, not yet run."""
   rounding = rounding_of(options, extras)
   fmt, axes, rule = options.fmt, options.axes, options.rule

@@ -36,7 +36,7 @@ def quantization(
   """
   axes = qarray.block_axes(spec.fmt, axis, x.ndim)
   extras = _extras(x, spec, key, tensor_amax)
-  return _quantize.job(x, extras, _options(spec, axes))
+  return _quantize.data_job(x, extras, _options(spec, axes))
 
 
 def fake_quant(

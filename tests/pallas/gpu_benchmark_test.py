@@ -53,18 +53,6 @@ DEFAULT = tuple(
   )
 )
 
-_UNOPTIMIZED = 'jax_disable_most_optimizations'
-_given = jax.config.read(_UNOPTIMIZED)
-
-
-def setUpModule():
-  """The driver and its checks are tested here, not the bits of XLA on CPU."""
-  jax.config.update(_UNOPTIMIZED, True)
-
-
-def tearDownModule():
-  jax.config.update(_UNOPTIMIZED, _given)
-
 
 def on_gpu():
   """A process that takes its device for an H100."""

@@ -20,18 +20,13 @@ from lowbit_jax.training.micro_scaling import (
   Sigmoid,
   Spline,
 )
+from tests.compilation import quick_jit
 
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
 ZERO_SLOPE = Sigmoid(low=0.0, high=0.0)  # the true derivative of a rounder
 IDEAL = dict(scale=SCALES['ideal'], tensor_scale='off')
 E8M0 = dict(scale=SCALES['E8M0'], tensor_scale='off')
 NARROW = dict(tensor_scale='off', allow_underflow=True)
-
-
-# Of programs that run a few times, the machine code need not be the best.
-quick_jit = functools.partial(
-  jax.jit, compiler_options={'xla_backend_optimization_level': 0}
-)
 
 
 @functools.cache

@@ -25,6 +25,7 @@ from lowbit_jax.training.quantizers import (
   RowScaled,
   Sign,
 )
+from tests.compilation import quick_jit
 
 KEY = jax.random.key(3)
 MXFP4 = QuantSpec(formats.mxfp4, 'rceil')
@@ -46,11 +47,6 @@ EVERY = (
 )
 # Of those that no recipe of `recipes_test` has, one without and one with key.
 IN_PRODUCTS = (Eden(MXFP4), MicroScaling(rounding='stochastic'))
-
-# Of programs of which no bit is compared, the code need not be the best.
-quick_jit = functools.partial(
-  jax.jit, compiler_options={'xla_backend_optimization_level': 0}
-)
 
 
 @functools.cache
@@ -434,11 +430,16 @@ class FormatsTest(absltest.TestCase):
       self.assertGreaterEqual(codes.min(), -127)
       self.assertLess(codes.min(), -60)
 
-  def test_apply_undoes_the_prescale(self):
-    spec = QuantSpec(formats.mxfp4, 'floor', prescale=0.75)
-    x = normal((2, 64), 18)
-    want = np.asarray(fake_quant(x * np.float32(0.75), formats.mxfp4, 'floor'))
-    np.testing.assert_allclose(apply(spec, x), want / 0.75, rtol=1e-6)
+  def test_apply_scales_elements_once_their_scale_is_chosen(self):
+    fmt = formats.mxfp4
+    x = normal((8, 64), 18)
+    scale = quantize(x, fmt).scale  # of x, and not of 0.75 x
+    q = lowbit_jax.quantize_with(x * np.float32(0.75), scale, fmt)
+    want = np.asarray(lowbit_jax.dequantize(q)) / 0.75
+    got = apply(QuantSpec(fmt, 'floor', prescale=0.75), x)
+    np.testing.assert_allclose(got, want, rtol=1e-6)
+    late = np.asarray(fake_quant(x * np.float32(0.75), fmt, 'floor')) / 0.75
+    self.assertGreater(np.max(np.abs(late - want)), 0.1)
     self.assertIs(quantizers.apply(None, x), x)
 
 

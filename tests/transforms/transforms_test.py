@@ -13,8 +13,8 @@ from absl.testing import absltest, parameterized
 
 from lowbit_jax import transforms as tr
 from lowbit_pallas.arith import hadamard as core
+from tests import compilation
 
-_OPTION = 'jax_disable_most_optimizations'
 U = 2.0**-24
 N = 64
 BLOCK = 16
@@ -261,23 +261,13 @@ class HadamardCoreTest(parameterized.TestCase):
     self.assertLess(abs((signs * np.asarray(other)).sum()), 5 * 64)
 
 
-def tearDownModule():
-  jax.clear_caches()
-
-
 class QuickTestCase(parameterized.TestCase):
   """Compiles with few optimizations: tests of algebra, within tolerances."""
 
   @classmethod
   def setUpClass(cls):
     super().setUpClass()
-    cls._before = jax.config.read(_OPTION)
-    jax.config.update(_OPTION, True)
-
-  @classmethod
-  def tearDownClass(cls):
-    jax.config.update(_OPTION, cls._before)
-    super().tearDownClass()
+    cls.enterClassContext(compilation.few_optimizations())
 
 
 class LawsTest(QuickTestCase):

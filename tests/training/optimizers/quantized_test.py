@@ -25,11 +25,6 @@ FEW_SECOND = ('dyn8', 'e4m3', 'e5m2', 'coat', 'de4', 'rank1_lin4')
 MORE_FIRST = tuple(name for name in FIRST if name not in FEW_FIRST)
 MORE_SECOND = tuple(name for name in SECOND if name not in FEW_SECOND)
 
-# Of programs that run a few times, the machine code need not be the best.
-quick_jit = functools.partial(
-  jax.jit, compiler_options={'xla_backend_optimization_level': 0}
-)
-
 
 @functools.cache
 def moments() -> tuple[np.ndarray, np.ndarray]:
@@ -52,7 +47,7 @@ def compiled(name, second):
     encoded = _codecs.encode(x, codec, second)
     return _codecs.decode(encoded), encoded
 
-  return quick_jit(f)
+  return jax.jit(f)
 
 
 def round_trip(x, name, second):
@@ -89,7 +84,7 @@ def gradients(seed: int, like):
 
 def first_step(tx, gradient, w):
   """Updates and state, from one program for the start and the step."""
-  return quick_jit(lambda g, w: tx.update(g, tx.init(w), w))(gradient, w)
+  return jax.jit(lambda g, w: tx.update(g, tx.init(w), w))(gradient, w)
 
 
 class MapTest(parameterized.TestCase):
@@ -206,7 +201,7 @@ class CodecTest(parameterized.TestCase):
     element = formats.CodebookFormat('with_zero', table)
     fmt = formats.BlockFormat('w', element, (block,), formats.float32)
 
-    @quick_jit
+    @jax.jit
     def quantized(v):
       return lowbit_jax.dequantize(lowbit_jax.quantize(v, fmt))
 
@@ -313,8 +308,8 @@ class CodecTest(parameterized.TestCase):
     self._check_blocks(name, shape)
 
 
-_adam_init = quick_jit(optax.scale_by_adam().init)
-_adam_update = quick_jit(optax.scale_by_adam().update)
+_adam_init = jax.jit(optax.scale_by_adam().init)
+_adam_update = jax.jit(optax.scale_by_adam().update)
 
 
 class QuantizedStateTest(parameterized.TestCase):
@@ -364,8 +359,8 @@ class QuantizedStateTest(parameterized.TestCase):
     inner = optax.adamw(1e-2)
     tx = optimizers.adamw(1e-2, first=None, second=None)
     w = params()
-    states = quick_jit(inner.init)(w), quick_jit(tx.init)(w)
-    updates = quick_jit(inner.update), quick_jit(tx.update)
+    states = jax.jit(inner.init)(w), jax.jit(tx.init)(w)
+    updates = jax.jit(inner.update), jax.jit(tx.update)
     for step in range(3):
       g = gradients(step, w)
       a, state_a = updates[0](g, states[0], w)
@@ -379,8 +374,8 @@ class QuantizedStateTest(parameterized.TestCase):
     )
     w = np.ones((64, 128), np.float32)
     plain = _adam_init(w)
-    state = quick_jit(tx.init)(w)
-    update = quick_jit(tx.update)
+    state = jax.jit(tx.init)(w)
+    update = jax.jit(tx.update)
     for step in range(3):
       g = gradients(step, w)
       expected, plain = _adam_update(g, plain)
@@ -419,7 +414,7 @@ class QuantizedStateTest(parameterized.TestCase):
       first=first, second=second, min_size=0, weight_decay=0.0,
     )  # fmt: skip
 
-    @functools.partial(quick_jit, donate_argnums=(0, 1))
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
     def train(w, state):
       def step(carry, _):
         w, state = carry
@@ -428,7 +423,7 @@ class QuantizedStateTest(parameterized.TestCase):
 
       return jax.lax.scan(step, (w, state), length=150)[0]
 
-    w, _ = train(jnp.zeros_like(target), quick_jit(tx.init)(target))
+    w, _ = train(jnp.zeros_like(target), jax.jit(tx.init)(target))
     self.assertLess(np.mean(np.square(w - target)), 1e-2)
 
   def test_scan_with_donation_reaches_the_minimum(self):
@@ -465,9 +460,9 @@ class QuantizedStateTest(parameterized.TestCase):
     def step(g):
       return tx.update(g, tx.init(g))
 
-    updates, state = quick_jit(jax.vmap(step))(w)
+    updates, state = jax.jit(jax.vmap(step))(w)
     self.assertEqual(state.mu.shape, w.shape)
-    single, _ = quick_jit(step)(w[1])
+    single, _ = jax.jit(step)(w[1])
     np.testing.assert_allclose(updates[1], single, rtol=1e-6)
 
   def _check_checkpoint(self, first, second):

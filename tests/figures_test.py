@@ -1,0 +1,60 @@
+"""The data of the figures are the numbers of the tables that they come from."""
+
+import csv
+import pathlib
+
+from absl.testing import absltest
+
+_DOCS = pathlib.Path(__file__).parents[1] / 'docs'
+
+
+def data(name: str) -> list[dict[str, str]]:
+  text = (_DOCS / 'figures' / 'data' / f'{name}.csv').read_text('utf-8')
+  lines = [line for line in text.splitlines() if not line.startswith('#')]
+  return list(csv.DictReader(lines))
+
+
+def tables(page: str) -> list[list[str]]:
+  """The cells of all table rows of a page."""
+  lines = (_DOCS / f'{page}.md').read_text('utf-8').splitlines()
+  rows = [line.split('|')[1:-1] for line in lines if line.startswith('| ')]
+  return [[cell.strip() for cell in row] for row in rows]
+
+
+class FiguresTest(absltest.TestCase):
+  def test_recipes(self):
+    rows = tables('training')
+    for row in data('recipes'):
+      cells = [row[k] for k in ('recipe', 'seed_0', 'seed_1', 'seed_2', 'mean')]
+      found = [r for r in rows if r[:5] == cells]
+      self.assertLen(found, 1, cells)
+      self.assertEqual(found[0][6], row['goal'])
+
+  def test_front_of_exp2(self):
+    rows = tables('discovery')
+    start = rows.index(['operations', 'found', 'classical', 'formula'])
+    (operon,) = [r for r in rows if r[0] == 'Operon, seed 0']
+    for row in data('exp2_front'):
+      if row['method'] == 'operon':
+        self.assertIn(row['error'], operon)
+      else:
+        (cells,) = [
+          r for r in rows[start : start + 9] if r[0] == row['operations']
+        ]
+        error = cells[1 if row['method'] == 'found' else 2]
+        self.assertEqual(error, row['error'])
+
+  def test_scaling_laws(self):
+    rows = tables('scaling_laws')
+    (head,) = [r for r in rows if r[:3] == ['N', 'D', 'float32 loss']]
+    for row in data('scaling_laws'):
+      key = [row['weights'], row['data']]
+      (cells,) = [r for r in rows if [c.replace(' ', '') for c in r[:2]] == key]
+      loss = float(cells[2])
+      if row['block']:
+        loss += float(cells[head.index(f'{row["element"]}, B={row["block"]}')])
+      self.assertAlmostEqual(loss, float(row['loss']), 6)
+
+
+if __name__ == '__main__':
+  absltest.main()
