@@ -207,7 +207,40 @@ def qsnr() -> Figure:
   return figure
 
 
-# Training
+# Models
+
+
+def main_job() -> Figure:
+  """Held-out loss of one model in many formats against its bytes."""
+  figure, axes = _figure(5.2)
+  places = {
+    'mxint8': (6, -8, 'left'),
+    'int8_channel': (-7, -2, 'right'),
+    'e4m3fn_channel': (-7, 2, 'right'),
+    'nvfp4': (-7, 3, 'right'),
+    'nf4_g64': (-6, -9, 'right'),
+    'mxfp6_e2m3': (0, -16, 'center'),
+    'int4_g32': (1, -12, 'left'),
+    'uint4_g32': (7, 5, 'left'),
+  }
+  for row in _table('quantize_lm')[1:]:
+    name, size = row['format'], int(row['bytes']) / 1e6
+    difference, error = float(row['difference']), float(row['standard_error'])
+    color = _BLUE if 'int' in name or 'ternary' in name else _ORANGE
+    color = _GREEN if name.startswith('nf') else color
+    axes.errorbar(size, difference, error, fmt='o', color=color, elinewidth=1)
+    dx, dy, ha = places.get(name, (7, 0, 'left'))
+    _note(axes, name, (size, difference), (dx, dy), color=color, ha=ha)
+  axes.axhline(0, color=_GRAY, lw=0.8, ls='--')
+  _note(axes, 'float32, 4.72 MB', (0.27, 0), (0, 8), color=_GRAY)
+  axes.set_yscale('symlog', linthresh=1e-3)
+  axes.set_ylim(-5e-4, 2)
+  axes.set_yticks([0, 1e-3, 1e-2, 0.1, 1], ['0', '0.001', '0.01', '0.1', '1'])
+  axes.yaxis.set_minor_locator(ticker.NullLocator())
+  axes.set_xlim(0.25, 1.52)
+  axes.set_xlabel('weights, MB (scales included)')
+  axes.set_ylabel('held-out loss minus float32, nats per byte')
+  return figure
 
 
 def loss_against_bytes() -> Figure:
@@ -382,6 +415,7 @@ def special_errors() -> Figure:
 _FIGURES = (
   element_formats,
   qsnr,
+  main_job,
   loss_against_bytes,
   recipes,
   exp2_front,
