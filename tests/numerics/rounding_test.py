@@ -87,6 +87,8 @@ class RuleTest(parameterized.TestCase):
       ('dithered', 2),
     ):
       self.assertEqual(float(_rounding.rule(name)(x)), want)
+    with self.assertRaisesRegex(ValueError, 'random='):
+      _rounding.rule('stochastic')
     up = _rounding.rule('stochastic', jnp.uint32(0), 8)
     self.assertEqual(float(up(x)), 3)
 

@@ -102,9 +102,16 @@ def rule(
     rounding: 'nearest_even', 'toward_zero' or 'stochastic'.
     random: uint32 bits for 'stochastic', of the shape of the rounded array.
     random_bits: how many of them are used.
+
+  Raises:
+    ValueError: for 'stochastic' without random bits.
   """
   if rounding == 'stochastic':
-    assert random is not None
+    if random is None:
+      raise ValueError(
+        "rounding='stochastic' needs random=, uint32 bits such as those of"
+        ' arith.hash.random_bits'
+      )
     return stochastic(random, random_bits)
   if rounding == 'toward_zero':
     return toward_zero

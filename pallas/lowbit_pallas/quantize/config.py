@@ -81,8 +81,18 @@ def scalar(x: ArrayLike) -> jax.Array:
   return jnp.reshape(x, (1,)).astype(jnp.float32)
 
 
-def words(key_words: jax.Array, origin: Origin | None) -> jax.Array:
+def given_key(key_words: jax.Array | None) -> jax.Array:
+  """The key of stochastic rounding, or a ValueError where there is none."""
+  if key_words is None:
+    raise ValueError(
+      "rounding='stochastic' needs key_words=, two uint32 words of a key"
+    )
+  return key_words
+
+
+def words(key_words: jax.Array | None, origin: Origin | None) -> jax.Array:
   """What random bits depend on: the streams of the key, and the origin."""
+  key_words = given_key(key_words)
   start = (0, 0) if origin is None else origin[0]
   start = [jnp.asarray(s).astype(jnp.uint32) for s in start]
   return jnp.stack([*hash.streams(key_words), *start])

@@ -71,7 +71,6 @@ def run(
   x = jnp.pad(x, ((0, -rows % 8), (0, -cols % LANES)))
   operands = {'x': x}
   if task.rounding == 'stochastic':
-    assert key_words is not None
     operands['words'] = cfg.words(key_words, origin)
   if tensor_scale is not None:
     operands['tensor_scale'] = cfg.scalar(tensor_scale)

@@ -528,6 +528,12 @@ class RefusalTest(parameterized.TestCase):
       x = jax.ShapeDtypeStruct((most + 1, 64), dtype)
       jax.eval_shape(lambda x: mosaic_gpu.run(x, task), x)
 
+  @parameterized.parameters(reference.run, tpu.run, mosaic_gpu.run)
+  def test_stochastic_rounding_needs_a_key(self, run):
+    task, x = task_of('mxfp4', rounding='stochastic'), jnp.zeros((32, 512))
+    with self.assertRaisesRegex(ValueError, 'key_words='):
+      jax.eval_shape(lambda x: run(x, task), x)
+
   @parameterized.parameters('int4_channel', 'uint4_g32')
   def test_refuses_formats(self, name):
     fmt = formats.get(name)
