@@ -11,6 +11,7 @@ recomputed in the backward pass, so residuals hold packed codes only.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -155,41 +156,40 @@ def einsum(
   return out if order == tuple(range(out.ndim)) else out.transpose(order)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
-def _contract(lhs, rhs, call: _Call):
-  """The product in float32."""
-  _, plan = _dispatch.select(
-    'dot_general',
-    TABLE,
-    call.implementation,
-    lhs,
-    rhs,
-    call.dims,
-    call.precision,
-  )
-  return plan.run(lhs, rhs)
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3, 4))
+def product(
+  lhs: Operand,
+  rhs: Operand,
+  dims: DotDims,
+  precision: Precision,
+  contract: Callable,
+) -> jax.Array:
+  """contract(lhs, rhs), a product in float32, with the derivative of the
+  module."""
+  del dims, precision
+  return contract(lhs, rhs)
 
 
-def _contract_jvp(call, primals, tangents):
+def _product_jvp(dims, precision, contract, primals, tangents):
   lhs, rhs = primals
-  out = _contract(lhs, rhs, call)
+  out = product(lhs, rhs, dims, precision, contract)
 
-  def product(a, b):
+  def of_dense(a, b):
     return lax.dot_general(
       dense(a),
       dense(b),
-      call.dims,
-      precision=call.precision,
+      dims,
+      precision=precision,
       preferred_element_type=jnp.float32,
     )
 
   @jax.checkpoint
   def from_lhs(tangent, lhs, rhs):
-    return product(_dense_tangent(lhs, tangent), rhs)
+    return of_dense(_dense_tangent(lhs, tangent), rhs)
 
   @jax.checkpoint
   def from_rhs(tangent, lhs, rhs):
-    return product(lhs, _dense_tangent(rhs, tangent))
+    return of_dense(lhs, _dense_tangent(rhs, tangent))
 
   total = jnp.zeros_like(out)
   for x, t, part in zip(primals, tangents, (from_lhs, from_rhs), strict=True):
@@ -198,8 +198,22 @@ def _contract_jvp(call, primals, tangents):
   return out, total
 
 
-_contract.defjvp(_contract_jvp, symbolic_zeros=True)
-_compiled = jax.jit(_contract, static_argnums=2, inline=True)
+product.defjvp(_product_jvp, symbolic_zeros=True)
+
+
+@functools.partial(jax.jit, static_argnums=2, inline=True)
+def _compiled(lhs, rhs, call: _Call):
+  def contract(lhs, rhs):
+    return _dispatch.run(
+      'dot_general',
+      TABLE,
+      call.implementation,
+      (lhs, rhs),
+      call.dims,
+      call.precision,
+    )
+
+  return product(lhs, rhs, call.dims, call.precision, contract)
 
 
 def _is_zero(t) -> bool:

@@ -141,8 +141,8 @@ def _plan_blocks(implementation: str, lhs, rhs, dims) -> Plan | None:
   )
   specs = blocked(lhs.fmt), blocked(rhs.fmt)
   options: dict[str, Any] = {'layout': layout, 'mode': mode}
-  device = jax.devices()[0]
-  if device.platform == _support.PLATFORMS[implementation]:
+  device = _support.device_of(implementation)
+  if device is not None:
     options['target'] = _support.target_of(device)
   if kernel.why_not(lhs.codes.shape, rhs.codes.shape, *specs, **options):
     return None
