@@ -29,7 +29,7 @@ from lowbit_jax.formats import BlockFormat, FloatFormat, IntFormat
 from lowbit_jax.numerics import _packing, _scaling
 from lowbit_jax.numerics._codec import spec
 from lowbit_jax.ops._dispatch import Plan
-from lowbit_jax.ops._prepack import Shaped
+from lowbit_jax.ops._operand import Shaped
 from lowbit_jax.qarray import QArray
 from lowbit_pallas.arith import codec, loops
 

@@ -228,16 +228,15 @@ def quantize_with(
 
 @functools.partial(jax.jit, static_argnums=2, inline=True)
 def _quantize(x, extras: Extras, options: Options) -> QArray:
-  _, plan = _dispatch.select(
-    'quantize', TABLE, options.implementation, x, extras, options
+  return _dispatch.run(
+    'quantize', TABLE, options.implementation, (x, extras), options
   )
-  return plan.run(x)
 
 
 def _plan_xla(x, extras: Extras, options: Options) -> _dispatch.Plan:
-  del x
+  del x, extras
 
-  def run(x):
+  def run(x, extras: Extras):
     if options.rotation:
       (axis,) = options.axes
       x = Hadamard(options.rotation, axis, extras.signs).apply(x)

@@ -53,7 +53,7 @@ def plan(
   if why is not None:
     raise NotImplementedError(why)
 
-  def run(x):
+  def run(x, extras):
     return _run(implementation, kernel.run, task, x, extras, options)
 
   return Plan('one pass over the rows, packed codes and scales', run)

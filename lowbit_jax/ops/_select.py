@@ -24,15 +24,20 @@ def implementations(op: str) -> tuple[str, ...]:
 
 
 def select_implementation(
-  op: str, *args: Any, implementation: Implementation = None, **kwargs: Any
+  op: str,
+  *args: Any,
+  implementation: Implementation = None,
+  platform: str | None = None,
+  **kwargs: Any,
 ) -> _dispatch.Choice:
-  """What `op(*args, **kwargs)` would run, without running it.
+  """What `op(*args, **kwargs)` would run on a platform, without running it.
 
   Args:
     op: 'quantize', 'dot', 'dot_general', 'einsum', 'softmax', 'log_softmax' or
       'logsumexp'.
     *args: its arguments; `jax.ShapeDtypeStruct` leaves will do.
     implementation: as in the operation.
+    platform: 'cpu', 'gpu' or 'tpu'; None for that of the default device.
     **kwargs: its keyword arguments.
 
   Returns:
@@ -48,7 +53,9 @@ def select_implementation(
   """
   table, operands = _op(op)
   args = operands(*args, **kwargs)
-  return _dispatch.select(op, table, implementation, *args)[0]
+  return _dispatch.select(op, table, implementation, *args, platform=platform)[
+    0
+  ]
 
 
 def _op(op: str):

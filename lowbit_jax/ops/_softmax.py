@@ -273,10 +273,7 @@ TABLE = {
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
 def _apply(x, where, call: _Call) -> jax.Array:
-  _, plan = _dispatch.select(
-    call.kind, TABLE, call.implementation, x, where, call
-  )
-  return plan.run(x, where)
+  return _dispatch.run(call.kind, TABLE, call.implementation, (x, where), call)
 
 
 @_apply.defjvp

@@ -784,7 +784,7 @@ class SelectTest(parameterized.TestCase):
   def test_an_unavailable_one_refuses_loudly(self):
     x, q = data(2, 64), make('mxfp4', 64, 4)
     for names in (['tpu'], ['mosaic_gpu'], ['tpu', 'mosaic_gpu']):
-      first = f'{names[0]}: the default device is a cpu'
+      first = f'{names[0]}: the program is for cpu'
       for f in (
         lambda n=names: lowbit_jax.dot(x, q, implementation=n),
         lambda n=names: lowbit_jax.einsum('mk,kn->mn', x, q, implementation=n),

@@ -58,7 +58,7 @@ def on_gpu():
     platform='gpu', device_kind='Fake GPU', compute_capability='9.0'
   )
   stack = contextlib.ExitStack()
-  stack.enter_context(mock.patch.object(jax, 'devices', lambda: [device]))
+  stack.enter_context(mock.patch.object(jax, 'devices', lambda *_: [device]))
   alone = mock.patch.object(_partition, 'is_alone', lambda: True)
   stack.enter_context(alone)
   return stack
