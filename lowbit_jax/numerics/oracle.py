@@ -31,6 +31,7 @@ from lowbit_jax.formats import (
 
 Number = Fraction | float | int
 
+RANDOM_BITS = 23  # of stochastic rounding, by default
 ROUNDINGS = ('nearest_even', 'toward_zero', 'stochastic')
 OVERFLOWS = ('saturate', 'special')
 EXPONENT_RULES = ('floor', 'ceil', 'even', 'rceil', 'round')
@@ -80,7 +81,7 @@ def round_to_integer(
   *,
   odd: bool | None = None,
   random: int = 0,
-  random_bits: int = 23,
+  random_bits: int = RANDOM_BITS,
 ) -> int:
   """Rounds u to one of the two whole numbers around it.
 
@@ -170,7 +171,7 @@ def encode(
   overflow: str = 'saturate',
   *,
   random: int = 0,
-  random_bits: int = 23,
+  random_bits: int = RANDOM_BITS,
 ) -> int:
   """The code of `value` rounded to `element`.
 
@@ -508,7 +509,7 @@ def quantize_block(
   tensor_scale: float | None = None,
   rounding: str = 'nearest_even',
   random: Sequence[int] | None = None,
-  random_bits: int = 23,
+  random_bits: int = RANDOM_BITS,
 ) -> Block:
   """Quantizes the values of one block (of one tile, in row-major order).
 

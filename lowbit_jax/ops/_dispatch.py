@@ -19,7 +19,7 @@ from jax import lax
 from lowbit_jax._typing import Implementation
 from lowbit_pallas import _support
 
-NAMES = ('xla', 'tpu', 'mosaic_gpu')
+NAMES = ('xla', *_support.PLATFORMS)
 
 
 class Plan(NamedTuple):
