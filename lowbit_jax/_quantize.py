@@ -145,8 +145,10 @@ class Job(NamedTuple):
 
   def codes(self, elements: Elements) -> jax.Array:
     """Element codes, unpacked."""
-    _, fmt, scales, _, how = self
-    rule = _rounding.rule(how.rounding, elements.random, how.random_bits)
+    _, fmt, scales, _, rounding = self
+    rule = _rounding.rule(
+      rounding.rounding, elements.random, rounding.random_bits
+    )
     y = _scaled(elements.x, self.blocks, fmt, scales.scale, scales.tensor_scale)
     if elements.offset is not None:
       y = y + elements.offset

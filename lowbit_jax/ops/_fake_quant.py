@@ -210,8 +210,8 @@ def _fake_with_forward(x, scale, extras, zero_point, options):
   scales = check_scales(
     x.shape, fmt, options.axes, scale, extras.tensor_scale, zero_point
   )
-  how = rounding_of(options, extras)
-  job = core.from_scales(x, fmt, options.axes, scales, how)
+  rounding = rounding_of(options, extras)
+  job = core.from_scales(x, fmt, options.axes, scales, rounding)
   y = job.values()
   mask = d_scale = None
   if options.backward != 'identity':

@@ -93,9 +93,9 @@ def quantize(
     rotation: `transforms.Hadamard` along the block axis that x goes through
       first, in the same pass where a kernel does it; the result stands for the
       rotated array.
-    implementation: None for the best that accepts, a name or a list of names
-      from 'tpu', 'mosaic_gpu', 'xla'; all give the same bits, except that sums
-      of a rotation have an order of their own.
+    implementation: 'tpu', 'mosaic_gpu' or 'xla', or a list of names; the first
+      that supports the operands runs. None tries all of them, kernels first.
+      All give the same bits, but for the order of the sums of a rotation.
 
   Returns:
     A QArray of the shape and dtype of `x`. A block that holds NaN or Inf is
@@ -263,8 +263,8 @@ TABLE = {
 
 @functools.partial(jax.jit, static_argnums=3, inline=True)
 def _quantize_with(x, scales, extras: Extras, options: Options) -> QArray:
-  how = rounding_of(options, extras)
-  job = core.from_scales(x, options.fmt, options.axes, scales, how)
+  rounding = rounding_of(options, extras)
+  job = core.from_scales(x, options.fmt, options.axes, scales, rounding)
   return core.pack(job, x.dtype)
 
 
