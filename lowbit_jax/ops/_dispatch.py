@@ -1,4 +1,4 @@
-"""Choosing an implementation: by request, or the first that does not refuse.
+"""Choosing an implementation: by name, or the first that takes the operands.
 
 An implementation is a name and a function `plan(*operands, *static)` that
 either returns a `Plan` or raises `NotImplementedError` with the reason why it
@@ -19,7 +19,7 @@ from jax import lax
 from lowbit_jax._typing import Implementation
 from lowbit_pallas import _support
 
-NAMES = ('xla', 'tpu', 'mosaic_gpu')
+NAMES = ('xla', *_support.PLATFORMS)
 
 
 class Plan(NamedTuple):
@@ -123,7 +123,9 @@ def select(
       continue
     return Choice(name, plan.note, refusals), plan
   reasons = '; '.join(f'{name}: {why}' for name, why in refusals.items())
-  raise NotImplementedError(f'no implementation of {op} accepts: {reasons}')
+  raise NotImplementedError(
+    f'no implementation of {op} supports the operands: {reasons}'
+  )
 
 
 def run(

@@ -56,8 +56,9 @@ def dot(
     rhs: `(k,)` or `(..., k, n)` array or QArray. Blocks along k are what is
       fast; other layouts are dequantized first.
     preferred_element_type: dtype of the result; None for the promoted dtype.
-    implementation: None for the best that accepts, a name or a list of names
-      from 'xla', 'tpu', 'mosaic_gpu'; a named one that cannot refuses loudly.
+    implementation: 'tpu', 'mosaic_gpu' or 'xla', or a list of names; the first
+      that supports the operands runs. None tries all of them, kernels first. If
+      none does, NotImplementedError says why.
 
   Returns:
     The product, accumulated in float32 (or int32 and then float32).

@@ -281,12 +281,12 @@ def _forward(call: _Call, x, w, key, tensor_amax):
   dtype = jnp.promote_types(x.dtype, w.dtype)
   y = _product(call, gemm, operands, (1, 0), dtype)
   saved = tuple(operands) if saves else (x, w)
-  likes = jnp.zeros((), x.dtype), jnp.zeros((), w.dtype)
-  return y, (saved, tuple(pulls), key, tensor_amax, likes)
+  primals = jnp.zeros((), x.dtype), jnp.zeros((), w.dtype)
+  return y, (saved, tuple(pulls), key, tensor_amax, primals)
 
 
 def _backward(call: _Call, residual, dy):
-  saved, pulls, key, (amax_x, amax_w), likes = residual
+  saved, pulls, key, (amax_x, amax_w), primals = residual
   x, w = saved
   fwd, dgrad, wgrad = call.recipe.gemms
   dx = _gradient(
@@ -298,14 +298,16 @@ def _backward(call: _Call, residual, dy):
   rotate = _rotation(fwd, _keys(key, fwd, _FWD))
   is_rotated = call.recipe.residuals == 'forward'
   out = []
-  for g, pull, axis, like in zip((dx, dw), pulls, (1, 0), likes, strict=True):
+  for g, pull, axis, primal in zip(
+    (dx, dw), pulls, (1, 0), primals, strict=True
+  ):
     if pull is not None:
       # The quantizer and its derivative live in the rotated space.
       g = g if is_rotated else rotate(g, axis)
-      (g,) = pull(g.astype(like.dtype))
+      (g,) = pull(g.astype(primal.dtype))
     if pull is not None or is_rotated:
       g = rotate(g, axis, inverse=True)
-    out.append(g.astype(like.dtype))
+    out.append(g.astype(primal.dtype))
   return *out, None, (None, None)
 
 
