@@ -148,26 +148,31 @@ def run(
   Raises:
     NotImplementedError: as in `select`.
   """
-  plans = {
-    platform: select(
-      op, table, implementation, *operands, *static, platform=platform
-    )
-    for platform in _platforms(implementation, table)
-  }
-  chosen = {choice.implementation for choice, _ in plans.values()}
-  if len(chosen) == 1 and (isinstance(implementation, str) or 'xla' in chosen):
-    _, plan = next(iter(plans.values()))
+  choose = functools.partial(select, op, table)
+  if isinstance(implementation, str):
+    _, plan = choose(implementation, *operands, *static)
     return plan.run(*operands)
 
-  # One program for each platform, of which JAX's lowering takes one.
-  arrays, rebuild = _arrays(operands)
-  programs, default = {}, None
-  for platform, (choice, plan) in plans.items():
-    program = functools.partial(_run, plan, rebuild)
+  # A plan for each platform, and that of XLA for those that are not known yet.
+  plans, by_xla = {}, None
+  for platform in _platforms(implementation, table):
+    choice, plan = choose(implementation, *operands, *static, platform=platform)
     if choice.implementation == 'xla':
-      default = program
+      by_xla = plan
     else:
-      programs[platform] = program
+      plans[platform] = plan
+  if by_xla is None and 'xla' in requested(implementation, table):
+    _, by_xla = choose('xla', *operands, *static)
+  if by_xla and not plans:
+    return by_xla.run(*operands)
+
+  # JAX's lowering takes one of them.
+  arrays, rebuild = _arrays(operands)
+  programs = {
+    platform: functools.partial(_run, plan, rebuild)
+    for platform, plan in plans.items()
+  }
+  default = by_xla and functools.partial(_run, by_xla, rebuild)
   return lax.platform_dependent(*arrays, default=default, **programs)
 
 
@@ -178,8 +183,6 @@ def _platforms(implementation: Implementation, table) -> list[str]:
   theirs too, so that they can be exported.
   """
   platforms = [_support.platform()]
-  if isinstance(implementation, str):
-    return platforms
   for name in requested(implementation, table):
     if implementation is not None or _support.devices(name):
       platforms.append(_support.PLATFORMS.get(name, 'cpu'))

@@ -102,6 +102,18 @@ class PlatformTest(parameterized.TestCase):
     with self.assertRaisesRegex(NotImplementedError, 'tpu: .* for cpu'):
       jax.jit(lambda x: self.run_op(x, ['tpu']))(np.float32([1]))
 
+  def test_an_implementation_for_this_platform_leaves_others_to_xla(self):
+    table = {'here': functools.partial(_plan, 'tpu'), 'xla': TABLE['xla']}
+    known = mock.patch.dict(_support.PLATFORMS, {'here': 'cpu'})
+
+    def f(x):
+      return _dispatch.run('op', table, None, (x,), 2.0)['y']
+
+    with known:
+      x = np.float32([1, 2])
+      self.assertIn('stablehlo.sine', _lowered(f, 'cpu', x))
+      self.assertIn('stablehlo.tanh', _lowered(f, 'tpu', x))
+
   def test_static_parts_of_operands_stay(self):
     def plan(operands):
       del operands
