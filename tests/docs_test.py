@@ -29,7 +29,7 @@ _README = _ROOT / 'README.md'
 _FENCE = re.compile(r'^(?P<indent> *)```(?P<language>[^\s`{]*).*$')
 _ALONE = re.compile(r'config\.update|formats\.register')  # global state
 _RUN = ('python', 'pycon')
-_SKIPPED = ('', 'bash', 'console', 'json', 'mermaid', 'sh', 'text', 'toml')
+_SKIPPED = ('', 'bash', 'console', 'json', 'sh', 'text', 'toml')
 
 
 class Block(NamedTuple):

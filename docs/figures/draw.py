@@ -19,7 +19,12 @@ import numpy as np
 from matplotlib import ticker
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.patches import PathPatch, Rectangle
+from matplotlib.patches import (
+  BoxStyle,
+  FancyBboxPatch,
+  PathPatch,
+  Rectangle,
+)
 from matplotlib.path import Path
 
 import lowbit_jax as lowbit
@@ -412,7 +417,58 @@ def special_errors() -> Figure:
   return figure
 
 
+# Parts
+
+
+def _box(axes: Axes, text: str, xy, width: float, color: str) -> None:
+  x, y = xy
+  style = BoxStyle('round', pad=0, rounding_size=0.08)
+  axes.add_patch(
+    FancyBboxPatch(
+      (x - width / 2, y - 0.25), width, 0.5, style, ec=color, fc='white', lw=1.2
+    )
+  )
+  axes.text(x, y, text, ha='center', va='center', linespacing=1.25)
+
+
+def parts() -> Figure:
+  """Arrays, QArrays and files, and the functions that lead between them."""
+  figure, axes = _figure(3.75)
+  axes.set_axis_off()
+  axes.set_xlim(0, 5)
+  axes.set_ylim(0.4, 4.1)
+  axes.set_aspect('equal')
+  for text, xy, width, color in (
+    ('Flax parameters', (0.75, 3.55), 1.4, _GRAY),
+    ('float array', (2.95, 3.55), 1.1, _GRAY),
+    ('what to\nchange', (4.55, 3.55), 0.8, _GREEN),
+    ('QArray: packed\ncodes and scales', (1.3, 2.15), 2.5, _BLUE),
+    ('float array with\na stated gradient', (4.15, 2.15), 1.5, _ORANGE),
+    ('float array', (0.55, 0.75), 1.0, _GRAY),
+    ('product', (1.75, 0.75), 0.9, _GRAY),
+    ('file', (2.85, 0.75), 0.7, _GRAY),
+  ):
+    _box(axes, text, xy, width, color)
+  for text, start, end, offset, ha in (
+    ('nn.quantize_params', (0.5, 3.3), (0.5, 2.4), (0.08, 0), 'left'),
+    ('quantize', (2.7, 3.3), (2.2, 2.4), (0.12, 0), 'left'),
+    ('fake_quant', (3.2, 3.3), (4.0, 2.4), (0.12, 0), 'left'),
+    ('doctor.report', (3.5, 3.55), (4.15, 3.55), (0, 0.37), 'center'),
+    ('dequantize', (0.3, 1.9), (0.3, 1.0), (0.08, 0), 'left'),
+    ('dot, einsum', (1.45, 1.9), (1.45, 1.0), (0.08, 0), 'left'),
+    ('io.save\nio.load', (2.45, 1.9), (2.8, 1.0), (0.12, 0), 'left'),
+  ):
+    style = '<|-|>' if 'load' in text else '-|>'
+    arrow = {'arrowstyle': style, 'color': _GRAY, 'shrinkA': 0, 'shrinkB': 0}
+    axes.annotate('', end, start, arrowprops=arrow)
+    x, y = np.add(np.add(start, end) / 2, offset)
+    font = {'family': 'monospace', 'fontsize': 9}
+    axes.text(x, y, text, ha=ha, va='center', **font)
+  return figure
+
+
 _FIGURES = (
+  parts,
   element_formats,
   qsnr,
   main_job,
