@@ -26,7 +26,7 @@ _OPERATORS = (
 
 
 class ArrayView:
-  """A QArray in the clothes of an array: not a pytree, dense when used.
+  """A QArray that acts as an array: not a pytree, dense when used.
 
   Attributes:
     q: the QArray.
