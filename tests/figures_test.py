@@ -49,7 +49,9 @@ class FiguresTest(absltest.TestCase):
     (head,) = [r for r in rows if r[:3] == ['N', 'D', 'float32 loss']]
     for row in data('scaling_laws'):
       key = [row['weights'], row['data']]
-      (cells,) = [r for r in rows if [c.replace(' ', '') for c in r[:2]] == key]
+      (cells,) = [
+        r for r in rows if [c.replace('&nbsp;', '') for c in r[:2]] == key
+      ]
       loss = float(cells[2])
       if row['block']:
         loss += float(cells[head.index(f'{row["element"]}, B={row["block"]}')])
