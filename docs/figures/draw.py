@@ -37,6 +37,7 @@ _WIDTH = 5.0  # inches; phones show it at three quarters
 _BLUE, _ORANGE, _GREEN = '#0072B2', '#D55E00', '#00795A'
 _PURPLE, _GRAY, _LIGHT = '#A8487F', '#666666', '#D9D9D9'
 _LIMIT = 20 * math.log10(2)  # dB a bit, of normal numbers and any code
+_MEAN_OF = 20  # steps of a training curve
 _FOUR_BITS = ((3.9, 5.25), (15.5, 22.5))  # bits and dB
 _STYLE = {
   'axes.edgecolor': _GRAY,
@@ -323,6 +324,38 @@ def recipes() -> Figure:
   return figure
 
 
+def curves() -> Figure:
+  """Training loss in float32, and what recipes add to it, means of steps."""
+  figure, (top, bottom) = _figure(
+    5.2, 2, sharex=True, gridspec_kw={'height_ratios': [2, 3]}
+  )
+  rows = _table('curves')
+  steps, loss = (
+    np.array([float(row[k]) for row in rows]) for k in ('step', 'float32')
+  )
+  middle = steps.reshape(-1, _MEAN_OF).mean(1)
+  top.plot(steps, loss, color=_LIGHT, lw=0.8)
+  top.plot(middle, loss.reshape(-1, _MEAN_OF).mean(1), color=_GRAY, lw=1.4)
+  _note(top, 'float32', (120, 2.4), (0, 20), color=_GRAY)
+  top.set_ylim(1.8, 6)
+  top.set_ylabel('training loss,\nnats per byte')
+  for name, color, dy in (
+    ('mxfp4_rtn', _BLUE, 5),
+    ('nvfp4', _ORANGE, -6),
+    ('mxfp8', _GREEN, 0),
+  ):
+    more = np.array([float(row[name]) for row in rows]) - loss
+    more = more.reshape(-1, _MEAN_OF).mean(1)
+    bottom.plot(middle, more, color=color, lw=1.4, marker='o')
+    _note(bottom, name, (middle[-1], more[-1]), (7, dy), color=color)
+  bottom.axhline(0, color=_GRAY, lw=0.8, ls='--')
+  bottom.set_xlim(0, 292)
+  bottom.set_xticks(range(0, 241, 40))
+  bottom.set_xlabel('step')
+  bottom.set_ylabel('loss minus float32,\nnats per byte')
+  return figure
+
+
 # Functions
 
 
@@ -474,6 +507,7 @@ _FIGURES = (
   main_job,
   loss_against_bytes,
   recipes,
+  curves,
   exp2_front,
   special_errors,
 )
