@@ -11,6 +11,7 @@ import sys
 
 from lowbit_jax.recipe import GemmSpec, QuantSpec, Recipe
 from lowbit_jax.training import recipes
+from lowbit_pallas.arith.codec import RANDOM_BITS
 
 _PAGE = pathlib.Path(__file__).with_suffix('.md')
 _START, _END = '<!-- table -->\n', '<!-- end of table -->\n'
@@ -73,7 +74,7 @@ def _operand(quantizer) -> str:
     words.append(quantizer.scale_rule)
   if quantizer.rounding != 'nearest_even':
     words.append(quantizer.rounding)
-  if quantizer.random_bits != 23:
+  if quantizer.random_bits != RANDOM_BITS:
     words.append(f'{quantizer.random_bits} random bits')
   if quantizer.prescale != 1:
     words.append(f'of {quantizer.prescale:g} x')

@@ -32,8 +32,8 @@ Submodules that need Flax, or that most programs do not use, load on first use:
 - `quantize`: Quantizes an array into packed codes and stored scales.
 - `quantize_with`: Quantizes with given scales: calibrated, learned or held.
 - `round_to`: The nearest number of the format, as a value.
-- `select_implementation`: What `op(*args, **kwargs)` would run, without running
-  it.
+- `select_implementation`: What `op(*args, **kwargs)` would run on a platform,
+  without running it.
 - `shardings`: The sharding of every leaf that belongs to a sharding of the
   whole.
 - `softmax`: exp(x / temperature), normalised to sum to one along an axis.

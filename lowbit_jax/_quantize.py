@@ -20,6 +20,7 @@ from lowbit_jax.numerics import _packing, _rounding, _scaling
 from lowbit_jax.numerics._codec import as_float_array, dither_step, spec
 from lowbit_jax.qarray import QArray
 from lowbit_pallas.arith import bits as fb, block, codec
+from lowbit_pallas.arith.codec import RANDOM_BITS
 
 
 class Rounding(NamedTuple):
@@ -27,7 +28,7 @@ class Rounding(NamedTuple):
 
   rounding: str = 'nearest_even'
   key: Key | None = None
-  random_bits: int = 23
+  random_bits: int = RANDOM_BITS
   origin: Origin | None = None
 
 
@@ -144,8 +145,10 @@ class Job(NamedTuple):
 
   def codes(self, elements: Elements) -> jax.Array:
     """Element codes, unpacked."""
-    _, fmt, scales, _, how = self
-    rule = _rounding.rule(how.rounding, elements.random, how.random_bits)
+    _, fmt, scales, _, rounding = self
+    rule = _rounding.rule(
+      rounding.rounding, elements.random, rounding.random_bits
+    )
     y = _scaled(elements.x, self.blocks, fmt, scales.scale, scales.tensor_scale)
     if elements.offset is not None:
       y = y + elements.offset

@@ -21,6 +21,7 @@ import jax
 from lowbit_jax._typing import Key
 from lowbit_jax.formats import BlockFormat
 from lowbit_jax.numerics import _rounding, _scaling
+from lowbit_pallas.arith.codec import RANDOM_BITS
 from lowbit_pallas.arith.hadamard import check_power_of_two
 
 BACKWARDS = ('identity', 'clipped', 'absmax', 'trust')
@@ -149,7 +150,7 @@ class QuantSpec:
   scale_rule: str | None = None
   rounding: str = 'nearest_even'
   backward: str = 'identity'
-  random_bits: int = 23
+  random_bits: int = RANDOM_BITS
   prescale: float = 1.0
   target: float | None = None
   tensor_scaling: TensorScaling | None = None

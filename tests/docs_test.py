@@ -22,6 +22,7 @@ import traceback
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import pytest
 from absl.testing import absltest, parameterized
 
 _ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -148,6 +149,7 @@ def _pages() -> list[str]:
 
 class DocsTest(parameterized.TestCase):
   @parameterized.parameters((page,) for page in _pages())
+  @pytest.mark.docs
   def test_page_runs(self, page):
     path = _ROOT / page
     if _ALONE.search(path.read_text('utf-8')):
@@ -164,6 +166,7 @@ class DocsTest(parameterized.TestCase):
     for package in ('lowbit_jax', 'pallas/lowbit_pallas')
     for part in modules_by_part(_ROOT / package).items()
   )
+  @pytest.mark.docs
   def test_docstring_examples_run(self, part):
     with _empty_directory():
       run_docstrings(part[1])

@@ -68,7 +68,9 @@ class HelpTest(parameterized.TestCase):
     module = importlib.import_module(name)
     entries = _ENTRY.findall(inspect.getdoc(module))
     listed = {key: ' '.join(text.split()) for key, text in entries}
-    self.assertEqual(listed, {k: _first(v) for k, v in _own(module).items()})
+    own = {key: _first(value) for key, value in _own(module).items()}
+    hint = f'repeat the first lines of docstrings in that of {name}'
+    self.assertEqual(listed, own, hint)
 
   @parameterized.parameters(
     (name,) for name in _modules() if (_ROOT / name.replace('.', '/')).is_dir()

@@ -22,11 +22,14 @@ from lowbit_jax import formats, io
 def tree():
   w = np.random.RandomState(0).standard_normal((50, 24)).astype(np.float32)
   names = ('mxfp4', 'nvfp4', 'uint4_g32', 'nf4_g64', 'nvfp4_16x16')
-  quantize = jax.jit(
-    lambda w: {name: lowbit.quantize(w, formats.get(name)) for name in names}
+  shapes = jax.eval_shape(
+    lambda w: {name: lowbit.quantize(w, formats.get(name)) for name in names},
+    w,
   )
+  random = np.random.RandomState(1)
+  leaf = lambda s: jnp.asarray(random.randint(0, 99, s.shape).astype(s.dtype))
   return {
-    'quantized': quantize(w),
+    'quantized': jax.tree.map(leaf, shapes),
     'half': [jnp.ones((2, 3), jnp.bfloat16), (jnp.float16(1), None)],
     'fp8': jnp.ones(3, jnp.float8_e4m3fn),
     'empty': jnp.zeros((0, 4)),
@@ -58,7 +61,7 @@ class IoTest(parameterized.TestCase):
     custom = formats.BlockFormat(
       'mine', formats.minifloat(3, 1, 'none'), (24,), formats.bfloat16
     )
-    q = lowbit.quantize(jnp.arange(48.0), custom)
+    q = jax.jit(lambda x: lowbit.quantize(x, custom))(np.arange(48.0))
     io.save(self.path, {'q': q})
     self.assertEqual(io.load(self.path)['q'].fmt, custom)
 

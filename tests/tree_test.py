@@ -106,7 +106,13 @@ class ShardingsTest(parameterized.TestCase):
 
   def _every_shard_is_a_quantized_array(self, name, axis, spec):
     w = weights(256, 128)
-    q = lowbit.quantize(w, formats.get(name), axis=axis)
+    shapes = jax.eval_shape(
+      lambda w: lowbit.quantize(w, formats.get(name), axis=axis), w
+    )
+    random = np.random.RandomState(1)
+    q = jax.tree.map(
+      lambda s: random.randint(0, 99, s.shape).astype(s.dtype), shapes
+    )
     whole = NamedSharding(self.mesh, spec)
     placed = jax.device_put(q, lowbit.shardings(q, whole))
     self.assertTrue(placed.sharding.is_equivalent_to(whole, q.ndim))

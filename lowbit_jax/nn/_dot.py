@@ -102,8 +102,10 @@ def promote_dtype(
   """
   is_nnx = len(args) == 1 and isinstance(args[0], tuple)
   values = [unview(x) for x in (args[0] if is_nnx else args)]
-  like = [np.zeros((), x.dtype) if _is_q(x) else x for x in values]
-  common = flax_dtypes.canonicalize_dtype(*like, dtype=dtype, inexact=inexact)
+  stand_ins = [np.zeros((), x.dtype) if _is_q(x) else x for x in values]
+  common = flax_dtypes.canonicalize_dtype(
+    *stand_ins, dtype=dtype, inexact=inexact
+  )
 
   def cast(x):
     if x is None or isinstance(x, QArray):

@@ -16,6 +16,9 @@ from lowbit_jax.formats import BlockFormat
 from lowbit_jax.numerics import _scaling
 from lowbit_jax.qarray import QArray
 
+# Of (path, w, fmt, axis).
+Method = Callable[[str, jax.Array, BlockFormat, Any], QArray]
+
 _ATTENTION = {'query': -3, 'key': -3, 'value': -3, 'out': -2}
 _REMEDY = 'pass axis=, narrow select=, or name stacked layers in stacked='
 
@@ -40,6 +43,7 @@ def quantize_params(
   axis: Axis | Callable[[str, Any], Axis] = None,
   stacked: str | Callable[[str, Any], bool] | None = None,
   scale_rule: str | None = None,
+  method: Method | None = None,
 ) -> PyTree:
   """A parameter tree with QArrays in place of the selected leaves.
 
@@ -73,12 +77,17 @@ def quantize_params(
     stacked: regular expression or predicate for leaves that hold layers stacked
       along axis 0 (`nn.scan`, `nn.vmap`); each layer is quantized by itself.
     scale_rule: scale rule in place of that of the format.
+    method: `method(path, w, fmt, axis)` gives the QArray of a leaf, of its
+      shape and dtype, in place of `quantize`: by calibration, for example. Of
+      stacked layers it gets one after the other, the index behind the path.
 
   Returns:
     The same tree. Leaves that are QArrays already stay as they are.
 
   Raises:
     ValueError: if nothing is selected, or for a leaf whose axis is not known.
+    TypeError, ValueError: for a result of `method` that does not stand for the
+      leaf.
 
   Examples:
     >>> import jax, jax.numpy as jnp
@@ -93,7 +102,7 @@ def quantize_params(
   leaves, treedef = jax.tree_util.tree_flatten_with_path(params, is_leaf=_stop)
   paths = [path_name(path) for path, _ in leaves]
   values = [leaf for _, leaf in leaves]
-  choose = Choice(select, fmt, axis, stacked, scale_rule)
+  choose = Choice(select, fmt, axis, stacked, scale_rule, method)
   new = choose.quantize(dict(zip(paths, map(_content, values), strict=True)))
   return treedef.unflatten(
     [
@@ -125,6 +134,7 @@ class Choice(NamedTuple):
   axis: Any
   stacked: Any
   scale_rule: str | None
+  method: Method | None
 
   def quantize(
     self, leaves: dict[str, Any], known: dict[str, Layout] | None = None
@@ -172,7 +182,14 @@ class Choice(NamedTuple):
       raise ValueError(f'{axis=} of {path!r} must count from the end: < 0')
     try:
       rule = _scaling.check_scale_rule(fmt, self.scale_rule)
-      return _quantize(leaf, fmt, axis, rule, layers)
+      if self.method is None:
+        return _quantize(leaf, fmt, axis, rule, layers)
+      if self.scale_rule is not None:
+        raise ValueError(
+          f'scale_rule={self.scale_rule!r} is for the quantization that method='
+          ' replaces; give it to the method'
+        )
+      return _by_method(self.method, path, leaf, fmt, axis, layers)
     except (TypeError, ValueError) as error:
       error.add_note(f'This is the parameter {path!r}.')
       raise
@@ -190,6 +207,30 @@ def _quantize(
   for _ in range(layers):
     quantize = jax.vmap(quantize)
   return quantize(x)
+
+
+def _by_method(
+  method: Method, path: str, w, fmt: BlockFormat, axis, layers: int
+) -> QArray:
+  """What a method makes of each layer, checked and stacked again."""
+  if layers:
+    parts = [
+      _by_method(method, f'{path}/{i}', layer, fmt, axis, layers - 1)
+      for i, layer in enumerate(w)
+    ]
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts)
+  q = method(path, w, fmt, axis)
+  if not isinstance(q, QArray):
+    raise TypeError(
+      f'method returned {type(q).__name__} for {path!r}; return a QArray, such'
+      ' as quantize_with(w, scale, fmt, axis=axis)'
+    )
+  if (q.shape, q.dtype) != (w.shape, w.dtype):
+    raise ValueError(
+      f'method returned {q} for {path!r} of shape {w.shape} and dtype'
+      f' {w.dtype}; both must agree'
+    )
+  return q
 
 
 def _layout(path: str, leaves, layers: int) -> Layout:

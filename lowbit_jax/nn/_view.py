@@ -16,7 +16,7 @@ from flax.core import meta
 
 from lowbit_jax import qarray
 from lowbit_jax._typing import DTypeLike
-from lowbit_jax.ops._prepack import Operand
+from lowbit_jax.ops._operand import Operand
 from lowbit_jax.qarray import QArray
 
 _OPERATORS = (
@@ -26,7 +26,7 @@ _OPERATORS = (
 
 
 class ArrayView:
-  """A QArray that acts as an array: not a pytree, dense when used.
+  """A QArray that looks like an array: not a pytree, dense when used.
 
   Attributes:
     q: the QArray.

@@ -41,6 +41,7 @@ def quantize(
   *,
   axis: Axis | Callable[[str, Any], Axis] = None,
   scale_rule: str | None = None,
+  method: _params.Method | None = None,
 ) -> flax_nnx.Module:
   """Replaces the selected parameters of a model by `QuantizedParam`s, in place.
 
@@ -53,7 +54,8 @@ def quantize(
 
   Args:
     model: an NNX module.
-    select: as in `nn.quantize_params`; also `fmt`, `axis` and `scale_rule`.
+    select: as in `nn.quantize_params`; also `fmt`, `axis`, `scale_rule` and
+      `method`.
 
   Returns:
     `model`.
@@ -81,7 +83,7 @@ def quantize(
     for path, module, name, _ in first.values()
     if (layout := _layout(module, name)) is not None
   }
-  choice = _params.Choice(select, fmt, axis, None, scale_rule)
+  choice = _params.Choice(select, fmt, axis, None, scale_rule, method)
   new = choice.quantize(values, known)
   new = {
     key: frozen(variable, new[path])

@@ -16,6 +16,7 @@ from lowbit_jax.formats import (
 )
 from lowbit_jax.numerics import _rounding
 from lowbit_pallas.arith import block, codec
+from lowbit_pallas.arith.codec import RANDOM_BITS
 
 FLOAT_DTYPES = ('float16', 'bfloat16', 'float32')
 OVERFLOWS = ('saturate', 'special')
@@ -98,7 +99,7 @@ def encode(
   rounding: str = 'nearest_even',
   overflow: str = 'saturate',
   key: Key | None = None,
-  random_bits: int = 23,
+  random_bits: int = RANDOM_BITS,
   origin: Origin | None = None,
 ) -> jax.Array:
   """Element codes of `x`, without any scale.
@@ -166,7 +167,7 @@ def round_to(
   rounding: str = 'nearest_even',
   overflow: str = 'saturate',
   key: Key | None = None,
-  random_bits: int = 23,
+  random_bits: int = RANDOM_BITS,
   origin: Origin | None = None,
 ) -> jax.Array:
   """The nearest number of the format, as a value.

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from lowbit_jax._typing import Key, Origin, Shape
 from lowbit_pallas.arith import codec, hash
 
+RANDOM_BITS = codec.RANDOM_BITS
 ROUNDINGS = ('nearest_even', 'toward_zero', 'stochastic', 'dithered')
 
 

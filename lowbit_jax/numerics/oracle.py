@@ -31,6 +31,7 @@ from lowbit_jax.formats import (
 
 Number = Fraction | float | int
 
+RANDOM_BITS = 23  # of stochastic rounding, by default
 ROUNDINGS = ('nearest_even', 'toward_zero', 'stochastic')
 OVERFLOWS = ('saturate', 'special')
 EXPONENT_RULES = ('floor', 'ceil', 'even', 'rceil', 'round')
@@ -80,7 +81,7 @@ def round_to_integer(
   *,
   odd: bool | None = None,
   random: int = 0,
-  random_bits: int = 23,
+  random_bits: int = RANDOM_BITS,
 ) -> int:
   """Rounds u to one of the two whole numbers around it.
 
@@ -170,7 +171,7 @@ def encode(
   overflow: str = 'saturate',
   *,
   random: int = 0,
-  random_bits: int = 23,
+  random_bits: int = RANDOM_BITS,
 ) -> int:
   """The code of `value` rounded to `element`.
 
@@ -508,7 +509,7 @@ def quantize_block(
   tensor_scale: float | None = None,
   rounding: str = 'nearest_even',
   random: Sequence[int] | None = None,
-  random_bits: int = 23,
+  random_bits: int = RANDOM_BITS,
 ) -> Block:
   """Quantizes the values of one block (of one tile, in row-major order).
 
@@ -527,12 +528,12 @@ def quantize_block(
   """
   rule = fmt.scale_rule if scale_rule is None else scale_rule
   values = [float(flush(x)) for x in values]
-  how = _Rounding(rounding, random, random_bits)
+  rounder = _Rounding(rounding, random, random_bits)
   if fmt.has_exponent_scale:
-    return _quantize_exponent(values, fmt, rule, how)
+    return _quantize_exponent(values, fmt, rule, rounder)
   if fmt.zero_point:
     _require_rule(rule, 'minmax', fmt)
-    return _quantize_zero_point(values, fmt, how)
+    return _quantize_zero_point(values, fmt, rounder)
   _require_rule(rule, 'absmax', fmt)
   if fmt.tensor_scale != (tensor_scale is not None):
     raise ValueError(f'{fmt} has {fmt.tensor_scale=}, got {tensor_scale=}')
@@ -542,7 +543,7 @@ def quantize_block(
     scale = block_scale(amax, fmt, tensor_scale)
   elif amax != amax:
     tensor_scale = math.nan
-  return _quantize_float(values, fmt, scale, tensor_scale, how)
+  return _quantize_float(values, fmt, scale, tensor_scale, rounder)
 
 
 def _require_rule(rule: str, known: str, fmt: BlockFormat) -> None:
@@ -552,21 +553,21 @@ def _require_rule(rule: str, known: str, fmt: BlockFormat) -> None:
     )
 
 
-def _quantize_exponent(values, fmt, rule, how) -> Block:
+def _quantize_exponent(values, fmt, rule, rounder) -> Block:
   code = exponent_scale_code(block_amax(values), fmt.element, rule)
   if code == E8M0_NAN:
     return Block(_zeros(values, fmt), code)
   scale = power_of_two(code - E8M0_BIAS)
   scaled = [with_sign(abs(Fraction(x)) / scale, is_negative(x)) for x in values]
-  return Block(how.encode(scaled, fmt.element), code)
+  return Block(rounder.encode(scaled, fmt.element), code)
 
 
-def _quantize_float(values, fmt, scale, tensor_scale, how) -> Block:
+def _quantize_float(values, fmt, scale, tensor_scale, rounder) -> Block:
   s = scale_value(scale, fmt, tensor_scale)
   if s != s:
     return Block(_zeros(values, fmt), scale, tensor_scale)
   r = inverse_scale(s)
-  codes = how.encode([_product(x, r) for x in values], fmt.element)
+  codes = rounder.encode([_product(x, r) for x in values], fmt.element)
   return Block(codes, scale, tensor_scale)
 
 
@@ -575,7 +576,7 @@ def _zeros(values, fmt) -> tuple[int, ...]:
   return (encode(0, fmt.element),) * len(values)
 
 
-def _quantize_zero_point(values, fmt, how) -> Block:
+def _quantize_zero_point(values, fmt, rounder) -> Block:
   if not all(is_finite(x) for x in values):
     return Block((0,) * len(values), math.nan, zero_point=0)
   low = min(0.0, *map(float, values))
@@ -594,7 +595,8 @@ def _quantize_zero_point(values, fmt, how) -> Block:
   zero_point = round_to_integer(Fraction(_product(-low, r)))
   zero_point = min(max(zero_point, 0), levels)
   codes = (
-    round_to_integer(Fraction(_product(x, r)), **how.keywords(i)) + zero_point
+    round_to_integer(Fraction(_product(x, r)), **rounder.keywords(i))
+    + zero_point
     for i, x in enumerate(values)
   )
   codes = tuple(min(max(q, 0), levels) for q in codes)

@@ -30,8 +30,8 @@ chosen can be asked with `select_implementation`.
 - `quantize`: Quantizes an array into packed codes and stored scales.
 - `quantize_with`: Quantizes with given scales: calibrated, learned or held.
 - `round_to`: The nearest number of the format, as a value.
-- `select_implementation`: What `op(*args, **kwargs)` would run, without running
-  it.
+- `select_implementation`: What `op(*args, **kwargs)` would run on a platform,
+  without running it.
 - `softmax`: exp(x / temperature), normalised to sum to one along an axis.
 - `unpack`: The QArray that `prepack` was given.
 - `specs`: QuantSpecs as functions: the one place that reads all of their

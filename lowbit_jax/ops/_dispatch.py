@@ -1,21 +1,25 @@
-"""Choosing an implementation: by request, or the first that does not refuse.
+"""Choosing an implementation: by name, or the first that takes the operands.
 
-An implementation is a name and a function `plan(*args, **kwargs)` that either
-returns a `Plan` or raises `NotImplementedError` with the reason why it cannot.
-Those for other devices than the default one are passed over, unless one is
-named alone: then it is planned wherever it is, so that it can be compiled
-there. This module knows no operation.
+An implementation is a name and a function `plan(*operands, *static)` that
+either returns a `Plan` or raises `NotImplementedError` with the reason why it
+cannot. One that is named alone is planned wherever it is, so that it can be
+compiled there. Else the choice is made for each platform that has a device
+here, and JAX takes one when it lowers the program: code that runs on another
+device than the default one gets the implementation of that device. This module
+knows no operation.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+from jax import lax
 
 from lowbit_jax._typing import Implementation
 from lowbit_pallas import _support
 
-NAMES = ('xla', 'tpu', 'mosaic_gpu')
+NAMES = ('xla', *_support.PLATFORMS)
 
 
 class Plan(NamedTuple):
@@ -64,13 +68,16 @@ def requested(
   return tuple(names)
 
 
-def _why_unavailable(name: str, implementation) -> str | None:
+def _why_unavailable(name: str, implementation, platform: str) -> str | None:
+  """Why an implementation is passed over on a platform, or None."""
   if isinstance(implementation, str):
     return None
+  if why := _support.why_elsewhere(name, platform):
+    return why
   if implementation is not None:
-    return _support.why_elsewhere(name)
-  why = _support.why_unavailable(name)
-  if why is None and name == 'tpu' and jax.device_count() > 1:
+    return None
+  why = _support.why_unproven(name)
+  if why is None and name == 'tpu' and len(_support.devices(name)) > 1:
     if not jax.sharding.get_abstract_mesh().manual_axes:
       return 'on several TPUs kernels run inside shard_map, or by name'
   return why
@@ -81,9 +88,17 @@ def select(
   table: dict[str, Callable],
   implementation: Implementation,
   *args: Any,
-  **kwargs: Any,
+  platform: str | None = None,
 ) -> tuple[Choice, Plan]:
   """The first plan that is not refused.
+
+  Args:
+    op: name of the operation, for messages.
+    table: its implementations in order of preference.
+    implementation: as in the operation.
+    *args: those of the plans.
+    platform: what would run it: 'cpu', 'gpu' (or 'cuda') or 'tpu'; None for the
+      platform of the default device.
 
   Returns:
     (Choice, Plan).
@@ -92,19 +107,102 @@ def select(
     NotImplementedError: if every requested implementation refuses; the message
       holds all reasons.
   """
+  platform = _support.platform(platform)
   refusals = {}
   for name in requested(implementation, table):
     if name not in table:
       refusals[name] = f'{op} has no {name!r} implementation'
       continue
-    if why := _why_unavailable(name, implementation):
+    if why := _why_unavailable(name, implementation, platform):
       refusals[name] = why
       continue
     try:
-      plan = table[name](*args, **kwargs)
+      plan = table[name](*args)
     except NotImplementedError as refusal:
       refusals[name] = str(refusal)
       continue
     return Choice(name, plan.note, refusals), plan
   reasons = '; '.join(f'{name}: {why}' for name, why in refusals.items())
-  raise NotImplementedError(f'no implementation of {op} accepts: {reasons}')
+  raise NotImplementedError(
+    f'no implementation of {op} supports the operands: {reasons}'
+  )
+
+
+def run(
+  op: str,
+  table: dict[str, Callable],
+  implementation: Implementation,
+  operands: tuple,
+  *static: Any,
+) -> Any:
+  """What the chosen implementation computes.
+
+  Args:
+    op: name of the operation, for messages.
+    table: its implementations; 'xla' takes all operands.
+    implementation: as in the operation.
+    operands: arguments of the plans and of what they run: trees of arrays and
+      of anything static.
+    *static: further arguments of the plans alone.
+
+  Raises:
+    NotImplementedError: as in `select`.
+  """
+  plans = {
+    platform: select(
+      op, table, implementation, *operands, *static, platform=platform
+    )
+    for platform in _platforms(implementation, table)
+  }
+  chosen = {choice.implementation for choice, _ in plans.values()}
+  if len(chosen) == 1 and (isinstance(implementation, str) or 'xla' in chosen):
+    _, plan = next(iter(plans.values()))
+    return plan.run(*operands)
+
+  # One program for each platform, of which JAX's lowering takes one.
+  arrays, rebuild = _arrays(operands)
+  programs, default = {}, None
+  for platform, (choice, plan) in plans.items():
+    program = functools.partial(_run, plan, rebuild)
+    if choice.implementation == 'xla':
+      default = program
+    else:
+      programs[platform] = program
+  return lax.platform_dependent(*arrays, default=default, **programs)
+
+
+def _platforms(implementation: Implementation, table) -> list[str]:
+  """The platforms for which a program may be lowered, the default one first.
+
+  Those that have a device here; of implementations that are listed by name,
+  theirs too, so that they can be exported.
+  """
+  platforms = [_support.platform()]
+  if isinstance(implementation, str):
+    return platforms
+  for name in requested(implementation, table):
+    if implementation is not None or _support.devices(name):
+      platforms.append(_support.PLATFORMS.get(name, 'cpu'))
+  return list(dict.fromkeys(platforms))
+
+
+def _run(plan: Plan, rebuild: Callable, *arrays: jax.Array) -> Any:
+  return plan.run(*rebuild(arrays))
+
+
+def _arrays(tree: Any) -> tuple[list[jax.Array], Callable]:
+  """The arrays of a tree, and a function that puts others in their place.
+
+  All other leaves stay where they are.
+  """
+  leaves, structure = jax.tree.flatten(tree)
+  places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, jax.Array)]
+  arrays = [leaves[i] for i in places]
+
+  def rebuild(arrays: Sequence[jax.Array]) -> Any:
+    whole = list(leaves)
+    for i, array in zip(places, arrays, strict=True):
+      whole[i] = array
+    return jax.tree.unflatten(structure, whole)
+
+  return arrays, rebuild

@@ -11,17 +11,16 @@ recomputed in the backward pass, so residuals hold packed codes only.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lowbit_jax import qarray
 from lowbit_jax._typing import DotDims, DTypeLike, Implementation, Precision
-from lowbit_jax.ops import _dispatch, _dot_kernels
-from lowbit_jax.ops._prepack import Operand, Prepacked, dense, is_quantized
-from lowbit_jax.qarray import QArray
+from lowbit_jax.ops import _dispatch, _dot_kernels, _operand
+from lowbit_jax.ops._operand import Operand, dense
 
 TABLE = {
   'tpu': _dot_kernels.plan_tpu,
@@ -57,8 +56,9 @@ def dot(
     rhs: `(k,)` or `(..., k, n)` array or QArray. Blocks along k are what is
       fast; other layouts are dequantized first.
     preferred_element_type: dtype of the result; None for the promoted dtype.
-    implementation: None for the best that accepts, a name or a list of names
-      from 'xla', 'tpu', 'mosaic_gpu'; a named one that cannot refuses loudly.
+    implementation: 'tpu', 'mosaic_gpu' or 'xla', or a list of names; the first
+      that supports the operands runs. None tries all of them, kernels first. If
+      none does, NotImplementedError says why.
 
   Returns:
     The product, accumulated in float32 (or int32 and then float32).
@@ -110,7 +110,7 @@ def dot_general(
   dtype = preferred_element_type
   if dtype is None:
     dtype = jnp.promote_types(left.dtype, right.dtype)
-  if not (is_quantized(left) or is_quantized(right)):
+  if not (_operand.is_stored(left) or _operand.is_stored(right)):
     _dispatch.select(
       'dot_general', TABLE, implementation, left, right, dims, None
     )
@@ -143,7 +143,7 @@ def einsum(
     raise TypeError(
       f'subscripts={subscripts!r} must be a string, followed by two operands'
     )
-  left, right = _operand(lhs, 'lhs'), _operand(rhs, 'rhs')
+  left, right = _operand.checked(lhs, 'lhs'), _operand.checked(rhs, 'rhs')
   dims, order = einsum_dims(subscripts, left.ndim, right.ndim)
   out = dot_general(
     left,
@@ -155,102 +155,64 @@ def einsum(
   return out if order == tuple(range(out.ndim)) else out.transpose(order)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
-def _contract(lhs, rhs, call: _Call):
-  """The product in float32."""
-  _, plan = _dispatch.select(
-    'dot_general',
-    TABLE,
-    call.implementation,
-    lhs,
-    rhs,
-    call.dims,
-    call.precision,
-  )
-  return plan.run(lhs, rhs)
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3, 4))
+def product(
+  lhs: Operand,
+  rhs: Operand,
+  dims: DotDims,
+  precision: Precision,
+  contract: Callable,
+) -> jax.Array:
+  """contract(lhs, rhs), a product in float32, with the derivative of the
+  module."""
+  del dims, precision
+  return contract(lhs, rhs)
 
 
-def _contract_jvp(call, primals, tangents):
+def _product_jvp(dims, precision, contract, primals, tangents):
   lhs, rhs = primals
-  out = _contract(lhs, rhs, call)
+  out = product(lhs, rhs, dims, precision, contract)
 
-  def product(a, b):
+  def of_dense(a, b):
     return lax.dot_general(
       dense(a),
       dense(b),
-      call.dims,
-      precision=call.precision,
+      dims,
+      precision=precision,
       preferred_element_type=jnp.float32,
     )
 
   @jax.checkpoint
   def from_lhs(tangent, lhs, rhs):
-    return product(_dense_tangent(lhs, tangent), rhs)
+    return of_dense(_operand.dense_tangent(lhs, tangent), rhs)
 
   @jax.checkpoint
   def from_rhs(tangent, lhs, rhs):
-    return product(lhs, _dense_tangent(rhs, tangent))
+    return of_dense(lhs, _operand.dense_tangent(rhs, tangent))
 
   total = jnp.zeros_like(out)
   for x, t, part in zip(primals, tangents, (from_lhs, from_rhs), strict=True):
-    if (tangent := _float_tangent(x, t)) is not None:
+    if (tangent := _operand.moving(x, t)) is not None:
       total = total + part(tangent, lhs, rhs)
   return out, total
 
 
-_contract.defjvp(_contract_jvp, symbolic_zeros=True)
-_compiled = jax.jit(_contract, static_argnums=2, inline=True)
+product.defjvp(_product_jvp, symbolic_zeros=True)
 
 
-def _is_zero(t) -> bool:
-  zero = isinstance(t, jax.custom_derivatives.SymbolicZero)
-  return zero or t is None or getattr(t, 'dtype', None) == jax.dtypes.float0
-
-
-def _float_tangent(x, t):
-  """What can move of an operand: the tangent of an array, or a dict with those
-  of the float leaves of a QArray; None where nothing does."""
-  if isinstance(x, Prepacked):
-    leaves = jax.tree.leaves(t, is_leaf=_is_zero)
-    if not all(_is_zero(leaf) for leaf in leaves):
-      raise TypeError(
-        'the scales of a Prepacked weight have no derivative: differentiate'
-        ' with respect to those of the QArray, unpack(w)'
-      )
-    return None
-  if not isinstance(x, QArray):
-    return None if _is_zero(t) else t
-  leaves = {
-    name: getattr(t, name)
-    for name in ('scale', 'tensor_scale')
-    if getattr(x, name) is not None and not _is_zero(getattr(t, name))
-  }
-  return leaves or None
-
-
-def _dense_tangent(x, tangent):
-  """Tangent of the dense value of an operand."""
-  if not isinstance(x, QArray):
-    return tangent
-
-  def values(leaves):
-    return dense(qarray.replace(x, **leaves))
-
-  primals = {name: getattr(x, name) for name in tangent}
-  return jax.jvp(values, (primals,), (tangent,))[1]
-
-
-def _operand(x, name: str) -> Any:
-  if isinstance(x, Prepacked) and name == 'lhs':
-    raise TypeError('a Prepacked weight is the right operand of a product')
-  if isinstance(x, QArray | Prepacked | jax.ShapeDtypeStruct):
-    return x
-  x = jnp.asarray(x)
-  if not jnp.issubdtype(x.dtype, jnp.floating):
-    raise TypeError(
-      f'{name} has dtype {x.dtype}; operands are float arrays or QArrays'
+@functools.partial(jax.jit, static_argnums=2, inline=True)
+def _compiled(lhs, rhs, call: _Call):
+  def contract(lhs, rhs):
+    return _dispatch.run(
+      'dot_general',
+      TABLE,
+      call.implementation,
+      (lhs, rhs),
+      call.dims,
+      call.precision,
     )
-  return x
+
+  return product(lhs, rhs, call.dims, call.precision, contract)
 
 
 def dot_operands(
@@ -259,7 +221,7 @@ def dot_operands(
   **_: Any,
 ) -> PlanArguments:
   """Arguments of the plan of a `dot`."""
-  left, right = _operand(lhs, 'lhs'), _operand(rhs, 'rhs')
+  left, right = _operand.checked(lhs, 'lhs'), _operand.checked(rhs, 'rhs')
   if left.ndim < 1 or right.ndim < 1:
     raise ValueError(
       f'dot needs operands of rank 1 or more, got lhs.shape={left.shape} and'
@@ -278,7 +240,7 @@ def dot_general_operands(
   **_: Any,
 ) -> PlanArguments:
   """Arguments of the plan of a `dot_general`."""
-  left, right = _operand(lhs, 'lhs'), _operand(rhs, 'rhs')
+  left, right = _operand.checked(lhs, 'lhs'), _operand.checked(rhs, 'rhs')
   return left, right, _check_dims(left, right, dimension_numbers), precision
 
 
@@ -289,7 +251,7 @@ def einsum_operands(
   **_: Any,
 ) -> PlanArguments:
   """Arguments of the plan of an `einsum`."""
-  left, right = _operand(lhs, 'lhs'), _operand(rhs, 'rhs')
+  left, right = _operand.checked(lhs, 'lhs'), _operand.checked(rhs, 'rhs')
   dims = einsum_dims(subscripts, left.ndim, right.ndim)[0]
   return dot_general_operands(left, right, dims)
 

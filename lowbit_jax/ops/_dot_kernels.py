@@ -17,9 +17,10 @@ from lowbit_jax import qarray
 from lowbit_jax._typing import DotDims, Precision
 from lowbit_jax.formats import IntFormat
 from lowbit_jax.numerics._codec import blocked
-from lowbit_jax.ops import _dot_xla, _partition, _prepack
+from lowbit_jax.ops import _dot_xla, _operand, _partition, _prepack
 from lowbit_jax.ops._dispatch import Plan
-from lowbit_jax.ops._prepack import Prepacked, Shaped
+from lowbit_jax.ops._operand import Shaped
+from lowbit_jax.ops._prepack import Prepacked
 from lowbit_jax.qarray import QArray
 from lowbit_pallas import _support
 from lowbit_pallas.wq_matmul import config
@@ -44,16 +45,19 @@ def plan_mosaic_gpu(
 def plan_xla(
   lhs: Shaped, rhs: Shaped, dimension_numbers: DotDims, precision: Precision
 ) -> Plan:
-  """Plans a product in XLA; a `Prepacked` weight is put back in order."""
-  if not isinstance(rhs, Prepacked):
-    return _dot_xla.plan_dot_general(lhs, rhs, dimension_numbers, precision)
-  unpacked = jax.eval_shape(_prepack.unpack, rhs)
-  note, run = _dot_xla.plan_dot_general(
-    lhs, unpacked, dimension_numbers, precision
+  """Plans a product in XLA, which reads QArrays; other storage is unpacked."""
+  dims = dimension_numbers
+  if not any(
+    _operand.is_stored(x) and not isinstance(x, QArray) for x in (lhs, rhs)
+  ):
+    return _dot_xla.plan_dot_general(lhs, rhs, dims, precision)
+  left, right = jax.eval_shape(
+    lambda: tuple(map(_operand.unpacked, (lhs, rhs)))
   )
+  note, run = _dot_xla.plan_dot_general(left, right, dims, precision)
   return Plan(
     f'unpacks the weight: {note}',
-    lambda lhs, rhs: run(lhs, _prepack.unpack(rhs)),
+    lambda lhs, rhs: run(_operand.unpacked(lhs), _operand.unpacked(rhs)),
   )
 
 
@@ -64,9 +68,7 @@ def _plan(implementation: str, lhs, rhs, dims, precision) -> Plan:
     return blocks
   why = _support.why_not('wq_matmul', implementation)
   if why is None:
-    as_qarray = rhs
-    if isinstance(rhs, Prepacked):
-      as_qarray = jax.eval_shape(_prepack.unpack, rhs)
+    as_qarray = jax.eval_shape(_operand.unpacked, rhs)
     why = _dot_xla.why_not_tiles(lhs, as_qarray, dims)
   if why is not None:
     raise NotImplementedError(why)
@@ -141,8 +143,8 @@ def _plan_blocks(implementation: str, lhs, rhs, dims) -> Plan | None:
   )
   specs = blocked(lhs.fmt), blocked(rhs.fmt)
   options: dict[str, Any] = {'layout': layout, 'mode': mode}
-  device = jax.devices()[0]
-  if device.platform == _support.PLATFORMS[implementation]:
+  device = _support.device_of(implementation)
+  if device is not None:
     options['target'] = _support.target_of(device)
   if kernel.why_not(lhs.codes.shape, rhs.codes.shape, *specs, **options):
     return None

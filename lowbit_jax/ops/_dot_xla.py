@@ -16,8 +16,9 @@ read lane by lane (see `packing.lanes`): codes j, j + L, j + 2L, ... of a tile
 meet the same rows of x, so nothing is interleaved.
 """
 
+import functools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +30,7 @@ from lowbit_jax.formats import BlockFormat, FloatFormat, IntFormat
 from lowbit_jax.numerics import _packing, _scaling
 from lowbit_jax.numerics._codec import spec
 from lowbit_jax.ops._dispatch import Plan
-from lowbit_jax.ops._prepack import Shaped
+from lowbit_jax.ops._operand import Shaped
 from lowbit_jax.qarray import QArray
 from lowbit_pallas.arith import codec, loops
 
@@ -58,9 +59,9 @@ def plan_dot_general(
     )
   why_dense = why_not_tiles(lhs, rhs, dims)
   if why_dense is None:
-    how = 'block sums' if rows(lhs, dims) <= FEW_ROWS else 'tile products'
+    sums = 'block sums' if rows(lhs, dims) <= FEW_ROWS else 'tile products'
     return Plan(
-      f'scan over tiles of the weight, {how}', _Tiles(dims, precision)
+      f'scan over tiles of the weight, {sums}', _Tiles(dims, precision)
     )
   return Plan(
     f'dequantizes to float32 first: {why_dense}', _Dense(dims, precision)
@@ -158,82 +159,58 @@ def as_matrices(
   return x, qarray.replace(jax.tree.map(columns, q), axis=-2), shape
 
 
+class _Tiling(NamedTuple):
+  """How `_scan_tiles` cuts the k rows of a weight.
+
+  Attributes:
+    steps: tiles.
+    blocks: blocks of a tile.
+    rows: rows of a block in each lane of packed codes.
+    group: lanes, the rows that pack together.
+    along_k: whether a column has more than one scale.
+  """
+
+  steps: int
+  blocks: int
+  rows: int
+  group: int
+  along_k: bool
+
+
+def _tiling(q: QArray, few: bool) -> _Tiling:
+  group = _packing.codes_per_group(q.fmt.element.bits)
+  padded = q.shape[0] + q.pad[0]
+  target = TILE_FEW_ROWS if few else TILE_MANY_ROWS
+  along_k = q.scale is not None and q.scale.shape[0] > 1
+  # Without scales along k any block will do: one that sums well.
+  block = q.fmt.block[0] if along_k else _tilerows(padded, group, SUM_ROWS)
+  tile = _tilerows(padded, block, target)
+  return _Tiling(padded // tile, tile // block, block // group, group, along_k)
+
+
 def _scan_tiles(x, q: QArray, few: bool, precision, dtype=jnp.float32):
   """x @ dequantize(q) for q of shape (k, n) in blocks along k, accumulated in
   `dtype`."""
-  bits = q.fmt.element.bits
-  group = _packing.codes_per_group(bits)
-  k, n = q.shape
-  padded = k + q.pad[0]
-  target = TILE_FEW_ROWS if few else TILE_MANY_ROWS
-  scale, zero = q.scale, q.zero_point
-  along_k = scale is not None and scale.shape[0] > 1
-  if along_k:
-    block = q.fmt.block[0]
-    tile = _tilerows(padded, block, target)
-  else:
-    block = _tilerows(padded, group, SUM_ROWS)
-    tile = _tilerows(padded, block, target)
-  steps, blocks, per_lane = padded // tile, tile // block, block // group
-  m = x.shape[0]
-  if padded > k:
-    x = jnp.pad(x, ((0, 0), (0, padded - k)))
-  # (step, lane, m, block, row in lane): the rows of x that meet each lane.
-  x = x.reshape(m, steps, blocks, per_lane, group).transpose(1, 4, 0, 2, 3)
-  codes = q.codes.reshape(steps, tile * bits // 8, n)
-  if along_k:
-    scales = (scale, zero)
-  else:  # one scale for the column: it multiplies the sum
-    repeat = None if zero is None else jnp.tile(zero, (steps, 1))
-    scales = (None, repeat)
+  steps, blocks, rows, group, along_k = _tiling(q, few)
+  m, n = x.shape[0], q.shape[1]
+
+  # Rows of x by (step, lane, m, block, row): those that meet each lane.
+  if q.pad[0]:
+    x = jnp.pad(x, ((0, 0), (0, q.pad[0])))
+  x = x.reshape(m, steps, blocks, rows, group).transpose(1, 4, 0, 2, 3)
+
+  # Codes and scales by tile. One scale for a column multiplies the sum instead.
+  codes = q.codes.reshape(steps, -1, n)
+  scales = q.scale, q.zero_point
+  if not along_k:
+    zero = q.zero_point
+    scales = None, None if zero is None else jnp.tile(zero, (steps, 1))
   scales = jax.tree.map(lambda s: s.reshape(steps, blocks, n), scales)
 
-  def lane_values(packed):
-    return [
-      codec.decode(c, spec(q.fmt.element)).reshape(blocks, per_lane, n)
-      for c in _packing.lanes(packed, bits, 0)
-    ]
-
-  def factors(scale):
-    if scale is None:
-      return ()
-    assert q.fmt.scale is not None
-    return _scaling.factors(scale, q.fmt.scale)
-
-  def block_sums(acc, operands):
-    x_tile, packed, (scale, zero) = operands
-    weights = lane_values(packed)
-    sums = []
-    for i in range(m):  # one reduction for each row of x vectorises along n
-      terms = sum(
-        rows[i, ..., None] * w for rows, w in zip(x_tile, weights, strict=True)
-      )
-      partial = jnp.sum(terms, axis=1)  # (block, n)
-      if zero is not None:
-        total = jnp.sum(x_tile[:, i], axis=(0, 2))[:, None]
-        partial = partial - total * zero.astype(jnp.float32)
-      for f in factors(scale):
-        partial = partial * f
-      sums.append(jnp.sum(partial, axis=0))
-    return acc + jnp.stack(sums).astype(dtype), None
-
-  def tile_products(acc, operands):
-    x_tile, packed, (scale, zero) = operands
-    for rows, w in zip(x_tile, lane_values(packed), strict=True):
-      if zero is not None:
-        w = w - zero.astype(jnp.float32)[:, None]
-      for f in factors(scale):
-        w = w * f[:, None]
-      acc = acc + lax.dot_general(
-        rows.reshape(m, blocks * per_lane),
-        w.reshape(blocks * per_lane, n),
-        (((1,), (0,)), ((), ())),
-        precision=precision,
-        preferred_element_type=jnp.float32,
-      )
-    return acc, None
-
-  body = block_sums if few else tile_products
+  # One tile after the other, so that one of them is decoded at a time.
+  body = functools.partial(_add_block_sums, q.fmt)
+  if not few:
+    body = functools.partial(_add_tile_products, q.fmt, precision)
   start = loops.carry(jnp.zeros((m, n), dtype), x, codes, scales)
   if steps == 1:
     first = jax.tree.map(lambda leaf: leaf[0], (x, codes, scales))
@@ -241,9 +218,62 @@ def _scan_tiles(x, q: QArray, few: bool, precision, dtype=jnp.float32):
   else:
     out = lax.scan(body, start, (x, codes, scales))[0]
   if not along_k:
-    for f in factors(scale):
+    for f in _factors(q.scale, q.fmt):
       out = out * f
   return out
+
+
+def _add_block_sums(fmt: BlockFormat, acc, operands):
+  """Products of few rows with a tile: the sum over a block, times its scale."""
+  x, packed, (scale, zero) = operands
+  weights = _lane_values(packed, fmt, x.shape[2:])
+  sums = []
+  for i in range(x.shape[1]):  # a reduction for each row vectorises along n
+    terms = sum(
+      rows[i, ..., None] * w for rows, w in zip(x, weights, strict=True)
+    )
+    partial = jnp.sum(terms, axis=1)  # (block, n)
+    if zero is not None:
+      total = jnp.sum(x[:, i], axis=(0, 2))[:, None]
+      partial = partial - total * zero.astype(jnp.float32)
+    for f in _factors(scale, fmt):
+      partial = partial * f
+    sums.append(jnp.sum(partial, axis=0))
+  return acc + jnp.stack(sums).astype(acc.dtype), None
+
+
+def _add_tile_products(fmt: BlockFormat, precision, acc, operands):
+  """Products of many rows with a tile: each lane is scaled and multiplied."""
+  x, packed, (scale, zero) = operands
+  _, m, blocks, rows = x.shape
+  for lane, w in zip(x, _lane_values(packed, fmt, (blocks, rows)), strict=True):
+    if zero is not None:
+      w = w - zero.astype(jnp.float32)[:, None]
+    for f in _factors(scale, fmt):
+      w = w * f[:, None]
+    acc = acc + lax.dot_general(
+      lane.reshape(m, blocks * rows),
+      w.reshape(blocks * rows, -1),
+      (((1,), (0,)), ((), ())),
+      precision=precision,
+      preferred_element_type=jnp.float32,
+    )
+  return acc, None
+
+
+def _lane_values(packed, fmt: BlockFormat, shape):
+  """The elements of each lane of a tile, (block, row, n)."""
+  return [
+    codec.decode(codes, spec(fmt.element)).reshape(*shape, -1)
+    for codes in _packing.lanes(packed, fmt.element.bits, 0)
+  ]
+
+
+def _factors(scale, fmt: BlockFormat):
+  if scale is None:
+    return ()
+  assert fmt.scale is not None
+  return _scaling.factors(scale, fmt.scale)
 
 
 def _tilerows(k: int, block: int, target: int) -> int:

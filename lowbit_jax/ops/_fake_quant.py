@@ -1,22 +1,6 @@
 """Straight-through estimators: quantize and dequantize with a stated gradient.
 
-The forward pass is y = dequantize(quantize(x)). The backward pass never touches
-the storage type: the cotangent g of y stays in the dtype of x. With s the scale
-that was used, q = y / s the rounded element and F the largest element:
-
-  identity  dx = g
-  clipped   dx = g where |x| <= F s, else 0: no gradient where x saturated
-  trust     dx = g where |x - y| <= T s, else 0, with T half of the largest
-            distance of neighbouring elements: the error is explained by
-            rounding (the trust estimator of QuEST)
-  absmax    dx_i = g_i, and at the maximum k of a block in addition
-            sign(x_k) (F s^2 / amax^2) sum_j g_j (q_j - x_j / s),
-            which is sign(x_k) / F times the sum for s = amax / F: the scale
-            follows the block maximum (absmax-aware estimator; rounding of
-            elements and scales counted as the identity, ties share evenly)
-  lsq       as clipped, and the given scale gets
-            ds = sum_j g_j d_j / sqrt(n F), d_j = q_j - x_j / s inside the range
-            and sign(x_j) F outside, n elements per scale (learned step size)
+The equations stand in the docstring of `fake_quant`.
 """
 
 import functools
@@ -39,6 +23,7 @@ from lowbit_jax.ops._quantize import (
   split_origin,
 )
 from lowbit_jax.recipe import BACKWARDS
+from lowbit_pallas.arith.codec import RANDOM_BITS
 
 BACKWARDS_WITH = ('identity', 'clipped', 'lsq', 'trust')
 
@@ -51,21 +36,36 @@ def fake_quant(
   scale_rule: str | None = None,
   rounding: str = 'nearest_even',
   key: Key | None = None,
-  random_bits: int = 23,
+  random_bits: int = RANDOM_BITS,
   tensor_scale: ArrayLike | None = None,
   origin: Origin | None = None,
   backward: str = 'identity',
 ) -> jax.Array:
   """`dequantize(quantize(x, ...))` with a straight-through gradient.
 
+  The forward pass is y = dequantize(quantize(x)). The backward pass never
+  touches the storage type: the cotangent g of y stays in the dtype of x. With s
+  the scale that was used, q = y / s the rounded element and F the largest
+  element, `backward` is one of
+
+    identity  dx = g
+    clipped   dx = g where |x| <= F s, else 0: no gradient where x saturated
+    trust     dx = g where |x - y| <= T s, else 0, with T half of the largest
+              distance of neighbouring elements: the error is explained by
+              rounding (the trust estimator of QuEST)
+    absmax    dx_i = g_i, and at the maximum k of a block in addition
+              sign(x_k) (F s^2 / amax^2) sum_j g_j (q_j - x_j / s),
+              which is sign(x_k) / F times the sum for s = amax / F: the scale
+              follows the block maximum (absmax-aware estimator; rounding of
+              elements and scales counted as the identity, ties share evenly)
+
   Args:
     x: float16, bfloat16 or float32, 0-d too.
     fmt: a block format.
     axis: as in `quantize`; also `scale_rule`, `rounding`, `key`,
       `random_bits`, `tensor_scale`, `origin`.
-    backward: 'identity', 'clipped', 'absmax' or 'trust'; see the equations at
-      the top of `lowbit_jax.ops._fake_quant`. A learned scale ('lsq') is a
-      matter of `fake_quant_with`.
+    backward: 'identity', 'clipped', 'absmax' or 'trust', see above. A learned
+      scale ('lsq') is a matter of `fake_quant_with`.
 
   Returns:
     An array of the shape and dtype of `x`.
@@ -99,11 +99,20 @@ def fake_quant_with(
   zero_point: ArrayLike | None = None,
   rounding: str = 'nearest_even',
   key: Key | None = None,
-  random_bits: int = 23,
+  random_bits: int = RANDOM_BITS,
   origin: Origin | None = None,
   backward: str = 'identity',
 ) -> jax.Array:
   """`dequantize(quantize_with(x, ...))` with a straight-through gradient.
+
+  The gradients are those of `fake_quant`; with backward='lsq', dx is that of
+  'clipped' and the given scale gets
+
+    ds = sum_j g_j d_j / sqrt(n F)    (learned step size)
+
+  where d_j = q_j - x_j / s inside the range and sign(x_j) F outside, and n
+  elements share a scale. Its rounding to the scale format counts as the
+  identity.
 
   Args:
     x: float16, bfloat16 or float32.
@@ -113,8 +122,7 @@ def fake_quant_with(
     axis: as in `quantize_with`; also `tensor_scale`, `zero_point`, `rounding`,
       `key`, `random_bits`, `origin`.
     backward: 'identity', 'clipped', 'trust', or 'lsq', which also gives the
-      float `scale` its learned-step-size gradient (its rounding to the scale
-      format counts as the identity).
+      float `scale` a gradient.
 
   Returns:
     An array of the shape and dtype of `x`.
@@ -202,8 +210,8 @@ def _fake_with_forward(x, scale, extras, zero_point, options):
   scales = check_scales(
     x.shape, fmt, options.axes, scale, extras.tensor_scale, zero_point
   )
-  how = rounding_of(options, extras)
-  job = core.from_scales(x, fmt, options.axes, scales, how)
+  rounding = rounding_of(options, extras)
+  job = core.from_scales(x, fmt, options.axes, scales, rounding)
   y = job.values()
   mask = d_scale = None
   if options.backward != 'identity':

@@ -5,8 +5,6 @@ import dataclasses
 import jax
 import numpy as np
 
-from lowbit_jax import qarray
-from lowbit_jax._typing import ArrayLike
 from lowbit_jax.formats import BlockFormat
 from lowbit_jax.numerics._codec import blocked
 from lowbit_jax.qarray import QArray
@@ -59,10 +57,6 @@ class Prepacked:
     )
 
 
-Operand = ArrayLike | QArray | Prepacked  # of a product
-Shaped = jax.Array | jax.ShapeDtypeStruct | QArray | Prepacked  # of a plan
-
-
 def prepack(q: QArray, *, implementation: str) -> Prepacked:
   """Reorders a weight once, so that a kernel need not do so in every call.
 
@@ -110,14 +104,3 @@ def weight(q: QArray, implementation: str) -> _weights.Prepacked:
   return _weights.prepack(
     q.codes, q.scale, q.zero_point, spec, tile=tile, k=k, layout=layout
   )
-
-
-def is_quantized(x: object) -> bool:
-  """Whether an operand holds codes."""
-  return isinstance(x, QArray | Prepacked)
-
-
-def dense(x: jax.Array | QArray | Prepacked) -> jax.Array:
-  """An operand in float32."""
-  x = unpack(x) if isinstance(x, Prepacked) else x
-  return qarray.dequantize(x, np.float32) if isinstance(x, QArray) else x

@@ -281,12 +281,12 @@ def _forward(call: _Call, x, w, key, tensor_amax):
   dtype = jnp.promote_types(x.dtype, w.dtype)
   y = _product(call, gemm, operands, (1, 0), dtype)
   saved = tuple(operands) if saves else (x, w)
-  likes = jnp.zeros((), x.dtype), jnp.zeros((), w.dtype)
-  return y, (saved, tuple(pulls), key, tensor_amax, likes)
+  primals = jnp.zeros((), x.dtype), jnp.zeros((), w.dtype)
+  return y, (saved, tuple(pulls), key, tensor_amax, primals)
 
 
 def _backward(call: _Call, residual, dy):
-  saved, pulls, key, (amax_x, amax_w), likes = residual
+  saved, pulls, key, (amax_x, amax_w), primals = residual
   x, w = saved
   fwd, dgrad, wgrad = call.recipe.gemms
   dx = _gradient(
@@ -298,14 +298,16 @@ def _backward(call: _Call, residual, dy):
   rotate = _rotation(fwd, _keys(key, fwd, _FWD))
   is_rotated = call.recipe.residuals == 'forward'
   out = []
-  for g, pull, axis, like in zip((dx, dw), pulls, (1, 0), likes, strict=True):
+  for g, pull, axis, primal in zip(
+    (dx, dw), pulls, (1, 0), primals, strict=True
+  ):
     if pull is not None:
       # The quantizer and its derivative live in the rotated space.
       g = g if is_rotated else rotate(g, axis)
-      (g,) = pull(g.astype(like.dtype))
+      (g,) = pull(g.astype(primal.dtype))
     if pull is not None or is_rotated:
       g = rotate(g, axis, inverse=True)
-    out.append(g.astype(like.dtype))
+    out.append(g.astype(primal.dtype))
   return *out, None, (None, None)
 
 
@@ -337,46 +339,55 @@ def _gradient(call: _Call, which: int, lhs, rhs, key):
 def _product(call: _Call, gemm: GemmSpec, operands, axes, dtype) -> jax.Array:
   """The contraction of arrays, QArrays and quantizations along `axes`."""
   dims = (((axes[0],), (axes[1],)), ((), ()))
-  if _takes_kernel(call, operands, dims):
-    a, b = map(_packed, operands)
-    y = _dot.dot_general(
-      a,
-      b,
-      dims,
-      precision=call.precision,
-      preferred_element_type=jnp.float32,
-      implementation=call.implementation,
-    )
+  a, b = operands
+  if isinstance(a, jax.Array) and isinstance(b, jax.Array):
+    y = _plan_values(a, b, dims, call.precision).run(a, b)
   else:
-    (a, outer_a), (b, outer_b) = map(_values, operands)
-    common = jnp.promote_types(a.dtype, b.dtype)
-    y = lax.dot_general(
-      a.astype(common),
-      b.astype(common),
-      dims,
-      precision=call.precision,
-      preferred_element_type=jnp.float32,
+    y = _dispatch.run(
+      'qdot', TABLE, call.implementation, (a, b), dims, call.precision
     )
-    y = _dot_xla.times(y, outer_a, outer_b)
   scale = _prescale(gemm.lhs) * _prescale(gemm.rhs)
   y = y if scale == 1 else y * jnp.float32(1 / scale)
   return y.astype(dtype)
 
 
-def _takes_kernel(call: _Call, operands, dims) -> bool:
-  """Whether an implementation other than XLA takes the packed operands."""
-  if all(isinstance(operand, jax.Array) for operand in operands):
-    return False
-  shapes = jax.eval_shape(lambda: [_packed(operand) for operand in operands])
-  choice, _ = _dispatch.select(
-    'dot_general',
-    _dot.TABLE,
-    call.implementation,
-    *shapes,
-    dims,
-    call.precision,
-  )
-  return choice.implementation != 'xla'
+def _plan_values(a, b, dims: DotDims, precision: Precision) -> _dispatch.Plan:
+  """Plans a product of operands that are rounded but not packed."""
+  del a, b
+
+  def run(a, b):
+    (a, outer_a), (b, outer_b) = _values(a), _values(b)
+    common = jnp.promote_types(a.dtype, b.dtype)
+    y = lax.dot_general(
+      a.astype(common),
+      b.astype(common),
+      dims,
+      precision=precision,
+      preferred_element_type=jnp.float32,
+    )
+    return _dot_xla.times(y, outer_a, outer_b)
+
+  return _dispatch.Plan('product of rounded values', run)
+
+
+def _plan_packed(
+  implementation: str, a, b, dims: DotDims, precision: Precision
+) -> _dispatch.Plan:
+  """Plans a product of packed operands by a kernel of `dot`."""
+  lhs, rhs = jax.eval_shape(lambda: (_packed(a), _packed(b)))
+  note, contract = _dot.TABLE[implementation](lhs, rhs, dims, precision)
+
+  def run(a, b):
+    return _dot.product(_packed(a), _packed(b), dims, precision, contract)
+
+  return _dispatch.Plan(note, run)
+
+
+TABLE = {
+  'tpu': functools.partial(_plan_packed, 'tpu'),
+  'mosaic_gpu': functools.partial(_plan_packed, 'mosaic_gpu'),
+  'xla': _plan_values,
+}
 
 
 def _packed(operand):

@@ -25,6 +25,7 @@ from lowbit_jax.numerics import _rounding, _scaling
 from lowbit_jax.ops import _dispatch, _quantize_kernels
 from lowbit_jax.qarray import QArray, dequantize as dequantize
 from lowbit_jax.transforms import Hadamard
+from lowbit_pallas.arith.codec import RANDOM_BITS
 
 
 class Options(NamedTuple):
@@ -59,7 +60,7 @@ def quantize(
   scale_rule: str | None = None,
   rounding: str = 'nearest_even',
   key: Key | None = None,
-  random_bits: int = 23,
+  random_bits: int = RANDOM_BITS,
   tensor_scale: ArrayLike | None = None,
   origin: Origin | None = None,
   rotation: Hadamard | None = None,
@@ -83,7 +84,7 @@ def quantize(
     rounding: 'nearest_even', 'toward_zero', 'stochastic', or 'dithered' for
       integer elements (subtractive: give the key to `dequantize` as well).
     key: PRNG key for 'stochastic' and 'dithered'.
-    random_bits: random bits per element for 'stochastic', 1 to 23.
+    random_bits: random bits per element for 'stochastic', 1 to 23 (all).
     tensor_scale: a held tensor scale in place of the current one, for formats
       that have one.
     origin: `(start, full_shape)` where x is a slice of a larger array, so that
@@ -91,9 +92,9 @@ def quantize(
     rotation: `transforms.Hadamard` along the block axis that x goes through
       first, in the same pass where a kernel does it; the result stands for the
       rotated array.
-    implementation: None for the best that accepts, a name or a list of names
-      from 'tpu', 'mosaic_gpu', 'xla'; all give the same bits, except that sums
-      of a rotation have an order of their own.
+    implementation: 'tpu', 'mosaic_gpu' or 'xla', or a list of names; the first
+      that supports the operands runs. None tries all of them, kernels first.
+      All give the same bits, but for the order of the sums of a rotation.
 
   Returns:
     A QArray of the shape and dtype of `x`. A block that holds NaN or Inf is
@@ -137,7 +138,7 @@ def operands(
   scale_rule: str | None = None,
   rounding: str = 'nearest_even',
   key: Key | None = None,
-  random_bits: int = 23,
+  random_bits: int = RANDOM_BITS,
   tensor_scale: ArrayLike | None = None,
   origin: Origin | None = None,
   rotation: Hadamard | None = None,
@@ -194,7 +195,7 @@ def quantize_with(
   zero_point: ArrayLike | None = None,
   rounding: str = 'nearest_even',
   key: Key | None = None,
-  random_bits: int = 23,
+  random_bits: int = RANDOM_BITS,
   origin: Origin | None = None,
 ) -> QArray:
   """Quantizes with given scales: calibrated, learned or held.
@@ -227,16 +228,15 @@ def quantize_with(
 
 @functools.partial(jax.jit, static_argnums=2, inline=True)
 def _quantize(x, extras: Extras, options: Options) -> QArray:
-  _, plan = _dispatch.select(
-    'quantize', TABLE, options.implementation, x, extras, options
+  return _dispatch.run(
+    'quantize', TABLE, options.implementation, (x, extras), options
   )
-  return plan.run(x)
 
 
 def _plan_xla(x, extras: Extras, options: Options) -> _dispatch.Plan:
-  del x
+  del x, extras
 
-  def run(x):
+  def run(x, extras: Extras):
     if options.rotation:
       (axis,) = options.axes
       x = Hadamard(options.rotation, axis, extras.signs).apply(x)
@@ -262,8 +262,8 @@ TABLE = {
 
 @functools.partial(jax.jit, static_argnums=3, inline=True)
 def _quantize_with(x, scales, extras: Extras, options: Options) -> QArray:
-  how = rounding_of(options, extras)
-  job = core.from_scales(x, options.fmt, options.axes, scales, how)
+  rounding = rounding_of(options, extras)
+  job = core.from_scales(x, options.fmt, options.axes, scales, rounding)
   return core.pack(job, x.dtype)
 
 

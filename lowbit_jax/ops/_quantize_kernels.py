@@ -32,7 +32,7 @@ def plan(
   Args:
     implementation: 'tpu' or 'mosaic_gpu'.
     x: array or `jax.ShapeDtypeStruct`.
-    extras, options: those of `lowbit_jax.ops._quantize`.
+    extras, options: what `_quantize.operands` returns beside x.
   """
   why = _support.why_not('quantize', implementation) or _why_not(
     x, extras, options
@@ -53,7 +53,7 @@ def plan(
   if why is not None:
     raise NotImplementedError(why)
 
-  def run(x):
+  def run(x, extras):
     return _run(implementation, kernel.run, task, x, extras, options)
 
   return Plan('one pass over the rows, packed codes and scales', run)

@@ -24,15 +24,37 @@ def implementations(op: str) -> tuple[str, ...]:
 
 
 def select_implementation(
-  op: str, *args: Any, implementation: Implementation = None, **kwargs: Any
+  op: str,
+  *args: Any,
+  implementation: Implementation = None,
+  platform: str | None = None,
+  **kwargs: Any,
 ) -> _dispatch.Choice:
-  """What `op(*args, **kwargs)` would run, without running it.
+  """What `op(*args, **kwargs)` would run on a platform, without running it.
+
+  The first implementation that supports the operands is chosen:
+
+    op        implementation   supports
+    quantize  tpu, mosaic_gpu  blocks with scales along the last axis, without
+                               zero points; scales of 8 bits or float32
+              xla              everything
+    dot...    tpu, mosaic_gpu  two QArray matrices in blocks along the axis that
+                               is contracted, with values that bfloat16 or int8
+                               holds exactly, or fp8 in 1x128 and 128x128;
+                               any operand times a QArray in blocks along such
+                               an axis, or times a Prepacked weight
+              xla              everything, by an int32 product, a scan over
+                               tiles of the weight, or dequantized operands
+    softmax   tpu, mosaic_gpu  rows that fit into the memory of a kernel, with
+    and kin                    exp='degree5'
+              xla              everything
 
   Args:
     op: 'quantize', 'dot', 'dot_general', 'einsum', 'softmax', 'log_softmax' or
       'logsumexp'.
     *args: its arguments; `jax.ShapeDtypeStruct` leaves will do.
     implementation: as in the operation.
+    platform: 'cpu', 'gpu' or 'tpu'; None for that of the default device.
     **kwargs: its keyword arguments.
 
   Returns:
@@ -48,7 +70,9 @@ def select_implementation(
   """
   table, operands = _op(op)
   args = operands(*args, **kwargs)
-  return _dispatch.select(op, table, implementation, *args)[0]
+  return _dispatch.select(op, table, implementation, *args, platform=platform)[
+    0
+  ]
 
 
 def _op(op: str):

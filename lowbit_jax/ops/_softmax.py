@@ -76,8 +76,8 @@ def softmax(
     exp: the polynomial for exponentials in the pair form: 'degree5', or
       'certified' for that of `special.exp`, of degree six, whose error is lower
       by u or so; the 'xla' implementation alone has it.
-    implementation: None for the best that accepts, a name or a list of names
-      from 'tpu', 'mosaic_gpu', 'xla'; a named one that cannot refuses loudly.
+    implementation: 'tpu', 'mosaic_gpu' or 'xla', or a list of names; the first
+      that supports the operands runs. None tries all of them, kernels first.
 
   Returns:
     Array of the shape of `x`. A row with NaN or +inf among its live entries is
@@ -86,7 +86,7 @@ def softmax(
 
   Raises:
     TypeError, ValueError: for arguments that do not fit, with the remedy.
-    NotImplementedError: if no requested implementation accepts.
+    NotImplementedError: if no requested implementation supports the operands.
 
   Derivative: forward and reverse mode, of any order, computed in float32.
 
@@ -273,10 +273,7 @@ TABLE = {
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
 def _apply(x, where, call: _Call) -> jax.Array:
-  _, plan = _dispatch.select(
-    call.kind, TABLE, call.implementation, x, where, call
-  )
-  return plan.run(x, where)
+  return _dispatch.run(call.kind, TABLE, call.implementation, (x, where), call)
 
 
 @_apply.defjvp

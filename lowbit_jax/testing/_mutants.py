@@ -11,6 +11,7 @@ from lowbit_jax._quantize import check_format
 from lowbit_jax.formats import BlockFormat, FloatFormat
 from lowbit_jax.numerics import _scaling
 from lowbit_jax.qarray import QArray
+from lowbit_pallas.arith.codec import RANDOM_BITS
 
 
 def quantizer_mutants(fmt: BlockFormat) -> dict[str, Callable]:
@@ -73,7 +74,7 @@ def stochastic_mutants(fmt: BlockFormat) -> dict[str, Callable]:
   """Faulty stochastic quantizers `(x, key) -> QArray | array` by name."""
   fmt = check_format(fmt)
 
-  def draw(x, key, random_bits=23) -> QArray:
+  def draw(x, key, random_bits=RANDOM_BITS) -> QArray:
     return ops.quantize(
       x, fmt, rounding='stochastic', key=key, random_bits=random_bits
     )

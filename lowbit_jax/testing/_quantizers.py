@@ -14,6 +14,7 @@ from lowbit_jax.numerics import _scaling
 from lowbit_jax.qarray import QArray
 from lowbit_jax.testing import _blocks
 from lowbit_jax.testing._asserts import assert_bits_equal
+from lowbit_pallas.arith.codec import RANDOM_BITS
 
 _quantize = jax.jit(ops.quantize, static_argnames=('fmt', 'scale_rule'))
 
@@ -73,7 +74,7 @@ def check_stochastic(
   *,
   keys: Sequence[Key] | Key,
   scale_rule: str | None = None,
-  random_bits: int = 23,
+  random_bits: int = RANDOM_BITS,
   rows: int = 4096,
 ) -> None:
   """Asserts that a stochastic quantizer is unbiased, independent and keyed.

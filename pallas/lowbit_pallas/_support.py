@@ -1,12 +1,13 @@
 """What runs where: the table that dispatch, tests, benchmarks and docs read."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 
 TPUS = ('v5e', 'v6e', 'tpu7x')
 GPUS = ('h100', 'b200')
-PLATFORMS = {'tpu': 'tpu', 'mosaic_gpu': 'gpu'}
+PLATFORMS = {'tpu': 'tpu', 'mosaic_gpu': 'cuda'}
 
 _DEVICE_KINDS = {
   'TPU v5 lite': 'v5e',
@@ -64,43 +65,64 @@ def find(op: str, implementation: str) -> Kernel | None:
   return None
 
 
-def why_elsewhere(implementation: str) -> str | None:
-  """Why the default device's platform cannot run an implementation, or None."""
-  device = jax.devices()[0]
-  if device.platform == PLATFORMS.get(implementation, device.platform):
+def platform(name: str | None = None) -> str:
+  """A platform as JAX's lowering calls it; the default device's for None.
+
+  Raises:
+    ValueError: for a name that is no platform of JAX.
+  """
+  name = jax.default_backend() if name is None else name
+  if name not in ('cpu', 'cuda', 'gpu', 'rocm', 'tpu'):
+    raise ValueError(f"platform={name!r} is not one of 'cpu', 'gpu', 'tpu'")
+  return 'cuda' if name == 'gpu' else name
+
+
+def devices(implementation: str) -> Sequence[Any]:
+  """The devices here that an implementation is for."""
+  try:
+    return jax.devices(PLATFORMS.get(implementation, 'cpu'))
+  except RuntimeError:  # JAX has no such platform here
+    return ()
+
+
+def device_of(implementation: str) -> Any:
+  """The first of `devices`, or None."""
+  return next(iter(devices(implementation)), None)
+
+
+def why_elsewhere(implementation: str, platform: str) -> str | None:
+  """Why an implementation is not for a platform, or None."""
+  if PLATFORMS.get(implementation, platform) == platform:
     return None
-  return f'the default device is a {device.platform}'
+  return f'the program is for {platform}'
 
 
-def why_unavailable(implementation: str) -> str | None:
-  """Why the default device does not take an implementation unasked, or None.
+def why_unproven(implementation: str) -> str | None:
+  """Why the device here does not take an implementation unasked, or None.
 
   Kernels must have been interpreted against their oracle, or have run there.
+  Without a device to ask, as in an export, interpretation decides.
   """
   if implementation not in PLATFORMS:
     return None
-  if (why := why_elsewhere(implementation)) is not None:
-    return why
-  device = jax.devices()[0]
-  target = target_of(device)
+  device = device_of(implementation)
+  target = device and target_of(device)
   mine = [k for k in KERNELS if k.implementation == implementation]
   if not all(k.interpreted or target in k.run_on for k in mine):
-    return f'not all of its kernels are proven on {device.device_kind}: name it'
+    where = device.device_kind if device else 'a device'
+    return f'not all of its kernels are proven on {where}: name it'
   return None
 
 
 def why_not(op: str, implementation: str) -> str | None:
-  """Why a kernel is not for the default device, or None.
+  """Why the device here has no such kernel, or None.
 
-  A device of another platform is no reason: code for a platform can be compiled
-  where it cannot run.
+  The lack of a device is no reason: code can be compiled where it cannot run.
   """
   kernel = find(op, implementation)
   if kernel is None:
     return f'there is no {implementation} kernel for {op}'
-  device = jax.devices()[0]
-  if why_elsewhere(implementation):
+  device = device_of(implementation)
+  if device is None or target_of(device) in kernel.targets:
     return None
-  if target_of(device) not in kernel.targets:
-    return f'{op} has no kernel for {device.device_kind}'
-  return None
+  return f'{op} has no kernel for {device.device_kind}'

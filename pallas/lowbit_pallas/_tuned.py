@@ -14,8 +14,6 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-import jax
-
 from lowbit_pallas import _support
 from lowbit_pallas.arith import codec
 from lowbit_pallas.arith.block import Blocked
@@ -45,7 +43,7 @@ def operand(spec: Blocked) -> str:
 
 
 def find(op: str, implementation: str, key: str, make: Callable) -> Any:
-  """The configuration of an entry for the default device, or None.
+  """The configuration of an entry for the device here, or None.
 
   Args:
     op: folder of the kernel.
@@ -57,9 +55,10 @@ def find(op: str, implementation: str, key: str, make: Callable) -> Any:
   Raises:
     ValueError: for a damaged table, or an entry that does not fit.
   """
-  if _support.why_elsewhere(implementation):
+  device = _support.device_of(implementation)
+  if device is None:
     return None
-  table = path(op, jax.devices()[0].device_kind)
+  table = path(op, device.device_kind)
   sizes = read(table).get(key)
   if sizes is None:
     return None

@@ -7,6 +7,7 @@ import sys
 import tempfile
 from unittest import mock
 
+import jax
 import numpy as np
 from absl.testing import absltest
 
@@ -49,6 +50,15 @@ class CompareTest(absltest.TestCase):
       self.enter_context(mock.patch.object(script, name, holder))
 
   def test_forward_products_of_one_network(self):
+    mesh = jax.make_mesh(
+      (1, 1, 1),
+      lm_trainer.AXES,
+      (jax.sharding.AxisType.Auto,) * 3,
+      devices=jax.devices()[:1],
+    )
+    self.enter_context(
+      mock.patch.object(lm_trainer, 'make_mesh', return_value=mesh)
+    )
     self.flags(_RECIPES=['fp8_delayed'], _OPTIMIZERS=['adamw'])
     header, row = script.compare_forward(_corpus(), [1])
     self.assertEqual(header[0], 'forward product')
@@ -64,16 +74,22 @@ class CompareTest(absltest.TestCase):
     self.assertEqual(row[:2], ['fp8_delayed', f'{want - base:+.4f}'])
 
   def test_gaps_to_the_first_optimizer(self):
-    self.flags(_RECIPES=['float32', 'mxfp8'], _OPTIMIZERS=['adamw', 'adamw8'])
+    self.flags(
+      _RECIPES=['float32', 'switchback'], _OPTIMIZERS=['adamw', 'adamw8']
+    )
 
     def one_run(run, corpus):
       del corpus
       loss = 2.0 + run.model.seed
-      loss += 0.25 * (run.recipe == 'mxfp8') * run.model.seed
+      loss += 0.25 * (run.recipe == 'switchback') * run.model.seed
       loss += 0.125 * (run.optimizer == 'adamw8')
       return {'loss': loss, 'float32': loss - 0.0625}
 
-    with mock.patch.object(script, 'one_run', one_run):
+    init = jax.jit(lm_trainer.init, static_argnums=0)
+    with (
+      mock.patch.object(script, 'one_run', one_run),
+      mock.patch.object(lm_trainer, 'init', init),
+    ):
       header, *rows = script.compare(_corpus(), [0, 2])
     self.assertEqual(
       header,
@@ -87,9 +103,9 @@ class CompareTest(absltest.TestCase):
          '-0.0625'],
         ['float32', 'adamw8', '+0.1250', '+0.1250', '+0.1250', '0.0000',
          '+0.0625'],
-        ['mxfp8', 'adamw', '+0.0000', '+0.5000', '+0.2500', '0.3536',
+        ['switchback', 'adamw', '+0.0000', '+0.5000', '+0.2500', '0.3536',
          '+0.1875'],
-        ['mxfp8', 'adamw8', '+0.1250', '+0.6250', '+0.3750', '0.3536',
+        ['switchback', 'adamw8', '+0.1250', '+0.6250', '+0.3750', '0.3536',
          '+0.3125'],
       ],
     )  # fmt: skip

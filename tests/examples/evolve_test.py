@@ -127,6 +127,7 @@ class EvolveTest(absltest.TestCase):
         self.assertEqual(code, 1, out)
         self.assertIn(message, out)
 
+  @pytest.mark.slow
   def test_bad_flag_ends_the_process(self):
     with tempfile.TemporaryDirectory() as directory:
       code, out = _run(directory, '--islands=1', '--interval=0')

@@ -14,6 +14,7 @@ from unittest import mock
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+import pytest
 from absl.testing import absltest, parameterized
 
 _ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -27,6 +28,18 @@ import byte_lm  # noqa: E402
 from tests.examples import scripts  # noqa: E402
 
 script = scripts.load('quantize_lm')
+
+_INIT = byte_lm.init
+
+
+def setUpModule():
+  """Runs of equal sizes share what they trace."""
+  byte_lm.init = jax.jit(_INIT, static_argnums=0)
+
+
+def tearDownModule():
+  byte_lm.init = _INIT
+
 
 _TOY = byte_lm.Config(width=16, heads=2, blocks=1, context=8, batch=2, steps=6)
 _RUN = {'seed': 0}
@@ -317,9 +330,16 @@ class ReportTest(parameterized.TestCase):
       self.assertFalse(box.count_overlaps(boxes[:index]))
 
   @parameterized.parameters(
-    [[]], [[(4.0, 0.1)]], [[(4.0, float('nan')), (8.0, -0.2), (32.0, 0.0)]]
+    [[]], [[(4.0, float('nan')), (8.0, -0.2), (32.0, 0.0)]]
   )
   def test_plot_is_written(self, points):
+    self.check_plot(points)
+
+  @pytest.mark.slow
+  def test_plot_of_one_point_is_written(self):
+    self.check_plot([(4.0, 0.1)])
+
+  def check_plot(self, points):
     self._import_matplotlib()
     path = _new_directory(self) / 'plot.png'
     rows = [self._row(bits=bits, difference=gap) for bits, gap in points]
@@ -364,7 +384,6 @@ class ScriptTest(absltest.TestCase):
     '--batch=4',
     '--eval_windows=6',
     '--timing_rounds=1',
-    '--formats=mxfp4,int8_channel',
     '--sample_bytes=8',
     '--sample_format=mxfp4',
   )
@@ -405,29 +424,65 @@ class ScriptTest(absltest.TestCase):
     return process.returncode, err
 
   def test_table_plot_sample_and_reuse(self):
-    status, out = self._run('--steps=12')
+    rows = self.check_run('--formats=mxfp4')
+    self.assertEqual(list(rows), ['float32', 'mxfp4'])
+
+  @pytest.mark.slow
+  def test_wider_formats_lose_less(self):
+    rows = self.check_run('--formats=mxfp4,int8_channel')
+    self.assertEqual(list(rows), ['float32', 'mxfp4', 'int8_channel'])
+    self.assertLess(
+      abs(float(rows['int8_channel']['difference'])),
+      0.5 * abs(float(rows['mxfp4']['difference'])) + 1e-3,
+    )
+
+  def check_run(self, *flags):
+    corpus = byte_lm.load_corpus()
+    self.enterContext(
+      mock.patch.object(byte_lm, 'load_corpus', return_value=corpus)
+    )
+    status, out = self._run('--steps=12', *flags)
     self.assertEqual(status, 0, out)
     self.assertIn('loss=', out)
     self.assertIn('sample of the mxfp4 model', out)
     with open(self.cwd / 'out' / 'table.csv', newline='') as file:
       rows = {row['format']: row for row in csv.DictReader(file)}
-    self.assertEqual(list(rows), ['float32', 'mxfp4', 'int8_channel'])
     weights = 32 * 96 + 32 * 32 + 2 * 32 * 128
     self.assertEqual(int(rows['float32']['bytes']), 4 * weights)
     self.assertEqual(int(rows['mxfp4']['bytes']), weights // 2 + weights // 32)
     self.assertLess(float(rows['float32']['loss']), 5.4)
     self.assertNotEqual(float(rows['mxfp4']['difference']), 0)
-    self.assertLess(
-      abs(float(rows['int8_channel']['difference'])),
-      0.5 * abs(float(rows['mxfp4']['difference'])) + 1e-3,
-    )
+    self.assertTrue((self.cwd / 'out' / 'plot.png').exists())
     row = _report.Row('float32', 1000, 32.0, 2.1, 0.0, 0.0, 3.0, 1.0)
-    with mock.patch.object(script, 'evaluate', return_value=[row]):
+    with (
+      mock.patch.object(script, 'evaluate', return_value=[row]),
+      mock.patch.object(_report, 'write_plot'),
+    ):
       status, out = self._run('--steps=12', '--sample_bytes=0')
     self.assertEqual(status, 0, out)
     self.assertIn('step 12 of 12 reused', out)
+    return rows
 
   def test_interrupt_says_what_was_kept_and_no_other_run_takes_it(self):
+    flags = ('--save_every=2', '--width=16', '--heads=2', '--context=8')
+    flags += ('--batch=2',)
+    self.enterContext(mock.patch.object(byte_lm, 'load_corpus', _toy_corpus))
+    batch = byte_lm.train_batch
+
+    def interrupted(corpus, config, step):
+      if step == 5:
+        signal.raise_signal(signal.SIGINT)
+      return batch(corpus, config, step)
+
+    # In the background interrupts are ignored, unless they are handled.
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    self.addCleanup(signal.signal, signal.SIGINT, previous)
+    with mock.patch.object(byte_lm, 'train_batch', interrupted):
+      status, out = self._run('--steps=6', *flags)
+    self.check_interrupted(status, out, 6, flags)
+
+  @pytest.mark.slow
+  def test_interrupted_process_says_what_was_kept(self):
     flags = ('--save_every=5', '--learning_rate=1e-4')
     flags += ('--width=16', '--context=8', '--batch=2')
     # A process that was started in the background passes on that it ignores
@@ -439,16 +494,19 @@ class ScriptTest(absltest.TestCase):
     while process.poll() is None and not (kept / '5').exists():
       time.sleep(0.05)
     process.send_signal(signal.SIGINT)
-    status, err = self._finish(process)
+    self.check_interrupted(*self._finish(process), 100000, flags)
+
+  def check_interrupted(self, status, err, steps, flags):
+    kept = self.cwd / 'out' / 'checkpoints'
     self.assertEqual(status, 130, err)
-    steps = sorted(int(path.name) for path in kept.iterdir() if path.is_dir())
-    self.assertIn(f'step {steps[-1]} of 100000 is kept in out', err)
+    done = max(int(path.name) for path in kept.iterdir() if path.is_dir())
+    self.assertIn(f'step {done} of {steps} is kept in out', err)
     self.assertNotIn('Traceback', err)
 
     before = _contents(kept)
     status, out = self._run('--steps=12', *flags)
     self.assertEqual(status, 1)
-    self.assertIn('steps: 100000 there, 12 now', out)
+    self.assertIn(f'steps: {steps} there, 12 now', out)
     self.assertEqual(_contents(kept), before)
 
 

@@ -9,6 +9,7 @@ import sys
 import tempfile
 from unittest import mock
 
+import jax
 import numpy as np
 import optax
 from absl.testing import absltest, parameterized
@@ -73,7 +74,8 @@ class SettingsTest(parameterized.TestCase):
 
   def test_weights_are_those_of_the_model(self):
     sweep = _sweep()
-    params = byte_lm.init(sweep.config(sweep.settings[0])).params
+    config = sweep.config(sweep.settings[0])
+    params = jax.eval_shape(lambda: byte_lm.init(config)).params
     kernels = byte_lm.quantized_kernels(params)
     self.assertEqual(
       sum(kernel.size for kernel in kernels),
@@ -205,7 +207,8 @@ class ScriptTest(absltest.TestCase):
       '--batch=2',
       '--eval_windows=4',
     )
-    with mock.patch.multiple(scaling_law, _RESAMPLES=2, _LAYERS=1):
+    text = mock.patch.object(byte_lm, 'load_corpus', _toy_corpus)
+    with text, mock.patch.multiple(scaling_law, _RESAMPLES=2, _LAYERS=1):
       status, out = scripts.run(scaling_law, *flags)
     self.assertEqual(status, 0, out)
     self.assertIn('rises with D', out)

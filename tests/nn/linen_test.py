@@ -132,26 +132,28 @@ def _attention():
 
 class UnmodifiedTest(parameterized.TestCase):
   @parameterized.named_parameters(
-    (
-      'dense_general_2',
-      flax_linen.DenseGeneral(8, axis=(-2, -1)),
-      (3, 2, 32),
-      -2,
-    ),
     ('conv', flax_linen.Conv(4, (3,)), (2, 8, 32), -2),
-    ('einsum', flax_linen.Einsum((64, 4, 8), 'bi,iho->bho'), (3, 64), -3),
     ('padded', flax_linen.Dense(8), (3, 40), -2),
   )
   def test_module_equals_that_of_decoded_weights(self, module, shape, axis):
     self._equals_that_of_decoded_weights(module, shape, axis)
 
   @parameterized.named_parameters(
-    ('dense', flax_linen.Dense(8), -2),  # as 'padded', without padding
-    ('dense_general', flax_linen.DenseGeneral((4, 8)), -3),  # as 'einsum'
+    ('dense', flax_linen.Dense(8), (3, 64), -2),
+    ('dense_general', flax_linen.DenseGeneral((4, 8)), (3, 64), -3),
+    (
+      'dense_general_2',
+      flax_linen.DenseGeneral(8, axis=(-2, -1)),
+      (3, 2, 32),
+      -2,
+    ),
+    ('einsum', flax_linen.Einsum((64, 4, 8), 'bi,iho->bho'), (3, 64), -3),
   )
   @pytest.mark.slow
-  def test_another_module_equals_that_of_decoded_weights(self, module, axis):
-    self._equals_that_of_decoded_weights(module, (3, 64), axis)
+  def test_another_module_equals_that_of_decoded_weights(
+    self, module, shape, axis
+  ):
+    self._equals_that_of_decoded_weights(module, shape, axis)
 
   def _equals_that_of_decoded_weights(self, module, shape, axis):
     x = _rand(*shape)
@@ -210,12 +212,13 @@ class UnmodifiedTest(parameterized.TestCase):
     )
     module = flax_linen.Dense(8, kernel_init=init)
     x = _rand(3, 64)
-    params = jax.jit(module.init)(jax.random.key(0), x)['params']
+    params = _params(module, x)
     q = _quantize_params(params, None, formats.nvfp4)
     self.assertIsInstance(q['kernel'], flax_linen.Partitioned)
     kernel = np.asarray(_decode(q['kernel'].value))
     y = _apply(module, q, x)
-    _assert_close(y, x @ kernel, np.abs(x) @ np.abs(kernel))
+    bias = params['bias']
+    _assert_close(y, x @ kernel + bias, np.abs(x) @ np.abs(kernel) + 4)
 
 
 class LiftedTest(parameterized.TestCase):
@@ -268,7 +271,7 @@ class PackedTest(parameterized.TestCase):
 
   def _check(self, module, q, x, context=False):
     """The result is right, and no decoded weight is as large as the whole."""
-    dense = _dense(q)
+    kernel = np.asarray(_decode(q['kernel']))
     plain = lambda p, x: module.apply({'params': p}, x)
 
     def packed(p, x):
@@ -279,8 +282,9 @@ class PackedTest(parameterized.TestCase):
 
     self.assertLess(_largest_float(packed, q, x), self.K * self.N)
     y = jax.jit(packed)(q, x)
-    magnitude = _apply(module, _absolute(dense), np.abs(x))
-    _assert_close(y, _apply(module, dense, x), magnitude, self.K)
+    axes = x.ndim - 1
+    magnitude = np.tensordot(np.abs(x), np.abs(kernel), axes)
+    _assert_close(y, np.tensordot(x, kernel, axes), magnitude, self.K)
 
   def _injected(self):
     return {
@@ -296,15 +300,9 @@ class PackedTest(parameterized.TestCase):
     size = _largest_float(plain, q, self.x)
     self.assertGreaterEqual(size, self.K * self.N)
 
-  def test_dense(self):
-    self._dense('nvfp4')
-
-  @parameterized.parameters('mxfp4', 'int8_channel', 'uint4_g32')
-  @pytest.mark.slow  # test_thin_dense has mxfp4
-  def test_dense_of_other_formats(self, name):
-    self._dense(name)
-
-  def _dense(self, name):
+  @parameterized.parameters('nvfp4', 'mxfp4', 'int8_channel', 'uint4_g32')
+  @pytest.mark.slow  # test_thin_dense has mxfp4, test_heads an injected product
+  def test_dense(self, name):
     q = {'kernel': _quantize(_rand(self.K, self.N), formats.get(name), -2)}
     self._check(flax_linen.Dense(self.N, **self._injected()), q, self.x)
 
@@ -352,6 +350,7 @@ class PackedTest(parameterized.TestCase):
     module = flax_linen.DenseGeneral((2, 4), use_bias=False)
     self._check(module, q, self.x, context=True)
 
+  @pytest.mark.slow
   def test_context_with_attention(self):
     module, x, q, expected = _attention()
 
@@ -485,12 +484,12 @@ class FakeQuantTest(parameterized.TestCase):
     x, w = self._operands()
 
     def loss(params):
-      return jnp.sum(self.c * module.apply({'params': params}, self.x))
+      y = module.apply({'params': params}, self.x)
+      return jnp.sum(self.c * y), y
 
-    y = _apply(module, self.params, self.x)
+    grads, y = jax.jit(jax.grad(loss, has_aux=True))(self.params)
     expected = x @ w + self.params['bias']
     _assert_close(y, expected, np.abs(x) @ np.abs(w) + 8)
-    grads = jax.jit(jax.grad(loss))(self.params)
     _assert_close(grads['kernel'], x.T @ self.c, np.abs(x.T) @ np.abs(self.c))
 
   def test_parameters_are_those_of_linen(self):
@@ -517,9 +516,8 @@ class FakeQuantTest(parameterized.TestCase):
 
   def test_tiles(self):
     fmt = formats.get('mxfp4_32x32')
-    y = nn.dot_general(rhs=QuantSpec(fmt))(
-      self.x, self.params['kernel'], MATRIX
-    )
+    product = jax.jit(nn.dot_general(rhs=QuantSpec(fmt)), static_argnums=2)
+    y = product(self.x, self.params['kernel'], MATRIX)
     w = np.asarray(_fake_quant(self.params['kernel'], fmt, (0, 1)))
     _assert_close(y, self.x @ w, np.abs(self.x) @ np.abs(w))
     with self.assertRaisesRegex(ValueError, 'mxfp4_32x32 has no place in'):

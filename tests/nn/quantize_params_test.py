@@ -26,6 +26,13 @@ _quantize_params = jax.jit(
 )
 
 
+def _shapes(params, *args, **kwargs):
+  """The result with shapes in place of arrays."""
+  return jax.eval_shape(
+    lambda params: nn.quantize_params(params, *args, **kwargs), params
+  )
+
+
 @functools.partial(jax.jit, static_argnames=('fmt', 'axis', 'scale_rule'))
 def _quantize(x, fmt, axis, scale_rule=None):
   return lowbit.quantize(x, fmt, axis=axis, scale_rule=scale_rule)
@@ -59,16 +66,26 @@ class LayoutTest(parameterized.TestCase):
     tree = x
     for name in reversed(path):
       tree = {name: tree}
-    q = _quantize_params(tree, '', formats.mxfp4)
+    q = _shapes(tree, '', formats.mxfp4)
     for name in path:
       q = q[name]
-    expected = _quantize(x, formats.mxfp4, axis=axis)
+    expected = jax.eval_shape(
+      functools.partial(lowbit.quantize, fmt=formats.mxfp4, axis=axis), x
+    )
     self.assertEqual(q.axis, axis)
+    self.assertEqual(q.codes, expected.codes)
+    self.assertEqual(q.scale, expected.scale)
+
+  def test_codes_and_scales_are_those_of_quantize(self):
+    x = _rand(3, 3, 32, 8)
+    tree = {'Conv_1': {'kernel': x}}
+    q = _quantize_params(tree, '', formats.mxfp4)['Conv_1']['kernel']
+    expected = _quantize(x, formats.mxfp4, axis=-2)
     np.testing.assert_array_equal(q.codes, expected.codes)
     np.testing.assert_array_equal(q.scale, expected.scale)
 
   def test_attention(self):
-    q = _quantize_params({'self': _attention()}, None, formats.mxfp4)['self']
+    q = _shapes({'self': _attention()}, None, formats.mxfp4)['self']
     axes = {name: q[name]['kernel'].axis for name in q}
     self.assertEqual(axes, {'query': -3, 'key': -3, 'value': -3, 'out': -2})
     self.assertNotIsInstance(q['out']['bias'], QArray)
@@ -86,21 +103,24 @@ class LayoutTest(parameterized.TestCase):
       'a': {'kernel': _rand(64, 32)},
       'query': {'kernel': _rand(64, 32)},
     }
-    q = _quantize_params(params, None, formats.get('mxfp4_32x32'))
+    q = _shapes(params, None, formats.get('mxfp4_32x32'))
     self.assertEqual(q['a']['kernel'].axis, (-2, -1))
-    attention = _quantize_params(_attention(), None, formats.get('mxfp4_32x32'))
+    attention = _shapes(_attention(), None, formats.get('mxfp4_32x32'))
     self.assertEqual(attention['query']['kernel'].axis, (-3, -1))
 
   def test_stacked_layers_are_quantized_one_by_one(self):
     kernel = _rand(3, 64, 8) * np.float32([1.0, 10.0, 100.0])[:, None, None]
-    params = {'layers': {'Dense_0': {'kernel': kernel}, **_attention(3)}}
+    params = {'layers': {'Dense_0': {'kernel': kernel}}}
     q = _quantize_params(params, None, formats.nvfp4, stacked='^layers/')
     dense = q['layers']['Dense_0']['kernel']
     self.assertEqual(dense.tensor_scale.shape, (3, 1, 1))
-    for i in range(3):
-      one = _quantize(kernel[i], formats.nvfp4, axis=-2)
-      np.testing.assert_array_equal(dense[i].tensor_scale, one.tensor_scale)
-      np.testing.assert_array_equal(dense[i].codes, one.codes)
+    layers = jax.jit(lambda q: [q[i] for i in range(3)])(dense)
+    for layer, values in zip(layers, kernel, strict=True):
+      one = _quantize(values, formats.nvfp4, axis=-2)
+      np.testing.assert_array_equal(layer.tensor_scale, one.tensor_scale)
+      np.testing.assert_array_equal(layer.codes, one.codes)
+    params = {'layers': _attention(3)}
+    q = _shapes(params, None, formats.nvfp4, stacked='^layers/')
     self.assertEqual(q['layers']['query']['kernel'].axis, -3)
     self.assertEqual(q['layers']['query']['kernel'].shape, (3, 64, 2, 32))
 
@@ -122,11 +142,11 @@ class LayoutTest(parameterized.TestCase):
 
   def test_axis_argument(self):
     params = {'DenseGeneral_0': {'kernel': _rand(64, 4, 8)}}
-    q = _quantize_params(params, None, formats.mxfp4, axis=-3)
+    q = _shapes(params, None, formats.mxfp4, axis=-3)
     self.assertEqual(q['DenseGeneral_0']['kernel'].axis, -3)
     params['Dense_0'] = {'kernel': _rand(64, 8)}
     axis = lambda path, leaf: -3 if leaf.ndim == 3 else None
-    q = _quantize_params(params, None, formats.mxfp4, axis=axis)
+    q = _shapes(params, None, formats.mxfp4, axis=axis)
     self.assertEqual(q['DenseGeneral_0']['kernel'].axis, -3)
     self.assertEqual(q['Dense_0']['kernel'].axis, -2)
     with self.assertRaisesRegex(ValueError, "axis=0 of '.*' must count from"):
@@ -144,7 +164,7 @@ class SelectTest(parameterized.TestCase):
     }
 
   def _selected(self, select, fmt=formats.mxfp4):
-    q = _quantize_params(self.params, select, fmt)
+    q = _shapes(self.params, select, fmt)
     leaves = jax.tree_util.tree_leaves_with_path(q, **IS_Q)
     return {
       jax.tree_util.keystr(p, simple=True, separator='/'): leaf.fmt.name

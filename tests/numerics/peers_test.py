@@ -105,14 +105,11 @@ class TorchaoTest(parameterized.TestCase):
 
 
 class GfloatTest(parameterized.TestCase):
-  @parameterized.parameters(
-    ('mxfp8_e4m3', 'format_info_mxfp8_e4m3'),
-    ('mxfp4', 'format_info_mxfp4_e2m1'),
-  )
-  def test_mx_floor(self, name, info):
-    self.assert_equals_gfloat(name, info)
+  def test_mx_floor(self):
+    self.assert_equals_gfloat('mxfp4', 'format_info_mxfp4_e2m1')
 
   @parameterized.parameters(
+    ('mxfp8_e4m3', 'format_info_mxfp8_e4m3'),
     ('mxfp8_e5m2', 'format_info_mxfp8_e5m2'),
     ('mxfp6_e2m3', 'format_info_mxfp6_e2m3'),
     ('mxfp6_e3m2', 'format_info_mxfp6_e3m2'),

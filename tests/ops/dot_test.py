@@ -191,11 +191,10 @@ class DotTest(parameterized.TestCase):
     x, q = data(6, 2100), make(name, 2100, 3)
     assert_product(product(x, q), 'mk,kn->mn', x, q)
 
-  @parameterized.parameters('uint4_g32', 'mxfp4_32x32')
-  def test_transposed_weights(self, name):
-    self.check_transposed(name)
+  def test_transposed_weights(self):
+    self.check_transposed('uint4_g32')
 
-  @parameterized.parameters('nvfp4', 'int3_g32')
+  @parameterized.parameters('mxfp4_32x32', 'nvfp4', 'int3_g32')
   @pytest.mark.slow
   def test_more_transposed_weights(self, name):
     self.check_transposed(name)
@@ -336,11 +335,10 @@ class DotTest(parameterized.TestCase):
     for lhs, rhs in ((x, b), (a, w), (a, b)):
       assert_product(f(lhs, rhs), 'bmk,bkn->bmn', lhs, rhs)
 
-  @parameterized.parameters('nvfp4', 'uint4_g32')
-  def test_poison_stays_in_its_columns(self, name):
-    self.check_poison(name)
+  def test_poison_stays_in_its_columns(self):
+    self.check_poison('nvfp4')
 
-  @parameterized.parameters('mxfp4', 'int8_tensor')
+  @parameterized.parameters('uint4_g32', 'mxfp4', 'int8_tensor')
   @pytest.mark.slow
   def test_poison_in_more_formats_stays_in_its_columns(self, name):
     self.check_poison(name)
@@ -383,32 +381,51 @@ class DotTest(parameterized.TestCase):
   def test_matmul_operator(self):
     q, left = make('nvfp4', 64, 4), make('nvfp4', 3, 64, axis=-1)
     x, w = jnp.asarray(data(2, 64)), jnp.asarray(data(64, 4, seed=3))
-    f = jax.jit(lambda a, b: a @ b)
-    assert_product(f(x, q), 'mk,kn->mn', x, q)
-    assert_product(f(left, w), 'mk,kn->mn', left, w)
     with self.assertRaisesRegex(TypeError, 'QArray'):
-      f(left, q)
-    assert_product(np.asarray(x) @ q, 'mk,kn->mn', x, q)
-    assert_product(left @ np.asarray(w), 'mk,kn->mn', left, w)
-    stack = make('mxfp4', 2, 64, 4)
-    y = jnp.asarray(data(2, 3, 64))
-    assert_product(f(y, stack), 'bmk,bkn->bmn', y, stack)
-    turned = make('mxfp4', 2, 4, 64, axis=-1)
-    z = jnp.asarray(data(2, 64, 3))
-    assert_product(f(turned, z), 'bmk,bkn->bmn', turned, z)
+      left @ q
+    stack, turned = make('mxfp4', 2, 64, 4), make('mxfp4', 2, 4, 64, axis=-1)
+    y, z = jnp.asarray(data(2, 3, 64)), jnp.asarray(data(2, 64, 3))
+    a, b = np.asarray(x), np.asarray(w)
+
+    @jax.jit
+    def products(x, w, y, z, q, left, stack, turned):
+      return x @ q, left @ w, y @ stack, turned @ z
+
+    got = products(x, w, y, z, q, left, stack, turned)
+    for out, lhs, rhs in (
+      (a @ q, x, q), (left @ b, left, w), (got[0], x, q), (got[1], left, w)
+    ):  # fmt: skip
+      assert_product(out, 'mk,kn->mn', lhs, rhs)
+    assert_product(got[2], 'bmk,bkn->bmn', y, stack)
+    assert_product(got[3], 'bmk,bkn->bmn', turned, z)
 
 
 class ExactTest(parameterized.TestCase):
   """Sums of integers below 2^24 have no rounding error in any order."""
 
-  def test_integer_data(self):
-    self.check_integer_data('mxfp6_e2m3')
+  @parameterized.parameters('uint4_g32', 'mxfp4_32x32')
+  def test_integer_data(self, name):
+    fmt, random = formats.get(name), np.random.RandomState(0)
+
+    def scaled(q):
+      """With scales of 1 or 2: values are multiples of 1/2."""
+      scale = random.randint(1, 3, q.scale.shape).astype(np.float32)
+      if fmt.has_exponent_scale:
+        scale = (scale + 126).astype(np.uint8)
+      return replaced(q, scale=scale)
+
+    q, left = scaled(make(name, K, N)), scaled(make(name, 3, K, axis=-1))
+    x = random.randint(-8, 9, (6, K)).astype(np.float32)
+    for a, b in ((x[:2], q), (x, q), (left, q)):
+      size = np.abs(dense(a)) @ np.abs(dense(b))
+      self.assertLess(size.max(), 2**22)  # in units of 1/4
+      np.testing.assert_array_equal(product(a, b), dense(a) @ dense(b))
 
   @parameterized.parameters(
-    'mxint8', 'mxfp4_32x32', 'mxfp4', 'mxfp8_e4m3', 'bfp5_g16'
+    'mxint8', 'mxfp4_32x32', 'mxfp4', 'mxfp6_e2m3', 'mxfp8_e4m3', 'bfp5_g16'
   )
   @pytest.mark.slow
-  def test_more_integer_data(self, name):
+  def test_quantized_integer_data(self, name):
     self.check_integer_data(name)
 
   def check_integer_data(self, name):
@@ -428,14 +445,11 @@ class ExactTest(parameterized.TestCase):
     )
     np.testing.assert_array_equal(product(left, q), w.T @ w)
 
-  @parameterized.parameters(
-    ('int8_channel', 'int4_channel'),
-    ('int5_channel', 'int8_tensor'),
-  )
-  def test_integer_products_are_exact_in_int32(self, left, right):
-    self.check_integer_products(left, right)
+  def test_integer_products_are_exact_in_int32(self):
+    self.check_integer_products('int5_channel', 'int8_tensor')
 
   @parameterized.parameters(
+    ('int8_channel', 'int4_channel'),
     ('int8_channel', 'int8_channel'),
     ('int8_tensor', 'int3_channel'),
     ('int8_tensor', 'int4_tensor'),
@@ -461,14 +475,16 @@ class ExactTest(parameterized.TestCase):
 
   def test_sums_beyond_24_bits_round_once(self):
     k = 4001
-    a = np.full((1, k), 127, np.float32)
-    b = np.full((k, 1), 127, np.float32)
+    b = np.full((k, 1), 127, np.uint8)
     b[0] = 126
-    fmt = formats.get('int8_channel')
-    qa, qb = _quantize(a, fmt, -1), _quantize(b, fmt, -2)
+    one = np.ones((1, 1), np.float32)
+    qa = replaced(
+      make('int8_channel', 1, k, axis=-1),
+      codes=np.full((1, k), 127, np.uint8),
+      scale=one,
+    )
+    qb = replaced(make('int8_channel', k, 1), codes=b, scale=one)
     got = product(qa, qb)
-    scale = np.float32(qa.scale) * np.float32(qb.scale)
-    np.testing.assert_array_equal(scale, 1)
     self.assertEqual(
       float(got[0, 0]), float(np.float32(127 * 126 + 127 * 127 * (k - 1)))
     )
@@ -487,7 +503,14 @@ class ExactTest(parameterized.TestCase):
 
   def test_two_contracted_axes(self):
     """The scale of one axis varies along the other."""
-    for name in ('int8_channel', 'int8_tensor', 'mxfp4'):
+    self.check_two_axes('int8_channel', 'mxfp4')
+
+  @pytest.mark.slow
+  def test_two_contracted_axes_of_tensors(self):
+    self.check_two_axes('int8_tensor')
+
+  def check_two_axes(self, *names):
+    for name in names:
       a, b = make(name, 3, 4, 32, axis=-1), make(name, 4, 32, 5)
       got = jax.jit(lambda a, b: lowbit_jax.einsum('xab,abn->xn', a, b))(a, b)
       assert_product(got, 'xab,abn->xn', a, b)
@@ -500,7 +523,6 @@ class ExactTest(parameterized.TestCase):
 
 class DtypeTest(parameterized.TestCase):
   @parameterized.parameters(
-    ('mxfp4', jnp.float16, jnp.float16, None),
     ('mxfp4', jnp.float32, jnp.bfloat16, jnp.bfloat16),
     ('int8_channel', jnp.bfloat16, jnp.bfloat16, None),
   )
@@ -508,6 +530,7 @@ class DtypeTest(parameterized.TestCase):
     self.check_narrow(*case)
 
   @parameterized.parameters(
+    ('mxfp4', jnp.float16, jnp.float16, None),
     ('mxfp4', jnp.bfloat16, jnp.bfloat16, None),
     ('mxfp4', jnp.bfloat16, jnp.float32, jnp.float32),
     ('mxfp4_32x32', jnp.bfloat16, jnp.bfloat16, None),
@@ -584,10 +607,7 @@ class DtypeTest(parameterized.TestCase):
 class EinsumTest(parameterized.TestCase):
   @parameterized.parameters(
     ('mk,nk->mn', (2, 64), (4, 64), -1),
-    ('bmk,bkn->nbm', (2, 3, 64), (2, 64, 4), -2),
     ('bqhd,bkhd->bhqk', (2, 3, 4, 32), (2, 5, 4, 32), -1),
-    ('btd,dhf->bthf', (2, 3, 64), (64, 2, 4), -3),
-    ('bthf,hfd->btd', (2, 3, 2, 32), (2, 32, 4), -2),
     ('mk,k->m', (3, 64), (64,), -1),
     ('ab,cd->acbd', (2, 3), (4, 32), -1),
     ('mk,mk->m', (2, 64), (2, 64), -1),
@@ -600,6 +620,9 @@ class EinsumTest(parameterized.TestCase):
     ('mk,kn->nm', (2, 64), (64, 4), -2),
     ('bmk,kn->bmn', (2, 3, 64), (64, 4), -2),
     ('bmk,bkn->bmn', (2, 3, 64), (2, 64, 4), -2),
+    ('bmk,bkn->nbm', (2, 3, 64), (2, 64, 4), -2),
+    ('btd,dhf->bthf', (2, 3, 64), (64, 2, 4), -3),
+    ('bthf,hfd->btd', (2, 3, 2, 32), (2, 32, 4), -2),
     ('k,kn->n', (64,), (64, 4), -2),
   )
   @pytest.mark.slow
@@ -761,7 +784,7 @@ class SelectTest(parameterized.TestCase):
   def test_an_unavailable_one_refuses_loudly(self):
     x, q = data(2, 64), make('mxfp4', 64, 4)
     for names in (['tpu'], ['mosaic_gpu'], ['tpu', 'mosaic_gpu']):
-      first = f'{names[0]}: the default device is a cpu'
+      first = f'{names[0]}: the program is for cpu'
       for f in (
         lambda n=names: lowbit_jax.dot(x, q, implementation=n),
         lambda n=names: lowbit_jax.einsum('mk,kn->mn', x, q, implementation=n),
@@ -842,15 +865,13 @@ def replaced(q, **leaves):
 
 
 class DerivativeTest(parameterized.TestCase):
-  @parameterized.parameters(
-    ('mxfp4', 6), ('nvfp4', 2), ('int8_channel', 6), ('mxfp4_32x32', 2)
-  )
+  @parameterized.parameters(('mxfp4', 6), ('mxfp4_32x32', 2))
   def test_gradient_of_activations(self, name, m):
     self.check_gradient(name, m)
 
   @parameterized.parameters(
-    ('uint4_g32', 2), ('e4m3fn_tensor', 6), ('mxfp6_e2m3', 2), ('nf4_g64', 6),
-    ('int3_g32', 6),
+    ('nvfp4', 2), ('int8_channel', 6), ('uint4_g32', 2), ('e4m3fn_tensor', 6),
+    ('mxfp6_e2m3', 2), ('nf4_g64', 6), ('int3_g32', 6),
   )  # fmt: skip
   @pytest.mark.slow
   def test_more_gradients_of_activations(self, name, m):
@@ -936,7 +957,7 @@ class DerivativeTest(parameterized.TestCase):
     )
 
   def test_a_tree_with_a_qarray(self):
-    params = {'w': make('int4_g32', K, N), 'b': jnp.zeros(N)}
+    params = {'w': make('int4_g32', K, N), 'b': np.zeros(N, np.float32)}
     x = data(2, K)
     grads = jax.jit(
       jax.grad(
@@ -944,10 +965,11 @@ class DerivativeTest(parameterized.TestCase):
       )
     )(params)
     self.assertEqual(grads['w'].codes.dtype, jax.dtypes.float0)
-    self.assertGreater(float(jnp.abs(grads['w'].scale).max()), 0)
+    self.assertGreater(np.abs(grads['w'].scale).max(), 0)
     np.testing.assert_array_equal(grads['b'], 2)
-    coded = jax.grad(lambda q: jnp.sum(lowbit_jax.dot(x, q)), allow_int=True)(
-      make('mxfp4', K, N)
+    coded = jax.eval_shape(
+      jax.grad(lambda q: jnp.sum(lowbit_jax.dot(x, q)), allow_int=True),
+      make('mxfp4', K, N),
     )
     self.assertEqual(
       {leaf.dtype for leaf in jax.tree.leaves(coded)},
@@ -985,11 +1007,10 @@ class DerivativeTest(parameterized.TestCase):
         np.asarray(dx, np.float64), want, rtol=2.0**-7, atol=2.0**-7
       )
 
-  @parameterized.parameters('uint4_g32', 'mxfp4_32x32')
-  def test_forward_mode(self, name):
-    self.check_forward_mode(name)
+  def test_forward_mode(self):
+    self.check_forward_mode('uint4_g32')
 
-  @parameterized.parameters('mxfp4', 'nvfp4')
+  @parameterized.parameters('mxfp4_32x32', 'mxfp4', 'nvfp4')
   @pytest.mark.slow
   def test_more_forward_modes(self, name):
     self.check_forward_mode(name)
@@ -1014,6 +1035,7 @@ class DerivativeTest(parameterized.TestCase):
     want = dense(t) @ dense(q) + 0.5 * dense(x) @ dense(q)
     np.testing.assert_allclose(dy, want, rtol=1e-4, atol=1e-4)
 
+  @pytest.mark.slow
   def test_linearize(self):
     q, x = make('nvfp4', 64, 4), data(2, 64)
     t = data(2, 64, seed=6)
@@ -1055,6 +1077,7 @@ class DerivativeTest(parameterized.TestCase):
     want = 4 * y[:, None] * (w / dense(q.scale))[None]
     np.testing.assert_allclose(mixed[:, :, 0], want, rtol=1e-3, atol=1e-3)
 
+  @pytest.mark.slow
   def test_grad_of_jit_vmap_and_remat(self):
     q, x = make('nvfp4', 64, 4), data(3, 64)
 
@@ -1073,12 +1096,17 @@ class DerivativeTest(parameterized.TestCase):
   def test_gradients_through_einsum_and_matmul(self):
     q, x = make('mxfp4', 64, 4), jnp.asarray(data(3, 64))
     want = np.tile(dense(q).sum(1), (3, 1))
-    for f in (
+    functions = (
       lambda x: lowbit_jax.einsum('mk,kn->nm', x, q),
       lambda x: x @ q,
       lambda x: q.T @ x.T,
-    ):
-      dx = jax.jit(jax.grad(lambda x, f=f: jnp.sum(f(x))))(x)
+    )
+
+    @jax.jit
+    def slopes(x):
+      return [jax.grad(lambda x, f=f: jnp.sum(f(x)))(x) for f in functions]
+
+    for dx in slopes(x):
       np.testing.assert_allclose(dx, want, rtol=1e-4, atol=1e-4)
 
   def test_gradients_through_a_scan_over_layers(self):
@@ -1086,16 +1114,20 @@ class DerivativeTest(parameterized.TestCase):
     stack = replaced(stack, scale=stack.scale - np.uint8(3))
     x = data(2, 32, seed=3)
 
-    def loss(x, product):
+    def loss(x):
       def body(x, q):
-        return jnp.tanh(product(x, q)), None
+        return jnp.tanh(lowbit_jax.dot(x, q)), None
 
       return jnp.sum(jax.lax.scan(body, x, stack)[0])
 
-    got = jax.jit(jax.grad(lambda x: loss(x, lowbit_jax.dot)))(x)
-    want = jax.jit(
-      jax.grad(lambda x: loss(x, lambda x, q: x @ lowbit_jax.dequantize(q)))
-    )(x)
+    got = jax.jit(jax.grad(loss))(x)
+    layers = [dense(jax.tree.map(lambda v, i=i: v[i], stack)) for i in range(3)]
+    values = [dense(x)]
+    for w in layers:
+      values.append(np.tanh(values[-1] @ w))
+    want = np.ones_like(values.pop())
+    for w, x in zip(reversed(layers), reversed(values), strict=True):
+      want = want / np.cosh(x @ w) ** 2 @ w.T
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
 
   @parameterized.parameters(

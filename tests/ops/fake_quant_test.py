@@ -26,11 +26,11 @@ KINDS = (
 # the other kinds. These scale as one of the above does.
 MORE_KINDS = 'mxfp8_e4m3', 'mxint8', 'int4_g32'
 EVERY_KIND = (*KINDS, *MORE_KINDS)
-FORWARD = 'mxfp4', 'nvfp4', 'uint4_g32', 'e4m3fn_tensor', 'mxfp4_32x32'
+FORWARD = 'mxfp4', 'nvfp4', 'uint4_g32', 'e4m3fn_tensor'
 CLIPPED = 'mxfp4', 'uint4_g32', 'e4m3fn_tensor'
 TRUST = 'mxfp4', 'nf4_g64'
 # The formats whose scale follows the largest magnitude.
-ABSMAX = 'mxfp4', 'nvfp4', 'int8_channel', 'mxfp4_32x32'
+ABSMAX = 'mxfp4', 'nvfp4', 'mxfp4_32x32'
 WITH = 'mxfp4', 'nvfp4', 'uint4_g32', 'e4m3fn_tensor'
 
 
@@ -194,6 +194,7 @@ class ForwardTest(parameterized.TestCase):
     y, _ = fake(x, np.ones_like(x), fmt, **kwargs)
     assert_bits(y, round_trip(x, fmt, **kwargs))
 
+  @pytest.mark.slow
   def test_held_tensor_scale(self):
     x, scale = data(), jnp.float32(2.0**-8)
     y, dx = fake(x, np.ones_like(x), formats.nvfp4, tensor_scale=scale)
@@ -221,13 +222,19 @@ class ForwardTest(parameterized.TestCase):
     assert_bits(got, jax.jit(f)(x)[2:])
 
   def test_scalars(self):
-    for name, backward in (
-      ('int8_tensor', 'identity'), ('mxfp4_32x32', 'absmax')
-    ):  # fmt: skip
-      fmt = formats.get(name)
-      y, dx = fake(np.float32(0.75), np.float32(3), fmt, backward=backward)
-      self.assertEqual((y.shape, dx.shape), ((), ()))
-      self.assertAlmostEqual(float(y), 0.75, delta=0.1)
+    self.check_scalar('mxfp4_32x32', 'absmax')
+
+  @pytest.mark.slow
+  def test_scalars_of_integers(self):
+    self.check_scalar('int8_tensor', 'identity')
+
+  def check_scalar(self, name, backward):
+    fmt = formats.get(name)
+    y, dx = fake(np.float32(0.75), np.float32(3), fmt, backward=backward)
+    self.assertEqual((y.shape, dx.shape), ((), ()))
+    self.assertAlmostEqual(float(y), 0.75, delta=0.1)
+
+  def test_scalars_of_a_learned_step(self):
     y, dx, ds = fake_with(
       jnp.float32(0.8),
       np.full((1,), 0.25, np.float32),
@@ -379,18 +386,18 @@ class EquationTest(parameterized.TestCase):
 
   def test_absmax_is_the_derivative_of_its_surrogate(self):
     """Rounding of elements and scale held fixed: y = (x / s + e) s(x)."""
-    x = np.array([[0.3, -0.7, 1.1, -2.0, 0.45]], np.float32)
-    g = np.array([[1, 2, -1, 0.5, 3]], np.float32)
-    fmt = formats.per_channel(formats.get('int4'))
+    x = np.array([[0.3, -0.7, 0.45, -2.0]], np.float32)
+    g = np.array([[1, 2, -1, 0.5]], np.float32)
+    fmt = formats.per_channel(formats.get('e2m1'))
     y, dx = fake(x, g, fmt, backward='absmax')
     x, y = x.astype(np.float64), np.asarray(y, np.float64)
-    residual = (y - x) / (2 / 7)
+    residual = (y - x) / (2 / 6)
 
     def loss(x):
-      return np.sum(g * (x + residual * np.abs(x).max() / 7))
+      return np.sum(g * (x + residual * np.abs(x).max() / 6))
 
     h = 1e-6
-    for i in range(5):
+    for i in range(4):
       step = np.zeros_like(x)
       step[0, i] = h
       slope = (loss(x + step) - loss(x - step)) / (2 * h)
@@ -407,9 +414,13 @@ class EquationTest(parameterized.TestCase):
     self.assertEqual(size, sorted(size, reverse=True))
     self.assertGreater(size[0], 10 * size[-1])
 
-  @parameterized.parameters('clipped', 'trust', 'absmax')
+  @parameterized.parameters('clipped', 'absmax')
   def test_gradients_keep_their_bits_where_nothing_is_masked(self, backward):
     self.check_bits_of_gradients(backward, jnp.bfloat16)
+
+  @pytest.mark.slow
+  def test_trusted_gradients_keep_their_bits(self):
+    self.check_bits_of_gradients('trust', jnp.bfloat16)
 
   @parameterized.parameters('clipped', 'trust', 'absmax')
   @pytest.mark.slow
@@ -505,6 +516,7 @@ class LearnedStepTest(parameterized.TestCase):
     np.testing.assert_array_equal(y, one)
     np.testing.assert_allclose(ds, outer * np.asarray(whole), rtol=1e-6)
 
+  @pytest.mark.slow
   def test_a_step_down_the_gradient_reduces_the_loss(self):
     fmt = formats.get('int3_channel')
     x = data((1, 64))
@@ -586,8 +598,14 @@ class WithTest(parameterized.TestCase):
   def test_the_scale_gets_no_gradient_but_from_lsq(self):
     x, g = data((2, 64)), data((2, 64), seed=1)
     s = np.full((2, 2), 0.5, np.float32)
-    for backward in ('identity', 'clipped', 'trust'):
-      _, _, ds = fake_with(x, s, g, formats.get('int4_g32'), backward=backward)
+
+    @jax.jit
+    def slopes(x, s, g):
+      fmt = formats.get('int4_g32')
+      kinds = 'identity', 'clipped', 'trust'
+      return [fake_with(x, s, g, fmt, backward=kind)[2] for kind in kinds]
+
+    for ds in slopes(x, s, g):
       np.testing.assert_array_equal(ds, np.zeros_like(s))
 
   def test_learned_power_of_two_scales(self):
@@ -660,15 +678,12 @@ class CotangentTest(parameterized.TestCase):
     ]
     self.assertEmpty(casts)
 
-  @parameterized.product(
-    name=('mxfp4', 'nvfp4', 'int8_channel'),
-    backward=('identity', 'clipped', 'trust', 'absmax'),
-  )
-  def test_of_fake_quant(self, name, backward):
-    self.check_fake_quant(name, backward)
+  @parameterized.parameters('identity', 'clipped', 'trust', 'absmax')
+  def test_of_fake_quant(self, backward):
+    self.check_fake_quant('mxfp4', backward)
 
   @parameterized.parameters(
-    ('nf4_g64', 'absmax'), ('uint4_g32', 'clipped'),
+    ('nvfp4', 'absmax'), ('nf4_g64', 'absmax'), ('uint4_g32', 'clipped'),
     ('e4m3fn_tensor', 'absmax'), ('mxfp4_32x32', 'trust'),
   )  # fmt: skip
   def test_of_other_kinds(self, name, backward):
@@ -750,6 +765,7 @@ class TransformTest(parameterized.TestCase):
       assert_bits(y[i], z)
       np.testing.assert_allclose(dx[i], dz, rtol=1e-6, atol=1e-6)
 
+  @pytest.mark.slow
   def test_scan_and_remat(self):
     w, x = data((3, 32, 32)) / 8, data((2, 32), seed=1)
 
@@ -766,6 +782,7 @@ class TransformTest(parameterized.TestCase):
     np.testing.assert_allclose(plain, remat, rtol=1e-5, atol=1e-7)
     self.assertGreater(float(jnp.abs(plain).max()), 0)
 
+  @pytest.mark.slow
   def test_grad_of_jit_and_jit_of_grad(self):
     x = jnp.asarray(data())
 

@@ -117,11 +117,10 @@ class ElementsTest(parameterized.TestCase):
     half = multiply(x.astype(jnp.float16), y.astype(jnp.float16))
     self.assertEqual(half.dtype, jnp.float16)
 
-  @parameterized.parameters(OPTIONS[0], OPTIONS[4])
-  def test_jit_and_vmap_give_the_same_bits(self, **options):
-    self.check_jit_and_vmap(**options)
+  def test_jit_and_vmap_give_the_same_bits(self):
+    self.check_jit_and_vmap(**OPTIONS[4])
 
-  @parameterized.parameters(*OPTIONS[1:4], OPTIONS[5])
+  @parameterized.parameters(*OPTIONS[:4], OPTIONS[5])
   @pytest.mark.slow
   def test_jit_and_vmap_of_more_options(self, **options):
     self.check_jit_and_vmap(**options)
@@ -133,11 +132,10 @@ class ElementsTest(parameterized.TestCase):
     for wrapped in (jax.jit(run), jax.vmap(run)):
       np.testing.assert_array_equal(wrapped(x, y), want)
 
-  @parameterized.parameters(OPTIONS[0], OPTIONS[4])
-  def test_derivative_is_that_of_the_product(self, **options):
-    self.check_derivative(**options)
+  def test_derivative_is_that_of_the_product(self):
+    self.check_derivative(**OPTIONS[4])
 
-  @parameterized.parameters(*OPTIONS[1:4], OPTIONS[5])
+  @parameterized.parameters(*OPTIONS[:4], OPTIONS[5])
   @pytest.mark.slow
   def test_more_derivatives_are_those_of_the_product(self, **options):
     self.check_derivative(**options)
@@ -170,10 +168,8 @@ SHAPES = (
 
 class DotTest(parameterized.TestCase):
   @parameterized.parameters(
-    (OPTIONS[0], 100, SHAPES[1]),
-    (OPTIONS[2], 1 << 20, SHAPES[0]),
-    (OPTIONS[4], 1, SHAPES[1]),
-    (OPTIONS[5], 100, SHAPES[2]),
+    (OPTIONS[5], 100, SHAPES[1]),
+    (OPTIONS[4], 1 << 20, SHAPES[0]),
   )
   def test_is_the_sum_of_products(self, options, tile, shapes):
     self.check_sum(options, tile, shapes)
@@ -228,11 +224,10 @@ class DotTest(parameterized.TestCase):
     wide = dot(x.astype(np.float32), y.astype(np.float32), fmt=formats.bfloat16)
     np.testing.assert_array_equal(got, np.asarray(wide).astype(jnp.bfloat16))
 
-  @parameterized.parameters(OPTIONS[0], OPTIONS[4])
-  def test_derivative_is_that_of_the_product(self, **options):
-    self.check_derivative(**options)
+  def test_derivative_is_that_of_the_product(self):
+    self.check_derivative(**OPTIONS[0])
 
-  @parameterized.parameters(*OPTIONS[1:4], OPTIONS[5])
+  @parameterized.parameters(*OPTIONS[1:])
   @pytest.mark.slow
   def test_more_derivatives_are_those_of_the_product(self, **options):
     self.check_derivative(**options)
@@ -272,13 +267,17 @@ def _attention(q, k, v, live, **options):
   return out.swapaxes(1, 2)
 
 
+@jax.jit
+def _derivatives(mask, arrays, tangents, cotangent):
+  """The attention of three arrays, forward and reverse."""
+  run = functools.partial(lmul_attention, mask=mask)
+  out, tangent = jax.jvp(run, tuple(arrays), tuple(tangents))
+  return out, tangent, jax.vjp(run, *arrays)[1](cotangent)
+
+
 class AttentionTest(parameterized.TestCase):
-  @parameterized.parameters(
-    ({}, 'both'),
-    ({'reading': 'formula'}, 'plain'),
-  )
-  def test_against_float64(self, options, case):
-    self.check_attention(options, case)
+  def test_against_float64(self):
+    self.check_attention({'reading': 'formula'}, 'both')
 
   @parameterized.product(
     options=({}, {'reading': 'formula'}, {'mantissa_bits': 23}),
@@ -324,30 +323,20 @@ class AttentionTest(parameterized.TestCase):
     self.assertLess(*(self.error(mantissa_bits=n) for n in bits))
 
   def test_masked_rows_are_zero(self):
-    q, k, v = _normal(14, 3, 1, 4, 1, 8)
-    mask = np.array([1, 0, 1, 1], bool)[:, None]
-
-    @jax.jit
-    def derivatives(*arrays):
-      out, vjp = jax.vjp(lambda *a: lmul_attention(*a, mask=mask), *arrays)
-      return out, vjp(jnp.ones_like(out))
-
-    out, gradients = derivatives(q, k, v)
+    mask = np.ones((5, 5), bool)
+    mask[1] = False
+    arrays = _normal(14, 3, 1, 5, 2, 8)
+    out, _, gradients = _derivatives(mask, arrays, arrays, arrays[0])
     self.assertEqual(np.abs(out[0, 1]).max(), 0)
     for gradient in gradients:
       self.assertTrue(np.isfinite(gradient).all())
 
   def test_forward_and_reverse_derivatives_agree(self):
-    q, k, v, dq, dk, dv = _normal(15, 6, 1, 5, 2, 8)
-    run = functools.partial(lmul_attention, is_causal=True)
-    cotangent = _normal(16, *v.shape)
-
-    @jax.jit
-    def derivatives(*arrays):
-      tangent = jax.jvp(run, arrays, (dq, dk, dv))[1]
-      return tangent, jax.vjp(run, *arrays)[1](cotangent)
-
-    tangent, backward = derivatives(q, k, v)
+    arrays, tangents = _normal(15, 2, 3, 1, 5, 2, 8)
+    dq, dk, dv = tangents
+    cotangent = _normal(16, *dv.shape)
+    mask = np.tri(5, dtype=bool)
+    _, tangent, backward = _derivatives(mask, arrays, tangents, cotangent)
     left = np.vdot(tangent, cotangent)
     right = sum(map(np.vdot, backward, (dq, dk, dv)))
     self.assertAlmostEqual(left, right, delta=1e-4)

@@ -30,23 +30,23 @@ unpack = jax.jit(lowbit_jax.unpack)
 
 
 class PrepackTest(parameterized.TestCase):
-  @parameterized.parameters(
-    ('nvfp4', 96), ('int3_g32', 100), ('uint4_g32', 100), ('int4_tensor', 96)
-  )
+  @parameterized.parameters(('int3_g32', 100), ('uint4_g32', 100))
   def test_round_trip(self, name, k):
     self.check_round_trip(name, k)
 
   @parameterized.parameters(
-    ('mxfp4', 96), ('mxfp4', 100), ('nvfp4', 100), ('mxfp6_e2m3', 96),
+    ('mxfp4', 96), ('mxfp4', 100), ('nvfp4', 96), ('nvfp4', 100),
+    ('mxfp6_e2m3', 96),
     ('mxfp6_e2m3', 100), ('int3_g32', 96), ('uint4_g32', 96),
     ('int5_g128', 96), ('int5_g128', 100), ('int8_channel', 96),
     ('int8_channel', 100), ('nf4_g64', 96), ('nf4_g64', 100),
-    ('int4_tensor', 100),
+    ('int4_tensor', 96), ('int4_tensor', 100),
   )  # fmt: skip
   @pytest.mark.slow
   def test_more_round_trips(self, name, k):
     self.check_round_trip(name, k)
 
+  @pytest.mark.slow
   def test_round_trip_without_jit(self):
     q = make('int8_channel')
     back = lowbit_jax.unpack(lowbit_jax.prepack(q, implementation='tpu'))
@@ -66,14 +66,14 @@ class PrepackTest(parameterized.TestCase):
     q = make('mxfp4')
     p = prepack(q)
     self.assertIn('unpacks', lowbit_jax.select_implementation('dot', x, p).note)
-    np.testing.assert_array_equal(dot(x, p), dot(x, q))
 
-    def loss(x, w):
-      return jnp.sum(jnp.sin(lowbit_jax.dot(x, w)))
+    @jax.jit
+    def slope(x, w):
+      y, pull = jax.vjp(lambda x: lowbit_jax.dot(x, w), x)
+      return y, pull(jnp.cos(y))[0]
 
-    np.testing.assert_array_equal(
-      jax.jit(jax.grad(loss))(x, p), jax.jit(jax.grad(loss))(x, q)
-    )
+    for got, want in zip(slope(x, p), slope(x, q), strict=True):
+      np.testing.assert_array_equal(got, want)
 
   def test_stacks(self):
     w = np.random.RandomState(0).randn(3, 96, 8).astype(np.float32)
@@ -86,12 +86,12 @@ class PrepackTest(parameterized.TestCase):
     np.testing.assert_array_equal(dots(x, p), dots(x, q))
 
   def test_scales_have_no_derivative(self):
-    p = prepack(make('int4_g32'))
+    p = prepack(make('uint4_g32', 100))
 
     def loss(scale):
       weight = dataclasses.replace(p.weight, scale=scale)
       moved = dataclasses.replace(p, weight=weight)
-      return lowbit_jax.dot(jnp.ones((2, 96)), moved).sum()
+      return lowbit_jax.dot(jnp.ones((2, 100)), moved).sum()
 
     with self.assertRaisesRegex(TypeError, 'of the QArray, unpack'):
       jax.grad(loss)(p.weight.scale)

@@ -131,22 +131,32 @@ def assert_products(recipe: Recipe):
     assert np.all(error <= bound), (which, np.max(error / bound))
 
 
+# Random bits, and signs of every call, in the backward products.
+DRAWN = dataclasses.replace(SPEC, rounding='stochastic')
+RANDOM = Recipe(
+  'test',
+  GemmSpec(SPEC),
+  GemmSpec(DRAWN, None, 32, 'per_call'),
+  GemmSpec(DRAWN, DRAWN, 32, 'per_call'),
+)
+# Blocks of 32 do not divide the tokens.
+PADDED = Recipe('test', wgrad=GemmSpec(SPEC, SPEC, 32, 'fixed'))
 CENTERED = dataclasses.replace(PLAIN, center=True)
 
 
 class DefinitionTest(parameterized.TestCase):
-  @parameterized.parameters('mxfp4_sr_rht', 'fp8_current')
+  def test_random_bits_and_signs(self):
+    assert_products(RANDOM)
+
+  @parameterized.parameters(
+    'mxfp4_sr_rht', 'fp8_current', 'mxfp4_nv', 'nvfp4', 'fp8_block',
+    'switchback', 'mxfp4_bwd', 'mxfp4_rotated', 'mxfp4_row_scaled',
+  )  # fmt: skip
+  @pytest.mark.slow
   def test_recipes(self, name):
     assert_products(recipes.get(name))
 
-  @parameterized.parameters(
-    'mxfp4_nv', 'nvfp4', 'fp8_block', 'switchback', 'mxfp4_bwd',
-    'mxfp4_rotated', 'mxfp4_row_scaled',
-  )  # fmt: skip
   @pytest.mark.slow
-  def test_more_recipes(self, name):
-    assert_products(recipes.get(name))
-
   def test_rows_with_scales_of_their_own(self):
     scaled = quantizers.RowScaled(SPEC)
     assert_products(Recipe('test', GemmSpec(scaled, scaled)))
@@ -254,9 +264,24 @@ class DefinitionTest(parameterized.TestCase):
     self.assertLess(np.mean(np.square(rest)), 1.02)
 
   def test_principal_of_few_or_no_tokens(self):
+    self.check_principal_of(2)
+
+  @parameterized.parameters(0, M)
+  @pytest.mark.slow
+  def test_principal_of_no_tokens_or_zeros(self, m):
+    self.check_principal_of(m)
+
+  def test_principal_of_zeros(self):
+    recipe = dataclasses.replace(PLAIN, center=True, principal=3)
+    x, (_, w, dy) = np.zeros((M, K), np.float32), operands()
+    y, dx, dw = run(recipe, x, w, dy)
+    np.testing.assert_array_equal(y, 0)
+    self.assertTrue(np.isfinite(dx).all() and np.isfinite(dw).all())
+
+  def check_principal_of(self, m):
     recipe = Recipe('test', GemmSpec(SPEC), principal=4)
     few, w = np.asarray(data(2, K, seed=1)), np.asarray(data(K, N))
-    for x in (few, np.zeros((M, K), few.dtype), np.zeros((0, K), few.dtype)):
+    for x in (few if m == 2 else np.zeros((m, K), few.dtype),):
       y, dx, dw = run(recipe, x, w, np.ones((len(x), N), x.dtype))
       np.testing.assert_allclose(y, x @ w, atol=1e-3)
       self.assertTrue(np.isfinite(dx).all() and np.isfinite(dw).all())
@@ -266,6 +291,7 @@ class DefinitionTest(parameterized.TestCase):
     with self.assertRaisesRegex(ValueError, f'principal={K + 1} .* use fewer'):
       lowbit.qdot(data(M, K), data(K, N), recipe)
 
+  @pytest.mark.slow
   def test_signs_of_every_call(self):
     recipe = Recipe('test', *[GemmSpec(SPEC, None, 32, 'per_call')] * 3)
     assert_products(recipe)
@@ -283,8 +309,8 @@ class DefinitionTest(parameterized.TestCase):
   def test_leading_axes_are_tokens(self):
     x, w, dy = operands()
     folded = [np.asarray(t).reshape(2, 25, -1) for t in (x, dy)]
-    y, dx, dw = map(np.asarray, run(PLAIN, folded[0], w, folded[1]))
-    flat = run(PLAIN, x, w, dy)
+    y, dx, dw = map(np.asarray, run(PADDED, folded[0], w, folded[1]))
+    flat = run(PADDED, x, w, dy)
     np.testing.assert_array_equal(y.reshape(M, N), flat[0])
     np.testing.assert_array_equal(dx.reshape(M, K), flat[1])
     np.testing.assert_array_equal(dw, flat[2])
@@ -298,11 +324,10 @@ class DefinitionTest(parameterized.TestCase):
       np.testing.assert_array_equal(a, b)
 
   def test_tokens_are_padded_with_zeros(self):
-    recipe = Recipe('test', wgrad=GemmSpec(SPEC, SPEC, 32, 'fixed'))
     x, w, dy = operands()
     more = [np.pad(t, [(0, 14), (0, 0)]) for t in (x, dy)]
-    _, _, dw = run(recipe, x, w, dy)
-    np.testing.assert_array_equal(dw, run(recipe, more[0], w, more[1])[2])
+    _, _, dw = run(PADDED, x, w, dy)
+    np.testing.assert_array_equal(dw, run(PADDED, more[0], w, more[1])[2])
 
   def test_tiles_serve_both_directions(self):
     tile = QuantSpec(formats.get('mxfp4_32x32'))
@@ -392,7 +417,13 @@ class StochasticTest(parameterized.TestCase):
     self.assertLess(np.vdot(dx, want) / np.vdot(want, want), 0.99)
 
   def test_the_key_alone_decides(self):
-    recipe = recipes.get('mxfp4_sr_rht')
+    self.check_keys(RANDOM)
+
+  @pytest.mark.slow
+  def test_the_key_of_a_recipe_alone_decides(self):
+    self.check_keys(recipes.get('mxfp4_sr_rht'))
+
+  def check_keys(self, recipe):
     args = operands()
     first, again = run(recipe, *args), run(recipe, *args)
     other = run(recipe, *args, key=jax.random.key(1))
@@ -506,8 +537,7 @@ class _Halved:
 
 
 # Random bits in both directions, and little else.
-DRAWN = dataclasses.replace(SPEC, rounding='stochastic')
-RANDOM = Recipe('test', GemmSpec(DRAWN), GemmSpec(DRAWN))
+BOTH = Recipe('test', GemmSpec(DRAWN), GemmSpec(DRAWN))
 
 
 class CompositionTest(parameterized.TestCase):
@@ -515,8 +545,9 @@ class CompositionTest(parameterized.TestCase):
     super().setUp()
     self.x, self.w, self.dy = operands()
 
+  @pytest.mark.slow
   def test_remat_replays_the_same_bits(self):
-    f = jax.checkpoint(lambda x, w, key: lowbit.qdot(x, w, RANDOM, key=key))
+    f = jax.checkpoint(lambda x, w, key: lowbit.qdot(x, w, BOTH, key=key))
 
     @jax.jit
     def replayed(x, w, dy, key):
@@ -524,7 +555,7 @@ class CompositionTest(parameterized.TestCase):
       return y, *pull(dy)
 
     args = self.x, self.w, self.dy
-    got, want = replayed(*args, KEY), run(RANDOM, *args)
+    got, want = replayed(*args, KEY), run(BOTH, *args)
     for a, b in zip(got, want, strict=True):
       np.testing.assert_array_equal(a, b)
 
@@ -544,12 +575,13 @@ class CompositionTest(parameterized.TestCase):
       for a, b in zip(batch, f(rows[i], keys[i]), strict=True):
         np.testing.assert_allclose(a[i], b, rtol=0, atol=1e-4)
 
+  @pytest.mark.slow
   def test_scan_over_layers(self):
     w = data(2, K, K, seed=3)
     keys = jax.random.split(KEY, 2)
 
     def layer(x, wk):
-      return lowbit.qdot(x, wk[0], RANDOM, key=wk[1]), None
+      return lowbit.qdot(x, wk[0], BOTH, key=wk[1]), None
 
     def scanned(w):
       return jnp.sum(jax.lax.scan(layer, self.x, (w, keys))[0] ** 2)
@@ -566,7 +598,15 @@ class CompositionTest(parameterized.TestCase):
     )
 
   def test_held_magnitudes(self):
-    recipe, args = recipes.get('fp8_current'), (self.x, self.w, self.dy)
+    spec = QuantSpec(formats.get('int8_tensor'))
+    self.check_held(Recipe('test', GemmSpec(spec, spec)))
+
+  @pytest.mark.slow
+  def test_held_magnitudes_of_a_recipe(self):
+    self.check_held(recipes.get('fp8_current'))
+
+  def check_held(self, recipe):
+    args = self.x, self.w, self.dy
     amax = [np.abs(t).max() for t in (self.x, self.w)]
     want = run(recipe, *args)
     got = run(recipe, *args, tensor_amax=amax)

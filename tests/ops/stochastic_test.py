@@ -32,10 +32,8 @@ from tests import kinds  # noqa: E402
 
 KEYS = 4096
 
-BLOCK_FORMATS = (
-  'mxfp4', 'nvfp4', 'nf4_g64', 'uint4_g32', 'int8_channel', 'e4m3fn_tensor',
-  'mxfp4_32x32',
-)  # fmt: skip
+# Each kind of scale; `ELEMENTS` has the elements.
+BLOCK_FORMATS = 'mxfp4', 'nvfp4', 'uint4_g32', 'mxfp4_32x32'
 MORE_FORMATS = tuple(n for n in kinds.block_formats() if n not in BLOCK_FORMATS)
 ELEMENTS = 'e4m3fn', 'e3m2', 'e3m0', 'e8m0', 'int4', 'uint4', 'nf4'
 MORE_ELEMENTS = (
@@ -126,6 +124,7 @@ class UnbiasedTest(parameterized.TestCase):
     self.assertEqual(draws.shape[0], KEYS)
     assert_unbiased(self, draws[:, inside], t[inside], grid)
 
+  @pytest.mark.slow
   def test_floor_is_biased_where_it_saturates(self):
     x = np.full((1, 32), 7.0, np.float32)
 
@@ -177,11 +176,11 @@ class UnbiasedTest(parameterized.TestCase):
     assert_unbiased(self, draws, x.astype(np.float64), grid)
 
   def test_numbers_of_the_format_never_move(self):
-    self.check_numbers('e4m3fn', 'int8', 'nf4')
+    self.check_numbers('e4m3fn')
 
   @pytest.mark.slow
   def test_numbers_of_more_formats_never_move(self):
-    self.check_numbers('e2m1', 'e3m2', 'e3m0')
+    self.check_numbers('int8', 'nf4', 'e2m1', 'e3m2', 'e3m0')
 
   def check_numbers(self, *names):
     for name in names:
@@ -202,11 +201,11 @@ class UnbiasedTest(parameterized.TestCase):
       np.testing.assert_array_equal(draw(keys(64)), np.tile(x, (64, 1)), name)
 
   def test_fake_quant_draws_the_same(self):
-    self.check_fake_quant(formats.nvfp4)
+    self.check_fake_quant(formats.mxfp4)
 
   @pytest.mark.slow
-  def test_fake_quant_of_mxfp4_draws_the_same(self):
-    self.check_fake_quant(formats.mxfp4)
+  def test_fake_quant_of_nvfp4_draws_the_same(self):
+    self.check_fake_quant(formats.nvfp4)
 
   def check_fake_quant(self, fmt):
     x, key = data(4, 64), jax.random.key(0)
@@ -253,11 +252,11 @@ class RandomBitsTest(parameterized.TestCase):
     self.assertEqual(p[3], 1)
 
   def test_argument_of_quantize(self):
-    self.check_argument((2, 0.25), (23, 0.3))
+    self.check_argument((2, 0.25))
 
   @pytest.mark.slow
-  def test_one_bit(self):
-    self.check_argument((1, 0.5))
+  def test_the_fewest_and_the_most_bits(self):
+    self.check_argument((1, 0.5), (23, 0.3))
 
   def check_argument(self, *cases):
     x = np.tile(np.array([7, 0.3], np.float32), (1, 16))
@@ -357,8 +356,8 @@ class SameBitsTest(parameterized.TestCase):
       quantize(x, raw, formats.mxfp4), quantize(x, typed, formats.mxfp4)
     )
     four = jax.random.key(7, impl='rbg')
-    q = quantize(x, four, formats.mxfp4)
-    self.assertFalse((q.codes == quantize(x, typed, formats.mxfp4).codes).all())
+    a, b = (np.asarray(random_words(k, x.shape)) for k in (four, typed))
+    self.assertFalse((a == b).any())
 
   def test_different_keys_differ(self):
     x = data(8, 64)
@@ -378,12 +377,12 @@ class SameBitsTest(parameterized.TestCase):
         self.assertBetween(same, 2 / 3 - 0.1, 2 / 3 + 0.1)
 
   def test_the_same_bits_on_1_and_8_devices(self):
-    self.check_devices((8, P('d')), (8, P(None, 'd')))
+    self.check_devices((8, P(None, 'd')))
 
   @pytest.mark.slow
   def test_the_same_bits_on_other_numbers_of_devices(self):
     specs = P('d'), P(None, 'd')
-    self.check_devices(*((n, spec) for n in (1, 2, 4) for spec in specs))
+    self.check_devices(*((n, spec) for n in (1, 2, 4, 8) for spec in specs))
 
   def check_devices(self, *cases):
     x, key, fmt = data(16, 256), jax.random.key(3), formats.nvfp4
@@ -397,7 +396,7 @@ class SameBitsTest(parameterized.TestCase):
       assert_same(quantize(put, key, fmt), want)
 
   def test_shard_map_with_origin(self):
-    self.check_shard_map('mxfp4', (8, P('d')), (8, P(None, 'd')))
+    self.check_shard_map('mxfp4', (8, P(None, 'd')))
 
   @parameterized.parameters('mxfp4', 'uint4_g32')
   @pytest.mark.slow

@@ -5,7 +5,6 @@ import pathlib
 import types
 from unittest import mock
 
-import jax
 from absl.testing import absltest, parameterized
 
 from lowbit_pallas import _support
@@ -133,20 +132,28 @@ class SupportTest(parameterized.TestCase):
     device = types.SimpleNamespace(
       platform='gpu', device_kind='NVIDIA H100', compute_capability='9.0'
     )
-    with mock.patch.object(jax, 'devices', lambda: [device]):
-      self.assertIn('name it', _support.why_unavailable('mosaic_gpu'))
+    with mock.patch.object(_support, 'devices', lambda name: [device]):
+      self.assertIn('name it', _support.why_unproven('mosaic_gpu'))
       ran = [k._replace(run_on=('h100',)) for k in _support.KERNELS]
       with mock.patch.object(_support, 'KERNELS', ran):
-        self.assertIsNone(_support.why_unavailable('mosaic_gpu'))
+        self.assertIsNone(_support.why_unproven('mosaic_gpu'))
 
   def test_the_cpu_has_no_kernels_but_code_for_others_can_be_made(self):
-    self.assertEqual(jax.devices()[0].platform, 'cpu')
-    for name in _support.PLATFORMS:
-      self.assertIn('cpu', _support.why_unavailable(name))
-    self.assertIsNone(_support.why_unavailable('xla'))
+    self.assertEqual(_support.platform(), 'cpu')
+    for name, platform in _support.PLATFORMS.items():
+      self.assertIsNone(_support.device_of(name))
+      self.assertIn('cpu', _support.why_elsewhere(name, 'cpu'))
+      self.assertIsNone(_support.why_elsewhere(name, platform))
+    self.assertIsNone(_support.why_elsewhere('xla', 'cpu'))
     for kernel in _support.KERNELS:
       self.assertIsNone(_support.why_not(kernel.op, kernel.implementation))
     self.assertIn('no tpu kernel', _support.why_not('unknown', 'tpu'))
+
+  def test_platforms(self):
+    self.assertEqual(_support.platform('gpu'), 'cuda')
+    self.assertEqual(_support.platform('tpu'), 'tpu')
+    with self.assertRaisesRegex(ValueError, "'xpu' is not one of"):
+      _support.platform('xpu')
 
 
 if __name__ == '__main__':

@@ -15,7 +15,7 @@ import lowbit_jax
 from lowbit_jax import formats
 from lowbit_jax.numerics._codec import blocked
 from lowbit_jax.ops import _prepack
-from lowbit_pallas import _tuned
+from lowbit_pallas import _support, _tuned
 from lowbit_pallas.block_matmul import (
   config as block_config,
   mosaic_gpu as block_gpu,
@@ -49,6 +49,7 @@ BLOCK = block_config.key(N, K, MXFP4, MXFP4, 'nt')
 INTEGER = block_config.key(N, K, INT8, INT8, 'nt')
 ROW = softmax_config.key(K, 4)
 KINDS = {'tpu': 'TPU v5e', 'gpu': 'NVIDIA  H100 (80GB) HBM3'}
+IMPLEMENTATIONS = {'tpu': 'tpu', 'gpu': 'mosaic_gpu'}
 TABLES = {'tpu': 'tpu_v5e.json', 'gpu': 'nvidia_h100_80gb_hbm3.json'}
 QUANTIZE = quantize_config.key(K, 2, TASK)
 
@@ -141,7 +142,13 @@ class TunedTest(parameterized.TestCase):
       platform=platform, device_kind=KINDS[platform], compute_capability='9.0'
     )
     self.table = TABLES[platform]
-    self.enter_context(mock.patch.object(jax, 'devices', lambda: [device]))
+    self.enter_context(
+      mock.patch.object(
+        _support,
+        'devices',
+        lambda name: [device] if IMPLEMENTATIONS[platform] == name else [],
+      )
+    )
 
   def write(self, op: str, text: str) -> pathlib.Path:
     _tuned.read.cache_clear()

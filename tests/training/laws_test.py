@@ -180,6 +180,12 @@ def _design() -> list[tuple[float, ...]]:
   ]
 
 
+def _thinned() -> list[tuple[float, ...]]:
+  """80 of these settings."""
+  order = np.random.default_rng(0).permutation(240)[:80]
+  return [_design()[i] for i in order]
+
+
 def _measure(design, noise: float, seed: int) -> list[laws.Record]:
   generator = np.random.default_rng(seed)
   factors = np.exp(noise * generator.standard_normal(len(design)))
@@ -248,25 +254,35 @@ class FitTest(parameterized.TestCase):
     self.assertLess(errors[0], 1e-3)
     self.assertGreater(errors[1], 3 * errors[0])
 
-  def test_intervals_cover(self):
-    # 24 resamples cost some of the .9: at .85, fewer than 4 of 6 happen with
-    # probability .05, at the 59 % of half the width with .5.
-    self.check_intervals(trials=6, least=4)
+  def test_resamples_spread_as_the_linear_fit_says(self):
+    noise, design = 0.002, _thinned()
+    records = _measure(design, noise, 10)
+    found = laws.fit(records, starts=[_LAW], huber=4e-3)
+    samples = laws.bootstrap(records, found, resamples=24, seed=0)
+    # One noise level over the inverse of J^T J, seen in two settings.
+    jacobian = laws._jacobian(laws._theta(_LAW), laws._table(records))
+    settings = (154e6, 50e9, 2, 1, 32), (1.2e9, 100e9, 4, 3, 128)
+    ends = [laws.Record(*s, float(_LAW.loss(*s))) for s in settings]
+    slopes = laws._jacobian(laws._theta(_LAW), laws._table(4 * ends))[:2]
+    spread = noise * np.linalg.norm(slopes @ np.linalg.pinv(jacobian), axis=1)
+    for setting, expected in zip(settings, spread, strict=True):
+      logs = np.log([law.loss(*setting) for law in samples])
+      # The deviation of 24 samples is off by 15 % of itself, that of the noise
+      # of 80 records by 8 %: 2.5 deviations.
+      self.assertBetween(np.std(logs) / expected, 0.6, 1.4)
 
   @pytest.mark.slow
-  def test_intervals_cover_in_more_trials(self):
-    # Fewer than 8 of 12: probabilities .02 and .6.
-    self.check_intervals(trials=12, least=8)
-
-  def check_intervals(self, trials, least):
+  def test_intervals_cover(self):
+    # 24 resamples cost some of the .9: at .85, fewer than 8 of 12 happen with
+    # probability .02, at the 59 % of half the width with .6.
+    trials, least = 12, 8
     targets = {
       'loss': lambda law: law.loss(154e6, 50e9, 2, 1, 32),
       'extrapolated': lambda law: law.loss(1.2e9, 100e9, 4, 3, 128),
       'alpha': lambda law: law.alpha,
       'beta': lambda law: law.beta,
     }
-    order = np.random.default_rng(0).permutation(240)[:80]
-    design = [_design()[i] for i in order]
+    design = _thinned()
     covered = dict.fromkeys(targets, 0)
     for trial in range(trials):
       records = _measure(design, 0.002, 10 + trial)
@@ -311,7 +327,7 @@ class ErrorsTest(parameterized.TestCase):
       laws.fit(records, huber=0)
     with self.assertRaisesRegex(ValueError, 'starts is empty'):
       laws.fit(records, starts=[])
-    found = laws.fit(records, starts=[_LAW])
+    found = laws.fit(_measure(_design()[::6], 0.0, 2), starts=[_LAW])
     with self.assertRaisesRegex(ValueError, 'records of the fit'):
       laws.bootstrap(records[:8], found, seed=0)
     with self.assertRaisesRegex(ValueError, 'level=1'):

@@ -37,6 +37,18 @@ def init(model):
   return model.init(RNGS, X)
 
 
+def variables_of(model, *args) -> dict:
+  """Random parameters and zeros for the rest, without compiling `init`."""
+  shapes = jax.eval_shape(model.init, RNGS, X, *args)
+  random = np.random.default_rng(1)
+  return jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), shapes) | {
+    'params': jax.tree.map(
+      lambda s: random.standard_normal(s.shape).astype(s.dtype) / 8,
+      shapes['params'],
+    )
+  }
+
+
 @functools.partial(jax.jit, static_argnums=0)
 def apply(model, variables):
   return model.apply(variables, X)
@@ -57,7 +69,7 @@ class LinenTest(parameterized.TestCase):
     layer = linen.Dense(
       16, use_bias=False, dot_general_cls=low.dot_general_cls(recipe)
     )
-    variables = init(layer)
+    variables = variables_of(layer)
     want = qdot(X, variables['params']['kernel'], recipe)
     np.testing.assert_array_equal(apply(layer, variables), want)
 
@@ -69,7 +81,7 @@ class LinenTest(parameterized.TestCase):
       use_bias=False,
       dot_general_cls=low.dot_general_cls(recipe),
     )
-    variables = init(layer)
+    variables = variables_of(layer)
     kernel = variables['params']['kernel']
     want = qdot(X.reshape(2, 96), kernel.reshape(96, 32), recipe)
     np.testing.assert_array_equal(
@@ -78,25 +90,25 @@ class LinenTest(parameterized.TestCase):
 
   def test_parameters_are_those_of_the_plain_model(self):
     shapes = functools.partial(jax.tree.map, jnp.shape)
-    plain = Mlp().init(RNGS, X)
-    model = init(Mlp(recipes.get('fp8_delayed')))
+    plain = jax.eval_shape(Mlp().init, RNGS, X)
+    model = jax.eval_shape(Mlp(recipes.get('fp8_delayed')).init, RNGS, X)
     self.assertEqual(shapes(plain['params']), shapes(model['params']))
     self.assertEqual(set(model), {'params', 'lowbit'})
     self.assertEqual(set(plain), {'params'})
 
   def test_policy_goes_by_path(self):
-    recipe = recipes.get('mxfp4_rtn')
-    variables = init(Mlp())
+    recipe = recipes.get('xnor')
+    variables = variables_of(Mlp())
     both = apply(Mlp(Policy(recipe)), variables)
     one = apply(Mlp(Policy(recipe, (('down', None),))), variables)
-    none = Mlp(Policy(None)).apply(variables, X)
-    np.testing.assert_array_equal(none, Mlp().apply(variables, X))
+    none = apply(Mlp(Policy(None)), variables)
+    np.testing.assert_array_equal(none, apply(Mlp(), variables))
     self.assertFalse(np.array_equal(both, one))
     self.assertFalse(np.array_equal(one, none))
 
   def test_random_bits_come_from_the_stream(self):
     model = Mlp(NOISY)
-    variables = init(Mlp())
+    variables = variables_of(Mlp())
     grad = jax.jit(jax.grad(lambda v, key: loss(model, v, quant=key)[0]))
     a, b, c = (
       grad(variables, jax.random.key(seed))['params']['up']['kernel']
@@ -107,7 +119,7 @@ class LinenTest(parameterized.TestCase):
 
   def test_evaluation_needs_no_stream(self):
     model = Mlp(NOISY)
-    variables = init(Mlp())
+    variables = variables_of(Mlp())
     want, _ = loss(model, variables, quant=jax.random.key(9))
     got, _ = loss(model, variables)
     np.testing.assert_array_equal(got, want)
@@ -134,7 +146,7 @@ class LinenTest(parameterized.TestCase):
         return layer(layer(x) * 0.01)
 
     model = Shared()
-    variables = init(model)
+    variables = variables_of(model)
     _, updated = loss(model, variables, ('lowbit',))
     (state,) = jax.tree.leaves(
       updated['lowbit'], is_leaf=lambda s: isinstance(s, scaling.DotScales)
@@ -154,7 +166,7 @@ class LinenTest(parameterized.TestCase):
       split_rngs={'params': True, 'quant': True},
       length=3,
     )()
-    variables = jax.jit(scanned.init)(RNGS, X, None)
+    variables = variables_of(scanned, None)
 
     def f(params):
       (y, _), updated = scanned.apply(
@@ -175,9 +187,9 @@ class LinenTest(parameterized.TestCase):
 
   def test_models_of_others(self):
     model = linen.MultiHeadDotProductAttention(num_heads=4)
-    variables = init(model)
+    variables = variables_of(model)
     plain = jax.jit(model.apply)(variables, X)
-    policy = Policy(recipes.get('mxfp4_rtn'), (('out', None),))
+    policy = Policy(recipes.get('xnor'), (('out', None),))
     with low.quantized(policy):
       y = jax.jit(model.apply)(variables, X)
     self.assertFalse(np.array_equal(y, plain))

@@ -70,6 +70,7 @@ class LostTest(parameterized.TestCase):
     # 'floor' clips what lies beyond 7/4 of a power.
     self.assertGreater(float(got.clipped.min()), 0)
 
+  @pytest.mark.slow
   def test_is_what_the_doctor_measures_forward(self):
     self.check_against_doctor(Recipe('', recipes.get('nvfp4_rtn').fwd))
 
@@ -127,14 +128,27 @@ class LostTest(parameterized.TestCase):
     np.testing.assert_array_equal(got.clipped[1:], 0)
     rounded = jax.jit(rows, static_argnums=1)(X, 1)
     self.assertEqual(float(got.flushed[0]), np.mean(np.asarray(rounded) == 0))
+
+  def test_values_of_the_forward_product_lose_nothing_again(self):
+    spec = QuantSpec(formats.mxfp4, 'rceil')
+    gemm = GemmSpec(spec)
+    recipe = Recipe('', gemm, wgrad=gemm, residuals='requantized')
+    got = lost(X, W, DY, recipe)
+    self.assertLess(float(got.flushed[4]), float(got.flushed[0]))
+
+  @pytest.mark.slow
+  def test_random_values_of_the_forward_product_lose_less_again(self):
     got = lost(X, W, DY, recipes.get('tetrajet'), key=jax.random.key(0))
-    # What the forward product flushed is not flushed again.
     self.assertLess(float(got.flushed[4]), float(got.flushed[0]))
 
 
 class WatchTest(parameterized.TestCase):
   def test_comes_out_as_the_gradient_of_a_probe(self):
-    recipe = recipes.get('mxfp4_rtn')
+    # Each of x, w and dy once; what is not rounded loses nothing.
+    spec = QuantSpec(formats.mxfp4)
+    recipe = Recipe(
+      'each', GemmSpec(spec), GemmSpec(None, spec), GemmSpec(None, spec)
+    )
 
     def layer(watch):
       cls = low.dot_general_cls(recipe, watch=watch)
@@ -164,9 +178,9 @@ class WatchTest(parameterized.TestCase):
 
   def test_scanned_layers_are_stacked(self):
     spec = QuantSpec(formats.mxfp4, 'rceil', rounding='stochastic')
-    shares = self.scanned(Recipe('noisy', GemmSpec(spec, spec)))
+    shares = self.scanned(Recipe('noisy', GemmSpec(spec)))
     flushed = np.asarray(jax.tree.leaves(shares)[1])
-    self.assertTrue((flushed[:, :2] > 0).all())
+    self.assertTrue((flushed[:, 0] > 0).all())
 
   @parameterized.parameters('mxfp4_sr_rht', 'fp8_delayed')
   @pytest.mark.slow

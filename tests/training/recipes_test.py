@@ -36,23 +36,20 @@ def gradients(name: str, products=compiled):
   return products(name, x, w, dy), (x @ w, dy @ w.T, x.T @ dy)
 
 
-# Of every branch of the field and every kind of format and quantizer, the
-# recipes that compile fastest. The others are for the slow run.
+# Of every branch of the field and every kind of quantizer, the recipes that
+# compile fastest. The others are for the slow run.
 QUICK = (
   'mxfp8',
-  'nvfp4',
   'fp8_delayed',
   'jetfire_int8',
   'switchback',
   'quartet',
   'fp4_dge_occ',
   'binaryconnect',
-  'xnor',
   'dorefa',
   'bitnet158',
   'quest',
   'fixed_sr',
-  'bfp8',
 )
 
 

@@ -22,6 +22,8 @@ from jax.typing import ArrayLike, DTypeLike
 
 from lowbit_pallas.arith import bits as fb
 
+RANDOM_BITS = 23  # of an element that is rounded stochastically, by default
+
 
 class Float(NamedTuple):
   """Static description of a minifloat, all fields as in its decode formula."""
@@ -94,7 +96,7 @@ def stochastic(random: jax.Array, n: int) -> Rule:
 
 
 def rule(
-  rounding: str, random: jax.Array | None = None, random_bits: int = 23
+  rounding: str, random: jax.Array | None = None, random_bits: int = RANDOM_BITS
 ) -> Rule:
   """The rounding rule for a name.
 

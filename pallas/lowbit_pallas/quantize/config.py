@@ -34,7 +34,7 @@ class Task(NamedTuple):
   spec: block.Blocked
   rule: str
   rounding: str = 'nearest_even'
-  random_bits: int = 23
+  random_bits: int = codec.RANDOM_BITS
   rotation: int = 0
 
 

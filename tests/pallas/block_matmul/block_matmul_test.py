@@ -113,15 +113,9 @@ class ReferenceTest(parameterized.TestCase):
     np.testing.assert_array_equal(_run(_reference, a, b), want)
     np.testing.assert_array_equal(_run(_reference, a, b, layout), want)
 
-  def test_promotion_agrees_with_float64(self):
-    self.check_promotion('nn', False)
-
-  @parameterized.parameters(('nt', True), ('nt', False), ('nn', True))
+  @parameterized.product(layout=('nt', 'nn'), tile=(False, True))
   @pytest.mark.slow
-  def test_more_promotion_agrees_with_float64(self, layout, tile):
-    self.check_promotion(layout, tile)
-
-  def check_promotion(self, layout, tile):
+  def test_promotion_agrees_with_float64(self, layout, tile):
     a = ops.normal('fp8_128', M, 384, 0)
     b = ops.normal('fp8_128_e5m2', N, 384, 1, tile=tile)
     got = _run(_reference, a, b, layout, 'fp8_128')
@@ -389,6 +383,7 @@ class MutantTest(parameterized.TestCase):
     got = _run(_kernel(interpret), self.a, self.b, layout, config=tiles)
     return ops.violations(got, *ops.exact_product(self.a, self.b), K)
 
+  @pytest.mark.slow
   def test_bounds_are_met_twice_over(self):
     with mock.patch.object(ops, 'U', ops.U / 2):
       self.assertEmpty(self._violations())
@@ -415,6 +410,7 @@ class MutantTest(parameterized.TestCase):
       # Only this interpreter knows its place inside of pl.when.
       self.assertNotEmpty(self._violations(interpret=races.TPU))
 
+  @pytest.mark.slow
   def test_accumulation_in_bfloat16(self):
     def rounding(*refs, **kwargs):
       tpu._exact(*refs, **kwargs)

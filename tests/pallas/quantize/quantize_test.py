@@ -218,30 +218,27 @@ class ReferenceTest(parameterized.TestCase):
           x = data(shape, dtype)
           self.assertEqual(differences(reference, x, name, task_of(name)), 0)
 
-  @parameterized.parameters(('mxfp4', 'stochastic'), ('nf4_g64', 'toward_zero'))
+  def test_rounding_and_scale_rule(self):
+    self.check_rounding('mxfp4', 'stochastic', rule='round')
+
+  @parameterized.parameters(
+    ('mxfp4', 'toward_zero'),
+    ('mxfp4', 'stochastic'),
+    ('nvfp4', 'stochastic'),
+    ('nf4_g64', 'toward_zero'),
+  )
+  @pytest.mark.slow
   def test_roundings(self, name, rounding):
     self.check_rounding(name, rounding)
 
-  @parameterized.parameters(('mxfp4', 'toward_zero'), ('nvfp4', 'stochastic'))
-  @pytest.mark.slow
-  def test_more_roundings(self, name, rounding):
-    self.check_rounding(name, rounding)
-
-  def check_rounding(self, name, rounding):
-    task = task_of(name, rounding=rounding, random_bits=11)
+  def check_rounding(self, name, rounding, **how):
+    task = task_of(name, rounding=rounding, random_bits=11, **how)
     x = data((20, 300), 'float16')
     self.assertEqual(differences(reference, x, name, task), 0)
 
-  def test_scale_rule(self):
-    self.check_scale_rule('round')
-
-  # Kernels are tested with each of these.
-  @parameterized.parameters('floor', 'ceil', 'even', 'rceil')
+  @parameterized.parameters('floor', 'ceil', 'even', 'rceil', 'round')
   @pytest.mark.slow
-  def test_more_scale_rules(self, rule):
-    self.check_scale_rule(rule)
-
-  def check_scale_rule(self, rule):
+  def test_scale_rules(self, rule):
     task = task_of('mxfp4', rule=rule)
     self.assertEqual(differences(reference, data((20, 320)), 'mxfp4', task), 0)
 
@@ -295,23 +292,26 @@ class TpuTest(parameterized.TestCase):
   def test_more_bits_of_the_library(self, name, shape, dtype, how):
     self.check(name, data(shape, dtype), task_of(name, **how))
 
+  @pytest.mark.slow
   def test_more_scales_than_lanes(self):
     x = data((2, 2100), 'bfloat16')
     self.check('bfp8_g16', x, task_of('bfp8_g16', rule='ceil'))
 
-  def test_tiles_in_both_directions(self):
-    self.check_tiles('nvfp4')
+  def test_tiles_of_a_slice_of_a_large_array(self):
+    origin = ((2**20 - 70, 2**15), (2**20, 2**16))
+    self.check_tiles('nvfp4', (70, 4200), 4096, origin=origin)
+
+  @parameterized.parameters('nvfp4', 'nvint4')
+  @pytest.mark.slow
+  def test_tiles_in_both_directions(self, name):
+    self.check_tiles(name, (70, 2100), 2048)
+
+  def check_tiles(self, name, shape, columns, **kwargs):
+    task = task_of(name, rounding='stochastic', random_bits=5)
+    tiles = Config(32, columns, 32)
+    self.check(name, data(shape), task, config=tiles, **kwargs)
 
   @pytest.mark.slow
-  def test_tiles_of_integers_in_both_directions(self):
-    self.check_tiles('nvint4')
-
-  def check_tiles(self, name):
-    task = task_of(name, rounding='stochastic', random_bits=5)
-    x = data((70, 2100))
-    tiles = Config(32, 2048, 32)
-    self.check(name, x, task, config=tiles)
-
   def test_random_bits_of_a_slice_of_a_large_array(self):
     task = task_of('mxfp4', rounding='stochastic', rule='even')
     origin = ((2**20 - 9, 2**15), (2**20, 2**16))
@@ -344,13 +344,13 @@ class TpuTest(parameterized.TestCase):
 
 
 class RotationTest(parameterized.TestCase):
-  @parameterized.parameters(('nvfp4', 128), ('fp8_1x128', 32))
-  def test_reference_rotates_then_quantizes(self, name, order):
-    self.check_reference(name, order)
+  def test_reference_rotates_then_quantizes(self):
+    self.check_reference('nvfp4', 128)
 
+  @parameterized.parameters(('mxfp4', 64), ('fp8_1x128', 32))
   @pytest.mark.slow
-  def test_reference_rotates_two_blocks_at_once(self):
-    self.check_reference('mxfp4', 64)
+  def test_reference_rotates_other_blocks(self, name, order):
+    self.check_reference(name, order)
 
   def check_reference(self, name, order):
     x = data((20, 384)) * np.float32(2.0**-20)
@@ -478,6 +478,7 @@ class MutantTest(parameterized.TestCase):
     np.testing.assert_array_equal(got[1], scales)
     self.assertGreater(np.sum(np.asarray(got[0]) != np.asarray(codes)), 0)
 
+  @pytest.mark.slow
   def test_scale_of_the_neighbouring_block(self):
     whole = tpu._spread_matrix
 

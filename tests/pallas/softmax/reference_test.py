@@ -91,6 +91,7 @@ class ReferenceTest(parameterized.TestCase):
     np.testing.assert_array_equal(y[[0, 2]], pair[[0, 2]])
     np.testing.assert_array_equal(y[1], online[1])
 
+  @pytest.mark.slow
   def test_skipped_rescale_is_seen(self):
     x = rows.draw('wide', (3, 300))
 

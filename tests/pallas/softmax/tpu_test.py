@@ -262,6 +262,7 @@ class MutationTest(parameterized.TestCase):
       y = _run_traced_anew(x, where, algorithm='pair', config=block)
     return _error(y, x, where)
 
+  @pytest.mark.slow
   def test_nothing_is_wrong(self):
     where = np.tile(np.arange(300) % 3 > 0, (3, 1))
     self.assertLess(self._error_with(contextlib.nullcontext(), where), 32)

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-import lowbit_jax as lowbit
 from lowbit_jax import formats
 from lowbit_jax.numerics._codec import blocked
 from lowbit_pallas.arith.block import Blocked
@@ -16,8 +15,7 @@ from lowbit_pallas.wq_matmul import prepack
 
 U = 2.0**-24
 
-# Eager calls would compile every operation on its own.
-_quantize = jax.jit(lowbit.quantize, static_argnums=1, static_argnames='axis')
+# An eager call would compile every operation on its own.
 _prepack = jax.jit(
   prepack.prepack, static_argnames=('spec', 'tile', 'k', 'layout')
 )
@@ -47,35 +45,48 @@ class Weight:
     return _prepack(*leaves, self.spec, tile=tile, k=self.k, layout=layout)
 
 
-_K, _N = 1152, 256
-
-
 @functools.cache
-def _large(name: str, k: int, n: int):
-  w = np.random.default_rng([k, n]).normal(size=(k, n))
-  return _quantize(w.astype(np.float32), formats.get(name), axis=0)
-
-
 def quantized(name: str, k: int, n: int) -> Weight:
-  """A quantized N(0, 1) weight without its tensor scale.
+  """A quantized N(0, 1) weight without a tensor scale.
 
-  A corner of a larger one, so that tests share the program that makes it.
+  In NumPy, which compiles nothing: scales that let the largest number of a
+  block be about the largest element, and the nearest element to each number.
   """
   fmt = formats.get(name)
-  is_small = k <= _K and n <= _N
-  q = _large(name, *((_K, _N) if is_small else (k, n)))
-  rows = -(-k // fmt.block[0]) * fmt.block[0] if fmt.block[0] else k
-  leaves = [
-    None if v is None else np.asarray(v)
-    for v in (q.codes, q.scale, q.zero_point)
-  ]
-  if is_small:
-    sizes = rows * fmt.element.bits // 8, *[-(-k // (fmt.block[0] or k))] * 2
-    leaves = [
-      None if v is None else v[:size, :n]
-      for v, size in zip(leaves, sizes, strict=True)
-    ]
-  return Weight(q.fmt, k, *leaves)
+  w = np.random.default_rng([k, n]).normal(size=(k, n))
+  size = fmt.block[0] or k
+  w = np.pad(w, ((0, -k % size), (0, 0))).reshape(-1, size, n)
+  values = fmt.element.values().astype(float)
+  zero = None
+  if fmt.zero_point:
+    low, high = np.minimum(w.min(1), 0), np.maximum(w.max(1), 0)
+    scale = (high - low) / values.max()
+    zero = np.rint(-low / scale).astype(np.uint8)
+    values = values[:, None, None, None] - zero[:, None]
+  else:
+    top = np.nanmax(np.where(np.isfinite(values), values, np.nan))
+    scale, values = np.abs(w).max(1) / top, values[:, None, None, None]
+  if fmt.scale.bits > 8:
+    stored = scale = scale.astype(np.float32)
+  else:
+    table = fmt.scale.values().astype(float)
+    stored = _nearest(scale, table[:, None, None])
+    scale = table[stored]
+  codes = _nearest(w / scale[:, None], values).reshape(-1, n)
+  bits = fmt.element.bits
+  stream = codes[:, None] >> np.arange(bits, dtype=np.uint8)[:, None] & 1
+  packed = np.packbits(stream.reshape(-1, n), axis=0, bitorder='little')
+  return Weight(fmt, k, packed, stored, zero)
+
+
+def _nearest(x, values) -> np.ndarray:
+  """uint8 indices along the first axis of `values` of the nearest to x."""
+  best, found = np.full(x.shape, np.inf), np.zeros(x.shape, np.uint8)
+  for i, value in enumerate(values):
+    error = np.abs(x - value)
+    closer = error < best  # False for NaN.
+    best, found = np.where(closer, error, best), np.where(closer, i, found)
+  return found.astype(np.uint8)
 
 
 def random_codes(name: str, k: int, n: int, scale, seed: int = 0) -> Weight:
@@ -171,7 +182,7 @@ def check_extreme_scales(run, schedule: str):
 
 def normal(m: int, k: int, dtype, seed: int = 1):
   x = np.random.default_rng([seed, m, k]).normal(size=(m, k))
-  return jnp.asarray(x.astype(np.float32)).astype(dtype)
+  return x.astype(np.float32).astype(dtype)
 
 
 def _rows(per_block, rows: int):

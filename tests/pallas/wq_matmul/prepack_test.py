@@ -38,7 +38,7 @@ def _leaves(bits: int, block: int, rows: int, n: int, seed: int = 0):
 
 # Widths that do and do not divide a byte, and both layouts of four bits.
 ALL = tuple(itertools.product(range(1, 9), prepack.LAYOUTS))
-DEFAULT = ((3, 'nk'), (4, 'kn'), (4, 'nk'), (8, 'kn'))
+DEFAULT = ((3, 'nk'), (4, 'kn'), (8, 'kn'))
 
 _prepack = jax.jit(
   prepack.prepack, static_argnames=('spec', 'tile', 'k', 'layout')
@@ -70,11 +70,11 @@ class PrepackTest(parameterized.TestCase):
           np.testing.assert_array_equal(np.asarray(got), want)
           self.assertEqual(got.dtype, want.dtype)
 
-  @parameterized.parameters(3, 4)
+  @parameterized.parameters((3,))
   def test_lanes_are_runs_of_rows(self, bits):
     self.check_lanes(bits)
 
-  @parameterized.parameters(1, 2, 5, 6, 7, 8)
+  @parameterized.parameters(1, 2, 4, 5, 6, 7, 8)
   @pytest.mark.slow
   def test_lanes_of_other_widths_are_runs_of_rows(self, bits):
     self.check_lanes(bits)

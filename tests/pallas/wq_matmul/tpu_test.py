@@ -141,6 +141,8 @@ class TpuTest(parameterized.TestCase):
     self.assertEqual((out.shape, out.dtype), ((m, n), jnp.bfloat16))
     np.testing.assert_array_equal(np.asarray(out, np.float32), 0)
 
+  # The sum of a tile is that of the reference, which is tested with these.
+  @pytest.mark.slow
   def test_extreme_scales(self):
     def kernel(x, w):
       return run(x, w.prepack(_tile(w)), out_dtype=jnp.float32)

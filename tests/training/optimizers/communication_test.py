@@ -48,11 +48,13 @@ class QSGDTest(parameterized.TestCase):
   @parameterized.parameters(2, 4, 8)
   def test_levels_and_variance(self, bits):
     g = gradient(shape=(512,))
-    q = optimizers.qsgd_encode(g, jax.random.key(0), bits=bits)
+    encode = jax.jit(optimizers.qsgd_encode, static_argnames='bits')
+    q = encode(g, jax.random.key(0), bits=bits)
     lowbit_jax.qarray.validate(q)
     levels = 2 ** (bits - 1) - 1
     norm = np.linalg.norm(g.astype(np.float64))
-    k = np.asarray(lowbit_jax.dequantize(q), np.float64) / norm * levels
+    k = np.asarray(jax.jit(lowbit_jax.dequantize)(q), np.float64)
+    k = k / norm * levels
     np.testing.assert_allclose(k, np.rint(k), atol=1e-4)
     self.assertLessEqual(np.abs(k - g / norm * levels).max(), 1 + 1e-4)
     self.assertEqual(q.nbytes, 512 * bits // 8 + 4)
@@ -65,9 +67,10 @@ class QSGDTest(parameterized.TestCase):
 
     def first_steps(seed):
       tx = optimizers.qsgd(seed=seed)
-      state, out = tx.init(g), []
+      state, out = jax.jit(tx.init)(g), []
+      update = jax.jit(tx.update)
       for _ in range(2):
-        u, state = tx.update(g, state)
+        u, state = update(g, state)
         out += [u['a'], u['b']]
       return out
 
@@ -107,11 +110,11 @@ class QSGDTest(parameterized.TestCase):
 class EFSignTest(absltest.TestCase):
   def test_what_is_sent_and_what_is_left_is_everything(self):
     tx = optimizers.ef_sign()
-    state = tx.init(gradient())
+    state, update = tx.init(gradient()), jax.jit(tx.update)
     sent = total = np.zeros((6, 50))
     for step in range(50):
       g = gradient(step)
-      out, state = jax.jit(tx.update)(g, state)
+      out, state = update(g, state)
       self.assertLen(np.unique(np.abs(out)), 1)
       sent = sent + np.asarray(out, np.float64)
       total = total + g
@@ -138,11 +141,11 @@ class EFSignTest(absltest.TestCase):
     random = np.random.RandomState(0)
     g = np.where(random.rand(400) < 0.25, 4.0, -1.0).astype(np.float32)
     tx = optimizers.ef_sign()
-    state = tx.init(jnp.zeros(1))
-    x = 0.0
-    for value in g:
-      out, state = tx.update(jnp.array([value]), state)
-      x -= 0.01 * float(out[0])
+    state = tx.init(np.zeros(1, np.float32))
+    outs = jax.jit(lambda g: jax.lax.scan(
+      lambda state, value: tx.update(value, state)[::-1], state, g
+    ))(g[:, None])[1]  # fmt: skip
+    x = -0.01 * np.sum(np.float64(outs))
     self.assertAlmostEqual(x, -0.01 * g.sum(), delta=0.1)
     self.assertGreater(-0.01 * np.sign(g).sum(), 1)
 

@@ -21,7 +21,7 @@ FIRST = ('lin8', 'dyn8', 'e4m3', 'e5m2', 'coat', 'lin4', 'de4')
 SECOND = (*FIRST, 'rank1_lin4', 'rank1_de4')
 # One of each kind.
 FEW_FIRST = ('lin8', 'e4m3', 'coat', 'lin4')
-FEW_SECOND = ('dyn8', 'e4m3', 'e5m2', 'coat', 'de4', 'rank1_lin4')
+FEW_SECOND = ('dyn8', 'e4m3', 'e5m2', 'coat', 'rank1_lin4')
 MORE_FIRST = tuple(name for name in FIRST if name not in FEW_FIRST)
 MORE_SECOND = tuple(name for name in SECOND if name not in FEW_SECOND)
 
@@ -80,11 +80,6 @@ def params(shape=(64, 128)):
 def gradients(seed: int, like):
   random = np.random.RandomState(seed)
   return jax.tree.map(lambda x: random.randn(*x.shape).astype(x.dtype), like)
-
-
-def first_step(tx, gradient, w):
-  """Updates and state, from one program for the start and the step."""
-  return jax.jit(lambda g, w: tx.update(g, tx.init(w), w))(gradient, w)
 
 
 class MapTest(parameterized.TestCase):
@@ -154,25 +149,30 @@ class CodecTest(parameterized.TestCase):
     ('dyn8', 'dyn8', 0.0137, 0.0114, 0.018),
     ('e4m3', 'e5m2', 0.0233, 0.0419, 0.017),
     ('coat', 'coat', 0.0141, 0.0190, 0.013),
-    ('lin4', 'lin4', 0.169, 0.311, 0.43),
   )
   def test_errors(self, *case):
     self._check_errors(*case)
 
+  @parameterized.parameters(
+    ('e4m3', 'e4m3', 0.0233, 0.0227, 0.021),
+    ('lin4', 'lin4', 0.169, 0.311, 0.43),
+  )
   @pytest.mark.slow
-  def test_errors_of_e4m3(self):
-    self._check_errors('e4m3', 'e4m3', 0.0233, 0.0227, 0.021)
+  def test_errors_of_more_codecs(self, *case):
+    self._check_errors(*case)
 
   def _check_never_vanish(self, name):
     _, v = moments()
     y, _ = round_trip(v, name, True)
     self.assertEqual(np.count_nonzero(y <= 0), 0)
 
-  @parameterized.parameters('dyn8', 'e5m2', 'coat', 'lin4')
+  @parameterized.parameters('dyn8', 'e5m2', 'coat')
   def test_second_moments_never_vanish(self, name):
     self._check_never_vanish(name)
 
-  @parameterized.parameters('lin8', 'e4m3', 'de4', 'rank1_lin4', 'rank1_de4')
+  @parameterized.parameters(
+    'lin8', 'lin4', 'e4m3', 'de4', 'rank1_lin4', 'rank1_de4'
+  )
   @pytest.mark.slow
   def test_second_moments_of_more_codecs_never_vanish(self, name):
     self._check_never_vanish(name)
@@ -194,6 +194,7 @@ class CodecTest(parameterized.TestCase):
 
   # The tables that a second moment must not have.
   @parameterized.parameters((8, 256, 0.235), (4, 128, 0.64))
+  @pytest.mark.slow
   def test_a_table_with_zero_loses_many(self, bits, block, share):
     _, v = moments()
     top = 2**bits - 1
@@ -291,13 +292,13 @@ class CodecTest(parameterized.TestCase):
     self.assertLess(encoded.bits_per_element, 0.3 * 4 * int(name[-1]))
 
   @parameterized.parameters(
-    ('lin8', (768, 3072)), ('lin8', (100, 100)), ('lin8', (101, 257)),
-    ('lin4', (3, 3, 64, 64)), ('lin4', (4096, 3)), ('lin4', (5000,)),
-  )  # fmt: skip
+    ('lin8', (101, 257)), ('lin4', (3, 3, 64, 64)), ('lin4', (4096, 3))
+  )
   def test_blocks_suit_the_shape(self, name, shape):
     self._check_blocks(name, shape)
 
   @parameterized.parameters(
+    ('lin8', (768, 3072)), ('lin8', (100, 100)), ('lin4', (5000,)),
     ('lin4', (768, 3072)), ('lin4', (100, 100)), ('lin4', (101, 257)),
     ('lin8', (3, 3, 64, 64)), ('lin8', (4096, 3)), ('lin8', (5000,)),
     ('lin8', (2048, 1)), ('lin4', (2048, 1)), ('lin8', (12, 64, 64)),
@@ -315,11 +316,11 @@ _adam_update = jax.jit(optax.scale_by_adam().update)
 class QuantizedStateTest(parameterized.TestCase):
   def test_leaves(self):
     tx = optimizers.quantized_state(optax.scale_by_adam())
-    state = tx.init(params())
+    state = jax.eval_shape(tx.init, params())
     for moment in (state.mu, state.nu):
       self.assertIsInstance(moment['block']['kernel'], lowbit_jax.QArray)
-      self.assertIsInstance(moment['block']['bias'], jax.Array)
-      self.assertIsInstance(moment['embed']['table'], jax.Array)
+      self.assertIsInstance(moment['block']['bias'], jax.ShapeDtypeStruct)
+      self.assertIsInstance(moment['embed']['table'], jax.ShapeDtypeStruct)
     fmt_m, fmt_v = (s['block']['kernel'].fmt for s in (state.mu, state.nu))
     self.assertTrue(fmt_m.element.is_signed)
     self.assertFalse(fmt_v.element.is_signed)
@@ -427,9 +428,11 @@ class QuantizedStateTest(parameterized.TestCase):
     self.assertLess(np.mean(np.square(w - target)), 1e-2)
 
   def test_scan_with_donation_reaches_the_minimum(self):
-    self._check_scan('coat', 'coat')
+    self._check_scan('e4m3', 'e5m2')
 
-  @parameterized.parameters(('dyn8', 'dyn8'), ('de4', 'rank1_lin4'))
+  @parameterized.parameters(
+    ('coat', 'coat'), ('dyn8', 'dyn8'), ('de4', 'rank1_lin4')
+  )
   @pytest.mark.slow
   def test_scan_of_more_codecs_reaches_the_minimum(self, first, second):
     self._check_scan(first, second)
@@ -446,7 +449,9 @@ class QuantizedStateTest(parameterized.TestCase):
         k: jax.tree.map(lambda _, k=k: labels[k], v) for k, v in tree.items()
       },
     )
-    updates, state = first_step(tx, gradients(0, w), w)
+    updates, state = jax.eval_shape(
+      lambda g, w: tx.update(g, tx.init(w), w), gradients(0, w), w
+    )
     mu = state.inner_states['a'].inner_state.mu
     self.assertIsInstance(mu['block']['kernel'], lowbit_jax.QArray)
     self.assertEqual(jax.tree.structure(updates), jax.tree.structure(w))
@@ -468,7 +473,11 @@ class QuantizedStateTest(parameterized.TestCase):
   def _check_checkpoint(self, first, second):
     tx = optimizers.adamw(0.1, first=first, second=second)
     w = params()
-    _, state = first_step(tx, gradients(0, w), w)
+    random = np.random.RandomState(0)
+    state = jax.tree.map(
+      lambda s: jnp.asarray(random.randint(0, 100, s.shape).astype(s.dtype)),
+      jax.eval_shape(tx.init, w),
+    )
     directory = self.enterContext(tempfile.TemporaryDirectory())
     path = pathlib.Path(directory) / 'state'
     with ocp.StandardCheckpointer() as checkpointer:
@@ -492,12 +501,12 @@ class QuantizedStateTest(parameterized.TestCase):
     (optimizers.adamw, 0.30), (optimizers.adamw_4bit, 0.17)
   )
   def test_bytes_of_a_7b_model(self, make, share):
-    def stacked(*shape):
-      return jax.ShapeDtypeStruct((32, *shape), jnp.float32)
+    def stacked(matrices, *shape):
+      return jax.ShapeDtypeStruct((32 * matrices, *shape), jnp.float32)
 
     tree = {
-      **{name: stacked(4096, 4096) for name in ('q', 'k', 'v', 'out')},
-      **{name: stacked(4096, 11008) for name in ('gate', 'up', 'down')},
+      'attention': stacked(4, 4096, 4096),
+      'mlp': stacked(3, 4096, 11008),
       'embed': jax.ShapeDtypeStruct((32000, 4096), jnp.float32),
     }
     sizes = (

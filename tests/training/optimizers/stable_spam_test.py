@@ -65,8 +65,8 @@ class StableSpamTest(parameterized.TestCase):
   @parameterized.parameters(None, 10)
   def test_equations(self, decay_steps):
     tx = optimizers.stable_spam(0.1, every=EVERY, decay_steps=decay_steps)
-    w = jax.tree.map(jnp.asarray, gradient(0))
-    state = tx.init(w)
+    w = gradient(0)
+    state = jax.jit(tx.init)(w)
     update = jax.jit(tx.update)
     oracles = {k: Oracle() for k in SHAPES}
     for step in range(3 * EVERY + 1):
@@ -105,14 +105,15 @@ class StableSpamTest(parameterized.TestCase):
   def test_reset_restarts_the_moments_and_their_correction(self):
     inner = optax.scale_by_adam()
     tx = optimizers.momentum_reset(inner, 3)
-    w = jnp.ones(5)
-    state = tx.init(w)
+    w = np.ones(5, np.float32)
+    init, state = jax.jit(inner.init), jax.jit(tx.init)(w)
+    inner_update, update = jax.jit(inner.update), jax.jit(tx.update)
     for step in range(9):
-      g = jnp.asarray(np.random.RandomState(step).randn(5), jnp.float32)
+      g = np.random.RandomState(step).randn(5).astype(np.float32)
       if step % 3 == 0:
-        expected_state = inner.init(w)
-      expected, expected_state = inner.update(g, expected_state)
-      actual, state = tx.update(g, state, w)
+        expected_state = init(w)
+      expected, expected_state = inner_update(g, expected_state)
+      actual, state = update(g, state, w)
       np.testing.assert_array_equal(actual, expected)
       jax.tree.map(np.testing.assert_array_equal, state.inner, expected_state)
 
@@ -123,10 +124,10 @@ class StableSpamTest(parameterized.TestCase):
       ),
       2,
     )
-    w = jnp.ones((4, 64))
-    state = tx.init(w)
+    w = np.ones((4, 64), np.float32)
+    state, update = jax.jit(tx.init)(w), jax.jit(tx.update)
     for _ in range(3):
-      updates, state = jax.jit(tx.update)(w, state, w)
+      updates, state = update(w, state, w)
     self.assertEqual(int(state.steps), 1)
     np.testing.assert_allclose(updates, 1.0, rtol=1e-5)
 

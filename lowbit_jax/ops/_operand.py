@@ -1,0 +1,129 @@
+"""What a product needs to know of a type that stores an operand.
+
+`dot` and its relatives take arrays and stored operands: pytrees with `shape`,
+`ndim` and `dtype` that stand for a dense array. A new kind of storage is one
+entry of `STORAGES`; the derivative and the XLA implementation follow from it.
+Kernels that read its leaves as they are have plans of their own.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from lowbit_jax import qarray
+from lowbit_jax._typing import ArrayLike
+from lowbit_jax.ops import _prepack
+from lowbit_jax.ops._prepack import Prepacked
+from lowbit_jax.qarray import QArray
+
+
+class Storage(NamedTuple):
+  """A kind of stored operand.
+
+  Attributes:
+    unpack: gives the same numbers as a QArray.
+    float_leaves: names of the attributes that have a derivative.
+    sides: operands of a product that it can be, 'lhs' and 'rhs'.
+  """
+
+  unpack: Callable[[Any], QArray]
+  float_leaves: tuple[str, ...] = ()
+  sides: tuple[str, ...] = ('lhs', 'rhs')
+
+
+STORAGES: dict[type, Storage] = {
+  QArray: Storage(lambda q: q, ('scale', 'tensor_scale')),
+  Prepacked: Storage(_prepack.unpack, sides=('rhs',)),
+}
+
+Operand = ArrayLike | QArray | Prepacked  # of a product
+Shaped = jax.Array | jax.ShapeDtypeStruct | QArray | Prepacked  # of a plan
+
+
+def is_stored(x: object) -> bool:
+  """Whether an operand is not an array."""
+  return type(x) in STORAGES
+
+
+def checked(x: Operand | jax.ShapeDtypeStruct, side: str) -> Any:
+  """An operand of a product, or an error that says why it is none.
+
+  Args:
+    x: what the user gave.
+    side: 'lhs' or 'rhs'.
+  """
+  if is_stored(x):
+    if side not in STORAGES[type(x)].sides:
+      raise TypeError(
+        f'a {type(x).__name__} weight is the right operand of a product'
+      )
+    return x
+  if isinstance(x, jax.ShapeDtypeStruct):
+    return x
+  x = jnp.asarray(x)
+  if not jnp.issubdtype(x.dtype, jnp.floating):
+    raise TypeError(
+      f'{side} has dtype {x.dtype}; operands are float arrays or QArrays'
+    )
+  return x
+
+
+def unpacked(x: Any) -> Any:
+  """A stored operand as a QArray; others as they are, shapes too."""
+  if not is_stored(x):
+    return x
+  return STORAGES[type(x)].unpack(x)
+
+
+def dense(x: Any) -> jax.Array:
+  """An operand in float32."""
+  x = unpacked(x)
+  return qarray.dequantize(x, jnp.float32) if isinstance(x, QArray) else x
+
+
+def moving(x: Any, tangent: Any) -> Any:
+  """What moves of an operand, None where nothing does.
+
+  Args:
+    x: an operand.
+    tangent: its tangent, with symbolic zeros.
+
+  Returns:
+    The tangent of an array; of a stored operand a dict with those of its float
+    leaves.
+  """
+  if not is_stored(x):
+    return None if _is_zero(tangent) else tangent
+  names = STORAGES[type(x)].float_leaves
+  leaves = {
+    name: getattr(tangent, name)
+    for name in names
+    if getattr(x, name) is not None and not _is_zero(getattr(tangent, name))
+  }
+  all_leaves = jax.tree.leaves(tangent, is_leaf=_is_zero)
+  if not names and not all(map(_is_zero, all_leaves)):
+    kind = type(x).__name__
+    raise TypeError(
+      f'the scales of a {kind} weight have no derivative: differentiate with'
+      ' respect to those of the QArray, unpack(w)'
+    )
+  return leaves or None
+
+
+def dense_tangent(x: Any, tangent: Any) -> jax.Array:
+  """The tangent of `dense(x)`, from that of `moving`."""
+  if not is_stored(x):
+    return tangent
+
+  def values(leaves):
+    return dense(qarray.replace(x, **leaves))
+
+  primals = {name: getattr(x, name) for name in tangent}
+  return jax.jvp(values, (primals,), (tangent,))[1]
+
+
+def _is_zero(t: Any) -> bool:
+  zero = isinstance(t, jax.custom_derivatives.SymbolicZero)
+  return zero or t is None or getattr(t, 'dtype', None) == jax.dtypes.float0
