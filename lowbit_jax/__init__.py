@@ -1,7 +1,62 @@
-"""Low-bit numerics for JAX: exact formats, honest gradients, packed storage.
+"""Low-bit numerics for JAX: exact formats, stated gradients, packed storage.
 
 Submodules that need Flax, or that most programs do not use, load on first use:
 `nn`, `training`, `doctor`, `search`, `special`, `testing`.
+
+- `GemmSpec`: One product of two operands that share a reduction axis.
+- `Policy`: Which recipe each layer takes.
+- `QArray`: A quantized array. Made by `lowbit_jax.quantize`.
+- `QuantSpec`: How one operand is fake-quantized; hashable, so static under jit.
+- `Recipe`: How a linear layer is trained: three products, and what they share.
+- `combine`: Joins trees of one structure, taking the first entry that is not
+  None.
+- `dequantize`: The array that `q` stands for.
+- `dot`: `jnp.dot` on arrays and QArrays: the last axis of `lhs` with the last
+  but one of `rhs`.
+- `dot_general`: `lax.dot_general` on arrays and QArrays.
+- `einsum`: `jnp.einsum` of two operands, arrays or QArrays.
+- `fake_quant`: `dequantize(quantize(x, ...))` with a straight-through gradient.
+- `fake_quant_with`: `dequantize(quantize_with(x, ...))` with a straight-through
+  gradient.
+- `implementations`: Names of the implementations of an operation, preferred
+  first.
+- `log_softmax`: The logarithm of `softmax`, with the error relative to the
+  result.
+- `logsumexp`: log(sum(exp(x / temperature))) over an axis, without overflow.
+- `partition`: Splits a tree into (trainable, frozen), each with None in the
+  holes.
+- `prepack`: Reorders a weight once, so that a kernel need not do so in every
+  call.
+- `qdot`: x @ w as a recipe trains it, with quantized products in both
+  directions.
+- `quantize`: Quantizes an array into packed codes and stored scales.
+- `quantize_with`: Quantizes with given scales: calibrated, learned or held.
+- `round_to`: The nearest number of the format, as a value.
+- `select_implementation`: What `op(*args, **kwargs)` would run on a platform,
+  without running it.
+- `shardings`: The sharding of every leaf that belongs to a sharding of the
+  whole.
+- `softmax`: exp(x / temperature), normalised to sum to one along an axis.
+- `unpack`: The QArray that `prepack` was given.
+- `doctor`: What quantization does to tensors, and what casts do to gradients.
+- `formats`: Number formats as values: elements, blocks, and their names.
+- `io`: Files: trees of arrays and QArrays, saved and loaded with their formats.
+- `nn`: Flax: quantized parameters and quantized products in Linen and NNX
+  modules.
+- `numerics`: Rounding, codes, packing and scales of arrays, and tools to check
+  them.
+- `ops`: Operations on Array | QArray with stated derivatives.
+- `qarray`: A quantized array as a pytree.
+- `recipe`: What is done to the operands of the products of a network, as
+  values.
+- `search`: Formulas for functions of one variable: programs, their constants,
+  proofs.
+- `special`: Elementary and special functions with known accuracy.
+- `testing`: Test suites for quantizers and dot products, of this library or of
+  others.
+- `training`: Training in low bits: recipes, held scales, optimizers, methods.
+- `transforms`: Invertible maps of an axis that leave a matrix product
+  unchanged.
 """
 
 from lowbit_jax import (

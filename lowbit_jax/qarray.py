@@ -1,4 +1,4 @@
-"""QArray: a quantized array as a pytree.
+"""A quantized array as a pytree.
 
 Invariants, in the order in which `validate` checks them:
 

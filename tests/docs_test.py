@@ -2,7 +2,8 @@
 
 The blocks of one file share a namespace and run in order, in an empty
 directory and in this process, but for files that change what others see. A
-block of prompts (`>>>`) is compared with the output it shows. Tracebacks name
+block of prompts (`>>>`) is called `pycon`, so that the pages leave the prompts
+out of what they copy, and compared with the output it shows. Tracebacks name
 the line of the page.
 """
 
@@ -28,7 +29,8 @@ _ROOT = pathlib.Path(__file__).resolve().parents[1]
 _README = _ROOT / 'README.md'
 _FENCE = re.compile(r'^(?P<indent> *)```(?P<language>[^\s`{]*).*$')
 _ALONE = re.compile(r'config\.update|formats\.register')  # global state
-_SKIPPED = ('', 'bash', 'console', 'json', 'mermaid', 'sh', 'text', 'toml')
+_RUN = ('python', 'pycon')
+_SKIPPED = ('', 'bash', 'console', 'json', 'sh', 'text', 'toml')
 
 
 class Block(NamedTuple):
@@ -58,10 +60,13 @@ def run_page(path: pathlib.Path) -> None:
     for block in blocks(path.read_text('utf-8')):
       if block.language in _SKIPPED:
         continue
-      if block.language != 'python':
-        where = f'{path}:{block.line - 1}'
+      where = f'{path}:{block.line - 1}'
+      if block.language not in _RUN:
         raise ValueError(f'{where}: unknown language {block.language!r}')
-      if block.text.startswith('>>>'):
+      prompts = block.text.startswith('>>>')
+      if prompts != (block.language == 'pycon'):
+        raise ValueError(f'{where}: {_RUN} are without and with prompts')
+      if prompts:
         _run_prompts(block, path, namespace)
       else:
         padding = '\n' * (block.line - 1)
@@ -127,7 +132,7 @@ def _in_fresh_process(page: pathlib.Path) -> subprocess.CompletedProcess:
 
 def _has_python(page: pathlib.Path) -> bool:
   return any(
-    block.language == 'python' for block in blocks(page.read_text('utf-8'))
+    block.language in _RUN for block in blocks(page.read_text('utf-8'))
   )
 
 
@@ -188,7 +193,7 @@ class RunnerTest(parameterized.TestCase):
     ),
     (
       'prompts_and_code_share_a_namespace',
-      '```python\n>>> x = 1\n>>> x + 1\n2\n```\n```python\nx\n```\n',
+      '```pycon\n>>> x = 1\n>>> x + 1\n2\n```\n```python\nx\n```\n',
     ),
     (
       'indented_block',
@@ -210,7 +215,8 @@ class RunnerTest(parameterized.TestCase):
     ),
     ('second_block', '```python\n1\n```\n```python\ny\n```\n', r'line 5'),
     ('syntax', 'a\n```python\nx = \n```\n', r'page\.md", line 3'),
-    ('output', '```python\n>>> 1 + 1\n3\n```\n', r'page\.md:2'),
+    ('output', '```pycon\n>>> 1 + 1\n3\n```\n', r'page\.md:2'),
+    ('prompts', '```python\n>>> 1\n1\n```\n', r'page\.md:1: .*prompts'),
     ('label', 'a\n```py\nx\n```\n', r"page\.md:2: unknown language 'py'"),
   )
   def test_failure_names_file_and_line(self, text, expected):

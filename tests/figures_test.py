@@ -30,6 +30,14 @@ class FiguresTest(absltest.TestCase):
       self.assertLen(found, 1, cells)
       self.assertEqual(found[0][6], row['goal'])
 
+  def test_curves(self):
+    text = (_DOCS / 'training.md').read_text('utf-8')
+    rows = data('curves')
+    self.assertEqual([int(row['step']) for row in rows], list(range(240)))
+    for name in ('mxfp8', 'nvfp4', 'mxfp4_rtn'):
+      gaps = [float(row[name]) - float(row['float32']) for row in rows[-20:]]
+      self.assertRegex(text, rf'\+{sum(gaps) / 20:.4f} for {name}\b')
+
   def test_front_of_exp2(self):
     rows = tables('discovery')
     start = rows.index(['operations', 'found', 'classical', 'formula'])
@@ -49,7 +57,9 @@ class FiguresTest(absltest.TestCase):
     (head,) = [r for r in rows if r[:3] == ['N', 'D', 'float32 loss']]
     for row in data('scaling_laws'):
       key = [row['weights'], row['data']]
-      (cells,) = [r for r in rows if [c.replace(' ', '') for c in r[:2]] == key]
+      (cells,) = [
+        r for r in rows if [c.replace('&nbsp;', '') for c in r[:2]] == key
+      ]
       loss = float(cells[2])
       if row['block']:
         loss += float(cells[head.index(f'{row["element"]}, B={row["block"]}')])

@@ -19,7 +19,12 @@ import numpy as np
 from matplotlib import ticker
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.patches import PathPatch, Rectangle
+from matplotlib.patches import (
+  BoxStyle,
+  FancyBboxPatch,
+  PathPatch,
+  Rectangle,
+)
 from matplotlib.path import Path
 
 import lowbit_jax as lowbit
@@ -32,6 +37,7 @@ _WIDTH = 5.0  # inches; phones show it at three quarters
 _BLUE, _ORANGE, _GREEN = '#0072B2', '#D55E00', '#00795A'
 _PURPLE, _GRAY, _LIGHT = '#A8487F', '#666666', '#D9D9D9'
 _LIMIT = 20 * math.log10(2)  # dB a bit, of normal numbers and any code
+_MEAN_OF = 20  # steps of a training curve
 _FOUR_BITS = ((3.9, 5.25), (15.5, 22.5))  # bits and dB
 _STYLE = {
   'axes.edgecolor': _GRAY,
@@ -318,6 +324,38 @@ def recipes() -> Figure:
   return figure
 
 
+def curves() -> Figure:
+  """Training loss in float32, and what recipes add to it, means of steps."""
+  figure, (top, bottom) = _figure(
+    5.2, 2, sharex=True, gridspec_kw={'height_ratios': [2, 3]}
+  )
+  rows = _table('curves')
+  steps, loss = (
+    np.array([float(row[k]) for row in rows]) for k in ('step', 'float32')
+  )
+  middle = steps.reshape(-1, _MEAN_OF).mean(1)
+  top.plot(steps, loss, color=_LIGHT, lw=0.8)
+  top.plot(middle, loss.reshape(-1, _MEAN_OF).mean(1), color=_GRAY, lw=1.4)
+  _note(top, 'float32', (120, 2.4), (0, 20), color=_GRAY)
+  top.set_ylim(1.8, 6)
+  top.set_ylabel('training loss,\nnats per byte')
+  for name, color, dy in (
+    ('mxfp4_rtn', _BLUE, 5),
+    ('nvfp4', _ORANGE, -6),
+    ('mxfp8', _GREEN, 0),
+  ):
+    more = np.array([float(row[name]) for row in rows]) - loss
+    more = more.reshape(-1, _MEAN_OF).mean(1)
+    bottom.plot(middle, more, color=color, lw=1.4, marker='o')
+    _note(bottom, name, (middle[-1], more[-1]), (7, dy), color=color)
+  bottom.axhline(0, color=_GRAY, lw=0.8, ls='--')
+  bottom.set_xlim(0, 292)
+  bottom.set_xticks(range(0, 241, 40))
+  bottom.set_xlabel('step')
+  bottom.set_ylabel('loss minus float32,\nnats per byte')
+  return figure
+
+
 # Functions
 
 
@@ -412,12 +450,64 @@ def special_errors() -> Figure:
   return figure
 
 
+# Parts
+
+
+def _box(axes: Axes, text: str, xy, width: float, color: str) -> None:
+  x, y = xy
+  style = BoxStyle('round', pad=0, rounding_size=0.08)
+  axes.add_patch(
+    FancyBboxPatch(
+      (x - width / 2, y - 0.25), width, 0.5, style, ec=color, fc='white', lw=1.2
+    )
+  )
+  axes.text(x, y, text, ha='center', va='center', linespacing=1.25)
+
+
+def parts() -> Figure:
+  """Arrays, QArrays and files, and the functions that lead between them."""
+  figure, axes = _figure(3.75)
+  axes.set_axis_off()
+  axes.set_xlim(0, 5)
+  axes.set_ylim(0.4, 4.1)
+  axes.set_aspect('equal')
+  for text, xy, width, color in (
+    ('Flax parameters', (0.75, 3.55), 1.4, _GRAY),
+    ('float array', (2.95, 3.55), 1.1, _GRAY),
+    ('what to\nchange', (4.55, 3.55), 0.8, _GREEN),
+    ('QArray: packed\ncodes and scales', (1.3, 2.15), 2.5, _BLUE),
+    ('float array with\na stated gradient', (4.15, 2.15), 1.5, _ORANGE),
+    ('float array', (0.55, 0.75), 1.0, _GRAY),
+    ('product', (1.75, 0.75), 0.9, _GRAY),
+    ('file', (2.85, 0.75), 0.7, _GRAY),
+  ):
+    _box(axes, text, xy, width, color)
+  for text, start, end, offset, ha in (
+    ('nn.quantize_params', (0.5, 3.3), (0.5, 2.4), (0.08, 0), 'left'),
+    ('quantize', (2.7, 3.3), (2.2, 2.4), (0.12, 0), 'left'),
+    ('fake_quant', (3.2, 3.3), (4.0, 2.4), (0.12, 0), 'left'),
+    ('doctor.report', (3.5, 3.55), (4.15, 3.55), (0, 0.37), 'center'),
+    ('dequantize', (0.3, 1.9), (0.3, 1.0), (0.08, 0), 'left'),
+    ('dot, einsum', (1.45, 1.9), (1.45, 1.0), (0.08, 0), 'left'),
+    ('io.save\nio.load', (2.45, 1.9), (2.8, 1.0), (0.12, 0), 'left'),
+  ):
+    style = '<|-|>' if 'load' in text else '-|>'
+    arrow = {'arrowstyle': style, 'color': _GRAY, 'shrinkA': 0, 'shrinkB': 0}
+    axes.annotate('', end, start, arrowprops=arrow)
+    x, y = np.add(np.add(start, end) / 2, offset)
+    font = {'family': 'monospace', 'fontsize': 9}
+    axes.text(x, y, text, ha=ha, va='center', **font)
+  return figure
+
+
 _FIGURES = (
+  parts,
   element_formats,
   qsnr,
   main_job,
   loss_against_bytes,
   recipes,
+  curves,
   exp2_front,
   special_errors,
 )

@@ -4,6 +4,20 @@
 `audit_gradients` reads the gradient of a function without running it and finds
 cotangents that are rounded to a few bits without a scale. `energy` counts the
 arithmetic of a function and estimates what it costs.
+
+`RULES` are the thresholds of `report` with the advice that each gives.
+
+- `Audit`: The result of `audit_gradients`.
+- `Energy`: Counts of arithmetic and their price; `print` shows it as a table.
+- `Finding`: One cast that damages a gradient.
+- `GradientAuditError`: Raised by `Audit.raise_if_bad`.
+- `Report`: What quantization does to tensors; `print` shows it as a table.
+- `Row`: One tensor of a report.
+- `Rule`: One piece of advice.
+- `audit_gradients`: Finds casts that round a cotangent to a few bits without a
+  scale.
+- `energy`: Counts the arithmetic of a function and estimates its energy.
+- `report`: Measures what a format does to tensors, and says what to change.
 """
 
 from lowbit_jax.doctor._advice import RULES as RULES, Rule as Rule

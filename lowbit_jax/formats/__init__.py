@@ -1,4 +1,41 @@
-"""Number formats as values: elements, blocks, and their names."""
+"""Number formats as values: elements, blocks, and their names.
+
+Element formats are `bfloat16`, `e2m1`, `e2m3`, `e3m2`, `e4m3`, `e4m3b11fnuz`,
+`e4m3fn`, `e4m3fnuz`, `e5m2`, `e5m2fnuz`, `e8m0`, `float32`, `int2`, `int3`,
+`int4`, `int5`, `int6`, `int7`, `int8`, `nf4`, `ternary`, `ue4m3`, `ue5m3`,
+`uint2`, `uint3`, `uint4`, `uint5`, `uint6`, `uint7` and `uint8`.
+
+Block formats are `e4m3fn_channel`, `e4m3fn_tensor`, `e5m2_channel`,
+`e5m2_tensor`, `fp8_128x128`, `fp8_1x128`, `int4_channel`, `int4_g128`,
+`int4_g32`, `int4_g64`, `int8_channel`, `int8_tensor`, `mxfp4`, `mxfp6_e2m3`,
+`mxfp6_e3m2`, `mxfp8_e4m3`, `mxfp8_e5m2`, `mxint4`, `mxint8`, `nf4_g64`,
+`nvfp4`, `nvfp4_16x16`, `nvint4`, `ternary_channel`, `ternary_tensor`,
+`uint4_g128`, `uint4_g32` and `uint4_g64`; `get` finds more by name. `Format` is
+the type of both.
+
+- `BlockFormat`: Elements in blocks that share a scale: x ~ element * scale *
+  tensor_scale.
+- `CodebookFormat`: A fixed table of numbers in ascending order; the code is the
+  index.
+- `ElementFormat`: A set of at most 2**bits numbers, each with an unsigned
+  integer code.
+- `FloatFormat`: A binary minifloat: sign, exponent field e, mantissa field m.
+- `IntFormat`: Integers with an implied step of 2**-fraction_bits.
+- `bfp`: Block floating point BFP(p, g).
+- `from_dict`: The inverse of `to_dict`; needs no registry.
+- `get`: The format of that name.
+- `grouped`: `element` with one scale for `block` elements along the quantized
+  axis.
+- `minifloat`: The signed ExMy format with the usual bias 2^(E-1) - 1 (fnuz: one
+  more).
+- `names`: All registered names, in the order of registration.
+- `per_channel`: `element` with one scale for each slice along the quantized
+  axis.
+- `per_tensor`: `element` with one float32 scale for the whole tensor.
+- `register`: Adds a format under its name and returns it.
+- `to_dict`: A JSON-ready description from which `from_dict` rebuilds the
+  format.
+"""
 
 from lowbit_jax.formats._catalogue import (
   bfloat16 as bfloat16,

@@ -1,3 +1,7 @@
-"""Files: trees of arrays and QArrays, saved and loaded with their formats."""
+"""Files: trees of arrays and QArrays, saved and loaded with their formats.
+
+- `load`: Reads a tree that `save` wrote.
+- `save`: Writes a tree to a file, atomically.
+"""
 
 from lowbit_jax.io._native import load as load, save as save

@@ -2,6 +2,19 @@
 
 Importing this package makes QArrays known to Linen, so that `model.apply` takes
 a parameter tree that holds them. `nn.nnx` loads on first use.
+
+- `dot_general`: A `lax.dot_general` that fake-quantizes arrays and takes
+  QArrays packed.
+- `einsum`: A `jnp.einsum` of two operands that fake-quantizes and takes
+  QArrays.
+- `promote_dtype`: `promote_dtype` of Flax that lets QArrays through.
+- `quantize_params`: A parameter tree with QArrays in place of the selected
+  leaves.
+- `trainable_mask`: A tree of bools for `optax.masked`: False for QArrays and
+  integers.
+- `linen`: Linen: modules for fake quantization, and packed weights in any
+  module.
+- `nnx`: NNX: frozen quantized variables, and modules for fake quantization.
 """
 
 from lowbit_jax import _lazy

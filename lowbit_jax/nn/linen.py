@@ -7,6 +7,14 @@ weights instead, without decoding all of them,
   - give a Dense or DenseGeneral `dot_general=nn.dot_general()` and
     `promote_dtype=nn.promote_dtype`, or
   - call the unmodified model under `with packed():`.
+
+- `Dense`: `linen.Dense` on arrays with fake quantization, or on packed QArrays.
+- `DotGeneral`: `nn.dot_general` with random rounding, for `dot_general_cls`
+  arguments.
+- `Einsum`: `linen.Einsum` on arrays with fake quantization, or on packed
+  QArrays.
+- `Embed`: `linen.Embed` that decodes only the rows that it looks up.
+- `packed`: Unmodified modules use packed weights inside this context.
 """
 
 import contextlib

@@ -3,6 +3,15 @@
 Unmodified NNX modules take QArrays: they decode a weight before they use it.
 `quantize` replaces the weights of a model and lets Linear, LinearGeneral and
 Einsum contract them packed.
+
+- `DotGeneral`: `nn.dot_general` with random rounding, for `dot_general`
+  arguments.
+- `Embed`: `nnx.Embed` that decodes only the rows that it looks up.
+- `QuantizedParam`: A quantized weight. Not a Param: gradients and optimizers
+  pass it by.
+- `frozen`: A `QuantizedParam` with the metadata of another variable.
+- `quantize`: Replaces the selected parameters of a model by `QuantizedParam`s,
+  in place.
 """
 
 from collections.abc import Callable

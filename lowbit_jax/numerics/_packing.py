@@ -5,10 +5,12 @@ import jax.numpy as jnp
 
 from lowbit_jax._typing import ArrayLike
 from lowbit_pallas.arith import packing
+from lowbit_pallas.arith.packing import (
+  codes_per_group as codes_per_group,
+  packed_size as packed_size,
+  unpacked_size as unpacked_size,
+)
 
-codes_per_group = packing.codes_per_group
-packed_size = packing.packed_size
-unpacked_size = packing.unpacked_size
 lanes = packing.lanes
 pack_unchecked = packing.pack
 unpack_unchecked = packing.unpack

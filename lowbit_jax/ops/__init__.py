@@ -2,6 +2,40 @@
 
 Implementations are chosen by `implementation=` or by themselves; what would be
 chosen can be asked with `select_implementation`.
+
+- `Choice`: The answer of `select_implementation`.
+- `Prepacked`: A quantized (k, n) matrix as a kernel reads it. Made by
+  `prepack`.
+- `dequantize`: The array that `q` stands for.
+- `dot`: `jnp.dot` on arrays and QArrays: the last axis of `lhs` with the last
+  but one of `rhs`.
+- `dot_general`: `lax.dot_general` on arrays and QArrays.
+- `einsum`: `jnp.einsum` of two operands, arrays or QArrays.
+- `fake_quant`: `dequantize(quantize(x, ...))` with a straight-through gradient.
+- `fake_quant_with`: `dequantize(quantize_with(x, ...))` with a straight-through
+  gradient.
+- `implementations`: Names of the implementations of an operation, preferred
+  first.
+- `lmul`: x * y by one integer addition (L-Mul, Luo & Sun 2024).
+- `lmul_attention`: Attention whose two matrix products are `lmul_dot`.
+- `lmul_dot`: x @ y with `lmul` for every product of elements, summed in
+  float32.
+- `log_softmax`: The logarithm of `softmax`, with the error relative to the
+  result.
+- `logsumexp`: log(sum(exp(x / temperature))) over an axis, without overflow.
+- `prepack`: Reorders a weight once, so that a kernel need not do so in every
+  call.
+- `qdot`: x @ w as a recipe trains it, with quantized products in both
+  directions.
+- `quantize`: Quantizes an array into packed codes and stored scales.
+- `quantize_with`: Quantizes with given scales: calibrated, learned or held.
+- `round_to`: The nearest number of the format, as a value.
+- `select_implementation`: What `op(*args, **kwargs)` would run on a platform,
+  without running it.
+- `softmax`: exp(x / temperature), normalised to sum to one along an axis.
+- `unpack`: The QArray that `prepack` was given.
+- `specs`: QuantSpecs as functions: the one place that reads all of their
+  fields.
 """
 
 from lowbit_jax.numerics import round_to as round_to

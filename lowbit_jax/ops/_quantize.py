@@ -15,7 +15,6 @@ from lowbit_jax import _quantize as core, qarray
 from lowbit_jax._typing import (
   ArrayLike,
   Axis,
-  DTypeLike,
   Implementation,
   Key,
   Origin,
@@ -24,7 +23,7 @@ from lowbit_jax._typing import (
 from lowbit_jax.formats import BlockFormat
 from lowbit_jax.numerics import _rounding, _scaling
 from lowbit_jax.ops import _dispatch, _quantize_kernels
-from lowbit_jax.qarray import QArray
+from lowbit_jax.qarray import QArray, dequantize as dequantize
 from lowbit_jax.transforms import Hadamard
 from lowbit_pallas.arith.codec import RANDOM_BITS
 
@@ -283,15 +282,6 @@ def rounding_of(options: Options, extras: Extras) -> core.Rounding:
   origin = None if full_shape is None else (extras.start, full_shape)
   bits = options.random_bits
   return core.Rounding(options.rounding, extras.key, bits, origin)
-
-
-def dequantize(
-  q: QArray, dtype: DTypeLike | None = None, *, dither_key: Key | None = None
-) -> jax.Array:
-  return qarray.dequantize(q, dtype, dither_key=dither_key)
-
-
-dequantize.__doc__ = qarray.dequantize.__doc__
 
 
 def check_scales(

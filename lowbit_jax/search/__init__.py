@@ -1,12 +1,24 @@
 """Formulas for functions of one variable: programs, their constants, proofs.
 
-`program` has straight-line programs as values, `targets` the functions they
-are to be. `evolve` searches: `variation` makes new programs, `fit` finds the
-constants of many at once, `archive` keeps the best, `islands` exchanges them
-between processes, `speed` measures their time. `polish` finds the last digits
-of constants, `certify` the error of a compiled function over every float32
-input, `emit` its source code in Python and C, `timing` which of two compiled
-functions is faster. `adopted` is the record of what `special` took over.
+- `adopted`: How the functions of `special` got their constants and
+  certificates.
+- `archive`: What a search has found: the best programs at every cost.
+- `certify`: The error of a compiled float32 function over every input of an
+  interval.
+- `emit`: Source code of a program, in Python for JAX and in C99.
+- `evolve`: Evolution of programs: `init` a state, `step` it, look at its
+  archive.
+- `fit`: Constants of many programs at once: Levenberg-Marquardt, then Lawson.
+- `islands`: Exchange of good programs between searches that run side by side.
+- `polish`: The last digits of a formula: minimax constants, and their float32
+  values.
+- `program`: Straight-line programs of one variable, as values.
+- `speed`: Time as the objective: the bound first, then the speed of compiled
+  code.
+- `targets`: What is searched for: functions of one variable, and their core
+  problems.
+- `timing`: Which of two functions of one variable is faster once compiled.
+- `variation`: New programs from old ones: edits of the graph of values.
 """
 
 from lowbit_jax import _lazy

@@ -4,6 +4,31 @@ A kernel passes `check_quantizer` and `check_dot` if it computes what the
 formats define; `quantizer_mutants`, `stochastic_mutants` and `dot_mutants` hold
 implementations with one planted fault each, which a suite must reject. Nothing
 here needs more than NumPy and JAX.
+
+`SHAPES` are products of every kind, `SMALL_SHAPES` those for tests and
+`LARGE_SHAPES` those for benchmarks.
+
+- `MatmulShape`: (m, k) times (k, n).
+- `assert_bits_equal`: Asserts that two arrays, or two QArrays, are the same
+  bits.
+- `assert_within_ulp`: Asserts that at most `ulp - 1` floats lie between the two
+  arrays.
+- `check_dot`: Asserts that a product agrees with float64 up to float32
+  accumulation.
+- `check_quantizer`: Asserts that a quantizer computes what the format defines,
+  bit for bit.
+- `check_stochastic`: Asserts that a stochastic quantizer is unbiased,
+  independent and keyed.
+- `dot_cases`: Shapes to test or time.
+- `dot_mutants`: Faulty products `(x, q) -> array` by name; those that fit
+  `fmt`.
+- `dot_tolerance`: The tolerance of `check_dot` for a float32 result.
+- `quantizer_cases`: Named float32 matrices to quantize along the last axis (the
+  last two).
+- `quantizer_mutants`: Faulty quantizers `x -> QArray` by name; those that make
+  sense for `fmt`.
+- `stochastic_mutants`: Faulty stochastic quantizers `(x, key) -> QArray |
+  array` by name.
 """
 
 from lowbit_jax.testing._asserts import (

@@ -3,6 +3,20 @@
 `lowbit_jax.qdot` is the product that a recipe trains with; here are the
 published recipes by name, and what stands around them. Submodules load on first
 use.
+
+- `laws`: How the loss of a trained model depends on its floating-point format.
+- `linen`: Linen: recipes in the linear layers of any model.
+- `micro_scaling`: MicroScaling: every choice of a block-scaled 4-bit quantizer,
+  in float32.
+- `monitors`: What the quantizers of a training product lose, while it trains.
+- `nnx`: NNX: recipes in the linear layers of any model.
+- `optimizers`: Optimizers for low-bit training, as optax transformations.
+- `qat`: Quantization-aware training with parameters of its own: LSQ and PACT.
+- `quantizers`: Quantizers that block formats cannot express, with their
+  gradients.
+- `recipes`: Published recipes for low-bit training, by name.
+- `s2ft`: Structured sparse fine-tuning on a frozen quantized model (S2FT).
+- `scaling`: Tensor scales that are held or delayed, as explicit state.
 """
 
 from lowbit_jax import _lazy

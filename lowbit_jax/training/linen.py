@@ -6,6 +6,15 @@ A recipe, or a policy of several, goes in as `dot_general_cls`:
 
 or, for a model that is not yours, `with quantized(policy): model.apply(...)`.
 Layers keep the names and shapes of their parameters.
+
+- `QDotGeneral`: A `dot_general` that trains by a recipe.
+- `check_keywords`: Refuses keywords of `lax.dot_general` that a training
+  product lacks.
+- `dot_general_cls`: For the `dot_general_cls` argument of Dense, DenseGeneral
+  and attention.
+- `quantized`: Dense and DenseGeneral layers train by `recipe` inside this
+  context.
+- `recipe_at`: The recipe of the layer at `path`.
 """
 
 import contextlib

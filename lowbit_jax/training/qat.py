@@ -38,8 +38,7 @@ class Lsq:
     bits: 2 to 16, or 1 without sign.
     signed: False for activations after a ReLU.
     axis: None for one step per tensor, or the axis whose elements share one,
-    for
-      a kernel (in, out) -2.
+      for a kernel (in, out) -2.
     parameter: how s stays positive. 'log' trains log s, 'clipped' trains s and
       uses max(s, LEAST_STEP), counted as the identity.
 

@@ -3,6 +3,60 @@
 Low-bit states (`quantized_state`, `adamw`), Muon (`muon`), StableSPAM,
 treatment of oscillating weights, training of quantized weights without master
 copies (`direct`), gradient codecs, and loss scaling.
+
+`COEFFICIENTS` has the Newton-Schulz iterations of `newton_schulz` by name.
+
+- `Companded`: E4M3 codes of sign(x) c |x / c|^k with c and k per block.
+- `NewtonSchulz`: Coefficients of a Newton-Schulz iteration.
+- `RankOne`: Codes of x / s with s the least of one maximum per axis.
+- `activation_cap`: An update that changes the output of a layer by a bounded
+  share.
+- `adaclip`: Scales down the elements of a gradient beyond its usual maximum.
+- `adagn`: Gives each gradient the norm that its history suggests.
+- `adamw`: AdamW with moments of 8 bits, as `optax.adamw` otherwise.
+- `adamw_4bit`: AdamW with moments of 4 bits: 'de4', and 'rank1_lin4' for the
+  second.
+- `all_finite`: Whether no array of a tree holds NaN or Inf, as a boolean array.
+- `apply_updates`: w + u, stochastically rounded to the format of w.
+- `deoscillate`: Puts weights that oscillate between grid points onto one of
+  them.
+- `dequantized`: The tree with the values of its QArrays, which gradients are
+  taken at.
+- `direct`: Lets an optimizer see QArrays among the parameters as their values.
+- `dynamic_loss_scale`: Wraps an optimizer that is given gradients of the scaled
+  loss.
+- `dynamic_map`: The dynamic tree of 2^bits numbers in [-1, 1], or in (0, 1].
+- `ef_sign`: One bit per element, with error feedback.
+- `ema_quantize`: Of the two grid points around each weight, the one nearer to
+  its mean.
+- `grid_neighbours`: The two numbers of a block format that enclose each element
+  of `w`.
+- `hidden_matrices`: Which leaves Muon takes unless told otherwise.
+- `is_embedding`: Whether a path names an embedding: it holds 'embed', 'wte' or
+  'wpe'.
+- `is_head`: Whether a path names an output head.
+- `linear_map`: k / 2^bits for k = 1 ... 2^bits: uniform numbers in (0, 1]
+  without 0.
+- `momentum_reset`: Starts a transformation again after every `every` steps.
+- `muon`: Muon for hidden matrices, another optimizer for all other parameters.
+- `mup_head_scale`: Multiplies the updates of output heads by base_width / d_in.
+- `mup_normal`: Initializer of hidden matrices for muP: N(0, sigma^2).
+- `newton_schulz`: An approximate polar factor of each matrix.
+- `q_ema`: Keeps the mean of each parameter for `ema_quantize`; changes no
+  update.
+- `qsgd`: Rounds gradients as QSGD does: unbiased, and different in every step.
+- `qsgd_encode`: What a worker sends: integers in [-s, s] and a norm for each
+  bucket.
+- `quantized_state`: Keeps the moments of an optimizer in few bits: decode,
+  update, encode.
+- `randomized_polar`: The polar factor of a random low-rank approximation of
+  each matrix.
+- `scale_by_muon`: Momentum, polar factor and shape factor of `muon`; takes its
+  arguments.
+- `scale_loss`: The loss times the scale of an optimizer state, in the dtype of
+  the loss.
+- `stable_spam`: StableSPAM: `adaclip`, `adagn` and an Adam that starts again.
+- `state_bytes`: Bytes of all arrays of a state, or of its `jax.eval_shape`.
 """
 
 from lowbit_jax.training.optimizers._codecs import (
