@@ -19,6 +19,7 @@ _SUBMODULES = (
   'recipes',
   's2ft',
   'scaling',
+  'surrogates',
 )
 
 __getattr__, __dir__ = _lazy.submodules(__name__, _SUBMODULES)

@@ -42,9 +42,12 @@ Q' = q' = 1 and Z = |x_k| give the absmax-aware straight-through estimator, with
 exact scales dx_k = g_k + (sign(x_k) / F) sum_j g_j (Q(v_j) - v_j) and
 dx_i = g_i elsewhere; dZ = 0 gives the plain one, dx = g.
 
+Surrogates are in `lowbit_jax.training.surrogates`.
+
 Sources: "Elucidating the Design Space of FP4 training" (2025), whose option
-names are kept; NVIDIA, "Pretraining LLMs with NVFP4" (2025), for the decode
-form; Wang et al., "Optimizing LLM training using FP4" (2025), for `Dge`.
+names are kept except that its 'ste' is 'identity' for rounders and 'ignore' for
+statistics, and its 'rne' is 'nearest_even'; NVIDIA, "Pretraining LLMs with
+NVFP4" (2025), for the decode form.
 """
 
 import dataclasses
@@ -59,6 +62,16 @@ from lowbit_jax._typing import ArrayLike, Key
 from lowbit_jax.formats import BlockFormat, FloatFormat
 from lowbit_jax.numerics import _rounding, _scaling
 from lowbit_jax.numerics._codec import as_float_array, spec
+from lowbit_jax.training.surrogates import (
+  SURROGATES as SURROGATES,
+  Dge as Dge,
+  Identity as Identity,
+  Lattice as Lattice,
+  Sigmoid as Sigmoid,
+  Spline as Spline,
+  Surrogate as Surrogate,
+  surrogate,
+)
 from lowbit_pallas.arith import bits as fb, codec
 
 ue8m3 = FloatFormat('ue8m3', 8, 3, 127, 'ieee', signed=False)
@@ -73,153 +86,16 @@ SCALES = {
   'BF16': formats.bfloat16,
   'ideal': formats.float32,
 }
-SCALE_ROUNDINGS = ('rne', 'up', 'down', 'zero', 'stochastic')
+SCALE_ROUNDINGS = ('nearest_even', 'up', 'down', 'zero', 'stochastic')
 SCALE_FORMS = ('decode', 'encode')
 ZERO_SCALES = ('nearest_subnormal', 'to_one')
 PAYLOADS = ('rounded', 'unrounded')
 TENSOR_SCALES = ('off', 'current')
 TENSOR_SCALE_GRADS = ('ignore', 'absmax', 'full')
 ROUNDINGS = ('nearest_even', 'stochastic')
-STAT_GRADS = ('ste', 'absmax', 'hardsoftmax', 'softsoftmax')
+STAT_GRADS = ('ignore', 'absmax', 'hardsoftmax', 'softsoftmax')
 
 _TOP = 2.0**127
-
-
-def _check_positive(name: str, value: float) -> None:
-  if not value > 0:
-    raise ValueError(f'{name}={value!r} must be positive')
-
-
-def _check_order(low: float, high: float) -> None:
-  if not 0 <= low <= high:
-    raise ValueError(f'{low=} and {high=} must satisfy 0 <= low <= high')
-
-
-class Lattice(NamedTuple):
-  """The numbers of a format as surrogates see them.
-
-  Attributes:
-    numbers: its description; exponents that make subnormal float32 are cut off.
-    span: (-span, span) is where a rounder lives, None for scales, whose lattice
-      repeats from binade to binade.
-  """
-
-  numbers: codec.Float
-  span: float | None
-
-
-@dataclasses.dataclass(frozen=True)
-class Ste:
-  """The straight-through estimator, Q' = 1 everywhere."""
-
-  def slope(self, v: jax.Array, lattice: Lattice) -> jax.Array:
-    del lattice
-    return jnp.ones_like(v)
-
-
-@dataclasses.dataclass(frozen=True)
-class Dge:
-  """The differentiable gradient estimator.
-
-    Q'(v) = min((1 / k) |2 (v - m) / delta|^(1/k - 1), ceiling)
-
-  in the bin [m - delta/2, m + delta/2) between neighbours of the lattice. Its
-  mean over a bin is .593 for the defaults, and 3 near every midpoint.
-
-  Attributes:
-    power: k, at least 1; 1 is the straight-through estimator.
-    ceiling: largest slope.
-  """
-
-  power: float = 5.0
-  ceiling: float = 3.0
-
-  def __post_init__(self) -> None:
-    if not self.power >= 1:
-      raise ValueError(f'power={self.power!r} must be at least 1')
-    _check_positive('ceiling', self.ceiling)
-
-  def slope(self, v: jax.Array, lattice: Lattice) -> jax.Array:
-    distance = jnp.abs(2 * _position(v, lattice) - 1)
-    slope = distance ** (1 / self.power - 1) / self.power
-    return jnp.minimum(slope, self.ceiling)
-
-
-@dataclasses.dataclass(frozen=True)
-class Sigmoid:
-  """A logistic step in every bin, clipped.
-
-    Q'(v) = clip(12 sigma(u) (1 - sigma(u)) / T, low, high),
-    u = 12 (v - m) / (delta T)
-
-  Attributes:
-    temperature: T.
-    low: smallest slope.
-    high: largest slope.
-  """
-
-  temperature: float = 1.0
-  low: float = 0.3
-  high: float = 1.5
-
-  def __post_init__(self) -> None:
-    _check_positive('temperature', self.temperature)
-    _check_order(self.low, self.high)
-
-  def slope(self, v: jax.Array, lattice: Lattice) -> jax.Array:
-    u = 12 * (_position(v, lattice) - 0.5) / self.temperature
-    sigma = jax.nn.sigmoid(u)
-    slope = 12 * sigma * (1 - sigma) / self.temperature
-    return jnp.clip(slope, self.low, self.high)
-
-
-@dataclasses.dataclass(frozen=True)
-class Spline:
-  """Slope of the linear interpolant of the rounder between knots, clipped.
-
-  The knots are `points` numbers spaced evenly over [-F, F] for elements, and
-  over a binade for scales.
-
-  Attributes:
-    points: number of knots.
-    low: smallest slope.
-    high: largest slope.
-  """
-
-  points: int = 40
-  low: float = 0.3
-  high: float = 1.5
-
-  def __post_init__(self) -> None:
-    if self.points < 2:
-      raise ValueError(f'points={self.points!r} must be at least 2')
-    _check_order(self.low, self.high)
-
-  def slope(self, v: jax.Array, lattice: Lattice) -> jax.Array:
-    pieces = self.points - 1
-    if lattice.span is None:
-      # Every binade is like [1, 2), on which the rounder has steps of 2^-m.
-      steps = 2.0**lattice.numbers.mantissa_bits
-      h = 1 / pieces
-      left = jnp.floor(_in_steps(v, lattice.numbers) / (steps * h)) * h
-      ends = (fb.round_half_even(a * steps) / steps for a in (left, left + h))
-    else:
-      h = 2 * lattice.span / pieces
-      i = jnp.clip(jnp.floor((v + lattice.span) / h), 0, pieces - 1)
-      left = i * h - lattice.span
-      ends = (_nearest(a, lattice.numbers) for a in (left, left + h))
-    low, high = ends
-    slope = (high - low) / h
-    return jnp.clip(slope, self.low, self.high)
-
-
-Surrogate = Ste | Dge | Sigmoid | Spline
-SURROGATES = {
-  'ste': Ste(),
-  'dge': Dge(),
-  'spline': Spline(),
-  'sigmoid': Sigmoid(),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -236,8 +112,8 @@ class MicroScaling:
     scale: format of the scales, a value such as those of `SCALES`; its sign is
       not used, and numbers below 2^-126 do not exist.
     scale_form: 'decode' stores Z / F, 'encode' its inverse.
-    scale_round: 'rne' to nearest, ties to even; 'up', 'down' and 'zero' (down,
-      as scales are positive) of the number that is stored; 'stochastic'.
+    scale_round: rounding of the number that is stored: 'nearest_even', 'up',
+      'down', 'zero' (down, as scales are positive) or 'stochastic'.
     zero_scale: what a scale becomes that rounds to 0.
     payload: whether elements are rounded in units of the stored scale or of
       the exact one.
@@ -246,11 +122,11 @@ class MicroScaling:
       magnitude of the tensor. 'ignore' for none, 'absmax' with q' = 1, 'full'
       with that of `scale_grad`.
     rounding: of elements, 'nearest_even' or 'stochastic'.
-    step_grad: Q', a surrogate or its name with default parameters: 'ste',
+    step_grad: Q', a surrogate or its name with default parameters: 'identity',
       'dge', 'spline' or 'sigmoid'. Beyond the largest element it is that at the
       largest element.
-    stat_grad: dZ/dx. 'ste' is 0; 'absmax' is sign(x) at the maximum, shared by
-      ties; 'hardsoftmax' is softmax(alpha |x|) sign(x). 'softsoftmax' is the
+    stat_grad: dZ/dx. 'ignore' is 0; 'absmax' is sign(x) at the maximum, shared
+      by ties; 'hardsoftmax' is softmax(alpha |x|) sign(x). 'softsoftmax' is the
       same and the derivative of Z = logsumexp(alpha |x|) / alpha, which it also
       uses for Z.
     scale_grad: q', as `step_grad`, on the lattice of scales.
@@ -263,15 +139,15 @@ class MicroScaling:
   block: int | tuple[int, int] = 16
   scale: FloatFormat = formats.e4m3fn
   scale_form: str = 'decode'
-  scale_round: str = 'rne'
+  scale_round: str = 'nearest_even'
   zero_scale: str = 'nearest_subnormal'
   payload: str = 'rounded'
   tensor_scale: str = 'current'
   tensor_scale_grad: str = 'ignore'
   rounding: str = 'nearest_even'
-  step_grad: Surrogate | str = 'ste'
-  stat_grad: str = 'ste'
-  scale_grad: Surrogate | str = 'ste'
+  step_grad: Surrogate | str = 'identity'
+  stat_grad: str = 'ignore'
+  scale_grad: Surrogate | str = 'identity'
   alpha: float = 1.0
   allow_underflow: bool = False
 
@@ -306,8 +182,9 @@ class MicroScaling:
           f'{name}={getattr(self, name)!r} is not one of {allowed}'
         )
     for name in ('step_grad', 'scale_grad'):
-      object.__setattr__(self, name, _surrogate(name, getattr(self, name)))
-    _check_positive('alpha', self.alpha)
+      object.__setattr__(self, name, surrogate(name, getattr(self, name)))
+    if not self.alpha > 0:
+      raise ValueError(f'alpha={self.alpha!r} must be positive')
     self._check_combination()
 
   def _check_combination(self):
@@ -327,7 +204,7 @@ class MicroScaling:
           " tensor_scale='current'"
         )
     if self.tensor_scale_grad != 'ignore' and self.stat_grad not in (
-      'ste',
+      'ignore',
       'absmax',
     ):
       raise ValueError(
@@ -337,10 +214,10 @@ class MicroScaling:
       )
     if ideal:
       for name, value in (
-        ('scale_round', 'rne'),
+        ('scale_round', 'nearest_even'),
         ('payload', 'rounded'),
         ('tensor_scale', 'off'),
-        ('scale_grad', Ste()),
+        ('scale_grad', Identity()),
       ):
         if getattr(self, name) != value:
           raise ValueError(
@@ -352,11 +229,11 @@ class MicroScaling:
         f"zero_scale='to_one' has no effect: no scale rounds to 0 in"
         f' {self.scale}'
       )
-    used = self.stat_grad != 'ste' or self.tensor_scale_grad == 'full'
-    if self.scale_grad != Ste() and not used:
+    used = self.stat_grad != 'ignore' or self.tensor_scale_grad == 'full'
+    if self.scale_grad != Identity() and not used:
       raise ValueError(
         f'scale_grad={self.scale_grad} has no effect where scales have no'
-        " gradient: choose a stat_grad other than 'ste'"
+        " gradient: choose a stat_grad other than 'ignore'"
       )
 
   @property
@@ -397,8 +274,8 @@ class MicroScaling:
   def _slopes(self) -> tuple[Surrogate, Surrogate]:
     """Q' and q'."""
     return (
-      _surrogate('step_grad', self.step_grad),
-      _surrogate('scale_grad', self.scale_grad),
+      surrogate('step_grad', self.step_grad),
+      surrogate('scale_grad', self.scale_grad),
     )
 
   @property
@@ -412,12 +289,12 @@ class MicroScaling:
 
   @property
   def _scale_has_gradient(self) -> bool:
-    return self.stat_grad != 'ste' or self.tensor_scale_grad != 'ignore'
+    return self.stat_grad != 'ignore' or self.tensor_scale_grad != 'ignore'
 
   @property
   def _is_plain(self) -> bool:
     return (
-      self.step_grad == Ste()
+      self.step_grad == Identity()
       and self.payload == 'rounded'
       and not self._scale_has_gradient
     )
@@ -540,11 +417,11 @@ def _through_scales(how: MicroScaling, f: _Forward, blocks, slope, ratio):
     blocks.view * f.v * slope, axis=inner, keepdims=True
   )
   q_slope = jnp.ones_like(f.u)
-  if how.scale_grad != Ste():
+  if how.scale_grad != Identity():
     q_slope = how._slopes[1].slope(f.u, Lattice(_scale_spec(how.scale), None))
 
   dx = jnp.zeros_like(f.x)
-  if how.stat_grad != 'ste':
+  if how.stat_grad != 'ignore':
     form = jnp.float32(1)
     if how.scale_form == 'encode':
       form = jnp.square(f.decode * _scaling.reciprocal(f.exact))
@@ -632,7 +509,7 @@ def _down(t, odd=None):
 
 
 _SCALE_RULES = {
-  'rne': codec.nearest_even,
+  'nearest_even': codec.nearest_even,
   'up': _up,
   'down': _down,
   'zero': _down,
@@ -658,37 +535,8 @@ def _scale_spec(scale: FloatFormat) -> codec.Float:
   )
 
 
-def _in_steps(v, f: codec.Float):
-  """|v| in units of the distance of neighbours in its binade."""
-  b = fb.to_bits(v) & fb.MAGNITUDE
-  e = jnp.maximum(b >> 23, f.emin + 127)
-  return fb.from_bits(b) * fb.from_bits((254 + f.mantissa_bits - e) << 23)
-
-
-def _position(v, lattice: Lattice):
-  """Where |v| is in its bin, in [0, 1)."""
-  if lattice.span is not None:
-    v = jnp.clip(v, -lattice.span, lattice.span)
-  t = _in_steps(v, lattice.numbers)
-  return t - fb.floor(t)
-
-
-def _nearest(v, f: codec.Float):
-  return codec.decode_float(codec.encode_float(v, f), f)
-
-
 def _tile_axes(axis: int, ndim: int) -> tuple[int, int]:
   if not isinstance(axis, int) or axis % ndim < ndim - 2:
     raise ValueError(f'{axis=} of a tile must be one of the last two')
   axis = axis % ndim - ndim
   return axis, -3 - axis
-
-
-def _surrogate(name: str, value) -> Surrogate:
-  if isinstance(value, Surrogate):
-    return value
-  if value not in SURROGATES:
-    raise ValueError(
-      f'{name}={value!r} is neither a surrogate nor one of {(*SURROGATES,)}'
-    )
-  return SURROGATES[value]
