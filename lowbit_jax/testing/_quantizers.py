@@ -38,10 +38,10 @@ def check_quantizer(
 ) -> None:
   """Asserts that a quantizer computes what the format defines, bit for bit.
 
-  It sees the cases of `quantizer_cases` and the ordinary blocks in bfloat16.
-  What is right is decided by the scalar oracle in plain Python, and for scale
-  rules that the oracle does not know ('mse', 'sweep', 'four_over_six',
-  'absmean') by `lowbit_jax.quantize`.
+  It gets the cases of `quantizer_cases` and the ordinary blocks in bfloat16.
+  The expected result is that of the scalar oracle in plain Python; for scale
+  rules without an oracle ('mse', 'sweep', 'four_over_six', 'absmean') that of
+  `lowbit_jax.quantize`.
 
   Args:
     quantize_fn: `x -> QArray`, or `x -> array` of dequantized values. `x` is a

@@ -1,8 +1,8 @@
 """Training in low bits: recipes, held scales, optimizers, methods.
 
-`lowbit_jax.qdot` is the product that a recipe trains with; here are the
-published recipes by name, and what stands around them. Submodules load on first
-use.
+`lowbit_jax.qdot` is the product that a recipe trains with. This package has the
+published recipes by name, layers and optimizers that use them, and quantizers
+of published methods. Submodules load on first use.
 """
 
 from lowbit_jax import _lazy

@@ -146,8 +146,8 @@ def scale_by_muon(
       axes = dimensions(name, m)
       if axes is None:
         raise ValueError(
-          f'{name} of shape {m.shape} is no matrix for dimensions=; let another'
-          ' optimizer take it, as muon(other=...) does'
+          f'{name} of shape {m.shape} is not a matrix: dimensions= gives None;'
+          ' update it by another optimizer, as muon(other=...) does'
         )
       leaf_key = jax.random.fold_in(key, zlib.crc32(name.encode()))
       return _as_matrices(m, axes, lambda x: factor(x, leaf_key))
@@ -210,7 +210,7 @@ def muon(
   Args:
     learning_rate: a number or a schedule.
     weight_decay: times the learning rate; also `mask`, as in `optax.adamw`.
-    other: for leaves that are no matrices; None for
+    other: for leaves that are not matrices; None for
       `optax.adamw(learning_rate, weight_decay=0)`.
     momentum: None, or the codec of mu, as `first` in `quantized_state`, in
       blocks of 128: 'lin8' and 'e4m3' keep it in 8 bits. Its direction is all

@@ -46,8 +46,8 @@ def quantized_state(
     first: codec of first moments: 'lin8', 'dyn8', 'e4m3', 'e5m2', 'coat',
       'lin4' or 'de4', a block format such as `formats.mxfp8_e4m3`, or None to
       leave them as they are.
-    second: codec of second moments; also 'rank1_lin4' and 'rank1_de4'. What is
-      not zero never becomes zero, in blocks whose largest is 2^-90 or more.
+    second: codec of second moments; also 'rank1_lin4' and 'rank1_de4'. Positive
+      elements stay positive in blocks whose largest element is at least 2^-90.
     block: elements per scale of the named codecs; None for 256 with 'lin8' and
       'dyn8' and 128 with others.
     min_size: leaves with fewer elements are left as they are.
@@ -160,9 +160,10 @@ def adamw(
   """AdamW with moments of 8 bits, as `optax.adamw` otherwise.
 
   Args:
-    learning_rate: a number or a schedule; also `b1`, `b2`, `eps`,
-      `weight_decay`, `mask` and `nesterov`, as in `optax.adamw`.
-    first: as in `quantized_state`; also `second`, `min_size`, `exclude`.
+    learning_rate: a number or a schedule.
+    b1: as in `optax.adamw`, as are `b2`, `eps`, `weight_decay`, `mask` and
+      `nesterov`.
+    first: as in `quantized_state`, as are `second`, `min_size` and `exclude`.
   """
   return optax.chain(
     quantized_state(
