@@ -269,13 +269,13 @@ def overhead(changed: dict[str, str]) -> Overhead:
   operations += 2 * sum(_HADAMARD_PRODUCTS[full['hadamard']]) * math.log2(block)
   if full['scale_round'] == 'stochastic':
     operations += 6 / block
-  if full['step_grad'] != 'ste':
+  if full['step_grad'] != 'identity':
     operations += 2 * 3
-  statistic = {'ste': 0, 'absmax': 2, 'hardsoftmax': 4, 'softsoftmax': 4}
+  statistic = {'ignore': 0, 'absmax': 2, 'hardsoftmax': 4, 'softsoftmax': 4}
   operations += 2 * statistic[full['stat_grad']]
   if full['stat_grad'] == 'softsoftmax':
     operations += 4  # exponentials of the backward operands
-  if full['scale_grad'] != 'ste':
+  if full['scale_grad'] != 'identity':
     operations += 2 * 3 / block
   if full['tensor_scale_grad'] != 'ignore':
     operations += 2 * 2

@@ -23,7 +23,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -419,69 +419,101 @@ def _reshape(q: QArray, shape) -> QArray:
 
 
 def _getitem(q: QArray, key) -> QArray:
+  index = _index_per_axis(q, key)
+  if all(isinstance(i, slice) and i == slice(None) for i in index):
+    return q
+  leaf_index, pad = _index_leaves(q, index)
+  array_ranks = _check_array_index(index)
+
+  def take(leaf, indices):
+    return None if leaf is None else leaf[indices]
+
+  out = replace(
+    q,
+    codes=take(q.codes, leaf_index.codes),
+    scale=take(q.scale, leaf_index.scale),
+    zero_point=take(q.zero_point, leaf_index.scale),
+    tensor_scale=take(q.tensor_scale, leaf_index.tensor_scale),
+    pad=pad,
+  )
+  # Block axes count from the end, so they move with the axes after them: an int
+  # drops its axis, an index of rank r puts r axes in its place.
+  growth = {d - q.ndim: rank - 1 for d, rank in array_ranks.items()}
+  axes = [a - sum(g for axis, g in growth.items() if axis > a) for a in q.axes]
+  return _with_axes(out, axes)
+
+
+class _LeafIndex(NamedTuple):
+  """The index of each leaf; zero points take that of scales."""
+
+  codes: tuple
+  scale: tuple
+  tensor_scale: tuple
+
+
+def _index_per_axis(q: QArray, key) -> list[Any]:
+  """One index per axis: an ellipsis, written or not, becomes full slices."""
   index: list[Any] = list(key) if isinstance(key, tuple) else [key]
   if any(i is None for i in index):
     raise IndexError('a QArray cannot be indexed with None; use reshape')
-  if Ellipsis not in [i if i is Ellipsis else 0 for i in index]:
+  # By identity: arrays have no single truth value to compare with.
+  ellipses = [d for d, i in enumerate(index) if i is Ellipsis]
+  if not ellipses:
+    ellipses = [len(index)]
     index.append(Ellipsis)
-  at = [i is Ellipsis for i in index].index(True)
   if len(index) - 1 > q.ndim:
     raise IndexError(f'{len(index) - 1} indices for shape {q.shape}')
-  fill = [slice(None)] * (q.ndim - len(index) + 1)
-  index[at : at + 1] = fill
-  if all(isinstance(i, slice) and i == slice(None) for i in index):
-    return q
+  at = ellipses[0]
+  index[at : at + 1] = [slice(None)] * (q.ndim - len(index) + 1)
+  return index
 
+
+def _index_leaves(
+  q: QArray, index: Sequence[Any]
+) -> tuple[_LeafIndex, tuple[int, ...]]:
+  """The indices of the leaves, and the new padding."""
   pad = list(q.pad)
-  per_leaf = {name: [] for name in ('codes', 'scale', 'other')}
+  codes, scale, tensor_scale = [], [], []
   for d, i in enumerate(index):
     axis, n = d - q.ndim, q.shape[d]
     if axis in q.axes:
+      # A block axis: packed codes have fewer elements, scales one per block.
       k = q.axes.index(axis)
       start, stop, pad[k] = _block_slice(q, k, i, n)
       unit = q.codes.shape[d] / (n + q.pad[k]) if k == 0 else 1
       block = q.fmt.block[k]
-      per_leaf['codes'].append(slice(round(start * unit), round(stop * unit)))
-      whole = slice(None) if not block else slice(start // block, stop // block)
-      per_leaf['scale'].append(whole)
-      per_leaf['other'].append(slice(None))
+      codes.append(slice(round(start * unit), round(stop * unit)))
+      scale.append(
+        slice(start // block, stop // block) if block else slice(None)
+      )
+      tensor_scale.append(slice(None))
       continue
-    stacked = q.tensor_scale is not None and q.tensor_scale.shape[d] != 1
-    if isinstance(i, slice):
-      per_leaf['codes'].append(i)
-      per_leaf['scale'].append(i)
-      per_leaf['other'].append(i if stacked else slice(None))
-      continue
-    if isinstance(i, int | np.integer):
-      if not -n <= i < n:
-        raise IndexError(f'index {i} is out of bounds for axis {d} of size {n}')
-    per_leaf['codes'].append(i)
-    per_leaf['scale'].append(i)
-    per_leaf['other'].append(i if stacked else jnp.zeros_like(jnp.asarray(i)))
-  if sum(1 for i in index if not isinstance(i, slice) and jnp.ndim(i)) > 1:
-    raise IndexError('a QArray takes at most one array index')
-  extra = [jnp.ndim(i) - 1 for i in index if not isinstance(i, slice)]
-  if any(e > 0 for e in extra) and len(extra) > 1:
-    raise IndexError('an array index of a QArray cannot be mixed with ints')
+    # Another axis: codes and scales alike; a single tensor scale stays, but its
+    # axis goes or grows as that of the codes.
+    if isinstance(i, int | np.integer) and not -n <= i < n:
+      raise IndexError(f'index {i} is out of bounds for axis {d} of size {n}')
+    codes.append(i)
+    scale.append(i)
+    if q.tensor_scale is not None and q.tensor_scale.shape[d] != 1:
+      tensor_scale.append(i)
+    elif isinstance(i, slice):
+      tensor_scale.append(slice(None))
+    else:
+      tensor_scale.append(jnp.zeros_like(jnp.asarray(i)))
+  leaf_index = _LeafIndex(tuple(codes), tuple(scale), tuple(tensor_scale))
+  return leaf_index, tuple(pad)
 
-  def take(leaf, which):
-    return None if leaf is None else leaf[tuple(per_leaf[which])]
 
-  out = replace(
-    q,
-    codes=take(q.codes, 'codes'),
-    scale=take(q.scale, 'scale'),
-    zero_point=take(q.zero_point, 'scale'),
-    tensor_scale=take(q.tensor_scale, 'other'),
-    pad=tuple(pad),
-  )
-  grown = {
-    d - q.ndim: jnp.ndim(i) - 1
-    for d, i in enumerate(index)
-    if not isinstance(i, slice)
+def _check_array_index(index: Sequence[Any]) -> dict[int, int]:
+  """The ranks of the indices that are ints or arrays, by their axes."""
+  ranks = {
+    d: jnp.ndim(i) for d, i in enumerate(index) if not isinstance(i, slice)
   }
-  axes = [a - sum(g for at_, g in grown.items() if at_ > a) for a in q.axes]
-  return _with_axes(out, axes)
+  if sum(rank > 0 for rank in ranks.values()) > 1:
+    raise IndexError('a QArray takes at most one array index')
+  if any(rank > 1 for rank in ranks.values()) and len(ranks) > 1:
+    raise IndexError('an array index of a QArray cannot be mixed with ints')
+  return ranks
 
 
 def _block_slice(q: QArray, k: int, i, n: int) -> tuple[int, int, int]:

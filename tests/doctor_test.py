@@ -290,10 +290,10 @@ class TreeTest(parameterized.TestCase):
       skipped,
       {
         'dense/bias': 'small vector',
-        'step': 'int32 is no float',
+        'step': 'int32 is not floating-point',
         'double': 'float64: cast it to float32 first',
         'empty': 'empty',
-        'key': 'key<fry> is no float',
+        'key': 'key<fry> is not floating-point',
       },
     )
     self.assertLen(report, 7)
@@ -774,7 +774,7 @@ class AuditTest(parameterized.TestCase):
       'argnums',
       lambda: doctor.audit_gradients(jnp.sum, X, argnums=1),
       ValueError,
-      'no argument 1',
+      'names argument 1',
     ),
     (
       'argnums_type',

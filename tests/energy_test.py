@@ -102,7 +102,7 @@ class CountsTest(parameterized.TestCase):
     self.assertEqual(cost.total('mul'), 2 * 4 * 5 * 3)
 
   def test_refuses_what_is_no_function(self):
-    with self.assertRaisesRegex(TypeError, 'is no function'):
+    with self.assertRaisesRegex(TypeError, 'must be a function'):
       energy(3)
 
 

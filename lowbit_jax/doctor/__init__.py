@@ -1,4 +1,4 @@
-"""What quantization does to tensors, and what casts do to gradients.
+"""Measures of quantized tensors, and an audit of casts of gradients.
 
 `report` measures every tensor of a tree and says what to change.
 `audit_gradients` reads the gradient of a function without running it and finds

@@ -1,4 +1,4 @@
-"""What to change: rules with a threshold and a reason each.
+"""Advice: rules with a threshold and a reason each.
 
 Where a rule names an alternative, the alternative was tried on the tensor and
 is named only if its QSNR is higher; the numbers are in the advice.
@@ -33,7 +33,7 @@ class Rule(NamedTuple):
 
 
 def advise(case: Case) -> list[tuple[str, str]]:
-  """(name, sentence) of every rule that applies, the gravest first."""
+  """(name, sentence) of every rule that applies, the most severe first."""
   out = []
   for rule in RULES:
     if rule.name == 'low-qsnr' and out:
@@ -71,12 +71,12 @@ def _no_op(case: Case, limit: float) -> str | None:
 def _lost_blocks(case: Case, limit: float) -> str | None:
   if not case.m.lost_blocks > limit:
     return None
-  how = 'rescale the tensor'
+  remedy = 'rescale the tensor'
   if case.fmt.tensor_scale:
-    how = 'use a format without tensor scale, such as mxfp4, or rotate'
+    remedy = 'use a format without tensor scale, such as mxfp4, or rotate'
   return (
     f'{_percent(case.m.lost_blocks)} of the blocks became zero though they are'
-    f' not, because their scale underflows: {how}'
+    f' not, because their scale underflows: {remedy}'
   )
 
 
@@ -93,10 +93,10 @@ def _tensor_scale(case: Case, limit: float) -> str | None:
 def _saturation(case: Case, limit: float) -> str | None:
   if not case.m.saturated > limit:
     return None
-  what = f'{_percent(case.m.saturated)} of the elements are clipped'
+  finding = f'{_percent(case.m.saturated)} of the elements are clipped'
   if case.scale_rule is None:
     if (gain := case.gain()) > 0:
-      return f'{what}: fresh scales give {_gain(case, gain)}'
+      return f'{finding}: fresh scales give {_gain(case, gain)}'
     return None
   rules = [r for r in ('rceil', 'even') if r in scale_rules(case.fmt)]
   gains = {r: case.gain(scale_rule=r) for r in rules if r != case.scale_rule}
@@ -104,7 +104,7 @@ def _saturation(case: Case, limit: float) -> str | None:
   if best is None or gains[best] < 0.05:
     return None
   return (
-    f'{what} by scale_rule={case.scale_rule!r}: {best!r} gives'
+    f'{finding} by scale_rule={case.scale_rule!r}: {best!r} gives'
     f' {_gain(case, gains[best])}'
   )
 
@@ -120,7 +120,9 @@ def _outliers(case: Case, limit: float) -> str | None:
   if twin is not None:
     options.append((case.gain(fmt=twin), f'{twin} instead of {case.fmt} gives'))
   tried = [
-    f'{how} {_gain(case, gain)}' for gain, how in options if gain > _MIN_GAIN
+    f'{remedy} {_gain(case, gain)}'
+    for gain, remedy in options
+    if gain > _MIN_GAIN
   ]
   if not tried:
     return None
@@ -137,7 +139,7 @@ def _flush(case: Case, limit: float) -> str | None:
     return None
   if case.m.lost_blocks > 0 or case.m.subnormal_scales > 0.01:
     return None  # a matter of scales, which other rules name
-  what = f'{_percent(case.m.flushed)} of the nonzero elements became zero'
+  finding = f'{_percent(case.m.flushed)} of the nonzero elements became zero'
   options = []
   for fmt in _alternatives.finer(case.fmt):
     axis = -1 if case.fmt.is_tile else case.axis
@@ -145,10 +147,10 @@ def _flush(case: Case, limit: float) -> str | None:
   if (rotation := _alternatives.rotation(case)) is not None:
     gain = case.gain(transform=rotation)
     options.append((gain, f'rotating with Hadamard({rotation.block}) gives'))
-  gain, how = max(options, default=(-math.inf, ''))
+  gain, remedy = max(options, default=(-math.inf, ''))
   if gain > _MIN_GAIN:
-    return f'{what}: {how} {_gain(case, gain)}'
-  return f'{what}: use a format with more bits'
+    return f'{finding}: {remedy} {_gain(case, gain)}'
+  return f'{finding}: use a format with more bits'
 
 
 def _scale_precision(case: Case, limit: float) -> str | None:
@@ -157,16 +159,18 @@ def _scale_precision(case: Case, limit: float) -> str | None:
   scale = case.fmt.scale
   assert isinstance(scale, FloatFormat)
   reach = scale.max / scale.min_normal
-  what = (
+  finding = (
     f'{_percent(case.m.subnormal_scales)} of the block scales are subnormal'
     f' {scale} and lose precision'
   )
   if not math.isnan(case.m.rho[1]):
-    what += (
+    finding += (
       f' (tensor maximum / block maximum is up to {case.m.rho[1]:.3g}, beyond'
       f' {reach:g})'
     )
-  return f'{what}: rotate, or use a format with exponent scales such as mxfp4'
+  return (
+    f'{finding}: rotate, or use a format with exponent scales such as mxfp4'
+  )
 
 
 def _scale_range(case: Case, limit: float) -> str | None:
@@ -181,18 +185,18 @@ def _scale_range(case: Case, limit: float) -> str | None:
 def _padding(case: Case, limit: float) -> str | None:
   if not case.m.padding > limit or case.x is None:
     return None
-  what = f'padding adds {_percent(case.m.padding)}'
+  finding = f'padding adds {_percent(case.m.padding)}'
   if case.fmt.is_tile:
-    return f'{what}: use the format without tiles, or pad the model itself'
+    return f'{finding}: use the format without tiles, or pad the model itself'
   ndim = jnp.ndim(case.x)
   costs = {a: _alternatives.padding_of(case, a) for a in range(-ndim, 0)}
   best = min(costs, key=costs.__getitem__)
   if costs[best] < case.m.padding:
     return (
-      f'{what}: axis={best} adds {_percent(costs[best])} (a product is fast'
+      f'{finding}: axis={best} adds {_percent(costs[best])} (a product is fast'
       ' where the block axis is the contracted one)'
     )
-  return f'{what}: use a smaller block, or keep the tensor in bfloat16'
+  return f'{finding}: use a smaller block, or keep the tensor in bfloat16'
 
 
 def _zero_blocks(case: Case, limit: float) -> str | None:

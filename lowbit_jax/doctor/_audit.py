@@ -65,7 +65,7 @@ class Audit:
 
   Attributes:
     findings: the casts that damage a gradient.
-    notes: what is no fault but worth knowing: arguments that get no gradient,
+    notes: observations that are not faults: arguments that get no gradient,
       kernels that could not be followed.
   """
 
@@ -146,15 +146,15 @@ def audit_gradients(
   """
   if not callable(fn):
     raise TypeError(f'fn={fn!r} must be a function')
-  wanted = _indices('argnums', argnums, len(args))
+  differentiated = _indices('argnums', argnums, len(args))
   scales = _indices('scale_argnums', scale_argnums, len(args))
-  if both := sorted(set(wanted) & set(scales)):
+  if both := sorted(set(differentiated) & set(scales)):
     raise ValueError(
       f'arguments {both} are in argnums and in scale_argnums; a scale is not'
       ' differentiated here'
     )
-  leaves = _Leaves(args, wanted, scales)
-  if not leaves.roles.count('wanted'):
+  leaves = _Leaves(args, differentiated, scales)
+  if not leaves.roles.count('differentiated'):
     raise ValueError(
       f'argnums={argnums!r} names no floating-point array to differentiate'
     )
@@ -175,9 +175,9 @@ def audit_gradients(
 
 
 class _Leaves:
-  """The array leaves of the arguments, and what each of them is."""
+  """The array leaves of the arguments, their roles and names."""
 
-  def __init__(self, args, wanted, scales):
+  def __init__(self, args, differentiated, scales):
     self.arrays, self.roles, self.names = [], [], []
     self._slots = []
     paths, self._treedef = jax.tree_util.tree_flatten_with_path(args)
@@ -189,7 +189,9 @@ class _Leaves:
       self._slots.append((len(self.arrays), None))
       floating = jnp.issubdtype(_dtype(leaf), jnp.floating)
       role = 'scale' if index in scales else 'other'
-      self.roles.append('wanted' if index in wanted and floating else role)
+      self.roles.append(
+        'differentiated' if index in differentiated and floating else role
+      )
       self.names.append(f'args[{index}]{jax.tree_util.keystr(path[1:])}')
       self.arrays.append(leaf)
 
@@ -200,13 +202,13 @@ class _Leaves:
 
   def split(self):
     """Positions of the differentiated leaves, and of the others."""
-    at = [i for i, role in enumerate(self.roles) if role == 'wanted']
+    at = [i for i, role in enumerate(self.roles) if role == 'differentiated']
     return at, [i for i in range(len(self.roles)) if i not in set(at)]
 
 
 def _cuts(forward, leaves: _Leaves) -> list[Finding]:
   flow = Forward()
-  states = [Path(role == 'wanted') for role in leaves.roles]
+  states = [Path(role == 'differentiated') for role in leaves.roles]
   outs = _flow.run(forward, states, flow)
   cuts = sorted({c for out in outs for c in out.cuts})
   return [_finding('cut', flow.places[c], _CUT_REMEDY) for c in cuts]
@@ -226,12 +228,12 @@ def _narrow_outputs(forward) -> list[Finding]:
 
 def _casts(fn, leaves: _Leaves, out_avals):
   """Findings and notes of the backward pass."""
-  wanted, others = leaves.split()
+  differentiated, others = leaves.split()
 
-  def backward(xs, rest, cts):
+  def backward(xs, constants, cts):
     def outputs(*xs):
-      merged = dict(zip(wanted, xs, strict=True))
-      merged.update(zip(others, rest, strict=True))
+      merged = dict(zip(differentiated, xs, strict=True))
+      merged.update(zip(others, constants, strict=True))
       arrays = [merged[i] for i in range(len(merged))]
       return _floats(fn(*leaves.rebuild(arrays)))
 
@@ -240,9 +242,9 @@ def _casts(fn, leaves: _Leaves, out_avals):
   cts = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in out_avals]
   arrays = leaves.arrays
   jaxpr = jax.make_jaxpr(backward)(
-    [arrays[i] for i in wanted], [arrays[i] for i in others], cts
+    [arrays[i] for i in differentiated], [arrays[i] for i in others], cts
   )
-  states = [State(Kind.PRIMAL)] * len(wanted)
+  states = [State(Kind.PRIMAL)] * len(differentiated)
   for i in others:
     declared = State(Kind.DECLARED, frozenset([leaves.names[i]]))
     scale = leaves.roles[i] == 'scale'
@@ -251,7 +253,7 @@ def _casts(fn, leaves: _Leaves, out_avals):
   flow = Backward()
   outs = _flow.run(jaxpr, states, flow)
   notes = [f'not followed: {call}' for call in flow.opaque_calls.values()]
-  for i, out in zip(wanted, outs, strict=True):
+  for i, out in zip(differentiated, outs, strict=True):
     if out.kind < Kind.CODES:
       notes.append(f'{leaves.names[i]} gets no gradient: it is zero')
   places = flow.places.values()
@@ -286,6 +288,6 @@ def _indices(name: str, value, n: int) -> tuple[int, ...]:
     ) from error
   if bad := [v for v in values if not -n <= v < n]:
     raise ValueError(
-      f'{name}={value!r}: there is no argument {bad[0]} among {n}'
+      f'{name}={value!r} names argument {bad[0]}, but there are {n} arguments'
     )
   return tuple(v % n for v in values)

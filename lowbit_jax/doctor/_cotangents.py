@@ -35,7 +35,7 @@ from lowbit_jax.doctor import _flow
 
 
 class Kind(enum.IntEnum):
-  """What a value is, in the order in which one covers another."""
+  """Kinds of values; where two meet, the larger one is kept."""
 
   CONSTANT = 0
   DECLARED = 1
@@ -56,7 +56,7 @@ class State(NamedTuple):
 
 
 class Place(NamedTuple):
-  """A cast that was found, before it is worded for people."""
+  """A cast that was found, before it becomes a `Finding`."""
 
   primitive: str
   source: str
@@ -79,7 +79,7 @@ _INDICES = {'argmax', 'argmin'}
 
 
 def width(dtype: DTypeLike) -> int:
-  """Bits of a number of that dtype; 64 for what is no number."""
+  """Bits of a number of that dtype; 64 for dtypes that are not numbers."""
   if jnp.issubdtype(dtype, jnp.floating):
     return jnp.finfo(dtype).bits
   if jnp.issubdtype(dtype, jnp.integer):

@@ -1,4 +1,4 @@
-"""energy: arithmetic operations of a function, and what they would cost."""
+"""energy: counts of arithmetic operations, and an estimate of their energy."""
 
 import collections
 import dataclasses
@@ -24,7 +24,7 @@ PICOJOULES = {
   ('mul', 'float32'): 3.7,
 }
 
-# What an L-Mul adds instead of multiplying.
+# Additions of an L-Mul, which replace a multiplication.
 _LMUL = {'float16': 'int16', 'float32': 'int32'}
 
 _PRICED_AS = {
@@ -138,7 +138,7 @@ def energy(fn: Callable, *args: Any) -> Energy:
     (4096, 4032, 0.785)
   """
   if not callable(fn):
-    raise TypeError(f'{fn=} is no function; give the function, then its args')
+    raise TypeError(f'{fn=} must be a function, followed by its arguments')
   tally = _count(jax.make_jaxpr(fn)(*args).jaxpr)
   return Energy(dict(tally.counts), dict(tally.unpriced), tally.loops)
 

@@ -1,8 +1,9 @@
 """Numbers about one quantized tensor, computed on the host.
 
-A block is what shares a scale; B blocks of n elements. Elements of float32 are
-summed in float64, tile by tile, into one accumulator per block, so that memory
-does not grow with the tensor and large sums keep their digits.
+A block is the elements that share a scale; there are B blocks of n elements.
+Elements of float32 are summed in float64, tile by tile, into one accumulator
+per block, so that memory does not grow with the tensor and large sums keep
+their digits.
 """
 
 import math
@@ -25,7 +26,7 @@ NAN = math.nan
 
 
 class Measures(NamedTuple):
-  """What was measured; NaN stands for what has no value or needs the original.
+  """Measures of a tensor; NaN where undefined, or where the original is needed.
 
   Attributes:
     qsnr_db: 10 log10(sum x^2 / sum (x - x')^2) over blocks that are finite;

@@ -35,7 +35,7 @@ def report(
   axis: Axis = None,
   reference: PyTree = None,
 ) -> Report:
-  """Measures what a format does to tensors, and says what to change.
+  """Measures the error of tensors in a format, and advises what to change.
 
   Args:
     params: an array, a QArray, or a tree of them, boxed or not (Flax metadata
@@ -60,8 +60,8 @@ def report(
     are not measured have a row with the reason.
 
   Raises:
-    TypeError, ValueError: for what is no tree of arrays, for traced values, and
-      for formats, rules and axes that do not fit, with the remedy.
+    TypeError: for leaves that are not arrays, and for traced values.
+    ValueError: for formats, rules and axes that do not fit.
 
   Examples:
     >>> import jax
@@ -174,7 +174,7 @@ def _why_skipped(path: str, x, plan: _Plan, bare: bool) -> str:
     return ''
   dtype = np.dtype(x.dtype) if not _is_key(x) else None
   if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
-    return f'{_dtype_name(x)} is no float'
+    return f'{_dtype_name(x)} is not floating-point'
   if dtype.name not in FLOAT_DTYPES:
     return f'{dtype.name}: cast it to float32 first'
   if plan.fmt is not None and x.ndim < len(plan.fmt.block):

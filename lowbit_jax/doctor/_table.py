@@ -1,4 +1,4 @@
-"""Rows of a report, and their table for people."""
+"""Rows of a report, and their printed table."""
 
 import dataclasses
 import math
@@ -49,7 +49,7 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-  """What quantization does to tensors; `print` shows it as a table.
+  """Measures and advice for quantized tensors; `print` shows a table.
 
   Attributes:
     rows: one row per leaf, in the order of the tree.

@@ -1,4 +1,4 @@
-"""What a search has found: the best programs at every cost.
+"""The results of a search: the best programs at every cost.
 
 An `Archive` has one bucket for each cost, as MAP-Elites has for each behaviour
 (Mouret and Clune, "Illuminating search spaces by mapping elites", 2015), and
@@ -38,7 +38,7 @@ def bucket(cost: float) -> float:
 
 
 def insert(archive: Archive, entries: Iterable[Entry]) -> Archive:
-  """An archive with what is new and good enough of the entries.
+  """Adds the entries that are new and among the best of their cost.
 
   Of entries in a bucket whose errors agree to 1e-6 the first stays: they are
   the same solution in another notation.
@@ -47,21 +47,21 @@ def insert(archive: Archive, entries: Iterable[Entry]) -> Archive:
   for entry in entries:
     if not (np.isfinite(entry.error) and entry.error > 0):
       continue
-    where = bucket(entry.cost)
-    own = changed.setdefault(where, list(archive.get(where, ())))
-    i = bisect.bisect_left(own, entry.error, key=lambda e: e.error)
-    beside = own[max(i - 1, 0) : i + 1]
+    key = bucket(entry.cost)
+    members = changed.setdefault(key, list(archive.get(key, ())))
+    i = bisect.bisect_left(members, entry.error, key=lambda e: e.error)
+    beside = members[max(i - 1, 0) : i + 1]
     if any(abs(math.log(e.error / entry.error)) < _SAME for e in beside):
       continue
-    own.insert(i, entry)
-    del own[BUCKET:]
+    members.insert(i, entry)
+    del members[BUCKET:]
   merged = dict(archive) | {k: tuple(v) for k, v in changed.items()}
   return {k: merged[k] for k in sorted(merged) if merged[k]}
 
 
 def entries(archive: Archive, best: int = BUCKET) -> list[Entry]:
   """The best few of every bucket."""
-  return [entry for own in archive.values() for entry in own[:best]]
+  return [entry for members in archive.values() for entry in members[:best]]
 
 
 def front(archive: Archive) -> list[Entry]:
@@ -81,8 +81,8 @@ def best_error(archive: Archive, cost: float) -> float:
 
 def pick(archive: Archive, rng: np.random.Generator) -> Entry:
   """An entry of a uniformly drawn bucket, by exponential rank within it."""
-  own = archive[list(archive)[rng.integers(len(archive))]]
-  return own[int(rng.exponential(_RANK)) % len(own)]
+  members = archive[list(archive)[rng.integers(len(archive))]]
+  return members[int(rng.exponential(_RANK)) % len(members)]
 
 
 def ranks(points: np.ndarray) -> np.ndarray:
@@ -138,8 +138,10 @@ def nsga2(candidates: Sequence[Entry], size: int) -> tuple[Entry, ...]:
   rank = ranks(points)
   order: list[int] = []
   for f in range(rank.max() + 1):
-    own = np.flatnonzero(rank == f)
-    order += own[np.argsort(-crowding(points[own]), kind='stable')].tolist()
+    members = np.flatnonzero(rank == f)
+    order += members[
+      np.argsort(-crowding(points[members]), kind='stable')
+    ].tolist()
     if len(order) >= size:
       break
   return tuple(pool[i] for i in order[:size])

@@ -1,8 +1,8 @@
 """Source code of a program, in Python for JAX and in C99.
 
-What is printed is what a certificate measures. XLA rewrites float algebra, and
-merges what it finds around a function when that is inlined in another. Where
-it would, a value is fenced by `lax.reduce_precision(v, 8, 23)`: the argument,
+The printed code is the code that a certificate measures. XLA rewrites float
+algebra, also across the border of a function that is inlined. Where it would do
+so, a value is fenced by `lax.reduce_precision(v, 8, 23)`: the argument,
 the result, and every value of which the next operation would be rewritten,
 that is
 
@@ -78,7 +78,7 @@ class Mismatch(ValueError):
 
 
 def function(program: Program, target: Target) -> Callable:
-  """The JAX function of a core program, fenced: what is to be certified.
+  """The JAX function of a core program with its fences, to be certified.
 
   Args:
     program: the core.
@@ -371,7 +371,7 @@ def _imported(wrapper) -> tuple[list[str], str]:
 
 
 def _summary(program, target, certificate, kind) -> str:
-  """What heads the source: the formula, and what its certificate says."""
+  """The head of the source: the formula, and facts from its certificate."""
   count = len(targets.assemble(target, program).rows)
   lo, hi = target.interval
   text = [
@@ -406,7 +406,7 @@ def _check_program(program, certificate):
   constants = _float32(float.fromhex(v) for v in content['constants'])
   if rows != program.rows or constants != _float32(program.constants):
     raise ValueError(
-      f'the certificate of {certificate.function} is one of another program;'
+      f'the certificate of {certificate.function} is for another program;'
       ' certify this one'
     )
 
@@ -428,7 +428,7 @@ def load_c(source: str, name: str, compiler: str = 'cc') -> certify.Native:
 
   Raises:
     FileNotFoundError: if there is no such compiler.
-    ValueError: if it refuses the source, with what it says.
+    ValueError: if it does not compile the source, with its messages.
   """
   if shutil.which(compiler) is None:
     raise FileNotFoundError(f'compiler={compiler!r} is not on the PATH')
@@ -508,7 +508,7 @@ def check(
   inputs: int = 2**16,
   compiler: str | None = None,
 ) -> None:
-  """Prints the program, reads that back and compares results bit for bit.
+  """Prints the program, reads the source and compares results bit for bit.
 
   The Python source is compared with `function`, over all float32 numbers if the
   target has a wrapper and over its interval otherwise; C with `strict` there.
@@ -516,7 +516,7 @@ def check(
   Args:
     program: the core.
     target: its function.
-    inputs: how many, evenly spaced among the float32 numbers.
+    inputs: number of inputs, evenly spaced among the float32 numbers.
     compiler: of C; None leaves C out.
 
   Raises:
@@ -544,11 +544,11 @@ def _inputs(interval, count):
 
 def _compare(language, y, expected, x):
   y, expected = np.asarray(y), np.asarray(expected)
-  same = y.view(np.int32) == expected.view(np.int32)
-  same |= np.isnan(y) & np.isnan(expected)
-  if not same.all():
-    i = int(np.argmin(same))
+  equal = y.view(np.int32) == expected.view(np.int32)
+  equal |= np.isnan(y) & np.isnan(expected)
+  if not equal.all():
+    i = int(np.argmin(equal))
     raise Mismatch(
       f'{language} gives {y[i]!r} at x={x[i]!r} and must give {expected[i]!r};'
-      f' {np.count_nonzero(~same)} of {len(x)} results differ'
+      f' {np.count_nonzero(~equal)} of {len(x)} results differ'
     )

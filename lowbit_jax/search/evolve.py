@@ -1,7 +1,7 @@
 """Evolution of programs: `init` a state, `step` it, look at its archive.
 
 A step varies parents of the archive, fits the constants of the children and
-puts what is better back. Every so many steps it also shrinks the best: a row is
+adds the better ones to it. At intervals it also shrinks the best: a row is
 bypassed, or a square appended, and the rest fitted from many starts. Everything
 that a step depends on is in the state, so the same state gives the same next
 one, bit for bit, and a run that was saved and resumed equals one that was not.
@@ -37,7 +37,7 @@ from lowbit_jax.search.targets import Target
 OBJECTIVES = ('operations', 'ulp', 'time')
 SELECTIONS = ('archive', 'nsga2', 'random')
 
-# What reading a file that was cut or changed may raise.
+# Errors of reading a file that was cut or changed.
 DAMAGE = (
   EOFError,
   KeyError,
@@ -58,7 +58,7 @@ _SCREEN = (256, 24)  # starts and steps of the first look at a simpler program
 _PROMISE = 100.0  # times the best error of its cost, to deserve a second
 _SECOND = 2  # the most that get one
 _STARTS, _STEPS = 128, 150  # of their fits
-# What constants change by where f(x)^2 = f(2 x) takes over half of x, and back.
+# Factors of constants where f(x)^2 = f(2 x) takes over half of x, and back.
 _GROW = (1.0, 2.0, 4.0)
 _SHRINK = (1.0, 0.5, 0.25)
 
@@ -72,7 +72,7 @@ class Search:
     ops: names of the operations of programs, as in `program.OPS`.
     rows: the most operations of a core; see `targets.extra_operations`.
     constants: the most constants of a core.
-    objective: what is traded against each other: 'operations' their number and
+    objective: the two costs of a program: 'operations' their number and
       the error over the reals; 'ulp' their number and the error in units in the
       last place when every operation rounds to float32; 'time' the same error
       and, for programs within the bound, measured time, see `speed`; for those
@@ -494,8 +494,8 @@ def save(path: PathLike, search: Search, state: State) -> None:
       _read(path, search, ())
     except ValueError as error:
       raise FileExistsError(
-        f'path={os.fspath(path)!r} exists and is no checkpoint of this search'
-        f' ({error}); choose another'
+        f'path={os.fspath(path)!r} exists and is not a checkpoint of this'
+        f' search ({error}); choose another'
       ) from error
   arrays = {
     'version': np.array(_VERSION),
@@ -518,7 +518,7 @@ def save(path: PathLike, search: Search, state: State) -> None:
 
 
 def load(path: PathLike, search: Search) -> State:
-  """Reads what `save` wrote.
+  """Reads a state that `save` wrote.
 
   Raises:
     FileNotFoundError: if there is no such file.

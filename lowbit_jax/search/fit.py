@@ -48,7 +48,7 @@ class Batch(NamedTuple):
 
 
 class Samples(NamedTuple):
-  """What is fitted.
+  """Points, values and weights of a fit.
 
   Attributes:
     x: (N,) points.

@@ -28,7 +28,7 @@ def emigrants(state: evolve.State) -> list[Entry]:
 
 
 def ring(search: evolve.Search, state: evolve.State) -> evolve.State:
-  """The state with what the process before this one sent.
+  """Adds the programs that the process before this one sends to the state.
 
   Every process of `jax.distributed` must call it at the same generation; with
   one process it changes nothing.
@@ -54,10 +54,10 @@ def ring(search: evolve.Search, state: evolve.State) -> evolve.State:
 def directory(
   search: evolve.Search, state: evolve.State, path: PathLike, island: int
 ) -> evolve.State:
-  """The state with the snapshots of other islands, after leaving its own.
+  """Writes a snapshot of this island and adds those of others to the state.
 
-  A snapshot appears complete or not at all; what is no snapshot of this search
-  is passed over.
+  A snapshot is written completely or not at all. Files that are not snapshots
+  of this search are ignored.
 
   Args:
     search: the same for all islands.
@@ -69,11 +69,11 @@ def directory(
   sent: dict[str, Any] = {}
   sent |= archives.to_arrays(emigrants(state), search.rows, search.constants)
   sent['search'] = np.array(evolve.identity(search))
-  own = path / f'island_{island}.npz'
-  with _files.replacing(own) as f:
+  snapshot = path / f'island_{island}.npz'
+  with _files.replacing(snapshot) as f:
     np.savez(f, **sent)
   for other in sorted(path.glob('island_*.npz')):
-    if other != own:
+    if other != snapshot:
       state = evolve.merge(search, state, _read(other, search))
   return state
 

@@ -39,7 +39,7 @@ _HARD = 2**12  # worst inputs, on which most moves fail already
 
 @dataclasses.dataclass(frozen=True)
 class Fit:
-  """Constants and what they achieve.
+  """Constants and their errors.
 
   Attributes:
     constants: (K,) longdouble of `minimax`, float32 of `float32_coefficients`.
@@ -78,7 +78,7 @@ def rational(m: int, n: int, *, parity: str | None = None) -> Model:
   """
   for name, value in (('m', m), ('n', n)):
     if value < 0:
-      raise ValueError(f'{name}={value} is no degree; give 0 or more')
+      raise ValueError(f'{name}={value} must be a degree, 0 or more')
   if parity not in (None, 'even', 'odd'):
     raise ValueError(f"parity={parity!r} must be None, 'even' or 'odd'")
 

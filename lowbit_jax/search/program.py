@@ -77,7 +77,7 @@ def op_codes(names: Iterable[str]) -> tuple[int, ...]:
   """Codes of operations by name, in increasing order.
 
   Raises:
-    ValueError: for a name that is no operation, or none at all.
+    ValueError: for a name that is not an operation, or no name.
   """
   known = {op.name: code for code, op in enumerate(OPS)}
   names = tuple(names)

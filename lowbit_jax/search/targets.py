@@ -1,4 +1,4 @@
-"""What is searched for: functions of one variable, and their core problems.
+"""Targets of a search: functions of one variable, and their core problems.
 
 Symmetry halves the work, so a program stands for a core p of z:
 
@@ -9,7 +9,8 @@ Symmetry halves the work, so a program stands for a core p of z:
 
 'root' is for functions with a zero at 0, whose relative error needs the factor.
 An error of the core is weighted so that it counts as the error of f it causes.
-Everything here is NumPy and mpmath, but for wrappers: no mode of JAX changes.
+Wrappers excepted, everything here is NumPy and mpmath and does not depend on
+modes of JAX.
 """
 
 import ast
@@ -55,7 +56,7 @@ class Target:
       '1 - f * f', for emitted code; None for what autodiff makes of it.
 
   Raises:
-    TypeError: if exact or wrapper is no function.
+    TypeError: if exact or wrapper is not a function.
     ValueError: for anything else that is not as above.
 
   Examples:

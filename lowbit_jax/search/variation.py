@@ -1,12 +1,12 @@
 """New programs from old ones: edits of the graph of values.
 
 Every function returns the canonical form of a new program, with the constants
-of the old one where they survive, and raises `Degenerate` or `TooLarge` for
-what is none.
+of the old one where they survive, and raises `Degenerate` or `TooLarge` where
+there is no valid one.
 
 The edit that makes the search work is `insert_pair`: it adds two rows that
 change almost nothing, r -> r + c r2 with a small c, so that a child keeps the
-fit of its parent and descends from there.
+fit of its parent and can improve on it.
 """
 
 import dataclasses
@@ -34,7 +34,7 @@ class TooLarge(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-  """What a program may consist of.
+  """Limits of a program.
 
   Attributes:
     ops: codes of operations.

@@ -39,10 +39,10 @@ def check_quantizer(
 ) -> None:
   """Asserts that a quantizer computes what the format defines, bit for bit.
 
-  It sees the cases of `quantizer_cases` and the ordinary blocks in bfloat16.
-  What is right is decided by the scalar oracle in plain Python, and for scale
-  rules that the oracle does not know ('mse', 'sweep', 'four_over_six',
-  'absmean') by `lowbit_jax.quantize`.
+  It gets the cases of `quantizer_cases` and the ordinary blocks in bfloat16.
+  The expected result is that of the scalar oracle in plain Python; for scale
+  rules without an oracle ('mse', 'sweep', 'four_over_six', 'absmean') that of
+  `lowbit_jax.quantize`.
 
   Args:
     quantize_fn: `x -> QArray`, or `x -> array` of dequantized values. `x` is a
@@ -109,14 +109,16 @@ def check_stochastic(
     got = np.asarray(_values(quantize_fn(x, key)), np.float32)
     return _gather(got, fmt, rows).astype(np.float64)
 
+  # A key says which numbers are drawn.
   y = draw(keys[0])
   label = f'{fmt} stochastic'
   if not np.array_equal(y, draw(keys[0])):
     raise AssertionError(f'{label}: one key gave two results')
   if np.array_equal(y, draw(keys[1])):
     raise AssertionError(f'{label}: two keys gave the same result')
+  # Every result is one of the two neighbours, but for roundings of the scale.
   gap = high - low
-  slack = 1e-3 * gap + 4e-6 * np.abs(pattern)  # roundings of the scale
+  slack = 1e-3 * gap + 4e-6 * np.abs(pattern)
   up, down = np.abs(y - high) <= slack, np.abs(y - low) <= slack
   if not (up | down).all():
     i, j = (int(v) for v in np.argwhere(~(up | down))[0])
@@ -124,16 +126,8 @@ def check_stochastic(
       f'{label}: {pattern[j]!r} became {y[i, j]!r}, which is not one of its'
       f' neighbours {low[j]!r} and {high[j]!r}'
     )
-  p = np.where(gap > 0, (pattern - low) / np.where(gap > 0, gap, 1), 0)
-  allowed = SIGMAS * np.sqrt(p * (1 - p) / rows) + 2.0**-random_bits
-  bias = np.abs(y.mean(axis=0) - pattern)
-  bad = bias > allowed * gap + 4e-6 * np.abs(pattern)
-  if bad.any():
-    j = int(np.argmax(bad))
-    raise AssertionError(
-      f'{label}: biased: the mean of {rows} results for {pattern[j]!r} is'
-      f' {y[:, j].mean()!r}, off by more than {allowed[j] * gap[j]:.3g}'
-    )
+  _check_bias(y, pattern, low, gap, 2.0**-random_bits, label)
+  # Elements draw bits of their own: two with p = 1/2 agree by chance only.
   for name, a, b in (
     ('two elements of a block', up[:, 1], up[:, 2]),
     ('an element and its next row', up[:-1, 1], up[1:, 1]),
@@ -144,6 +138,21 @@ def check_stochastic(
         f'{label}: {name} agree in {100 * agreement:.0f} % of the draws, not in'
         ' half of them: the noise is shared'
       )
+
+
+def _check_bias(y, pattern, low, gap, resolution: float, label: str) -> None:
+  """Asserts that the mean over the rows of `y` is `pattern`."""
+  rows = len(y)
+  p = np.where(gap > 0, (pattern - low) / np.where(gap > 0, gap, 1), 0)
+  allowed = SIGMAS * np.sqrt(p * (1 - p) / rows) + resolution
+  bias = np.abs(y.mean(axis=0) - pattern)
+  bad = bias > allowed * gap + 4e-6 * np.abs(pattern)
+  if bad.any():
+    j = int(np.argmax(bad))
+    raise AssertionError(
+      f'{label}: biased: the mean of {rows} results for {pattern[j]!r} is'
+      f' {y[:, j].mean()!r}, off by more than {allowed[j] * gap[j]:.3g}'
+    )
 
 
 def _check_case(quantize_fn, x, fmt, rule: str, label: str) -> None:

@@ -1,8 +1,8 @@
 """Training in low bits: recipes, held scales, optimizers, methods.
 
-`lowbit_jax.qdot` is the product that a recipe trains with; here are the
-published recipes by name, and what stands around them. Submodules load on first
-use.
+`lowbit_jax.qdot` is the product that a recipe trains with. This package has the
+published recipes by name, layers and optimizers that use them, and quantizers
+of published methods. Submodules load on first use.
 
 - `laws`: How the loss of a trained model depends on its floating-point format.
 - `linen`: Linen: recipes in the linear layers of any model.
@@ -17,6 +17,7 @@ use.
 - `recipes`: Published recipes for low-bit training, by name.
 - `s2ft`: Structured sparse fine-tuning on a frozen quantized model (S2FT).
 - `scaling`: Tensor scales that are held or delayed, as explicit state.
+- `surrogates`: Surrogate derivatives of rounders, for training through quantizers.
 """
 
 from lowbit_jax import _lazy
@@ -33,6 +34,7 @@ _SUBMODULES = (
   'recipes',
   's2ft',
   'scaling',
+  'surrogates',
 )
 
 __getattr__, __dir__ = _lazy.submodules(__name__, _SUBMODULES)

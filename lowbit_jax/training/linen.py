@@ -4,7 +4,7 @@ A recipe, or a policy of several, goes in as `dot_general_cls`:
 
   linen.Dense(8, dot_general_cls=linen.dot_general_cls(recipe))
 
-or, for a model that is not yours, `with quantized(policy): model.apply(...)`.
+or, without changes to the model, `with quantized(policy): model.apply(...)`.
 Layers keep the names and shapes of their parameters.
 
 - `QDotGeneral`: A `dot_general` that trains by a recipe.
@@ -40,16 +40,16 @@ class QDotGeneral(flax_linen.Module):
   """A `dot_general` that trains by a recipe.
 
   Random bits come from the rng stream 'quant', needed only if the recipe draws
-  some. Held tensor scales live in the collection 'lowbit', which `apply` must
-  have in `mutable` to note what it saw; `scaling.advance` turns it to the next
-  step. In `nn.scan`, give both an axis: `variable_axes={'params': 0, 'lowbit':
-  0}, split_rngs={'params': True, 'quant': True}`.
+  some. Held tensor scales are in the collection 'lowbit'; `apply` records
+  magnitudes in it if `mutable` names it, and `scaling.advance` moves it to the
+  next step. In `nn.scan`, give both an axis: `variable_axes={'params': 0,
+  'lowbit': 0}, split_rngs={'params': True, 'quant': True}`.
 
   Attributes:
     recipe: a recipe, a policy that picks one by the path of the layer, or None.
-    fraction: how much of the training is done, for recipes that switch.
+    fraction: finished share of the training, for recipes that switch.
     watch: whether the collection 'watched' has a `monitors.Lost` for each
-      layer, whose gradient is what the quantizers of the layer lose.
+      layer, whose gradient is the shares that the layer clips and flushes.
   """
 
   recipe: Recipe | Policy | None = None
@@ -81,14 +81,16 @@ class QDotGeneral(flax_linen.Module):
     key = None
     if recipe.forward_needs_key or self.has_rng(RNG):
       key = self.make_rng(RNG) if recipe.needs_key else None
-    elif recipe.needs_key:  # Evaluation: the forward product draws nothing.
+    elif recipe.needs_key:
+      # Evaluation without random bits: the forward product needs none.
       recipe = recipe.forward_only()
+    # Held tensor scales. Initialization must leave them as they start.
     state, amax = scaling.init_dot(recipe), (None, None)
     if state != (None, None):
       scales = self.variable(COLLECTION, 'scales', lambda: state)
-      noted, amax = scaling.noted(x, w, scales.value)
+      recorded, amax = scaling.record(x, w, scales.value)
       if self.is_mutable_collection(COLLECTION) and not self.is_initializing():
-        scales.value = noted
+        scales.value = recorded
     y = ops.qdot(x, w, recipe, key=key, tensor_amax=amax, precision=precision)
     if self.watch:
       probe = self.variable(WATCHED, 'lost', monitors.zeros).value
@@ -104,7 +106,9 @@ def dot_general_cls(
   """For the `dot_general_cls` argument of Dense, DenseGeneral and attention.
 
   Args:
-    recipe: as in `QDotGeneral`; also `fraction`, `watch`.
+    recipe: as in `QDotGeneral`.
+    fraction: as in `QDotGeneral`.
+    watch: as in `QDotGeneral`.
   """
   return functools.partial(QDotGeneral, recipe, fraction, watch)
 
@@ -115,8 +119,8 @@ def quantized(
 ) -> Iterator[None]:
   """Dense and DenseGeneral layers train by `recipe` inside this context.
 
-  Layers that have a `dot_general` of their own keep it. Tracing must happen
-  inside, initialization too if the recipe holds tensor scales.
+  Layers with a `dot_general` of their own keep it. Trace inside the context; if
+  the recipe holds tensor scales, also initialize inside it.
 
   Args:
     recipe: a recipe, or a policy that picks one by the path of the layer.
@@ -160,7 +164,7 @@ def recipe_at(
 
 
 def check_keywords(kwargs: Mapping[str, Any]) -> None:
-  """Refuses keywords of `lax.dot_general` that a training product lacks."""
-  given = {k: v for k, v in kwargs.items() if v is not None}
-  if given:
-    raise TypeError(f'a training product has no keywords {sorted(given)}')
+  """Raises TypeError for keywords that a training product does not take."""
+  unknown = sorted(k for k, v in kwargs.items() if v is not None)
+  if unknown:
+    raise TypeError(f'a training product has no keywords {unknown}')

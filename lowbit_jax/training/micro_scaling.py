@@ -42,9 +42,12 @@ Q' = q' = 1 and Z = |x_k| give the absmax-aware straight-through estimator, with
 exact scales dx_k = g_k + (sign(x_k) / F) sum_j g_j (Q(v_j) - v_j) and
 dx_i = g_i elsewhere; dZ = 0 gives the plain one, dx = g.
 
+Surrogates are in `lowbit_jax.training.surrogates`.
+
 Sources: "Elucidating the Design Space of FP4 training" (2025), whose option
-names are kept; NVIDIA, "Pretraining LLMs with NVFP4" (2025), for the decode
-form; Wang et al., "Optimizing LLM training using FP4" (2025), for `Dge`.
+names are kept except that its 'ste' is 'identity' for rounders and 'ignore' for
+statistics, and its 'rne' is 'nearest_even'; NVIDIA, "Pretraining LLMs with
+NVFP4" (2025), for the decode form.
 """
 
 import dataclasses
@@ -59,6 +62,16 @@ from lowbit_jax._typing import ArrayLike, Key
 from lowbit_jax.formats import BlockFormat, FloatFormat
 from lowbit_jax.numerics import _rounding, _scaling
 from lowbit_jax.numerics._codec import as_float_array, spec
+from lowbit_jax.training.surrogates import (
+  SURROGATES as SURROGATES,
+  Dge as Dge,
+  Identity as Identity,
+  Lattice as Lattice,
+  Sigmoid as Sigmoid,
+  Spline as Spline,
+  Surrogate as Surrogate,
+  surrogate,
+)
 from lowbit_pallas.arith import bits as fb, codec
 
 ue8m3 = FloatFormat('ue8m3', 8, 3, 127, 'ieee', signed=False)
@@ -73,153 +86,16 @@ SCALES = {
   'BF16': formats.bfloat16,
   'ideal': formats.float32,
 }
-SCALE_ROUNDINGS = ('rne', 'up', 'down', 'zero', 'stochastic')
+SCALE_ROUNDINGS = ('nearest_even', 'up', 'down', 'zero', 'stochastic')
 SCALE_FORMS = ('decode', 'encode')
 ZERO_SCALES = ('nearest_subnormal', 'to_one')
 PAYLOADS = ('rounded', 'unrounded')
 TENSOR_SCALES = ('off', 'current')
 TENSOR_SCALE_GRADS = ('ignore', 'absmax', 'full')
 ROUNDINGS = ('nearest_even', 'stochastic')
-STAT_GRADS = ('ste', 'absmax', 'hardsoftmax', 'softsoftmax')
+STAT_GRADS = ('ignore', 'absmax', 'hardsoftmax', 'softsoftmax')
 
 _TOP = 2.0**127
-
-
-def _check_positive(name: str, value: float) -> None:
-  if not value > 0:
-    raise ValueError(f'{name}={value!r} must be positive')
-
-
-def _check_order(low: float, high: float) -> None:
-  if not 0 <= low <= high:
-    raise ValueError(f'{low=} and {high=} must satisfy 0 <= low <= high')
-
-
-class Lattice(NamedTuple):
-  """The numbers of a format as surrogates see them.
-
-  Attributes:
-    numbers: its description; exponents that make subnormal float32 are cut off.
-    span: (-span, span) is where a rounder lives, None for scales, whose lattice
-      repeats from binade to binade.
-  """
-
-  numbers: codec.Float
-  span: float | None
-
-
-@dataclasses.dataclass(frozen=True)
-class Ste:
-  """The straight-through estimator, Q' = 1 everywhere."""
-
-  def slope(self, v: jax.Array, lattice: Lattice) -> jax.Array:
-    del lattice
-    return jnp.ones_like(v)
-
-
-@dataclasses.dataclass(frozen=True)
-class Dge:
-  """The differentiable gradient estimator.
-
-    Q'(v) = min((1 / k) |2 (v - m) / delta|^(1/k - 1), ceiling)
-
-  in the bin [m - delta/2, m + delta/2) between neighbours of the lattice. Its
-  mean over a bin is .593 for the defaults, and 3 near every midpoint.
-
-  Attributes:
-    power: k, at least 1; 1 is the straight-through estimator.
-    ceiling: largest slope.
-  """
-
-  power: float = 5.0
-  ceiling: float = 3.0
-
-  def __post_init__(self) -> None:
-    if not self.power >= 1:
-      raise ValueError(f'power={self.power!r} must be at least 1')
-    _check_positive('ceiling', self.ceiling)
-
-  def slope(self, v: jax.Array, lattice: Lattice) -> jax.Array:
-    distance = jnp.abs(2 * _position(v, lattice) - 1)
-    slope = distance ** (1 / self.power - 1) / self.power
-    return jnp.minimum(slope, self.ceiling)
-
-
-@dataclasses.dataclass(frozen=True)
-class Sigmoid:
-  """A logistic step in every bin, clipped.
-
-    Q'(v) = clip(12 sigma(u) (1 - sigma(u)) / T, low, high),
-    u = 12 (v - m) / (delta T)
-
-  Attributes:
-    temperature: T.
-    low: smallest slope.
-    high: largest slope.
-  """
-
-  temperature: float = 1.0
-  low: float = 0.3
-  high: float = 1.5
-
-  def __post_init__(self) -> None:
-    _check_positive('temperature', self.temperature)
-    _check_order(self.low, self.high)
-
-  def slope(self, v: jax.Array, lattice: Lattice) -> jax.Array:
-    u = 12 * (_position(v, lattice) - 0.5) / self.temperature
-    sigma = jax.nn.sigmoid(u)
-    slope = 12 * sigma * (1 - sigma) / self.temperature
-    return jnp.clip(slope, self.low, self.high)
-
-
-@dataclasses.dataclass(frozen=True)
-class Spline:
-  """Slope of the linear interpolant of the rounder between knots, clipped.
-
-  The knots are `points` numbers spaced evenly over [-F, F] for elements, and
-  over a binade for scales.
-
-  Attributes:
-    points: number of knots.
-    low: smallest slope.
-    high: largest slope.
-  """
-
-  points: int = 40
-  low: float = 0.3
-  high: float = 1.5
-
-  def __post_init__(self) -> None:
-    if self.points < 2:
-      raise ValueError(f'points={self.points!r} must be at least 2')
-    _check_order(self.low, self.high)
-
-  def slope(self, v: jax.Array, lattice: Lattice) -> jax.Array:
-    pieces = self.points - 1
-    if lattice.span is None:
-      # Every binade is like [1, 2), on which the rounder has steps of 2^-m.
-      steps = 2.0**lattice.numbers.mantissa_bits
-      h = 1 / pieces
-      left = jnp.floor(_in_steps(v, lattice.numbers) / (steps * h)) * h
-      ends = (fb.round_half_even(a * steps) / steps for a in (left, left + h))
-    else:
-      h = 2 * lattice.span / pieces
-      i = jnp.clip(jnp.floor((v + lattice.span) / h), 0, pieces - 1)
-      left = i * h - lattice.span
-      ends = (_nearest(a, lattice.numbers) for a in (left, left + h))
-    low, high = ends
-    slope = (high - low) / h
-    return jnp.clip(slope, self.low, self.high)
-
-
-Surrogate = Ste | Dge | Sigmoid | Spline
-SURROGATES = {
-  'ste': Ste(),
-  'dge': Dge(),
-  'spline': Spline(),
-  'sigmoid': Sigmoid(),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -236,8 +112,8 @@ class MicroScaling:
     scale: format of the scales, a value such as those of `SCALES`; its sign is
       not used, and numbers below 2^-126 do not exist.
     scale_form: 'decode' stores Z / F, 'encode' its inverse.
-    scale_round: 'rne' to nearest, ties to even; 'up', 'down' and 'zero' (down,
-      as scales are positive) of the number that is stored; 'stochastic'.
+    scale_round: rounding of the number that is stored: 'nearest_even', 'up',
+      'down', 'zero' (down, as scales are positive) or 'stochastic'.
     zero_scale: what a scale becomes that rounds to 0.
     payload: whether elements are rounded in units of the stored scale or of
       the exact one.
@@ -246,11 +122,11 @@ class MicroScaling:
       magnitude of the tensor. 'ignore' for none, 'absmax' with q' = 1, 'full'
       with that of `scale_grad`.
     rounding: of elements, 'nearest_even' or 'stochastic'.
-    step_grad: Q', a surrogate or its name with default parameters: 'ste',
+    step_grad: Q', a surrogate or its name with default parameters: 'identity',
       'dge', 'spline' or 'sigmoid'. Beyond the largest element it is that at the
       largest element.
-    stat_grad: dZ/dx. 'ste' is 0; 'absmax' is sign(x) at the maximum, shared by
-      ties; 'hardsoftmax' is softmax(alpha |x|) sign(x). 'softsoftmax' is the
+    stat_grad: dZ/dx. 'ignore' is 0; 'absmax' is sign(x) at the maximum, shared
+      by ties; 'hardsoftmax' is softmax(alpha |x|) sign(x). 'softsoftmax' is the
       same and the derivative of Z = logsumexp(alpha |x|) / alpha, which it also
       uses for Z.
     scale_grad: q', as `step_grad`, on the lattice of scales.
@@ -263,15 +139,15 @@ class MicroScaling:
   block: int | tuple[int, int] = 16
   scale: FloatFormat = formats.e4m3fn
   scale_form: str = 'decode'
-  scale_round: str = 'rne'
+  scale_round: str = 'nearest_even'
   zero_scale: str = 'nearest_subnormal'
   payload: str = 'rounded'
   tensor_scale: str = 'current'
   tensor_scale_grad: str = 'ignore'
   rounding: str = 'nearest_even'
-  step_grad: Surrogate | str = 'ste'
-  stat_grad: str = 'ste'
-  scale_grad: Surrogate | str = 'ste'
+  step_grad: Surrogate | str = 'identity'
+  stat_grad: str = 'ignore'
+  scale_grad: Surrogate | str = 'identity'
   alpha: float = 1.0
   allow_underflow: bool = False
 
@@ -306,58 +182,64 @@ class MicroScaling:
           f'{name}={getattr(self, name)!r} is not one of {allowed}'
         )
     for name in ('step_grad', 'scale_grad'):
-      object.__setattr__(self, name, _surrogate(name, getattr(self, name)))
-    _check_positive('alpha', self.alpha)
+      object.__setattr__(self, name, surrogate(name, getattr(self, name)))
+    if not self.alpha > 0:
+      raise ValueError(f'alpha={self.alpha!r} must be positive')
     self._check_combination()
 
-  def _check_combination(self):
-    ideal = self.scale == formats.float32
+  def _check_combination(self) -> None:
+    """Refuses options that would do nothing, and scales that lose blocks."""
     if self.tensor_scale == 'off':
-      narrow = self.scale.zero and self.scale.exponent_bits <= 4
-      if narrow and not self.allow_underflow:
-        raise ValueError(
-          f'scale={self.scale} without a tensor scale reaches down to'
-          f' {self.scale.min_subnormal:.2g} only, below which blocks become'
-          " zero: use tensor_scale='current', a scale of more range (ue5m3,"
-          ' e8m0), or allow_underflow=True to study just that'
-        )
-      if self.tensor_scale_grad != 'ignore':
-        raise ValueError(
-          f'tensor_scale_grad={self.tensor_scale_grad!r} needs'
-          " tensor_scale='current'"
-        )
-    if self.tensor_scale_grad != 'ignore' and self.stat_grad not in (
-      'ste',
-      'absmax',
-    ):
+      self._check_without_tensor_scale()
+    follows_maximum = self.stat_grad in ('ignore', 'absmax')
+    if self.tensor_scale_grad != 'ignore' and not follows_maximum:
       raise ValueError(
         f'tensor_scale_grad={self.tensor_scale_grad!r} follows the largest'
         f' magnitude, stat_grad={self.stat_grad!r} does not: use'
         " tensor_scale_grad='ignore'"
       )
-    if ideal:
-      for name, value in (
-        ('scale_round', 'rne'),
-        ('payload', 'rounded'),
-        ('tensor_scale', 'off'),
-        ('scale_grad', Ste()),
-      ):
-        if getattr(self, name) != value:
-          raise ValueError(
-            f'{name}={getattr(self, name)!r} has no effect on scales that are'
-            f' not rounded: leave it at {value!r}'
-          )
-    if (ideal or not self.scale.zero) and self.zero_scale == 'to_one':
+    unrounded = self.scale == formats.float32
+    if unrounded:
+      self._check_without_rounded_scales()
+    if (unrounded or not self.scale.zero) and self.zero_scale == 'to_one':
       raise ValueError(
         f"zero_scale='to_one' has no effect: no scale rounds to 0 in"
         f' {self.scale}'
       )
-    used = self.stat_grad != 'ste' or self.tensor_scale_grad == 'full'
-    if self.scale_grad != Ste() and not used:
+    used = self.stat_grad != 'ignore' or self.tensor_scale_grad == 'full'
+    if self.scale_grad != Identity() and not used:
       raise ValueError(
         f'scale_grad={self.scale_grad} has no effect where scales have no'
-        " gradient: choose a stat_grad other than 'ste'"
+        " gradient: choose a stat_grad other than 'ignore'"
       )
+
+  def _check_without_tensor_scale(self) -> None:
+    narrow = self.scale.zero and self.scale.exponent_bits <= 4
+    if narrow and not self.allow_underflow:
+      raise ValueError(
+        f'scale={self.scale} without a tensor scale reaches down to'
+        f' {self.scale.min_subnormal:.2g} only, below which blocks become'
+        " zero: use tensor_scale='current', a scale of more range (ue5m3,"
+        ' e8m0), or allow_underflow=True to study that'
+      )
+    if self.tensor_scale_grad != 'ignore':
+      raise ValueError(
+        f'tensor_scale_grad={self.tensor_scale_grad!r} needs'
+        " tensor_scale='current'"
+      )
+
+  def _check_without_rounded_scales(self) -> None:
+    for name, value in (
+      ('scale_round', 'nearest_even'),
+      ('payload', 'rounded'),
+      ('tensor_scale', 'off'),
+      ('scale_grad', Identity()),
+    ):
+      if getattr(self, name) != value:
+        raise ValueError(
+          f'{name}={getattr(self, name)!r} has no effect on scales that are'
+          f' not rounded: leave it at {value!r}'
+        )
 
   @property
   def needs_key(self) -> bool:
@@ -397,8 +279,8 @@ class MicroScaling:
   def _slopes(self) -> tuple[Surrogate, Surrogate]:
     """Q' and q'."""
     return (
-      _surrogate('step_grad', self.step_grad),
-      _surrogate('scale_grad', self.scale_grad),
+      surrogate('step_grad', self.step_grad),
+      surrogate('scale_grad', self.scale_grad),
     )
 
   @property
@@ -412,119 +294,149 @@ class MicroScaling:
 
   @property
   def _scale_has_gradient(self) -> bool:
-    return self.stat_grad != 'ste' or self.tensor_scale_grad != 'ignore'
+    return self.stat_grad != 'ignore' or self.tensor_scale_grad != 'ignore'
 
   @property
   def _is_plain(self) -> bool:
     return (
-      self.step_grad == Ste()
+      self.step_grad == Identity()
       and self.payload == 'rounded'
       and not self._scale_has_gradient
     )
 
 
+class _Scales(NamedTuple):
+  """Scales of blocks, in the axes of the view of blocks."""
+
+  exact: Any  # S
+  u: Any
+  u_q: Any
+  decode: Any  # S_d
+  payload: Any  # S_p
+  inverse: Any  # 1 / S_p, with the roundings of the form
+
+
 class _Forward(NamedTuple):
   """What the derivative needs, in the axes of the view of blocks."""
 
-  x: Any  # of the view
+  x: Any
   v: Any  # x / S_p
   q: Any  # Q(v)
-  exact: Any  # S
-  decode: Any  # S_d
-  payload: Any  # S_p
-  u: Any
-  u_q: Any
-  t: Any  # tensor scale, or None
+  scales: _Scales
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _quantize(x, key, how: MicroScaling, axes):
-  return _run(x, key, how, axes)[0]
+def _quantize(x, key, quantizer: MicroScaling, axes):
+  return _run(x, key, quantizer, axes)[0]
 
 
-def _forward(x, key, how, axes):
-  y, saved = _run(x, key, how, axes)
-  return y, None if how._is_plain else saved
+def _forward(x, key, quantizer, axes):
+  y, saved = _run(x, key, quantizer, axes)
+  return y, None if quantizer._is_plain else saved
 
 
-def _run(x, key, how: MicroScaling, axes):
+def _run(x, key, quantizer: MicroScaling, axes):
   """y, and the values that it was made of."""
-  fmt = how._format
-  blocks = core.split(x.astype(jnp.float32), fmt, axes)
-  view = blocks.view
-  bits = _scaling.magnitude_bits(view)
+  # Blocks that hold Inf or NaN are computed as zeros and become NaN at the end.
+  blocks = core.split(x.astype(jnp.float32), quantizer._format, axes)
+  bits = _scaling.magnitude_bits(blocks.view)
   amax_bits = _scaling.block_max(bits, blocks.inner)
   bad = amax_bits >= fb.INF
-  view = jnp.where(bad, 0, view)
-  # Subnormal maxima count as zero, as everywhere in the library.
-  dead = bad | (amax_bits < fb.MIN_NORMAL)
-  z = jnp.where(dead, 0, fb.from_bits(amax_bits))
-  t = top = None
-  if how.stat_grad == 'softsoftmax':
-    scores = _scores(view, how, blocks)
-    z = jax.nn.logsumexp(scores, axis=blocks.inner, keepdims=True) / how.alpha
-    z = top = jnp.where(dead, 0, z)
-  if how.tensor_scale == 'current':
-    if top is None:
-      top = jnp.where(bits < fb.INF, fb.from_bits(bits), 0)
-    t = _tensor_scale(jnp.max(top, initial=0), how)
+  view = jnp.where(bad, 0, blocks.view)
 
-  largest = how.element.max
+  # Scales: a statistic per block, exact and stored, relative to that of x.
+  z, t = _statistics(view, bits, amax_bits, quantizer, blocks)
+  scales = _scales(z, t, key, quantizer)
+
+  # Elements: rounded in units of the scale S_p.
+  v = view * scales.inverse
+  q = _round_elements(v, key, quantizer, x.shape, axes)
+
+  # The result, in the order of dequantization: element, block scale, tensor
+  # scale. Another order would round differently.
+  if quantizer.scale_form == 'decode':
+    y = q * scales.u_q
+    y = y if t is None else y * t
+  else:
+    y = q * scales.decode
+  y = jnp.where(bad, jnp.float32(jnp.nan), y)
+  return core.restore(y, blocks, x.dtype), _Forward(view, v, q, scales)
+
+
+def _statistics(view, bits, amax_bits, quantizer: MicroScaling, blocks):
+  """Z of every block, and the tensor scale t or None."""
+  # Subnormal maxima count as zero, as everywhere in the library.
+  dead = (amax_bits >= fb.INF) | (amax_bits < fb.MIN_NORMAL)
+  if quantizer.stat_grad == 'softsoftmax':
+    scores = _scores(view, quantizer, blocks)
+    z = jax.nn.logsumexp(scores, axis=blocks.inner, keepdims=True)
+    z = jnp.where(dead, 0, z / quantizer.alpha)
+  else:
+    z = jnp.where(dead, 0, fb.from_bits(amax_bits))
+  if quantizer.tensor_scale == 'off':
+    return z, None
+  # g is the largest Z. Where Z is a maximum, so is g, of finite elements: those
+  # of blocks that also hold Inf or NaN count.
+  candidates = z
+  if quantizer.stat_grad != 'softsoftmax':
+    candidates = jnp.where(bits < fb.INF, fb.from_bits(bits), 0)
+  return z, _tensor_scale(jnp.max(candidates, initial=0), quantizer)
+
+
+def _scales(z, t, key, quantizer: MicroScaling) -> _Scales:
+  """The scales of blocks with the statistic `z`, for the tensor scale `t`."""
+  if quantizer.scale_round == 'stochastic':
+    key = jax.random.fold_in(key, 1)
+  largest = quantizer.element.max
   exact = z * jnp.float32(1 / largest)
-  key_scale = None
-  if how.scale_round == 'stochastic':
-    key_scale = jax.random.fold_in(key, 1)
-  if how.scale_form == 'decode':
+  if quantizer.scale_form == 'decode':
+    # u = S / t, S_d = t u_q
     factor = jnp.float32(1 / largest)
     if t is not None:
       factor = _scaling.reciprocal(t) * factor
     u = z * factor
-    u_q = _stored(u, how, key_scale)
+    u_q = _stored(u, quantizer, key)
     decode = u_q if t is None else u_q * t
     inverse = _scaling.reciprocal(decode)
   else:
+    # u = t / S, S_d = t / u_q
     u = jnp.minimum(_scaling.reciprocal(z) * jnp.float32(largest), _TOP)
-    inverse = u
-    if t is not None:
-      u = u * t
-    u_q = _stored(u, how, key_scale)
+    u = u if t is None else u * t
+    u_q = _stored(u, quantizer, key)
     decode = _scaling.reciprocal(u_q)
     decode = decode if t is None else decode * t
-    if how.payload == 'rounded':
-      inverse = u_q if t is None else u_q * _scaling.reciprocal(t)
+    inverse = u_q if t is None else u_q * _scaling.reciprocal(t)
   payload = decode
-  if how.payload == 'unrounded':
+  if quantizer.payload == 'unrounded':
     payload, inverse = exact, _scaling.reciprocal(exact)
+  return _Scales(exact, u, u_q, decode, payload, inverse)
 
-  v = view * inverse
+
+def _round_elements(v, key, quantizer: MicroScaling, shape, axes):
+  """Q(v), for `v` in the view of blocks of an array of this shape."""
   random = None
-  if how.rounding == 'stochastic':
-    random = _rounding.random_words(key, x.shape)
-    random = core.split(random, fmt, axes).view
-  rule = _rounding.rule(how.rounding, random)
-  element = spec(how.element)
-  q = codec.decode(codec.encode(v, element, rule), element)
-  # In the order of dequantization: element, block scale, tensor scale.
-  y = q * (u_q if how.scale_form == 'decode' else decode)
-  if how.scale_form == 'decode' and t is not None:
-    y = y * t
-  y = jnp.where(bad, jnp.float32(jnp.nan), y)
-  saved = _Forward(view, v, q, exact, decode, payload, u, u_q, t)
-  return core.restore(y, blocks, x.dtype), saved
+  if quantizer.rounding == 'stochastic':
+    random = _rounding.random_words(key, shape)
+    random = core.split(random, quantizer._format, axes).view
+  rule = _rounding.rule(quantizer.rounding, random)
+  element = spec(quantizer.element)
+  return codec.decode(codec.encode(v, element, rule), element)
 
 
-def _backward(how: MicroScaling, axes, saved, g):
+def _backward(quantizer: MicroScaling, axes, saved, g):
   if saved is None:
     return g, None
-  blocks = core.split(g.astype(jnp.float32), how._format, axes)
+  blocks = core.split(g.astype(jnp.float32), quantizer._format, axes)
   view, f = blocks.view, saved
-  slope = how._slopes[0].slope(f.v, Lattice(spec(how.element), how.element.max))
+  slope = quantizer._slopes[0].slope(
+    f.v, Lattice(spec(quantizer.element), quantizer.element.max)
+  )
   ratio = jnp.float32(1)
-  if how.payload == 'unrounded':
-    ratio = f.decode * _scaling.reciprocal(f.payload)
+  if quantizer.payload == 'unrounded':
+    ratio = f.scales.decode * _scaling.reciprocal(f.scales.payload)
   dx = view * slope * ratio
-  if how._scale_has_gradient:
-    dx = dx + _through_scales(how, f, blocks, slope, ratio)
+  if quantizer._scale_has_gradient:
+    dx = dx + _through_scales(quantizer, f, blocks, slope, ratio)
   return core.restore(dx, blocks, g.dtype), None
 
 
@@ -532,45 +444,50 @@ _quantize.defvjp(_forward, _backward)
 _compiled = jax.jit(_quantize, static_argnums=(2, 3), inline=True)
 
 
-def _through_scales(how: MicroScaling, f: _Forward, blocks, slope, ratio):
+def _through_scales(quantizer: MicroScaling, f: _Forward, blocks, slope, ratio):
   """(dL/dS / F) dZ/dx + dL/dt dt/dx."""
-  inner, largest = blocks.inner, how.element.max
+  scales, inner, largest = f.scales, blocks.inner, quantizer.element.max
+  # dL/dS_d and dL/dS_p of every block; q' on the lattice of scales.
   d_decode = jnp.sum(blocks.view * f.q, axis=inner, keepdims=True)
   d_payload = -ratio * jnp.sum(
     blocks.view * f.v * slope, axis=inner, keepdims=True
   )
-  q_slope = jnp.ones_like(f.u)
-  if how.scale_grad != Ste():
-    q_slope = how._slopes[1].slope(f.u, Lattice(_scale_spec(how.scale), None))
+  q_slope = jnp.ones_like(scales.u)
+  if quantizer.scale_grad != Identity():
+    q_slope = quantizer._slopes[1].slope(
+      scales.u, Lattice(_scale_spec(quantizer.scale), None)
+    )
 
   dx = jnp.zeros_like(f.x)
-  if how.stat_grad != 'ste':
+  # Through the exact scale: S = Z / F.
+  if quantizer.stat_grad != 'ignore':
     form = jnp.float32(1)
-    if how.scale_form == 'encode':
-      form = jnp.square(f.decode * _scaling.reciprocal(f.exact))
+    if quantizer.scale_form == 'encode':
+      form = jnp.square(scales.decode * _scaling.reciprocal(scales.exact))
     rounded = q_slope * form
     d_exact = d_decode * rounded
-    d_exact += d_payload * (rounded if how.payload == 'rounded' else 1)
-    dx += d_exact / largest * _direction(f.x, how, blocks)
-  if how.tensor_scale_grad != 'ignore':
-    if how.tensor_scale_grad == 'absmax':
+    d_exact += d_payload * (rounded if quantizer.payload == 'rounded' else 1)
+    dx += d_exact / largest * _direction(f.x, quantizer, blocks)
+  # Through the tensor scale, which depends on the largest magnitude only.
+  if quantizer.tensor_scale_grad != 'ignore':
+    if quantizer.tensor_scale_grad == 'absmax':
       q_slope = jnp.float32(1)
-    if how.scale_form == 'decode':
-      d_t = f.u_q - q_slope * f.u
+    if quantizer.scale_form == 'decode':
+      d_t = scales.u_q - q_slope * scales.u
     else:
-      inverse = _scaling.reciprocal(f.u_q)
-      d_t = (1 - q_slope * f.u * inverse) * inverse
-    d_scale = d_decode + (d_payload if how.payload == 'rounded' else 0)
-    d_g = jnp.sum(d_scale * d_t) / (largest * how._target)
+      inverse = _scaling.reciprocal(scales.u_q)
+      d_t = (1 - q_slope * scales.u * inverse) * inverse
+    d_scale = d_decode + (d_payload if quantizer.payload == 'rounded' else 0)
+    d_g = jnp.sum(d_scale * d_t) / (largest * quantizer._target)
     dx += d_g * _at_max(f.x, tuple(range(f.x.ndim)))
   return dx
 
 
-def _direction(x, how: MicroScaling, blocks):
+def _direction(x, quantizer: MicroScaling, blocks):
   """dZ/dx in the axes of the view."""
-  if how.stat_grad == 'absmax':
+  if quantizer.stat_grad == 'absmax':
     return _at_max(x, blocks.inner)
-  scores = _scores(x, how, blocks)
+  scores = _scores(x, quantizer, blocks)
   return jax.nn.softmax(scores, axis=blocks.inner) * jnp.sign(x)
 
 
@@ -578,45 +495,45 @@ def _at_max(x, axes):
   """sign(x) at the largest magnitude over `axes`, shared by ties."""
   magnitude = jnp.abs(x)
   amax = jnp.max(magnitude, axis=axes, keepdims=True, initial=0)
-  there = (magnitude == amax) & (amax > 0)
-  count = jnp.sum(there, axis=axes, keepdims=True).astype(jnp.float32)
-  return jnp.where(there, jnp.sign(x) * _scaling.reciprocal(count), 0)
+  at_max = (magnitude == amax) & (amax > 0)
+  count = jnp.sum(at_max, axis=axes, keepdims=True).astype(jnp.float32)
+  return jnp.where(at_max, jnp.sign(x) * _scaling.reciprocal(count), 0)
 
 
-def _scores(x, how: MicroScaling, blocks):
+def _scores(x, quantizer: MicroScaling, blocks):
   """alpha |x|, -inf in the padding."""
-  scores = jnp.float32(how.alpha) * jnp.abs(x)
+  scores = jnp.float32(quantizer.alpha) * jnp.abs(x)
   if not any(blocks.pad):
     return scores
   shape = list(blocks.shape)
   for axis, pad in zip(blocks.axes, blocks.pad, strict=True):
     shape[axis] -= pad
-  inside = core.split(jnp.ones(shape), how._format, blocks.axes).view
+  inside = core.split(jnp.ones(shape), quantizer._format, blocks.axes).view
   # Whole blocks of padding keep finite scores.
   inside = (inside > 0) | ~jnp.any(inside > 0, blocks.inner, keepdims=True)
   return jnp.where(inside, scores, -jnp.inf)
 
 
-def _tensor_scale(top, how: MicroScaling):
+def _tensor_scale(top, quantizer: MicroScaling):
   """t = g / (F T), with the roundings of 1 / (F T / g)."""
   live = top >= jnp.float32(2.0**-126)
-  full = jnp.float32(how.element.max * how._target)
+  full = jnp.float32(quantizer.element.max * quantizer._target)
   scale = _scaling.reciprocal(full / jnp.where(live, top, 1))
   return jnp.where(live, scale, 1)
 
 
-def _stored(u, how: MicroScaling, key):
+def _stored(u, quantizer: MicroScaling, key):
   """u_q: the stored number."""
-  if how.scale == formats.float32:
+  if quantizer.scale == formats.float32:
     return u
-  f = _scale_spec(how.scale)
-  rule = _SCALE_RULES.get(how.scale_round)
+  f = _scale_spec(quantizer.scale)
+  rule = _SCALE_RULES.get(quantizer.scale_round)
   if rule is None:
     rule = codec.stochastic(_rounding.random_words(key, u.shape), 23)
   u_q = codec.decode_float(codec.encode_float(u, f, rule, dtype=jnp.int32), f)
-  if how.scale.zero:
+  if quantizer.scale.zero:
     least = 2.0 ** (f.emin - f.mantissa_bits)
-    zero = 1.0 if how.zero_scale == 'to_one' else least
+    zero = 1.0 if quantizer.zero_scale == 'to_one' else least
     u_q = jnp.where(u_q == 0, jnp.float32(zero), u_q)
   return u_q
 
@@ -632,7 +549,7 @@ def _down(t, odd=None):
 
 
 _SCALE_RULES = {
-  'rne': codec.nearest_even,
+  'nearest_even': codec.nearest_even,
   'up': _up,
   'down': _down,
   'zero': _down,
@@ -658,37 +575,8 @@ def _scale_spec(scale: FloatFormat) -> codec.Float:
   )
 
 
-def _in_steps(v, f: codec.Float):
-  """|v| in units of the distance of neighbours in its binade."""
-  b = fb.to_bits(v) & fb.MAGNITUDE
-  e = jnp.maximum(b >> 23, f.emin + 127)
-  return fb.from_bits(b) * fb.from_bits((254 + f.mantissa_bits - e) << 23)
-
-
-def _position(v, lattice: Lattice):
-  """Where |v| is in its bin, in [0, 1)."""
-  if lattice.span is not None:
-    v = jnp.clip(v, -lattice.span, lattice.span)
-  t = _in_steps(v, lattice.numbers)
-  return t - fb.floor(t)
-
-
-def _nearest(v, f: codec.Float):
-  return codec.decode_float(codec.encode_float(v, f), f)
-
-
 def _tile_axes(axis: int, ndim: int) -> tuple[int, int]:
   if not isinstance(axis, int) or axis % ndim < ndim - 2:
     raise ValueError(f'{axis=} of a tile must be one of the last two')
   axis = axis % ndim - ndim
   return axis, -3 - axis
-
-
-def _surrogate(name: str, value) -> Surrogate:
-  if isinstance(value, Surrogate):
-    return value
-  if value not in SURROGATES:
-    raise ValueError(
-      f'{name}={value!r} is neither a surrogate nor one of {(*SURROGATES,)}'
-    )
-  return SURROGATES[value]

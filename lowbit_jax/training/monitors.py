@@ -1,4 +1,4 @@
-"""What the quantizers of a training product lose, while it trains.
+"""Shares of elements that quantizers clip and flush to zero in training.
 
 `lost` measures the six operands of one product. `tap` measures them inside a
 network, where the third of them, the cotangent dy, exists in the backward pass
@@ -26,13 +26,13 @@ OPERANDS = {'x': (0, 4), 'w': (1, 3), 'dy': (2, 5)}
 
 
 class Lost(NamedTuple):
-  """Shares of elements, as the doctor has them; float32, one per site.
+  """Shares of elements as `lowbit_jax.doctor` defines them; float32, per site.
 
   Attributes:
     clipped: of all elements, those beyond the range of their block by more than
-      half of its largest step. NaN where a quantizer is no block format, or one
-      with zero points.
-    flushed: of the elements that are not zero, those that became zero.
+      half of its largest step. NaN for quantizers that are not block formats,
+      and for formats with zero points.
+    flushed: of the nonzero elements, those that became zero.
   """
 
   clipped: jax.Array
@@ -62,8 +62,9 @@ def lost(
     x: activations (..., K).
     w: weight (K, N).
     dy: cotangent of the product (..., N).
-    recipe: what is done to them.
-    key: as in `ops.qdot`; also `tensor_amax`.
+    recipe: the recipe that quantizes them.
+    key: as in `ops.qdot`.
+    tensor_amax: as in `ops.qdot`.
 
   Examples:
     >>> import jax, jax.numpy as jnp
@@ -98,10 +99,10 @@ def tap(
   tensor_amax: tuple[ArrayLike | None, ArrayLike | None],
   probe: Lost,
 ) -> jax.Array:
-  """Returns y; the gradient of `probe`, any `Lost`, is what `lost` measures.
+  """Returns y, and gives `probe` the measures of `lost` as its gradient.
 
-  The gradient of y passes, and none goes to the other arguments, which are
-  those of `lost`.
+  The cotangent of y passes unchanged. The other arguments are those of `lost`
+  and get no gradient; any `Lost` serves as the probe.
   """
   return _tap(recipe, y, x, w, key, tensor_amax, probe)
 
@@ -127,10 +128,10 @@ _tap = jax.custom_vjp(_passed, nondiff_argnums=(0,))
 _tap.defvjp(_forward, _backward)
 
 
-def _sites(recipe: Recipe, which: int, key, lhs, rhs):
+def _sites(recipe: Recipe, product: int, key, lhs, rhs):
   """(rotated operand, quantizer, axis, key, amax) of both sides."""
-  gemm = recipe.gemms[which]
-  keys = _qdot._keys(key, gemm, which)
+  gemm = recipe.gemms[product]
+  keys = _qdot._keys(key, gemm, product)
   rotate = _qdot._rotation(gemm, keys)
   return [
     (rotate(t, axis), spec, axis, k, None if gemm.hadamard else amax)
@@ -141,7 +142,7 @@ def _sites(recipe: Recipe, which: int, key, lhs, rhs):
 
 
 def _values(t, spec, axis: int, key, amax):
-  """What a site of the forward product used."""
+  """The values that an operand of the forward product had."""
   if spec is None:
     return t
   return qarray.dequantize(_qdot._quantized(t, spec, axis, key, amax).packed())

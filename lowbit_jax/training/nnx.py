@@ -76,10 +76,10 @@ class QDotGeneral(flax_nnx.Module):
     if self.scales is None:
       y = ops.qdot(x, w, self.recipe, **options)
     else:
-      y, noted = scaling.qdot(
+      y, state = scaling.qdot(
         x, w, self.recipe, self.scales.get_value(), **options
       )
-      self.scales.set_value(noted)
+      self.scales.set_value(state)
     y = y.reshape(shape)
     dtype = preferred_element_type
     return y if dtype is None else y.astype(dtype)
@@ -99,21 +99,22 @@ def quantize(
       unless it is a QDotGeneral.
     recipe: a recipe, or a policy that picks one by the path of the layer.
     rngs: as in `QDotGeneral`.
-    fraction: how much of the training is done, for recipes that switch.
+    fraction: finished share of the training, for recipes that switch.
   """
   for path, module in flax_nnx.iter_modules(model):
     if not isinstance(module, flax_nnx.Linear | flax_nnx.LinearGeneral):
       continue
-    mine = isinstance(module.dot_general, QDotGeneral)
-    if module.dot_general not in (None, jax.lax.dot_general) and not mine:
+    has_recipe = isinstance(module.dot_general, QDotGeneral)
+    default = module.dot_general in (None, jax.lax.dot_general)
+    if not (default or has_recipe):
       continue
-    chosen = recipe_at(recipe, path, fraction)
-    if chosen is not None or mine:
-      module.dot_general = flax_nnx.data(QDotGeneral(chosen, rngs=rngs))
+    layer_recipe = recipe_at(recipe, path, fraction)
+    if layer_recipe is not None or has_recipe:
+      module.dot_general = flax_nnx.data(QDotGeneral(layer_recipe, rngs=rngs))
 
 
 def advance(model: flax_nnx.Module) -> None:
-  """Turns all held tensor scales of a model to the next step, in place."""
+  """Moves all held tensor scales of a model to the next step, in place."""
   for _, module in flax_nnx.iter_modules(model):
     if isinstance(module, QDotGeneral) and module.scales is not None:
       module.scales.set_value(scaling.advance(module.scales.get_value()))

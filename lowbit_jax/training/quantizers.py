@@ -3,7 +3,7 @@
 Each is a frozen, hashable function `(x, axis=-1, key=None) -> x_hat` of the
 shape and dtype of x with a property `needs_key`, so that a `GemmSpec` takes it
 in place of a `QuantSpec`. Its derivative is the straight-through rule of its
-source, stated with it. What block formats do express needs no code here: BitNet
+source, stated with it. Some methods are block formats and need no code: BitNet
 b1.58 is `QuantSpec(formats.ternary_tensor)` for weights and
 `QuantSpec(formats.int8_channel)` for activations, symmetric INT8 is
 `formats.mxint8`.
@@ -256,7 +256,7 @@ class Quest(_Deterministic):
 
 @dataclasses.dataclass(frozen=True)
 class OutlierCompensated:
-  """OCC: what a quantizer clamps away is added back in high precision.
+  """OCC: adds what clipping removes, in high precision.
 
     x_hat = inner(c) + (x - c),  c = clip(x, -t, t)
 
@@ -297,7 +297,7 @@ class OutlierCompensated:
 
 @dataclasses.dataclass(frozen=True)
 class _PerRow(_Deterministic):
-  """What has one more number for each row than its block format."""
+  """A quantizer with one more number per row than its block format."""
 
   inner: QuantSpec
 
@@ -455,7 +455,7 @@ def apply(
   axis: int = -1,
   key: Key | None = None,
 ) -> jax.Array:
-  """The values that a site of a product would see.
+  """The values that an operand of a product has after quantization.
 
   Args:
     quantizer: None, a `QuantSpec`, or a function of (x, axis, key).

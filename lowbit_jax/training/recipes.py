@@ -6,8 +6,8 @@ of a tensor are quantized from the high-precision one, and embeddings, the
 output head, norms, softmax, attention products, master weights and optimizer
 state stay in high precision; `Policy` decides which layers take part.
 
-What needs parameters or a gradient transformation of its own is no recipe but a
-method around one: learned steps and clips are in `training.qat`, optimizer
+Methods with parameters or gradient transformations of their own are not recipes
+but are used with them: learned steps and clips are in `training.qat`, optimizer
 states, codecs for communication and loss scaling in `training.optimizers`.
 `TAXONOMY` has an example of each branch of the field.
 """
@@ -107,8 +107,8 @@ def _mxfp4_sr_rht() -> Recipe:
 def _mxfp4_rotated() -> Recipe:
   """MXFP4 at all six sites, every product rotated with fixed random signs.
 
-  What is rounded to nearest takes the better of the neighbouring scales
-  ('mse'), gradients are rounded stochastically under scales that never
+  Operands that are rounded to nearest take the better of the neighbouring
+  scales ('mse'); gradients are rounded stochastically, with scales that never
   saturate.
   """
   nearest = _spec('mxfp4', 'mse')
@@ -226,8 +226,8 @@ def _mxfp4_bwd() -> Recipe:
 
 
 def _tetrajet() -> Recipe:
-  """TetraJet (2025): the backward products requantize, stochastically, what the
-  forward product used."""
+  """TetraJet (2025): the backward products quantize the quantized operands of
+  the forward product again, stochastically."""
   spec = _spec('mxfp4', 'rceil')
   backward = GemmSpec(_stochastic(spec), _stochastic(spec))
   return Recipe(

@@ -12,9 +12,9 @@ slice. For y = x w with x (..., K) and w (K, N) the trained slice is
           dD = x^T dy[..., a:b]
   both    dx = dy w_q^T + the same with D on its slice
 
-w_q is a frozen QArray, or array, of any format. Nothing asks for its gradient,
-so a sink saves x[..., a:b] for the backward pass and no more of x; that is why
-sinks are what the paper trains. Two forms, one product:
+w_q is a frozen QArray of any format, or an array. It needs no gradient, so a
+sink saves x[..., a:b] for the backward pass and no more of x; the paper trains
+sinks for this reason. There are two forms of the same product:
 
   dense    `split` takes the slice out of w_q (zeros are left there) and trains
            it in float from its value before quantization: the trained part of
@@ -26,8 +26,8 @@ Blocks of w_q lie along K, so for sinks a and b are multiples of the block, and
 a matrix is reordered before it is quantized. Without this, the blocks at the
 ends of the slice would mix trained rows and frozen ones.
 
-What is trained is a plain array. It takes part in jax.grad and in an optimizer;
-w_q, an argument like x, does not. For one block of a model with 4096 channels
+The trained slice is a plain array, for jax.grad and an optimizer. w_q is an
+argument like x and is not trained. For one block of a model with 4096 channels
 and 14336 in its gated MLP, with 448 rows of `down` trained and float32 for
 value, gradient and both moments of Adam (16 bytes per trained number):
 
@@ -168,7 +168,7 @@ def co_permute_heads(
 
   Args:
     q: kernel (n, heads * head_dim), or a pytree of it and its bias.
-    k: the same with key-value heads; also `v`.
+    k: the same with key-value heads.
     v: as `k`.
     o: kernel (heads * head_dim, n), without its bias.
     order: new position -> old key-value head.
@@ -203,7 +203,7 @@ class Split(NamedTuple):
   """A matrix in two.
 
   Attributes:
-    slice: (s, N) or (K, s), what is trained.
+    slice: (s, N) or (K, s), the trained values.
     frozen: the QArray (K, N), zero where the slice was.
   """
 
@@ -235,7 +235,7 @@ def split(
     of `quantize(w, fmt)`.
 
   Raises:
-    ValueError: where blocks would straddle the ends of the slice.
+    ValueError: where a block would reach over an end of the slice.
   """
   w = jnp.asarray(w)
   _check_kind(kind)
@@ -271,7 +271,7 @@ def s2ft_dot(
     frozen: w_q, (K, N).
     start: a, where the slice begins.
     kind: 'sink' or 'source'.
-    rounded_x: what the frozen product takes in place of `x`, such as
+    rounded_x: operand of the frozen product in place of `x`, such as
       `fake_quant(x, fmt)`. The slice always takes `x`.
 
   Returns:
@@ -375,7 +375,7 @@ def merge(
 )
 @dataclasses.dataclass(frozen=True)
 class Adapter:
-  """What fine-tuning changed in one matrix.
+  """The change that fine-tuning made to one matrix.
 
   Attributes:
     order: order of the matrix's K rows (sink) or N columns (source), new
@@ -425,8 +425,10 @@ def make_adapter(
       f' frozen.shape={frozen.shape} and kind={kind!r}; width={width} is the'
       ' number of entries of a unit'
     )
-  here, there = (jnp.asarray(w, slice_.dtype)[at] for w in (frozen, base))
-  delta = slice_ + (here - there)
+  frozen_slice, base_slice = (
+    jnp.asarray(w, slice_.dtype)[at] for w in (frozen, base)
+  )
+  delta = slice_ + (frozen_slice - base_slice)
   return Adapter(jnp.asarray(order, jnp.int32), delta, start, kind)
 
 
@@ -452,13 +454,14 @@ def _frozen_dot(x, frozen):
 
 
 def _frozen_forward(x, frozen):
+  # The empty array carries the dtype of x.
   return ops.dot(x, frozen), (frozen, jnp.zeros((0,), x.dtype))
 
 
 def _frozen_backward(residuals, dy):
-  frozen, like = residuals
+  frozen, empty = residuals
   dims = (((dy.ndim - 1,), (1,)), ((), ()))
-  return ops.dot_general(dy, frozen, dims).astype(like.dtype), None
+  return ops.dot_general(dy, frozen, dims).astype(empty.dtype), None
 
 
 _frozen_dot.defvjp(_frozen_forward, _frozen_backward)
@@ -545,7 +548,7 @@ def _check_range(shape, start: int, stop: int, kind: str) -> None:
 
 
 def _check_blocks(q: QArray, start: int, stop: int, kind: str) -> None:
-  """Raises ValueError where blocks of `q` straddle the ends of a slice."""
+  """Raises ValueError where a block of `q` reaches over an end of a slice."""
   axis = -2 if kind == 'sink' else -1
   sizes = dict(zip(q.axes, q.fmt.block, strict=True))
   if sizes.get(axis) == 0 and q.fmt.scale is not None:

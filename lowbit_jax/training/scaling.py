@@ -6,15 +6,15 @@ magnitude a_t of the current step but from
   delayed        max(a_(t-1), ..., a_(t-L)),  L = window
   sample, hold   a_r, r the latest of steps 0, D, 2D, ...,  D = every
 
-and saturates beyond. A step reads its states, notes what it saw, and
-`advance` turns the page once the step is done:
+and saturates beyond. A step quantizes with its states and records in them the
+largest magnitudes of its operands; `advance` then starts the next step:
 
   y, state = scaling.qdot(x, w, recipe, state, key=key)   # as often as needed
   state = scaling.advance(state)                           # once per step
 
-What is noted is a maximum, so microbatches, weights that several layers share
+A state records a maximum, so microbatches, weights that several layers share
 and recomputation leave the same state. In the first step, and where a history
-holds nothing but zeros or infinities, the current magnitude counts.
+holds only zeros or infinities, the current magnitude is used.
 """
 
 import dataclasses
@@ -40,10 +40,10 @@ class ScaleState:
 
   Attributes:
     history: float32 (..., window), largest magnitudes, newest first.
-    amax: float32, the magnitude in force; 0 where there is none yet.
-    count: int32, steps done.
-    seen: float32, the largest magnitude noted in the current step.
-    scaling: how it proceeds.
+    amax: float32, the magnitude that scales are made of; 0 before the first.
+    count: int32, finished steps.
+    seen: float32, the largest magnitude recorded in the current step.
+    scaling: the rule, delayed or sample and hold.
   """
 
   history: jax.Array
@@ -52,8 +52,8 @@ class ScaleState:
   seen: jax.Array
   scaling: TensorScaling
 
-  def note(self, amax: jax.Array) -> tuple['ScaleState', jax.Array]:
-    """The state that has seen `amax`, and the magnitude to quantize with."""
+  def record(self, amax: jax.Array) -> tuple['ScaleState', jax.Array]:
+    """Records `amax`; also returns the magnitude to quantize with."""
     state = dataclasses.replace(self, seen=jnp.maximum(self.seen, amax))
     renewed = self.amax == 0
     if self.scaling.every > 1:
@@ -78,7 +78,7 @@ class ScaleState:
 
 
 class DotScales(NamedTuple):
-  """States of the tensor scales of one product, None where there is none."""
+  """States of the tensor scales of one product; None for current scales."""
 
   x: ScaleState | None
   w: ScaleState | None
@@ -120,30 +120,31 @@ def qdot(
   Args:
     x: activations (..., K).
     w: weight (K, N).
-    recipe: whose QuantSpecs with `tensor_scaling` read the state; gradients
-      take current scales.
-    state: from `init_dot(recipe)`, or as the previous call returned it.
-    key: as in `ops.qdot`; also further options.
+    recipe: a recipe whose QuantSpecs with `tensor_scaling` use the state;
+      gradients take current scales.
+    state: from `init_dot(recipe)`, or the one that the previous call returned.
+    key: as in `ops.qdot`.
+    **options: further arguments of `ops.qdot`.
 
   Returns:
-    The product and the state that has noted these operands. Under vmap or
-    shard_map merge noted states by `merge`.
+    The product, and the state with the magnitudes of these operands. Under vmap
+    or shard_map, `merge` joins the states of the parts.
   """
-  state, amax = noted(x, w, state)
+  state, amax = record(x, w, state)
   y = ops.qdot(x, w, recipe, key=key, tensor_amax=amax, **options)
   return y, state
 
 
-def noted(
+def record(
   x: jax.Array, w: jax.Array, state: DotScales
 ) -> tuple[DotScales, tuple]:
-  """The state that has noted both, and the `tensor_amax` of `ops.qdot`."""
-  states, used = [], []
-  for t, s in zip((x, w), state, strict=True):
-    new, amax = (None, None) if s is None else s.note(largest(t))
+  """Records both operands; also returns the `tensor_amax` of `ops.qdot`."""
+  states, magnitudes = [], []
+  for operand, s in zip((x, w), state, strict=True):
+    new, amax = (None, None) if s is None else s.record(largest(operand))
     states.append(new)
-    used.append(amax)
-  return DotScales(*states), tuple(used)
+    magnitudes.append(amax)
+  return DotScales(*states), tuple(magnitudes)
 
 
 def largest(x: jax.Array) -> jax.Array:
@@ -154,7 +155,7 @@ def largest(x: jax.Array) -> jax.Array:
 
 
 def merge(a: PyTree, b: PyTree) -> PyTree:
-  """One tree of states that has noted what two copies of it have.
+  """Joins two trees of states that recorded different parts of a step.
 
   Args:
     a: tree of states after one part of a step, such as a microbatch.
@@ -166,7 +167,7 @@ def merge(a: PyTree, b: PyTree) -> PyTree:
 
 
 def advance(states: PyTree) -> PyTree:
-  """All states of a tree, turned to the next step; other leaves stay."""
+  """A tree with its states moved to the next step; other leaves are kept."""
   return _map(ScaleState.advanced, states)
 
 

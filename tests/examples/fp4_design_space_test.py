@@ -66,7 +66,7 @@ class SettingsTest(parameterized.TestCase):
     sites = [s for g in recipe.gemms for s in (g.lhs, g.rhs)]
     self.assertEqual([s.needs_key for s in sites], [0, 0, 1, 0, 0, 1])
     self.assertEqual([g.hadamard for g in recipe.gemms], [0, 0, 16])
-    plain = study.micro_scaling.Ste()
+    plain = study.micro_scaling.Identity()
     self.assertEqual([s.step_grad == plain for s in sites], [0, 0, 1, 1, 1, 1])
 
   def test_blocks_of_power_of_two_scales_are_longer(self):

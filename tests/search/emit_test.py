@@ -459,7 +459,7 @@ class CertifiedTest(parameterized.TestCase):
     other = self.program.replace_constants(
       [c * (1 + 1e-6) for c in self.program.constants]
     )
-    with self.assertRaisesRegex(ValueError, 'is one of another program'):
+    with self.assertRaisesRegex(ValueError, 'is for another program'):
       emit.python(other, self.target, certificate)
     # Digits beyond float32 make no other program.
     emit.python(

@@ -43,7 +43,7 @@ def run(rule: TensorScaling, seen) -> list[float]:
 
   @jax.jit
   def step(state, amax):
-    state, amax = state.note(amax)
+    state, amax = state.record(amax)
     return state.advanced(), amax
 
   for amax in seen:
@@ -77,11 +77,11 @@ class StateTest(parameterized.TestCase):
 
   def test_microbatches_leave_the_state_of_the_whole(self):
     rule = TensorScaling(window=2)
-    whole = scaling.init(rule).note(jnp.float32(7.0))[0]
+    whole = scaling.init(rule).record(jnp.float32(7.0))[0]
     parts = scaling.init(rule)
     for amax in (3.0, 7.0, 5.0):
-      parts, _ = parts.note(jnp.float32(amax))
-    a, b = (scaling.init(rule).note(jnp.float32(v))[0] for v in (7.0, 3.0))
+      parts, _ = parts.record(jnp.float32(amax))
+    a, b = (scaling.init(rule).record(jnp.float32(v))[0] for v in (7.0, 3.0))
     for other in (parts, scaling.merge(a, b), scaling.merge(b, a)):
       for x, y in zip(
         jax.tree.leaves(scaling.advance(other)),

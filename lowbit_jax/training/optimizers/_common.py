@@ -23,7 +23,7 @@ def is_head(path: str, leaf: Any = None) -> bool:
   """Whether a path names an output head.
 
   That is a component 'head', '..._head', 'logits', 'unembed...' or
-  'classifier' of the path; 'multihead' is none.
+  'classifier' of the path; 'multihead' is not one.
   """
   del leaf
   return _HEAD.search(path) is not None
@@ -37,12 +37,12 @@ def increment(steps: jax.Array) -> jax.Array:
 def check_range(
   name: str, value: float | jax.Array, low: float, high: float
 ) -> None:
-  """Refuses numbers outside [low, high)."""
+  """Raises ValueError for a number outside [low, high)."""
   if not low <= value < high:
     raise ValueError(f'{name}={value!r} must be in [{low}, {high})')
 
 
 def check_steps(name: str, value: int, least: int = 1) -> None:
-  """Refuses what is no number of steps."""
+  """Raises ValueError for a value that is not an int of at least `least`."""
   if isinstance(value, bool) or not isinstance(value, int) or value < least:
     raise ValueError(f'{name}={value!r} must be an int of at least {least}')

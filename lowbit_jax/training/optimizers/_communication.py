@@ -33,7 +33,7 @@ class QSGDState(NamedTuple):
 
 
 class EFSignState(NamedTuple):
-  """What has not been sent yet, float32."""
+  """The part of the gradients that was not sent yet, float32."""
 
   error: optax.Updates
 
@@ -41,7 +41,7 @@ class EFSignState(NamedTuple):
 def qsgd_encode(
   x: jax.Array, key: Key, *, bits: int = 4, bucket: int = 512
 ) -> QArray:
-  """What a worker sends: integers in [-s, s] and a norm for each bucket.
+  """The message of a worker: integers in [-s, s] and a norm for each bucket.
 
   x_i ~ ||x|| / s k_i with s = 2^(bits - 1) - 1 and k_i = s x_i / ||x||, rounded
   stochastically, so that the mean over keys is x_i.
@@ -53,7 +53,7 @@ def qsgd_encode(
     bucket: elements that share a norm.
 
   Returns:
-    A QArray of shape (x.size,); its `nbytes` are what has to be sent.
+    A QArray of shape (x.size,); `nbytes` is the size of the message.
   """
   if not isinstance(bits, int) or not 2 <= bits <= 8:
     raise ValueError(f'bits={bits!r} must be an int in 2..8')
@@ -77,7 +77,8 @@ def qsgd(
   """Rounds gradients as QSGD does: unbiased, and different in every step.
 
   Args:
-    bits: as in `qsgd_encode`; also `bucket`.
+    bits: as in `qsgd_encode`.
+    bucket: as in `qsgd_encode`.
     seed: an int, which may be traced, such as `jax.lax.axis_index` of a worker.
 
   Returns:
@@ -111,8 +112,8 @@ def ef_sign() -> optax.GradientTransformation:
   """One bit per element, with error feedback.
 
   For each tensor of d elements, p = g + e; sends ||p||_1 / d sign(p), with
-  sign(0) = 1, and keeps the rest e = p - sent. What was sent up to a step and
-  the rest together are the sum of all gradients.
+  sign(0) = 1, and keeps the rest e = p - sent. Up to any step, the sum of the
+  messages and the rest is the sum of the gradients.
 
   Returns:
     A transformation with a float32 array of the shape of each parameter.

@@ -1,7 +1,7 @@
 """Training quantized weights without a copy in high precision.
 
 The parameters are QArrays and nothing else: w <- SR(w - lr u), where stochastic
-rounding keeps on average what is less than a step.
+rounding keeps updates smaller than a step on average.
 
     params = quantize_params(...)                     # QArrays
     tx = direct(optax.adamw(1e-3))

@@ -104,16 +104,11 @@ def scale_by_muon(
   Every leaf has to be a matrix for `dimensions`.
   """
   check_range('beta', beta, 0, 1)
-  if polar not in _POLARS:
-    raise ValueError(f'polar={polar!r} is not one of {tuple(_POLARS)}')
   if shape_scale not in _SHAPE_SCALES:
     raise ValueError(
       f'shape_scale={shape_scale!r} is not one of {tuple(_SHAPE_SCALES)}'
     )
-  default, default_steps = _POLARS[polar]
-  coefficients = default if coefficients is None else coefficients
-  steps = default_steps if steps is None else steps
-  check_steps('steps', steps)
+  coefficients, steps = _iteration(polar, coefficients, steps)
   check_steps('rank', rank)
 
   def init(params):
@@ -121,32 +116,29 @@ def scale_by_muon(
     return MuonState(zero, optax.tree.zeros_like(params))
 
   def factor(x, key):
+    """s polar(x) of matrices (..., in, out)."""
     if polar == 'newton_schulz':
-      return _polar.newton_schulz(x, coefficients, steps)
-    o = _polar.randomized_polar(
-      x,
-      key,
-      rank=rank,
-      oversample=oversample,
-      power_iterations=power_iterations,
-      coefficients=coefficients,
-      steps=steps,
-      sketch=sketch,
-    )
-    k = _polar.sketch_size(x.shape, rank, oversample)
-    return o * math.sqrt(min(x.shape[-2:]) / k)
+      o = _polar.newton_schulz(x, coefficients, steps)
+    else:
+      o = _randomized_factor(
+        x,
+        key,
+        rank=rank,
+        oversample=oversample,
+        power_iterations=power_iterations,
+        coefficients=coefficients,
+        steps=steps,
+        sketch=sketch,
+      )
+    return o * _SHAPE_SCALES[shape_scale](*x.shape[-2:])
 
   def update(updates, state, params=None):
     del params
     count = increment(state.steps)
     mu = optax.tree.update_moment(updates, state.mu, beta, 1)
-    momentum = optax.tree.bias_correction(mu, beta, count + nesterov)
-    if nesterov:
-      momentum = jax.tree.map(
-        lambda m, g: beta * m + (1 - beta) * g,
-        momentum,
-        optax.tree.bias_correction(updates, beta, count),
-      )
+    momentum = _unbiased(mu, updates, beta, nesterov, count)
+    # The key follows from the step and the path, so that a resumed run and a
+    # tree with further leaves draw the same sketches.
     key = jax.random.fold_in(jax.random.key(seed), count)
 
     def orthogonal(path, m):
@@ -154,22 +146,47 @@ def scale_by_muon(
       axes = dimensions(name, m)
       if axes is None:
         raise ValueError(
-          f'{name} of shape {m.shape} is no matrix for dimensions=; let another'
-          ' optimizer take it, as muon(other=...) does'
+          f'{name} of shape {m.shape} is not a matrix: dimensions= gives None;'
+          ' update it by another optimizer, as muon(other=...) does'
         )
       leaf_key = jax.random.fold_in(key, zlib.crc32(name.encode()))
-      return _as_matrices(
-        m,
-        axes,
-        lambda x: (
-          factor(x, leaf_key) * _SHAPE_SCALES[shape_scale](*x.shape[-2:])
-        ),
-      )
+      return _as_matrices(m, axes, lambda x: factor(x, leaf_key))
 
     updates = jax.tree_util.tree_map_with_path(orthogonal, momentum)
     return updates, MuonState(count, mu)
 
   return optax.GradientTransformation(init, update)
+
+
+def _iteration(polar: str, coefficients, steps: int | None):
+  """Coefficients and steps of the iteration, those of `polar` for None."""
+  if polar not in _POLARS:
+    raise ValueError(f'polar={polar!r} is not one of {tuple(_POLARS)}')
+  default, default_steps = _POLARS[polar]
+  steps = default_steps if steps is None else steps
+  check_steps('steps', steps)
+  return default if coefficients is None else coefficients, steps
+
+
+def _unbiased(mu, updates, beta: float, nesterov: bool, count):
+  """M, the momentum without the bias of its start at zero."""
+  momentum = optax.tree.bias_correction(mu, beta, count + nesterov)
+  if not nesterov:
+    return momentum
+  return jax.tree.map(
+    lambda m, g: beta * m + (1 - beta) * g,
+    momentum,
+    optax.tree.bias_correction(updates, beta, count),
+  )
+
+
+def _randomized_factor(x, key, *, rank: int, oversample: int, **options):
+  """A randomized polar factor with the root mean square of a full one."""
+  o = _polar.randomized_polar(
+    x, key, rank=rank, oversample=oversample, **options
+  )
+  k = _polar.sketch_size(x.shape, rank, oversample)
+  return o * math.sqrt(min(x.shape[-2:]) / k)
 
 
 def muon(
@@ -193,7 +210,7 @@ def muon(
   Args:
     learning_rate: a number or a schedule.
     weight_decay: times the learning rate; also `mask`, as in `optax.adamw`.
-    other: for leaves that are no matrices; None for
+    other: for leaves that are not matrices; None for
       `optax.adamw(learning_rate, weight_decay=0)`.
     momentum: None, or the codec of mu, as `first` in `quantized_state`, in
       blocks of 128: 'lin8' and 'e4m3' keep it in 8 bits. Its direction is all

@@ -169,7 +169,8 @@ def grid_neighbours(
   Args:
     w: float array.
     fmt: a block format without zero points.
-    axis: block axis, also `scale_rule`, as in `lowbit_jax.quantize`.
+    axis: block axis, as in `lowbit_jax.quantize`.
+    scale_rule: as in `lowbit_jax.quantize`.
 
   Returns:
     (nearest, other) of the shape and dtype of `w`. Both are the same where `w`
@@ -177,8 +178,8 @@ def grid_neighbours(
   """
   if fmt.zero_point:
     raise ValueError(
-      f'fmt={fmt} has zero points, with which an element is no number of a'
-      ' table; use a symmetric format such as lowbit_jax.formats.int4_g32'
+      f'fmt={fmt} has zero points, so its numbers are not those of a table;'
+      ' use a symmetric format such as lowbit_jax.formats.int4_g32'
     )
   w = jax.lax.stop_gradient(w)
   q = ops.quantize(w, fmt, axis=axis, scale_rule=scale_rule)
@@ -214,17 +215,19 @@ def ema_quantize(
   axis: Axis = None,
   scale_rule: str | None = None,
 ) -> jax.Array:
-  """Of the two grid points around each weight, the one nearer to its mean.
+  """Rounds each weight to the grid point beside it that is nearer to its mean.
 
   Args:
     w: weights, float.
     ema: their means from `q_ema`, of the same shape.
-    fmt: as in `grid_neighbours`; also `axis`, `scale_rule`.
+    fmt: as in `grid_neighbours`.
+    axis: as in `grid_neighbours`.
+    scale_rule: as in `grid_neighbours`.
 
   Returns:
     Quantized weights of the shape and dtype of `w`, to be used in the forward
-    pass as they are. The nearest to `w` wins ties. The gradient goes to `w`
-    unchanged, none to `ema`.
+    pass as they are. In ties the grid point nearest to `w` is taken. The
+    gradient goes to `w` unchanged; `ema` gets none.
   """
   if jnp.shape(ema) != jnp.shape(w):
     raise ValueError(
@@ -284,7 +287,7 @@ def _check_params(name: str, params) -> None:
 
 
 def _applied(w: jax.Array, u: jax.Array) -> jax.Array:
-  """What `optax.apply_updates` makes of a leaf."""
+  """The leaf `w` after `optax.apply_updates`."""
   return (w + u).astype(w.dtype)
 
 
@@ -292,10 +295,10 @@ def _distance(a, b):
   return jnp.abs(a.astype(jnp.float32) - b.astype(jnp.float32))
 
 
-def _unzip(tree, like, n: int):
-  """A tree of n-tuples as n trees of the structure of `like`."""
-  leaves = jax.tree.structure(like).flatten_up_to(tree)
+def _unzip(tree, template, n: int):
+  """A tree of n-tuples as n trees of the structure of `template`."""
+  structure = jax.tree.structure(template)
+  leaves = structure.flatten_up_to(tree)
   return tuple(
-    jax.tree.structure(like).unflatten([leaf[i] for leaf in leaves])
-    for i in range(n)
+    structure.unflatten([leaf[i] for leaf in leaves]) for i in range(n)
   )

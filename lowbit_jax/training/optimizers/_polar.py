@@ -120,7 +120,8 @@ def randomized_polar(
       polar factor.
     oversample: additional columns.
     power_iterations: h; each turns the sketch to large singular values.
-    coefficients: as in `newton_schulz`; also `steps`.
+    coefficients: as in `newton_schulz`.
+    steps: as in `newton_schulz`.
     sketch: 'gaussian' for Omega of normal entries, 'columns' for k columns of
       A, chosen uniformly without replacement.
 

@@ -46,8 +46,8 @@ def quantized_state(
     first: codec of first moments: 'lin8', 'dyn8', 'e4m3', 'e5m2', 'coat',
       'lin4' or 'de4', a block format such as `formats.mxfp8_e4m3`, or None to
       leave them as they are.
-    second: codec of second moments; also 'rank1_lin4' and 'rank1_de4'. What is
-      not zero never becomes zero, in blocks whose largest is 2^-90 or more.
+    second: codec of second moments; also 'rank1_lin4' and 'rank1_de4'. Positive
+      elements stay positive in blocks whose largest element is at least 2^-90.
     block: elements per scale of the named codecs; None for 256 with 'lin8' and
       'dyn8' and 128 with others.
     min_size: leaves with fewer elements are left as they are.
@@ -80,48 +80,67 @@ def quantized_state(
   inner = optax.with_extra_args_support(inner)
 
   def init(params):
-    shapes = {
-      path: leaf
-      for path, leaf in jax.tree_util.tree_leaves_with_path(params)
-      if leaf.size >= min_size
-      and leaf.ndim
-      and not (exclude is not None and exclude(path_name(path), leaf))
-    }
-
-    def encode(path, x):
-      suffixes = (path[i:] for i in range(len(path) + 1))
-      param = next((shapes[s] for s in suffixes if s in shapes), None)
-      codec = codecs.get(_role(path))
-      if (
-        param is None
-        or codec is None
-        or jnp.shape(x) != param.shape
-        or not jnp.issubdtype(x.dtype, jnp.floating)
-      ):
-        return x
-      return _codecs.encode(x, codec, _role(path) == 'second')
-
-    return jax.tree_util.tree_map_with_path(encode, inner.init(params))
+    shapes = _quantized_shapes(params, min_size, exclude)
+    return _encode_first(inner.init(params), shapes, codecs)
 
   def update(updates, state, params=None, **extra_args):
-    decoded = jax.tree.map(
-      lambda x: _codecs.decode(x) if _codecs.is_encoded(x) else x,
-      state,
-      is_leaf=_codecs.is_encoded,
-    )
-    updates, new = inner.update(updates, decoded, params, **extra_args)
-
-    def encode(path, old, x):
-      if not _codecs.is_encoded(old):
-        return x
-      return _codecs.encode_like(old, x, _role(path) == 'second')
-
-    state = jax.tree_util.tree_map_with_path(
-      encode, state, new, is_leaf=_codecs.is_encoded
-    )
-    return updates, state
+    updates, new = inner.update(updates, _decode(state), params, **extra_args)
+    return updates, _encode_again(state, new)
 
   return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _quantized_shapes(params, min_size: int, exclude) -> dict[tuple, tuple]:
+  """The shapes of the parameters whose moments are encoded, by path."""
+  return {
+    path: leaf.shape
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+    if leaf.size >= min_size
+    and leaf.ndim
+    and not (exclude is not None and exclude(path_name(path), leaf))
+  }
+
+
+def _encode_first(state, shapes: dict[tuple, tuple], codecs: dict):
+  """A new state, with the moments of parameters of these shapes encoded."""
+
+  def encode(path, x):
+    # A moment has the path of its parameter below that of its field.
+    suffixes = (path[i:] for i in range(len(path) + 1))
+    shape = next((shapes[s] for s in suffixes if s in shapes), None)
+    codec = codecs.get(_role(path))
+    if (
+      shape is None
+      or codec is None
+      or jnp.shape(x) != shape
+      or not jnp.issubdtype(x.dtype, jnp.floating)
+    ):
+      return x
+    return _codecs.encode(x, codec, _role(path) == 'second')
+
+  return jax.tree_util.tree_map_with_path(encode, state)
+
+
+def _decode(state):
+  """A state with its encoded leaves as floats."""
+  return jax.tree.map(
+    lambda x: _codecs.decode(x) if _codecs.is_encoded(x) else x,
+    state,
+    is_leaf=_codecs.is_encoded,
+  )
+
+
+def _encode_again(old, new):
+  """The state `new`, with the leaves encoded that are encoded in `old`."""
+
+  def encode(path, old, x):
+    if not _codecs.is_encoded(old):
+      return x
+    return _codecs.encode_like(old, x, _role(path) == 'second')
+
+  return jax.tree_util.tree_map_with_path(
+    encode, old, new, is_leaf=_codecs.is_encoded
+  )
 
 
 def adamw(
@@ -141,9 +160,10 @@ def adamw(
   """AdamW with moments of 8 bits, as `optax.adamw` otherwise.
 
   Args:
-    learning_rate: a number or a schedule; also `b1`, `b2`, `eps`,
-      `weight_decay`, `mask` and `nesterov`, as in `optax.adamw`.
-    first: as in `quantized_state`; also `second`, `min_size`, `exclude`.
+    learning_rate: a number or a schedule.
+    b1: as in `optax.adamw`, as are `b2`, `eps`, `weight_decay`, `mask` and
+      `nesterov`.
+    first: as in `quantized_state`, as are `second`, `min_size` and `exclude`.
   """
   return optax.chain(
     quantized_state(

@@ -171,9 +171,10 @@ def stable_spam(
   """StableSPAM: `adaclip`, `adagn` and an Adam that starts again.
 
   Args:
-    learning_rate: a number or a schedule; also `b1`, `b2`, `eps`,
-      `weight_decay` and `mask`, as in `optax.adamw`.
-    gamma1: as in `adagn`; also `gamma2`.
+    learning_rate: a number or a schedule.
+    b1: as in `optax.adamw`, as are `b2`, `eps`, `weight_decay` and `mask`.
+    gamma1: as in `adagn`.
+    gamma2: as in `adagn`.
     theta: as in `adaclip`.
     every: as in `momentum_reset`.
     decay_steps: None, or the steps T over which `b1` and `gamma1` fall to half
