@@ -20,8 +20,8 @@ import lowbit_jax as lowbit
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / 'examples'))
 
-import byte_lm  # noqa: E402
-import lm_trainer  # noqa: E402
+from models import byte_lm  # noqa: E402
+from support import trainer  # noqa: E402
 
 _ROUNDS = flags.DEFINE_integer('rounds', 11, 'Timed calls of each candidate.')
 _RECIPES = flags.DEFINE_list(
@@ -43,9 +43,9 @@ _GOALS = {'muon': 1.3} | dict.fromkeys(
 
 def step(windows, **settings):
   """A thunk that repeats the first step."""
-  run = lm_trainer.Settings(byte_lm.Config(), scan=True, **settings)
-  state = jax.jit(lambda: lm_trainer.init(run))()
-  return functools.partial(jax.jit(lm_trainer.make_step(run)), state, windows)
+  run = trainer.Settings(byte_lm.Config(), scan=True, **settings)
+  state = jax.jit(lambda: trainer.init(run))()
+  return functools.partial(jax.jit(trainer.make_step(run)), state, windows)
 
 
 def rounding(name: str):

@@ -33,12 +33,11 @@ import jax
 import numpy as np
 from absl import app, flags
 
-import _checkpoints
-import _report
-import byte_lm
-import lm_trainer
 from lowbit_jax.recipe import GemmSpec, QuantSpec, Recipe
 from lowbit_jax.training import linen as low, optimizers, recipes
+from models import byte_lm
+from support import report, trainer
+from support.checkpoints import Checkpoints
 
 _RECIPES = flags.DEFINE_list(
   'recipes',
@@ -64,8 +63,8 @@ _WORKDIR = flags.DEFINE_string(
 _EVAL_WINDOWS = 256
 
 
-def _settings(recipe: str, optimizer: str, seed: int) -> lm_trainer.Settings:
-  return lm_trainer.Settings(
+def _settings(recipe: str, optimizer: str, seed: int) -> trainer.Settings:
+  return trainer.Settings(
     byte_lm.Config(steps=_STEPS.value, seed=seed),
     recipe=recipe,
     optimizer=optimizer,
@@ -77,22 +76,20 @@ def _settings(recipe: str, optimizer: str, seed: int) -> lm_trainer.Settings:
   )
 
 
-def _path(run: lm_trainer.Settings, suffix: str = '') -> pathlib.Path:
+def _path(run: trainer.Settings, suffix: str = '') -> pathlib.Path:
   steps, seed = run.model.steps, run.model.seed
   exempt = f'-last{run.exempt_last}' if run.exempt_last else ''
   name = f'{run.recipe}-{run.optimizer}-{steps}-{seed}{exempt}{suffix}'
   return pathlib.Path(_WORKDIR.value) / name
 
 
-def _train(run: lm_trainer.Settings, corpus: byte_lm.Corpus):
+def _train(run: trainer.Settings, corpus: byte_lm.Corpus):
   """The last state and the log; networks in float32 are kept."""
   if run.recipe != 'float32':
-    return lm_trainer.train(run, corpus)
-  checkpoints = _checkpoints.Checkpoints(
-    _path(run), lm_trainer.identity(run, corpus)
-  )
+    return trainer.train(run, corpus)
+  checkpoints = Checkpoints(_path(run), trainer.identity(run, corpus))
   with contextlib.closing(checkpoints):
-    return lm_trainer.train(
+    return trainer.train(
       run,
       corpus,
       checkpoints,
@@ -101,9 +98,9 @@ def _train(run: lm_trainer.Settings, corpus: byte_lm.Corpus):
     )
 
 
-def one_run(run: lm_trainer.Settings, corpus: byte_lm.Corpus) -> dict:
+def one_run(run: trainer.Settings, corpus: byte_lm.Corpus) -> dict:
   """The finished run from disk, or a new one."""
-  path, identity = _path(run, '.json'), lm_trainer.identity(run, corpus)
+  path, identity = _path(run, '.json'), trainer.identity(run, corpus)
   if path.exists():
     finished = json.loads(path.read_text())
     if identity.items() <= finished.items():
@@ -111,7 +108,7 @@ def one_run(run: lm_trainer.Settings, corpus: byte_lm.Corpus) -> dict:
   start = time.process_time()
   state, records = _train(run, corpus)
   own, plain = (
-    lm_trainer.evaluate(run, state, corpus, _EVAL_WINDOWS, quantized)
+    trainer.evaluate(run, state, corpus, _EVAL_WINDOWS, quantized)
     for quantized in (True, False)
   )
   finished = identity | {
@@ -121,13 +118,13 @@ def one_run(run: lm_trainer.Settings, corpus: byte_lm.Corpus) -> dict:
     'cpu_seconds': time.process_time() - start,
     'jax': jax.__version__,
   }
-  lm_trainer.write_summary(path, finished)
+  trainer.write_summary(path, finished)
   return finished
 
 
-def _state_bytes(run: lm_trainer.Settings) -> float:
+def _state_bytes(run: trainer.Settings) -> float:
   """Bytes of optimizer state for each parameter."""
-  state = jax.eval_shape(lambda: lm_trainer.init(run))
+  state = jax.eval_shape(lambda: trainer.init(run))
   parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
   return optimizers.state_bytes(state.optimizer) / parameters
 
@@ -185,10 +182,10 @@ def compare_forward(
       scan=runs[0].scan,
       recompute=False,
     )
-    loss = lm_trainer.make_loss(network)
+    loss = trainer.make_loss(network)
     return np.array(
       [
-        lm_trainer.held_out(loss, network.config, s, corpus, _EVAL_WINDOWS)
+        trainer.held_out(loss, network.config, s, corpus, _EVAL_WINDOWS)
         for s in states
       ]
     ).mean(axis=1)
@@ -241,7 +238,7 @@ def main(argv: Sequence[str]) -> None:
     if len(lines) == 1:
       lines.append('|---' * len(row) + '|')
       print(lines[-1])
-  _report.write_atomically(
+  report.write_atomically(
     workdir / name, ''.join(f'{line}\n' for line in lines).encode()
   )
 

@@ -34,7 +34,6 @@ import jax
 import numpy as np
 from absl import app, flags, logging
 
-import _report
 from lowbit_jax import special
 from lowbit_jax.search import (
   archive as archives,
@@ -48,6 +47,7 @@ from lowbit_jax.search import (
   targets,
   timing,
 )
+from support import report
 
 _TARGET = flags.DEFINE_enum(
   'target', 'exp2', sorted(targets.TARGETS), 'Function.'
@@ -339,7 +339,7 @@ def _remembered(reference):
   return call
 
 
-def report(search, workdir, state) -> None:
+def write_results(search, workdir, state) -> None:
   """Writes the hall of fame and the plot, and prints the table."""
   hall = collect(search, state)
   reals = search.objective == 'operations'
@@ -355,7 +355,7 @@ def report(search, workdir, state) -> None:
     'classical': families,
   }
   text = json.dumps(content, indent=2) + '\n'
-  _report.write_atomically(workdir / 'hall_of_fame.json', text.encode())
+  report.write_atomically(workdir / 'hall_of_fame.json', text.encode())
   print(f'{"operations":>10}  {"error":>10}  {"classical":>10}  formula')
   for entry in hall:
     count, error = entry['operations'], entry['error']
@@ -404,7 +404,7 @@ def plot(search, path, hall, families) -> None:
   data = io.BytesIO()
   figure.savefig(data, format='png', dpi=150)
   pyplot.close(figure)
-  _report.write_atomically(path, data.getvalue())
+  report.write_atomically(path, data.getvalue())
 
 
 def race(search, workdir, state) -> None:
@@ -475,7 +475,7 @@ def publish(search, workdir, target, program) -> None:
     ('c', emit.c99(program, target)),
   ):
     path = workdir / f'{name}.{suffix}'
-    _report.write_atomically(path, text.encode())
+    report.write_atomically(path, text.encode())
     print(f'saved {path}')
 
 
@@ -510,7 +510,7 @@ def main(argv: Sequence[str]) -> int:
     if island == 0:
       paths = [workdir / f'island_{i}' / 'checkpoint.npz' for i in range(count)]
       states = [state, *(evolve.load(path, search) for path in paths[1:])]
-      report(search, workdir, merged(search, states))
+      write_results(search, workdir, merged(search, states))
   except (UserError, ValueError, FileExistsError) as error:
     print(f'evolve: {error}', file=sys.stderr)
     return 1

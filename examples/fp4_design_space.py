@@ -41,14 +41,13 @@ import optax
 import tqdm
 from absl import app, flags, logging
 
-import _checkpoints
-import _report
-import _tasks
-import byte_lm
 from lowbit_jax import ops
 from lowbit_jax.recipe import GemmSpec, Recipe
 from lowbit_jax.training import micro_scaling, optimizers
 from lowbit_jax.training.micro_scaling import MicroScaling
+from models import byte_lm
+from support import report, tasks
+from support.checkpoints import CheckpointError
 
 _FLOAT32 = 'float32'
 _SURROGATES = tuple(micro_scaling.SURROGATES)
@@ -152,7 +151,7 @@ _QUICK_FLAG = flags.DEFINE_bool(
 _TASKS = flags.DEFINE_list(
   'tasks',
   ['regression', 'digits', 'diffusion'],
-  f'What is trained, of {", ".join(_tasks.TASKS)}.',
+  f'What is trained, of {", ".join(tasks.TASKS)}.',
 )
 _SETTINGS = flags.DEFINE_list(
   'settings',
@@ -291,7 +290,7 @@ def _optimizer(name: str, learning_rate: float, steps: int):
   return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule))
 
 
-def make_train(task: _tasks.Task, changed: dict[str, str] | None, steps: int):
+def make_train(task: tasks.Task, changed: dict[str, str] | None, steps: int):
   """The function (params, batches, held_out, key) -> held-out loss.
 
   Args:
@@ -337,7 +336,7 @@ def make_train(task: _tasks.Task, changed: dict[str, str] | None, steps: int):
 
 
 def train_seeds(
-  task: _tasks.Task, changed: dict[str, str] | None, seeds: int, steps: int
+  task: tasks.Task, changed: dict[str, str] | None, seeds: int, steps: int
 ) -> list[float]:
   """Held-out losses of all seeds, trained side by side."""
 
@@ -381,12 +380,12 @@ class Store:
       content = json.loads(path.read_text())
       found, losses = content['run'], [float(x) for x in content['losses']]
     except (ValueError, KeyError, TypeError, OSError) as error:
-      raise _checkpoints.CheckpointError(
+      raise CheckpointError(
         f'{path} is damaged or was written by something else. It was left as '
         'it is: move it away to repeat the run, or give another --workdir.'
       ) from error
     if found != run:
-      raise _checkpoints.CheckpointError(
+      raise CheckpointError(
         f'{path} belongs to another sweep ({found}). It was left as it is: '
         'repeat the flags of that sweep, or give another --workdir.'
       )
@@ -394,7 +393,7 @@ class Store:
 
   def save(self, run: dict[str, Any], losses: list[float]) -> None:
     text = json.dumps({'run': run, 'losses': losses}, indent=2)
-    _report.write_atomically(self._path(run), f'{text}\n'.encode())
+    report.write_atomically(self._path(run), f'{text}\n'.encode())
 
 
 class Row(NamedTuple):
@@ -479,7 +478,7 @@ def write_table(path: pathlib.Path, rows: Sequence[Row]) -> None:
     writer.writerow(
       f'{value:.7g}' if isinstance(value, float) else value for value in row
     )
-  _report.write_atomically(path, text.getvalue().encode())
+  report.write_atomically(path, text.getvalue().encode())
 
 
 def write_plot(path: pathlib.Path, tables: dict[str, list[Row]]) -> None:
@@ -536,7 +535,7 @@ def write_plot(path: pathlib.Path, tables: dict[str, list[Row]]) -> None:
     ]
     axes.legend(handles=handles, fontsize=8, loc='upper right')
     if labelled:
-      _report._place_labels(
+      report._place_labels(
         axes,
         [(r.operations, r.gap) for r in labelled],
         [r.setting.replace('+', '\n+') for r in labelled],
@@ -544,11 +543,11 @@ def write_plot(path: pathlib.Path, tables: dict[str, list[Row]]) -> None:
       )
   image = io.BytesIO()
   figure.savefig(image, format='png', dpi=130)
-  _report.write_atomically(path, image.getvalue())
+  report.write_atomically(path, image.getvalue())
 
 
 def run(
-  tasks: Sequence[str],
+  task_names: Sequence[str],
   settings: dict[str, dict[str, str]],
   seeds: int,
   steps: int,
@@ -559,8 +558,8 @@ def run(
   store = Store(workdir / 'runs')
   names = (_FLOAT32, *settings)
   plan, titles = {}, {}
-  for task_name in tasks:
-    task = _tasks.TASKS[task_name]()
+  for task_name in task_names:
+    task = tasks.TASKS[task_name]()
     titles[task_name] = f'{task_name}: {task.measure}'
     for name in names:
       description = {
@@ -573,7 +572,7 @@ def run(
   done = sum(losses is not None for _, _, losses in plan.values())
   if done:
     print(f'{done} of {len(plan)} runs reused')
-  results: dict[str, dict[str, list[float]]] = {name: {} for name in tasks}
+  results: dict[str, dict[str, list[float]]] = {name: {} for name in task_names}
   with tqdm.tqdm(
     total=len(plan),
     initial=done,
@@ -627,16 +626,16 @@ def main(argv: Sequence[str]) -> int:
     }
   try:
     for task in values['tasks']:
-      if task not in _tasks.TASKS:
+      if task not in tasks.TASKS:
         raise byte_lm.ConfigError(
-          f'task {task!r} is not one of {", ".join(_tasks.TASKS)}.'
+          f'task {task!r} is not one of {", ".join(tasks.TASKS)}.'
         )
     parsed = map(parse, values['settings'])
     settings = {_label(changed): changed for changed in parsed}
     run(values['tasks'], settings, values['seeds'], values['steps'], workdir)
   except (
     byte_lm.ConfigError,
-    _checkpoints.CheckpointError,
+    CheckpointError,
     FileNotFoundError,
     ImportError,
   ) as error:

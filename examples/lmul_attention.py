@@ -3,9 +3,9 @@
 L-Mul replaces a multiplication by an integer addition. The first table has the
 relative errors of its products, beside those of true products of narrow
 numbers, for pairs with uniform mantissas. The second has the held-out loss of
-the byte-level model of byte_lm.py, trained in float32 with exact attention,
-when the products of its attention (Q K^T, and weights times V) are L-Mul; its
-other layers stay exact.
+the byte-level model of models/byte_lm.py, trained in float32 with exact
+attention, when the products of its attention (Q K^T, and weights times V) are
+L-Mul; its other layers stay exact.
 
   python examples/lmul_attention.py   # six minutes on two cores, one if trained
 
@@ -27,12 +27,12 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags, logging
 
-import _checkpoints
-import _report
-import byte_lm
 from lowbit_jax import formats
 from lowbit_jax.ops import lmul_attention
 from lowbit_pallas.arith import lmul as arith
+from models import byte_lm
+from support import report
+from support.checkpoints import CheckpointError, Checkpoints
 
 _DEFAULTS = byte_lm.Config()
 _SAVE_EVERY = 40
@@ -200,7 +200,7 @@ def _save(path: pathlib.Path, rows: Sequence[Error] | Sequence[Loss]) -> None:
   writer.writerow(rows[0]._fields)
   for row in rows:
     writer.writerow(f'{v:.7g}' if isinstance(v, float) else v for v in row)
-  _report.write_atomically(path, text.getvalue().encode())
+  report.write_atomically(path, text.getvalue().encode())
   print(f'saved {path}')
 
 
@@ -212,7 +212,7 @@ def run(
   corpus: byte_lm.Corpus,
 ) -> None:
   """Measures, prints and saves both tables."""
-  checkpoints = _checkpoints.Checkpoints(
+  checkpoints = Checkpoints(
     workdir / 'checkpoints', byte_lm.identity(config, corpus)
   )
   try:
@@ -243,7 +243,7 @@ def main(argv: Sequence[str]) -> int:
       _EVAL_WINDOWS.value,
       byte_lm.load_corpus(),
     )
-  except _checkpoints.CheckpointError as error:
+  except CheckpointError as error:
     print(f'lmul_attention: {error}', file=sys.stderr)
     return 1
   return 0

@@ -41,12 +41,11 @@ import numpy as np
 import tqdm
 from absl import app, flags, logging
 
-import _checkpoints
-import _report
-import _timing
-import byte_lm
 from lowbit_jax import formats, nn
 from lowbit_jax.recipe import QuantSpec
+from models import byte_lm
+from support import report, timing
+from support.checkpoints import CheckpointError, Checkpoints
 
 _DEFAULTS = byte_lm.Config()
 _THREADS = 2  # that compile
@@ -206,7 +205,7 @@ def evaluate(
   activations: formats.BlockFormat | None,
   eval_windows: int,
   timing_rounds: int,
-) -> list[_report.Row]:
+) -> list[report.Row]:
   """Measures float32 and each format, printing the table row by row.
 
   Args:
@@ -232,14 +231,14 @@ def evaluate(
     return loss.lower(packed, batches[0]).compile(), packed
 
   def row(name, candidate):
-    losses, seconds, relative_time = _timing.measure(
+    losses, seconds, relative_time = timing.measure(
       baseline, candidate, batches, timing_rounds
     )
     losses = losses[:eval_windows].astype(np.float64)
     difference = losses - references.setdefault('float32', losses)
     kernels = byte_lm.quantized_kernels(candidate[1])
     size = sum(kernel.nbytes for kernel in kernels)
-    return _report.Row(
+    return report.Row(
       format=name,
       bytes=size,
       bits_per_weight=8 * size / sum(kernel.size for kernel in kernels),
@@ -255,11 +254,11 @@ def evaluate(
   for start in range(0, len(names), _CHUNK):
     chunk = _compile_in_threads(prepare, names[start : start + _CHUNK])
     if not rows:
-      print(_report.HEADER)
+      print(report.HEADER)
     for name, candidate in chunk.items():
       baseline = baseline or candidate
       rows.append(row(name, candidate))
-      print(_report.format_row(rows[-1]), flush=True)
+      print(report.format_row(rows[-1]), flush=True)
   return rows
 
 
@@ -272,14 +271,14 @@ def _printable(text: bytes) -> str:
 
 
 def _save_results(
-  rows: list[_report.Row], title: str, workdir: pathlib.Path
+  rows: list[report.Row], title: str, workdir: pathlib.Path
 ) -> None:
   table, plot = workdir / 'table.csv', workdir / 'plot.png'
-  _report.write_csv(table, rows)
+  report.write_csv(table, rows)
   if importlib.util.find_spec('matplotlib') is None:
     print(f'saved {table}; no plot, because matplotlib is not installed')
   else:
-    _report.write_plot(plot, rows, title)
+    report.write_plot(plot, rows, title)
     print(f'saved {table} and {plot}')
 
 
@@ -303,7 +302,7 @@ def _print_sample(
 
 
 def _print_kept(
-  checkpoints: _checkpoints.Checkpoints, directory: pathlib.Path, steps: int
+  checkpoints: Checkpoints, directory: pathlib.Path, steps: int
 ) -> None:
   saved = checkpoints.steps()
   if saved:
@@ -325,9 +324,7 @@ def run(config: byte_lm.Config, workdir: pathlib.Path) -> None:
     flush=True,
   )
   directory = workdir / 'checkpoints'
-  checkpoints = _checkpoints.Checkpoints(
-    directory, byte_lm.identity(config, corpus)
-  )
+  checkpoints = Checkpoints(directory, byte_lm.identity(config, corpus))
   inputs = _ACTIVATIONS.value
   activations = formats.get(inputs) if inputs else None
   names = _FORMAT_NAMES.value
@@ -374,7 +371,7 @@ def main(argv: Sequence[str]) -> int:
       seed=_SEED.value,
     )
     run(config, pathlib.Path(_WORKDIR.value))
-  except (byte_lm.ConfigError, _checkpoints.CheckpointError) as error:
+  except (byte_lm.ConfigError, CheckpointError) as error:
     print(f'quantize_lm: {error}', file=sys.stderr)
     return 1
   except KeyboardInterrupt:

@@ -1,6 +1,6 @@
 """Measures how the loss gap of a weight format depends on size and data.
 
-Trains byte-level language models (see byte_lm.py) of several widths for
+Trains byte-level language models (see models/byte_lm.py) of several widths for
 several numbers of bytes, in float32 and with the weights of their linear layers
 fake-quantized in every step, straight-through, in several element formats ExMy
 and numbers of elements per float32 scale. Then it fits the law of
@@ -36,12 +36,12 @@ import optax
 import tqdm
 from absl import app, flags, logging
 
-import _checkpoints
-import _report
-import byte_lm
 from lowbit_jax import formats, nn
 from lowbit_jax.recipe import QuantSpec
 from lowbit_jax.training import laws
+from models import byte_lm
+from support import report
+from support.checkpoints import CheckpointError
 
 _LAYERS = 2
 _LEVEL = 0.9  # of the intervals
@@ -292,7 +292,7 @@ class Store:
     corpus: what was trained on.
 
   Raises:
-    _checkpoints.CheckpointError: where a file belongs to another sweep.
+    CheckpointError: where a file belongs to another sweep.
   """
 
   def __init__(
@@ -321,12 +321,12 @@ class Store:
       content = json.loads(path.read_text())
       found, loss = content['run'], float(content['loss'])
     except (ValueError, KeyError, TypeError, OSError) as error:
-      raise _checkpoints.CheckpointError(
+      raise CheckpointError(
         f'{path} is damaged or was written by something else. It was left as '
         'it is: move it away to repeat the run, or give another --workdir.'
       ) from error
     if found != self._run(setting):
-      raise _checkpoints.CheckpointError(
+      raise CheckpointError(
         f'{path} belongs to another sweep or corpus. It was left as it is: '
         'repeat the flags of that sweep, or give another --workdir.'
       )
@@ -334,7 +334,7 @@ class Store:
 
   def save(self, setting: Setting, loss: float) -> None:
     text = json.dumps({'run': self._run(setting), 'loss': loss}, indent=2)
-    _report.write_atomically(self._path(setting), f'{text}\n'.encode())
+    report.write_atomically(self._path(setting), f'{text}\n'.encode())
 
   def _run(self, setting: Setting) -> dict[str, Any]:
     return dataclasses.asdict(setting) | self._common
@@ -541,7 +541,7 @@ def write_table(path: pathlib.Path, lines: Sequence[Line]) -> None:
     writer.writerow(
       f'{value:.7g}' if isinstance(value, float) else value for value in line
     )
-  _report.write_atomically(path, text.getvalue().encode())
+  report.write_atomically(path, text.getvalue().encode())
 
 
 def write_plot(path: pathlib.Path, lines: Sequence[Line]) -> None:
@@ -593,7 +593,7 @@ def write_plot(path: pathlib.Path, lines: Sequence[Line]) -> None:
     axes.grid(alpha=0.25)
   image = io.BytesIO()
   figure.savefig(image, format='png', dpi=120)
-  _report.write_atomically(path, image.getvalue())
+  report.write_atomically(path, image.getvalue())
 
 
 def sweep_from_flags() -> Sweep:
@@ -661,7 +661,7 @@ def main(argv: Sequence[str]) -> int:
     run(sweep_from_flags(), workdir)
   except (
     byte_lm.ConfigError,
-    _checkpoints.CheckpointError,
+    CheckpointError,
     FileNotFoundError,
   ) as error:
     print(f'scaling_law: {error}', file=sys.stderr)

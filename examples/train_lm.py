@@ -40,15 +40,15 @@ import jax
 import numpy as np
 from absl import app, flags, logging
 
-import _checkpoints
-import byte_lm
-import lm_trainer
 from lowbit_jax import doctor
 from lowbit_jax.recipe import QuantSpec
 from lowbit_jax.training import recipes
+from models import byte_lm
+from support import trainer
+from support.checkpoints import CheckpointError, Checkpoints
 
 _MODEL = byte_lm.Config()
-_DEFAULTS = lm_trainer.Settings()
+_DEFAULTS = trainer.Settings()
 
 _WORKDIR = flags.DEFINE_string(
   'workdir', 'train_lm_out', 'Directory of checkpoints and results.'
@@ -63,7 +63,7 @@ _EXEMPT_LAST = flags.DEFINE_integer(
   'exempt_last', 0, 'Blocks at the end in float32.', lower_bound=0
 )
 _OPTIMIZER = flags.DEFINE_enum(
-  'optimizer', _DEFAULTS.optimizer, tuple(lm_trainer.OPTIMIZERS), 'Optimizer.'
+  'optimizer', _DEFAULTS.optimizer, tuple(trainer.OPTIMIZERS), 'Optimizer.'
 )
 _ACCUMULATE = flags.DEFINE_integer(
   'accumulate', 1, 'Microbatches per step.', lower_bound=1
@@ -108,7 +108,7 @@ _EVAL_WINDOWS = flags.DEFINE_integer(
 )
 
 
-def settings() -> lm_trainer.Settings:
+def settings() -> trainer.Settings:
   """The run that the flags describe."""
   model = byte_lm.Config(
     width=_WIDTH.value,
@@ -120,7 +120,7 @@ def settings() -> lm_trainer.Settings:
     learning_rate=_LEARNING_RATE.value,
     seed=_SEED.value,
   )
-  return lm_trainer.Settings(
+  return trainer.Settings(
     model,
     recipe=_RECIPE.value,
     exempt_first=_EXEMPT_FIRST.value,
@@ -131,7 +131,7 @@ def settings() -> lm_trainer.Settings:
   )
 
 
-def _print_weights(run: lm_trainer.Settings, state) -> None:
+def _print_weights(run: trainer.Settings, state) -> None:
   """What the recipe's weight format does to the trained weights."""
   spec = recipes.get(run.recipe).fwd.rhs
   if not isinstance(spec, QuantSpec) or spec.fmt.is_tile or run.scan:
@@ -148,7 +148,7 @@ def _print_weights(run: lm_trainer.Settings, state) -> None:
 def _evaluate(run, state, corpus) -> dict[str, float]:
   """Mean held-out losses, printed."""
   own, plain = (
-    lm_trainer.evaluate(run, state, corpus, _EVAL_WINDOWS.value, quantized)
+    trainer.evaluate(run, state, corpus, _EVAL_WINDOWS.value, quantized)
     for quantized in (True, False)
   )
   error = float(np.std(own, ddof=1) / len(own) ** 0.5) if len(own) > 1 else 0.0
@@ -159,16 +159,16 @@ def _evaluate(run, state, corpus) -> dict[str, float]:
   return {'loss': own.mean(), 'standard_error': error, 'float32': plain.mean()}
 
 
-def train(run: lm_trainer.Settings, workdir: pathlib.Path) -> None:
+def train(run: trainer.Settings, workdir: pathlib.Path) -> None:
   """Trains, evaluates, and saves log, summary and curve."""
   started = time.perf_counter()
   corpus = byte_lm.load_corpus()
-  mesh = lm_trainer.make_mesh(_MESH.value or f'data={jax.device_count()}')
-  checkpoints = _checkpoints.Checkpoints(
-    workdir / 'checkpoints', lm_trainer.identity(run, corpus)
+  mesh = trainer.make_mesh(_MESH.value or f'data={jax.device_count()}')
+  checkpoints = Checkpoints(
+    workdir / 'checkpoints', trainer.identity(run, corpus)
   )
   try:
-    state, records = lm_trainer.train(
+    state, records = trainer.train(
       run,
       corpus,
       checkpoints,
@@ -190,15 +190,15 @@ def train(run: lm_trainer.Settings, workdir: pathlib.Path) -> None:
   if jax.process_count() == 1:
     _print_weights(run, state)
   monitored = [r.monitored for r in records if r.monitored]
-  lm_trainer.write_summary(
+  trainer.write_summary(
     workdir / 'summary.json',
-    lm_trainer.identity(run, corpus) | losses | (monitored or [{}])[-1],
+    trainer.identity(run, corpus) | losses | (monitored or [{}])[-1],
   )
   if importlib.util.find_spec('matplotlib') is None:
     print('no plot, because matplotlib is not installed')
   else:
     title = f'{run.recipe}, {run.optimizer}: held-out loss {losses["loss"]:.4f}'
-    lm_trainer.write_curve(workdir / 'curve.png', records, title)
+    trainer.write_curve(workdir / 'curve.png', records, title)
   print(f'saved log, summary and curve in {workdir}')
   print(f'total time {time.perf_counter() - started:.0f} s')
 
@@ -215,8 +215,8 @@ def main(argv: Sequence[str]) -> int:
     train(settings(), pathlib.Path(_WORKDIR.value))
   except (
     byte_lm.ConfigError,
-    lm_trainer.NonFiniteError,
-    _checkpoints.CheckpointError,
+    trainer.NonFiniteError,
+    CheckpointError,
   ) as error:
     print(f'train_lm: {error}', file=sys.stderr)
     return 1

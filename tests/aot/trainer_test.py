@@ -1,22 +1,15 @@
 """One training step of a model of 7 billion parameters for 256 chips."""
 
-import pathlib
-import sys
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from absl.testing import absltest
+from jax.experimental import topologies
 
+from models import byte_lm
+from support import trainer
 from tests.aot import targets
-
-sys.path.insert(0, str(pathlib.Path(__file__).parents[2] / 'examples'))
-
-from jax.experimental import topologies  # noqa: E402
-
-import byte_lm  # noqa: E402
-import lm_trainer  # noqa: E402
 
 MEMORY = 16 * 1024**3  # bytes of a v5e chip
 
@@ -26,7 +19,7 @@ class TrainerTest(absltest.TestCase):
   def test_a_step_fits_on_v5e_256(self):
     if (why := targets.why_not('v5e')) is not None:
       self.skipTest(why)
-    settings = lm_trainer.Settings(
+    settings = trainer.Settings(
       byte_lm.Config(
         width=4096, heads=32, blocks=34, context=1024, batch=256, steps=100
       ),
@@ -37,16 +30,16 @@ class TrainerTest(absltest.TestCase):
       platform='tpu', topology_name='v5e:16x16'
     )
     devices = np.asarray(chips.devices).reshape(1, 64, 4)
-    mesh = jax.sharding.Mesh(devices, lm_trainer.AXES)
-    state = jax.eval_shape(lambda: lm_trainer.init(settings))
+    mesh = jax.sharding.Mesh(devices, trainer.AXES)
+    state = jax.eval_shape(lambda: trainer.init(settings))
     parameters = sum(p.size for p in jax.tree.leaves(state.params))
     self.assertBetween(parameters, 6.8e9, 7.2e9)
-    places = lm_trainer.state_shardings(state, mesh)
+    places = trainer.state_shardings(state, mesh)
     rows = jax.sharding.NamedSharding(
       mesh, jax.sharding.PartitionSpec(('data', 'fsdp'))
     )
     step = jax.jit(
-      lm_trainer.make_step(settings, mesh=mesh),
+      trainer.make_step(settings, mesh=mesh),
       in_shardings=(places, rows),
       out_shardings=(places, None),
       donate_argnums=0,

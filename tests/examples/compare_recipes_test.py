@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import pathlib
-import sys
 import tempfile
 from unittest import mock
 
@@ -11,12 +10,9 @@ import jax
 import numpy as np
 from absl.testing import absltest
 
-_ROOT = pathlib.Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(_ROOT / 'examples'))
-
-import byte_lm  # noqa: E402
-import lm_trainer  # noqa: E402
-from tests.examples import scripts  # noqa: E402
+from models import byte_lm
+from support import trainer
+from tests.examples import scripts
 
 script = scripts.load('compare_recipes')
 
@@ -30,9 +26,9 @@ def _corpus() -> byte_lm.Corpus:
   return byte_lm.Corpus(text, text[: 1 << 12], 1, 'test')
 
 
-def _settings(recipe: str, optimizer: str, seed: int) -> lm_trainer.Settings:
+def _settings(recipe: str, optimizer: str, seed: int) -> trainer.Settings:
   model = dataclasses.replace(_TINY, seed=seed)
-  return lm_trainer.Settings(model, recipe=recipe, optimizer=optimizer)
+  return trainer.Settings(model, recipe=recipe, optimizer=optimizer)
 
 
 class CompareTest(absltest.TestCase):
@@ -52,23 +48,23 @@ class CompareTest(absltest.TestCase):
   def test_forward_products_of_one_network(self):
     mesh = jax.make_mesh(
       (1, 1, 1),
-      lm_trainer.AXES,
+      trainer.AXES,
       (jax.sharding.AxisType.Auto,) * 3,
       devices=jax.devices()[:1],
     )
     self.enter_context(
-      mock.patch.object(lm_trainer, 'make_mesh', return_value=mesh)
+      mock.patch.object(trainer, 'make_mesh', return_value=mesh)
     )
     self.flags(_RECIPES=['fp8_delayed'], _OPTIMIZERS=['adamw'])
     header, row = script.compare_forward(_corpus(), [1])
     self.assertEqual(header[0], 'forward product')
     trained = _settings('float32', 'adamw', 1)
-    with mock.patch.object(lm_trainer, 'make_step', side_effect=AssertionError):
+    with mock.patch.object(trainer, 'make_step', side_effect=AssertionError):
       state, _ = script._train(trained, _corpus())  # That on disk.
     # Its scales are those of the data before the first step.
     current = _settings('fp8_current', 'adamw', 1)
     base, want = (
-      lm_trainer.evaluate(run, state, _corpus(), 16).mean()
+      trainer.evaluate(run, state, _corpus(), 16).mean()
       for run in (trained, current)
     )
     self.assertEqual(row[:2], ['fp8_delayed', f'{want - base:+.4f}'])
@@ -85,10 +81,10 @@ class CompareTest(absltest.TestCase):
       loss += 0.125 * (run.optimizer == 'adamw8')
       return {'loss': loss, 'float32': loss - 0.0625}
 
-    init = jax.jit(lm_trainer.init, static_argnums=0)
+    init = jax.jit(trainer.init, static_argnums=0)
     with (
       mock.patch.object(script, 'one_run', one_run),
-      mock.patch.object(lm_trainer, 'init', init),
+      mock.patch.object(trainer, 'init', init),
     ):
       header, *rows = script.compare(_corpus(), [0, 2])
     self.assertEqual(
@@ -114,12 +110,12 @@ class CompareTest(absltest.TestCase):
     self.assertBetween(low, 2, 8)
 
   def test_finished_runs(self):
-    run, record = _settings('mxfp8', 'adamw', 0), lm_trainer.Record(0, 1.5, 1.0)
+    run, record = _settings('mxfp8', 'adamw', 0), trainer.Record(0, 1.5, 1.0)
     trained = mock.Mock(return_value=(None, [record]))
     losses = mock.Mock(return_value=np.array([1.0, 2.0]))
     with (
       mock.patch.object(script, '_train', trained),
-      mock.patch.object(lm_trainer, 'evaluate', losses),
+      mock.patch.object(trainer, 'evaluate', losses),
     ):
       first = script.one_run(run, _corpus())
       self.assertEqual(script.one_run(run, _corpus()), first)

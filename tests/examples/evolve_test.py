@@ -14,12 +14,9 @@ import pytest
 from absl.testing import absltest
 
 from lowbit_jax.search import certify, emit, evolve, targets
+from tests.examples import scripts
 
 _ROOT = pathlib.Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(_ROOT / 'examples'))
-
-from tests.examples import scripts  # noqa: E402
-
 script = scripts.load('evolve')
 
 _TOY = (

@@ -1,11 +1,10 @@
-"""Tests of examples/fp4_design_space.py and examples/_tasks.py."""
+"""Tests of examples/fp4_design_space.py and of its tasks."""
 
 import csv
 import importlib.util
 import json
 import math
 import pathlib
-import sys
 import tempfile
 from unittest import mock
 
@@ -15,14 +14,10 @@ import numpy as np
 import pytest
 from absl.testing import absltest, parameterized
 
-_ROOT = pathlib.Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(_ROOT / 'examples'))
-
-# pylint: disable=wrong-import-position
-import _checkpoints  # noqa: E402
-import _tasks  # noqa: E402
-import byte_lm  # noqa: E402
-from tests.examples import scripts  # noqa: E402
+from models import byte_lm
+from support import tasks
+from support.checkpoints import CheckpointError
+from tests.examples import scripts
 
 study = scripts.load('fp4_design_space')
 
@@ -110,7 +105,7 @@ class TasksTest(parameterized.TestCase):
     self.check_learns('digits')
 
   def check_learns(self, name):
-    task = _tasks.TASKS[name]()
+    task = tasks.TASKS[name]()
     params = task.init(0)
     loss = jax.jit(lambda params, batch: task.loss(params, batch, jnp.matmul))
     before = float(loss(params, task.held_out()))
@@ -125,7 +120,7 @@ class TasksTest(parameterized.TestCase):
     data = np.random.default_rng(0).integers(0, 256, 4096).astype(np.uint8)
     corpus = byte_lm.Corpus(data[:3000], data[3000:], 2, 'toy')
     with mock.patch.object(byte_lm, 'load_corpus', return_value=corpus):
-      task = _tasks.TASKS['lm']()
+      task = tasks.TASKS['lm']()
     calls = []
 
     def linear(x, w):
@@ -153,11 +148,11 @@ class StoreTest(absltest.TestCase):
 
   def test_other_sweeps_and_damage_are_refused(self):
     self.store.save(_RUN, [0.5, 0.25])
-    with self.assertRaisesRegex(_checkpoints.CheckpointError, 'another sweep'):
+    with self.assertRaisesRegex(CheckpointError, 'another sweep'):
       self.store.load(_RUN | {'seeds': 3})
     (path,) = (self.directory / 'runs').iterdir()
     path.write_text(path.read_text()[:20])
-    with self.assertRaisesRegex(_checkpoints.CheckpointError, 'damaged'):
+    with self.assertRaisesRegex(CheckpointError, 'damaged'):
       self.store.load(_RUN)
 
 

@@ -3,7 +3,6 @@
 import csv
 import math
 import pathlib
-import sys
 import tempfile
 from unittest import mock
 
@@ -12,12 +11,8 @@ import numpy as np
 import pytest
 from absl.testing import absltest
 
-_ROOT = pathlib.Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(_ROOT / 'examples'))
-
-# pylint: disable=wrong-import-position
-import byte_lm  # noqa: E402
-from tests.examples import scripts  # noqa: E402
+from models import byte_lm
+from tests.examples import scripts
 
 study = scripts.load('lmul_attention')
 

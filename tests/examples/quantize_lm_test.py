@@ -17,16 +17,12 @@ import orbax.checkpoint as ocp
 import pytest
 from absl.testing import absltest, parameterized
 
+from models import byte_lm
+from support import report, timing
+from support.checkpoints import CheckpointError, Checkpoints
+from tests.examples import scripts
+
 _ROOT = pathlib.Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(_ROOT / 'examples'))
-
-# pylint: disable=wrong-import-position
-import _checkpoints  # noqa: E402
-import _report  # noqa: E402
-import _timing  # noqa: E402
-import byte_lm  # noqa: E402
-from tests.examples import scripts  # noqa: E402
-
 script = scripts.load('quantize_lm')
 
 _INIT = byte_lm.init
@@ -117,7 +113,7 @@ class ModelTest(parameterized.TestCase):
 class ResumeTest(absltest.TestCase):
   def test_interrupted_training_ends_in_the_same_bits(self):
     corpus = _toy_corpus()
-    whole = _checkpoints.Checkpoints(_new_directory(self), _RUN)
+    whole = Checkpoints(_new_directory(self), _RUN)
     expected = byte_lm.train(_TOY, corpus, whole, 2)
     directory = _new_directory(self)
     batch = byte_lm.train_batch
@@ -129,9 +125,9 @@ class ResumeTest(absltest.TestCase):
 
     with mock.patch.object(byte_lm, 'train_batch', interrupted):
       with self.assertRaises(KeyboardInterrupt):
-        checkpoints = _checkpoints.Checkpoints(directory, _RUN)
+        checkpoints = Checkpoints(directory, _RUN)
         byte_lm.train(_TOY, corpus, checkpoints, 2)
-    checkpoints = _checkpoints.Checkpoints(directory, _RUN)
+    checkpoints = Checkpoints(directory, _RUN)
     self.assertEqual(checkpoints.steps(), [2, 4])
     steps = []
 
@@ -158,19 +154,19 @@ class CheckpointsTest(parameterized.TestCase):
     self.template = jax.eval_shape(lambda: self.state)
 
   def _save(self, *steps):
-    checkpoints = _checkpoints.Checkpoints(self.directory, _RUN)
+    checkpoints = Checkpoints(self.directory, _RUN)
     for step in steps:
       checkpoints.save(step, self.state)
     checkpoints.close()
 
   def _restore(self, run=None):
-    checkpoints = _checkpoints.Checkpoints(self.directory, run or _RUN)
+    checkpoints = Checkpoints(self.directory, run or _RUN)
     with contextlib.closing(checkpoints):
       return checkpoints.restore(self.template)
 
   def _assert_refused_untouched(self, pattern, run=None):
     before = _contents(self.directory)
-    with self.assertRaisesRegex(_checkpoints.CheckpointError, pattern):
+    with self.assertRaisesRegex(CheckpointError, pattern):
       self._restore(run)
     self.assertEqual(_contents(self.directory), before)
 
@@ -179,11 +175,11 @@ class CheckpointsTest(parameterized.TestCase):
     step, state = self._restore()
     self.assertEqual(step, 3)
     np.testing.assert_array_equal(state['w'], self.state['w'])
-    kept = _checkpoints.Checkpoints(self.directory, _RUN).steps()
+    kept = Checkpoints(self.directory, _RUN).steps()
     self.assertEqual(kept, [2, 3])
 
   def test_interrupt_waits_for_the_save(self):
-    checkpoints = _checkpoints.Checkpoints(self.directory, _RUN)
+    checkpoints = Checkpoints(self.directory, _RUN)
     save = checkpoints._manager.save
 
     def interrupted(*args, **kwargs):
@@ -283,13 +279,13 @@ class CheckpointsTest(parameterized.TestCase):
 
   def test_file_in_place_of_directory_is_refused(self):
     self.directory.write_text('')
-    with self.assertRaisesRegex(_checkpoints.CheckpointError, 'is a file'):
+    with self.assertRaisesRegex(CheckpointError, 'is a file'):
       self._restore()
 
 
 class ReportTest(parameterized.TestCase):
   def _row(self, name='a', bits=4.0, difference=0.1):
-    return _report.Row(name, 1000, bits, 2.1, difference, 0.01, 3.0, 1.2)
+    return report.Row(name, 1000, bits, 2.1, difference, 0.01, 3.0, 1.2)
 
   def test_failed_write_keeps_the_old_file(self):
     directory = _new_directory(self)
@@ -297,12 +293,12 @@ class ReportTest(parameterized.TestCase):
     path.write_text('old')
     with mock.patch.object(os, 'replace', side_effect=OSError):
       with self.assertRaises(OSError):
-        _report.write_csv(path, [self._row()])
+        report.write_csv(path, [self._row()])
     self.assertEqual(_contents(directory), {'table.csv': b'old'})
 
   def test_csv_has_one_line_per_row(self):
     path = _new_directory(self) / 'table.csv'
-    _report.write_csv(path, [self._row('a'), self._row('b', difference=-0.5)])
+    report.write_csv(path, [self._row('a'), self._row('b', difference=-0.5)])
     with open(path, newline='') as file:
       rows = list(csv.DictReader(file))
     self.assertEqual([row['format'] for row in rows], ['a', 'b'])
@@ -310,7 +306,7 @@ class ReportTest(parameterized.TestCase):
     self.assertEqual(int(rows[1]['bytes']), 1000)
 
   def test_rows_line_up_with_the_header(self):
-    self.assertLen(_report.format_row(self._row()), len(_report.HEADER))
+    self.assertLen(report.format_row(self._row()), len(report.HEADER))
 
   def test_plot_labels_are_apart(self):
     matplotlib = self._import_matplotlib()
@@ -320,7 +316,7 @@ class ReportTest(parameterized.TestCase):
     axes.set_xlim(2, 9)
     axes.set_ylim(0, 1)
     points = [(4.25, 0.5 + 0.001 * index) for index in range(12)]
-    _report._place_labels(axes, points, ['mxfp4_label'] * 12, 8.5)
+    report._place_labels(axes, points, ['mxfp4_label'] * 12, 8.5)
     renderer = figure.canvas.get_renderer()
     boxes = [
       text.get_window_extent(renderer) for text in axes.texts if text.get_text()
@@ -343,7 +339,7 @@ class ReportTest(parameterized.TestCase):
     self._import_matplotlib()
     path = _new_directory(self) / 'plot.png'
     rows = [self._row(bits=bits, difference=gap) for bits, gap in points]
-    _report.write_plot(path, rows, 'title')
+    report.write_plot(path, rows, 'title')
     self.assertEqual(path.read_bytes()[:8], b'\x89PNG\r\n\x1a\n')
 
   def _import_matplotlib(self):
@@ -364,7 +360,7 @@ class TimingTest(absltest.TestCase):
       return params + batch
 
     batches = [np.full(2, 10.0), np.full(2, 20.0), np.full(2, 30.0)]
-    losses, seconds, ratio = _timing.measure(
+    losses, seconds, ratio = timing.measure(
       (loss, 1.0), (loss, 2.0), batches, 2
     )
     np.testing.assert_array_equal(losses, [12, 12, 22, 22, 32, 32])
@@ -453,10 +449,10 @@ class ScriptTest(absltest.TestCase):
     self.assertLess(float(rows['float32']['loss']), 5.4)
     self.assertNotEqual(float(rows['mxfp4']['difference']), 0)
     self.assertTrue((self.cwd / 'out' / 'plot.png').exists())
-    row = _report.Row('float32', 1000, 32.0, 2.1, 0.0, 0.0, 3.0, 1.0)
+    row = report.Row('float32', 1000, 32.0, 2.1, 0.0, 0.0, 3.0, 1.0)
     with (
       mock.patch.object(script, 'evaluate', return_value=[row]),
-      mock.patch.object(_report, 'write_plot'),
+      mock.patch.object(report, 'write_plot'),
     ):
       status, out = self._run('--steps=12', '--sample_bytes=0')
     self.assertEqual(status, 0, out)

@@ -5,7 +5,6 @@ import dataclasses
 import functools
 import json
 import pathlib
-import sys
 import tempfile
 from unittest import mock
 
@@ -14,14 +13,10 @@ import numpy as np
 import optax
 from absl.testing import absltest, parameterized
 
-_ROOT = pathlib.Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(_ROOT / 'examples'))
-
-# pylint: disable=wrong-import-position
-import _checkpoints  # noqa: E402
-import byte_lm  # noqa: E402
-from lowbit_jax.training import laws  # noqa: E402
-from tests.examples import scripts  # noqa: E402
+from lowbit_jax.training import laws
+from models import byte_lm
+from support.checkpoints import CheckpointError
+from tests.examples import scripts
 
 scaling_law = scripts.load('scaling_law')
 
@@ -142,11 +137,11 @@ class StoreTest(parameterized.TestCase):
     self._store().save(setting, 2.5)
     self.assertEqual(self._store().load(setting), 2.5)
     self.assertIsNone(self._store().load(self.sweep.settings[1]))
-    with self.assertRaisesRegex(_checkpoints.CheckpointError, 'another sweep'):
+    with self.assertRaisesRegex(CheckpointError, 'another sweep'):
       self._store(context=16).load(setting)
     (path,) = self.directory.glob('*.json')
     path.write_text(json.dumps({'loss': 1.0}))
-    with self.assertRaisesRegex(_checkpoints.CheckpointError, 'is damaged'):
+    with self.assertRaisesRegex(CheckpointError, 'is damaged'):
       self._store().load(setting)
 
 

@@ -18,19 +18,17 @@ import numpy as np
 import pytest
 from absl.testing import absltest, parameterized
 
+from lowbit_jax import formats
+from lowbit_jax.recipe import GemmSpec, QuantSpec, Recipe
+from lowbit_jax.training import optimizers, recipes
+from models import byte_lm
+from support import trainer
+from support.checkpoints import Checkpoints
+from tests.examples import scripts
+
 _ROOT = pathlib.Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(_ROOT / 'examples'))
-
-import _checkpoints  # noqa: E402
-import byte_lm  # noqa: E402
-import lm_trainer  # noqa: E402
-from lowbit_jax import formats  # noqa: E402
-from lowbit_jax.recipe import GemmSpec, QuantSpec, Recipe  # noqa: E402
-from lowbit_jax.training import optimizers, recipes  # noqa: E402
-from tests.examples import scripts  # noqa: E402
-
 script = scripts.load('train_lm')
-_INIT, _MAKE_STEP = lm_trainer.init, lm_trainer.make_step
+_INIT, _MAKE_STEP = trainer.init, trainer.make_step
 _GET = recipes.get
 
 
@@ -46,12 +44,12 @@ def _recipe(name: str) -> Recipe:
 def setUpModule():
   """Runs of equal settings share what they trace."""
   recipes.get = _recipe
-  lm_trainer.init = jax.jit(_INIT, static_argnums=0)
-  lm_trainer.make_step = functools.cache(_MAKE_STEP)
+  trainer.init = jax.jit(_INIT, static_argnums=0)
+  trainer.make_step = functools.cache(_MAKE_STEP)
 
 
 def tearDownModule():
-  lm_trainer.init, lm_trainer.make_step = _INIT, _MAKE_STEP
+  trainer.init, trainer.make_step = _INIT, _MAKE_STEP
   recipes.get = _GET
 
 
@@ -59,16 +57,16 @@ TINY = byte_lm.Config(width=64, heads=2, blocks=1, context=32, batch=8, steps=6)
 STACKED = dataclasses.replace(TINY, blocks=2)
 
 
-def settings(recipe: str = 'fixed_sr', **options) -> lm_trainer.Settings:
+def settings(recipe: str = 'fixed_sr', **options) -> trainer.Settings:
   """A run of one block, which compiles faster than a scan over two.
 
   The default rounds operands of two of its products at random.
   """
-  return lm_trainer.Settings(TINY, recipe=recipe, **options)
+  return trainer.Settings(TINY, recipe=recipe, **options)
 
 
-def stacked(recipe: str) -> lm_trainer.Settings:
-  return lm_trainer.Settings(STACKED, recipe=recipe, scan=True)
+def stacked(recipe: str) -> trainer.Settings:
+  return trainer.Settings(STACKED, recipe=recipe, scan=True)
 
 
 def corpus() -> byte_lm.Corpus:
@@ -79,16 +77,16 @@ def corpus() -> byte_lm.Corpus:
 def one_device():
   return jax.make_mesh(
     (1, 1, 1),
-    lm_trainer.AXES,
+    trainer.AXES,
     (jax.sharding.AxisType.Auto,) * 3,
     devices=jax.devices()[:1],
   )
 
 
 @functools.cache
-def trained(run: lm_trainer.Settings):
+def trained(run: trainer.Settings):
   """The state and the log of an uninterrupted run on one device."""
-  return lm_trainer.train(run, corpus(), mesh=one_device())
+  return trainer.train(run, corpus(), mesh=one_device())
 
 
 class Interrupted(Exception):
@@ -98,11 +96,11 @@ class Interrupted(Exception):
 class ResumeTest(absltest.TestCase):
   def test_a_changed_recipe_is_another_run(self):
     run, text = settings(), corpus()
-    before = lm_trainer.identity(run, text)
-    self.assertEqual(before, lm_trainer.identity(run, text))
+    before = trainer.identity(run, text)
+    self.assertEqual(before, trainer.identity(run, text))
     changed = dataclasses.replace(recipes.get(run.recipe), center=True)
     with mock.patch.object(recipes, 'get', return_value=changed):
-      self.assertNotEqual(before, lm_trainer.identity(run, text))
+      self.assertNotEqual(before, trainer.identity(run, text))
 
   def test_ends_in_the_same_bits(self):
     self.check_resume(settings())
@@ -131,8 +129,8 @@ class ResumeTest(absltest.TestCase):
       }
 
       def checkpoints():
-        return _checkpoints.Checkpoints(
-          directory / 'checkpoints', lm_trainer.identity(run, text)
+        return Checkpoints(
+          directory / 'checkpoints', trainer.identity(run, text)
         )
 
       first = checkpoints()
@@ -145,10 +143,10 @@ class ResumeTest(absltest.TestCase):
 
       first.save = stop_after_four
       with self.assertRaises(Interrupted):
-        lm_trainer.train(run, text, first, **options)
+        trainer.train(run, text, first, **options)
       first.close()
       second = checkpoints()
-      got, resumed = lm_trainer.train(run, text, second, **options)
+      got, resumed = trainer.train(run, text, second, **options)
       second.close()
       with (directory / 'log.csv').open(newline='') as file:
         log = list(csv.DictReader(file))
@@ -180,8 +178,8 @@ class MeshTest(parameterized.TestCase):
 
   def check_losses(self, mesh, run, limit):
     _, want = trained(run)
-    mesh = lm_trainer.make_mesh(mesh)
-    state, got = lm_trainer.train(run, corpus(), mesh=mesh)
+    mesh = trainer.make_mesh(mesh)
+    state, got = trainer.train(run, corpus(), mesh=mesh)
     if mesh.shape['fsdp'] > 1:
       name = 'blocks' if run.scan else 'block_0'
       kernel = state.params[name]['up']['kernel']
@@ -211,12 +209,12 @@ class MeshTest(parameterized.TestCase):
   )
   def test_refusals(self, mesh, message):
     with self.assertRaisesRegex(byte_lm.ConfigError, message):
-      lm_trainer.make_mesh(mesh)
+      trainer.make_mesh(mesh)
 
 
 class GuardTest(absltest.TestCase):
   def test_names_what_is_not_finite(self):
-    start = lm_trainer.init
+    start = trainer.init
 
     def large(run):
       state = start(run)
@@ -226,12 +224,12 @@ class GuardTest(absltest.TestCase):
 
     run = settings('float32')
     with (
-      mock.patch.object(lm_trainer, 'init', large),
+      mock.patch.object(trainer, 'init', large),
       self.assertRaisesRegex(
-        lm_trainer.NonFiniteError, r'step \d: not finite: .*learning_rate'
+        trainer.NonFiniteError, r'step \d: not finite: .*learning_rate'
       ),
     ):
-      lm_trainer.train(run, corpus(), mesh=one_device())
+      trainer.train(run, corpus(), mesh=one_device())
 
   def test_settings(self):
     for options, message in (
@@ -247,10 +245,8 @@ class GuardTest(absltest.TestCase):
 class OptimizerTest(absltest.TestCase):
   def test_state_of_eight_bits(self):
     def state_bytes(optimizer):
-      run = lm_trainer.Settings(
-        recipe='float32', optimizer=optimizer, scan=True
-      )
-      state = jax.eval_shape(lambda: lm_trainer.init(run))
+      run = trainer.Settings(recipe='float32', optimizer=optimizer, scan=True)
+      state = jax.eval_shape(lambda: trainer.init(run))
       return optimizers.state_bytes(state.optimizer)
 
     ratio = state_bytes('adamw8') / state_bytes('adamw')
@@ -261,9 +257,9 @@ class MonitorTest(absltest.TestCase):
   def measure(self, recipe):
     windows = byte_lm.train_batch(corpus(), TINY, 0)
     run = settings(recipe)
-    state = jax.jit(lambda: lm_trainer.init(run))()
-    monitored = lm_trainer.make_monitor(run)(state, jnp.asarray(windows))
-    return lm_trainer._summary(monitored)
+    state = jax.jit(lambda: trainer.init(run))()
+    monitored = trainer.make_monitor(run)(state, jnp.asarray(windows))
+    return trainer._summary(monitored)
 
   @pytest.mark.slow
   def test_four_bits(self):
@@ -291,16 +287,16 @@ class MonitorTest(absltest.TestCase):
 
   def test_log_keeps_what_was_measured(self):
     records = [
-      lm_trainer.Record(0, 2.5, 1.0, snr_db=7.5, dy_flushed=0.25),
-      lm_trainer.Record(1, 2.25, 0.5),
+      trainer.Record(0, 2.5, 1.0, snr_db=7.5, dy_flushed=0.25),
+      trainer.Record(1, 2.25, 0.5),
     ]
     with tempfile.TemporaryDirectory() as directory:
       path = pathlib.Path(directory) / 'log.csv'
-      lm_trainer._write_log(path, records)
-      self.assertEqual(lm_trainer._read_log(path, 2), records)
+      trainer._write_log(path, records)
+      self.assertEqual(trainer._read_log(path, 2), records)
     self.assertEqual(records[1].monitored, {})
     self.assertEqual(
-      lm_trainer._postfix(2.5, records[0].monitored),
+      trainer._postfix(2.5, records[0].monitored),
       {'loss': '2.500', 'snr': '7.5dB', 'flushed': '25.0%'},
     )
 
@@ -310,7 +306,7 @@ class ScriptTest(absltest.TestCase):
   FLAGS += ('--eval_windows=8',)
 
   def test_one_process(self):
-    mesh = mock.patch.object(lm_trainer, 'make_mesh', return_value=one_device())
+    mesh = mock.patch.object(trainer, 'make_mesh', return_value=one_device())
     text = mock.patch.object(byte_lm, 'load_corpus', corpus)
     with mesh, text, tempfile.TemporaryDirectory() as directory:
       code, out = scripts.run(

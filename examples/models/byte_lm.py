@@ -344,7 +344,7 @@ def train(
   Args:
     config: of the model and its training.
     corpus: whose training part is read.
-    checkpoints: a `_checkpoints.Checkpoints`.
+    checkpoints: a `Checkpoints`.
     save_every: steps between checkpoints; the last step is always saved.
 
   Returns:

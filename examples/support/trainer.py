@@ -23,9 +23,6 @@ import optax
 import tqdm
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 
-import _checkpoints
-import _report
-import byte_lm
 from lowbit_jax.recipe import Policy
 from lowbit_jax.training import (
   linen as low,
@@ -34,6 +31,9 @@ from lowbit_jax.training import (
   recipes,
   scaling,
 )
+from models import byte_lm
+from support import report
+from support.checkpoints import Checkpoints
 
 AXES = ('data', 'fsdp', 'model')
 # Columns of these lie on 'model' and of the others their rows, so that each
@@ -409,7 +409,7 @@ def _postfix(loss: float, monitored: dict[str, float]) -> dict[str, str]:
 def train(
   settings: Settings,
   corpus: byte_lm.Corpus,
-  checkpoints: _checkpoints.Checkpoints | None = None,
+  checkpoints: Checkpoints | None = None,
   *,
   mesh: Mesh | None = None,
   save_every: int = 40,
@@ -595,13 +595,13 @@ def _write_log(path: pathlib.Path | None, records: list[Record]) -> None:
   writer.writerows(
     ['' if v is None else repr(v) for v in record] for record in records
   )
-  _report.write_atomically(path, text.getvalue().encode())
+  report.write_atomically(path, text.getvalue().encode())
 
 
 def write_summary(path: pathlib.Path, summary: dict[str, Any]) -> None:
   """Saves a summary as JSON, whole or not at all."""
   text = json.dumps(summary, indent=2, default=str) + '\n'
-  _report.write_atomically(path, text.encode())
+  report.write_atomically(path, text.encode())
 
 
 def write_curve(path: pathlib.Path, records: list[Record], title: str) -> None:
@@ -638,7 +638,7 @@ def write_curve(path: pathlib.Path, records: list[Record], title: str) -> None:
     axes.grid(alpha=0.25)
   image = io.BytesIO()
   figure.savefig(image, format='png', dpi=150)
-  _report.write_atomically(path, image.getvalue())
+  report.write_atomically(path, image.getvalue())
 
 
 def _plot_shares(axes, records: list[Record]) -> None:

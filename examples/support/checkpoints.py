@@ -18,7 +18,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-import _report
+from support import report
 
 _MANIFEST = 'run.json'
 _SEAL = 'files.json'
@@ -135,7 +135,7 @@ class Checkpoints:
     if found is None:
       self._directory.mkdir(parents=True, exist_ok=True)
       text = json.dumps({'kind': _KIND, 'run': run}, indent=2) + '\n'
-      _report.write_atomically(self._directory / _MANIFEST, text.encode())
+      report.write_atomically(self._directory / _MANIFEST, text.encode())
     else:
       _check_run(self._directory, found, run)
     for step in self.steps():
@@ -207,7 +207,7 @@ class Checkpoints:
       self._manager.save(step, args=items, force=True)
       path = self._directory / str(step)
       seal = json.dumps(_file_digests(path), indent=2) + '\n'
-      _report.write_atomically(path / _SEAL, seal.encode())
+      report.write_atomically(path / _SEAL, seal.encode())
 
   def restore(self, template: Any, shardings: Any = None) -> tuple[int, Any]:
     """Reads the newest checkpoint.

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-import byte_lm
+from models import byte_lm
 
 Linear = Callable[[jax.Array, jax.Array], jax.Array]
 
@@ -176,7 +176,7 @@ def diffusion() -> Task:
 
 
 def lm() -> Task:
-  """The byte-level language model of byte_lm.py, two blocks of width 64."""
+  """The byte-level language model, two blocks of width 64."""
   corpus = byte_lm.load_corpus()
   config = byte_lm.Config(width=64, heads=2, blocks=2, context=64, batch=16)
 
