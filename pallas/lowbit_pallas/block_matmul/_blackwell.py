@@ -13,7 +13,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from lowbit_pallas import _mosaic_gpu as mgpu
-from lowbit_pallas.block_matmul.config import SWIZZLE_BYTES, GpuConfig
+from lowbit_pallas.block_matmul.mosaic_gpu_config import SWIZZLE_BYTES, Config
 
 # A scale tile holds the scales of 128 rows and 4 blocks as 32 x 16 bytes.
 SCALE_ROWS, SCALE_BLOCKS = 128, 4
@@ -46,7 +46,7 @@ def block_scaled(
   sa: jax.Array,
   sb: jax.Array,
   block: int,
-  config: GpuConfig,
+  config: Config,
 ) -> jax.Array:
   """The product of two block-scaled operands.
 

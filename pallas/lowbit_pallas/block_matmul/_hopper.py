@@ -15,10 +15,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from lowbit_pallas import _mosaic_gpu as mgpu
 from lowbit_pallas.block_matmul import reference
-from lowbit_pallas.block_matmul.config import (
+from lowbit_pallas.block_matmul.mosaic_gpu_config import (
   SWIZZLE_BYTES,
   WGMMA_ROWS,
-  GpuConfig,
+  Config,
 )
 
 # Registers per thread; two or three warpgroups share 64 Ki of them.
@@ -34,7 +34,7 @@ def promoted(
   b: jax.Array,
   sa: jax.Array,
   sb: jax.Array,
-  config: GpuConfig,
+  config: Config,
   interpret: Any = None,
 ) -> jax.Array:
   """'fp8_128': FP8 products of 128 elements, scaled and summed in float32.
@@ -124,7 +124,7 @@ def integer(
   b: jax.Array,
   row: jax.Array,
   column: jax.Array,
-  config: GpuConfig,
+  config: Config,
   interpret: Any = None,
 ) -> jax.Array:
   """'integer': int32 sums of int8 products, then a scale per row and column.
@@ -214,7 +214,7 @@ def integer(
   )(a, b, row, column)
 
 
-def _rings(a, b, config: GpuConfig):
+def _rings(a, b, config: Config):
   tiled = (
     plgpu.TilingTransform((8, SWIZZLE_BYTES)),
     plgpu.SwizzleTransform(SWIZZLE_BYTES),

@@ -12,7 +12,7 @@ from lowbit_pallas.arith import (
   scale as exact,
 )
 from lowbit_pallas.arith.hash import Origin
-from lowbit_pallas.quantize.config import Task, given_key
+from lowbit_pallas.quantize.task import Task, given_key
 
 
 def run(

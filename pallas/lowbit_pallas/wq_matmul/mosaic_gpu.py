@@ -19,34 +19,44 @@ from jax.typing import DTypeLike
 
 from lowbit_pallas import _mosaic_gpu
 from lowbit_pallas.arith import block, codec, packing
-from lowbit_pallas.wq_matmul import config as _config, reference
-from lowbit_pallas.wq_matmul.config import Config
+from lowbit_pallas.wq_matmul import mosaic_gpu_config as _config, reference
+from lowbit_pallas.wq_matmul.mosaic_gpu_config import (
+  LAYOUT,
+  Config,
+  choose,
+  heuristic as heuristic,
+)
 from lowbit_pallas.wq_matmul.prepack import Prepacked
 
 ROWS = _config.COLUMNS  # of w^T in a tile
 
 
 def why_not(
-  x_shape: Sequence[int], x_dtype: DTypeLike, w: Prepacked, config: Config
+  x_shape: Sequence[int],
+  x_dtype: DTypeLike,
+  w: Prepacked,
+  config: Config | None = None,
 ) -> str | None:
   """Why the kernel refuses, or None.
 
   Args:
-    x_shape, x_dtype: of x.
+    x_shape: shape of x.
+    x_dtype: dtype of x.
     w: the weight, arrays or `jax.ShapeDtypeStruct`.
-    config: see `config.mosaic_gpu`.
+    config: tile sizes; None for those of `choose`.
   """
+  config = config or _chosen(x_shape, x_dtype, w)
   refusal = reference.why_not(x_shape, x_dtype, w, config.schedule)
   if refusal is not None:
     return refusal
-  if w.layout != 'nk':
-    return f"the weight has layout {w.layout!r}; prepack it with layout='nk'"
+  if w.layout != LAYOUT:
+    return f'the weight has layout {w.layout!r}; prepack it with {LAYOUT!r}'
   if w.tile != config.tile:
     return f'the weight has tiles of {w.tile} rows, config.tile={config.tile}'
   lane = w.tile // packing.codes_per_group(w.spec.bits)
   if lane not in (64, 128):
     return f'tiles of {w.tile} rows have lanes of {lane}, not 64 or 128'
-  refusal = _config.why_not_gpu(config, w.steps)
+  refusal = _config.why_not(config, w.steps)
   if refusal is None:
     refusal = _mosaic_gpu.why_not_grid(_grid(x_shape[0], w.n, config))
   if refusal is not None:
@@ -69,6 +79,10 @@ def why_not(
   return None
 
 
+def _chosen(x_shape, x_dtype, w: Prepacked) -> Config:
+  return choose(x_shape[0], w.n, w.k, w.spec, x_dtype, tile=w.tile)
+
+
 def run(
   x: jax.Array,
   w: Prepacked,
@@ -81,17 +95,14 @@ def run(
   Args:
     x: (m, k) in bfloat16, float16 or float32.
     w: the weight in the layout 'nk'.
-    config: tile sizes; None for `config.mosaic_gpu` with the tile of w.
+    config: tile sizes; None for those of `choose`.
     out_dtype: dtype of the result, which is rounded to it once; None for that
       of x.
 
   Returns:
     (m, n).
   """
-  if config is None:
-    config = _config.mosaic_gpu(
-      x.shape[0], w.n, w.k, w.spec, x.dtype, tile=w.tile
-    )
+  config = config or _chosen(x.shape, x.dtype, w)
   refusal = why_not(x.shape, x.dtype, w, config)
   if refusal is not None:
     raise NotImplementedError(refusal)
