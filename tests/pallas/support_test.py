@@ -1,5 +1,6 @@
 """The table of kernels is that of the documentation, and each one exists."""
 
+import dataclasses
 import importlib.util
 import inspect
 import pathlib
@@ -131,6 +132,14 @@ class SupportTest(parameterized.TestCase):
     self.assertEqual(next(iter(_parameters(config.why_not))), 'config')
     for f in (module.why_not, module.run):
       self.assertIsNone(_parameters(f)['config'].default, f)
+
+  @parameterized.parameters(*((k,) for k in _support.KERNELS))
+  def test_sizes_are_static_arguments(self, kernel):
+    config = kernel.load_config().Config
+    count = len(dataclasses.fields(config))
+    one, same = config(*range(count)), config(*range(count))
+    self.assertEqual({one, same}, {one})
+    self.assertNotEqual(one, config(*range(1, count + 1)))
 
   def test_sizes_are_known_without_the_back_ends(self):
     code = """

@@ -143,7 +143,7 @@ def rule(
     if random is None:
       raise ValueError(
         "rounding='stochastic' needs random=, uint32 bits such as those of"
-        ' arith.hash.random_bits'
+        ' arith.hashing.random_bits'
       )
     return stochastic(random, random_bits)
   if rounding == 'toward_zero':

@@ -26,11 +26,11 @@ from lowbit_pallas.arith import (
   block,
   codec,
   hadamard,
-  hash,
+  hashing,
   packing,
   scale as exact,
 )
-from lowbit_pallas.arith.hash import Origin
+from lowbit_pallas.arith.hashing import Origin
 from lowbit_pallas.quantize import mosaic_gpu_config as _config, task as _task
 from lowbit_pallas.quantize.mosaic_gpu_config import (
   LANES,
@@ -390,10 +390,10 @@ def _random(tile, top, column, inputs):
     words[2] + top.astype(jnp.uint32),
     words[3] + column.astype(jnp.uint32),
   )
-  index = hash.element_index(
+  index = hashing.element_index(
     shape, (start, tile.full or (tile.rows, tile.cols))
   )
-  bits = hash.bits_of((words[0], words[1]), *index)
+  bits = hashing.bits_of((words[0], words[1]), *index)
   if tile.cols % tile.task.spec.block:
     lane = jax.lax.broadcasted_iota(jnp.int32, shape, 1)
     bits = jnp.where(lane < tile.cols - column, bits, jnp.uint32(0))

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
-from lowbit_pallas.arith import block, codec, hash
-from lowbit_pallas.arith.hash import Origin
+from lowbit_pallas.arith import block, codec, hashing
+from lowbit_pallas.arith.hashing import Origin
 
 BLOCKS = (16, 32, 64, 128)
 ROTATIONS = (16, 32, 64, 128)
@@ -91,7 +91,7 @@ def words(key_words: jax.Array | None, origin: Origin | None) -> jax.Array:
   key_words = given_key(key_words)
   start = (0, 0) if origin is None else origin[0]
   start = [jnp.asarray(s).astype(jnp.uint32) for s in start]
-  return jnp.stack([*hash.streams(key_words), *start])
+  return jnp.stack([*hashing.streams(key_words), *start])
 
 
 def scale_columns(cols: int, task: Task) -> int:

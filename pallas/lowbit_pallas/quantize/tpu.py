@@ -24,11 +24,11 @@ from lowbit_pallas.arith import (
   block,
   codec,
   hadamard,
-  hash,
+  hashing,
   packing,
   scale as exact,
 )
-from lowbit_pallas.arith.hash import Origin
+from lowbit_pallas.arith.hashing import Origin
 from lowbit_pallas.quantize import task as _task, tpu_config as _config
 from lowbit_pallas.quantize.task import Task
 from lowbit_pallas.quantize.tpu_config import (
@@ -310,8 +310,8 @@ def _random(task, shape, full, inputs, top, left, i, col, piece):
   rows = piece[0]
   row = words[2] + (top + i * rows).astype(jnp.uint32)
   start = row, words[3] + (left + col).astype(jnp.uint32)
-  index = hash.element_index(piece, (start, full or shape))
-  bits = hash.bits_of((words[0], words[1]), *index)
+  index = hashing.element_index(piece, (start, full or shape))
+  bits = hashing.bits_of((words[0], words[1]), *index)
   if shape[1] % task.spec.block:
     inside = _lane(piece) < shape[1] - left - col
     bits = jnp.where(inside, bits, jnp.uint32(0))

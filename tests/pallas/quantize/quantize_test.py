@@ -105,9 +105,7 @@ _compiled_once = functools.cache(_compiled)
 
 
 def run(module, x, task: Task, *, tensor_scale=None, signs=None, **kwargs):
-  # A `Config` has no hash.
-  compiled = _compiled if 'config' in kwargs else _compiled_once
-  return compiled(module, task, **kwargs)(x, tensor_scale, signs)
+  return _compiled_once(module, task, **kwargs)(x, tensor_scale, signs)
 
 
 def run_traced_anew(module, x, task: Task, *, tensor_scale=None, signs=None):
