@@ -224,46 +224,37 @@ def run(
   reference.check(
     lhs, lhs_scale, rhs, rhs_scale, lhs_spec, rhs_spec, layout, mode
   )
-  reason = why_not(
-    lhs.shape,
-    rhs.shape,
-    lhs_spec,
-    rhs_spec,
-    layout=layout,
-    mode=mode,
-    target=target,
-    config=config,
-  )
-  if reason is not None:
+  kind: dict[str, Any] = dict(layout=layout, mode=mode, target=target)
+  shapes = lhs.shape, rhs.shape
+  if reason := why_not(*shapes, lhs_spec, rhs_spec, **kind, config=config):
     raise NotImplementedError(reason)
   if interpret and mode == 'exact':
     raise NotImplementedError("mode='exact' cannot be interpreted")
   m, n, k, _ = reference.sizes(lhs.shape, rhs.shape, lhs_spec, rhs_spec, layout)
   if 0 in (m, n, k):
     return jnp.zeros((m, n), jnp.float32)
+  # Without a kernel of its own: lhs is decoded here, rhs by wq_matmul.
   lk, rk = reference.k_axes(layout)
   if (target, mode) == ('h100', 'exact'):
     x = reference.values(lhs, lhs_scale, lhs_spec, lk)
     x = x.T if lk == 0 else x
     return _decoded(x, rhs, rhs_scale, rhs_spec, rk)
+  # The others read codes, K minor, in whole tiles; what pads them is cut off.
+  specs = lhs_spec, rhs_spec
   if config is None:
-    specs = lhs_spec, rhs_spec
     config = choose(
       m, n, k, *specs, layout, bits=_mma_bits(specs, mode), target=target
     )
   a = _k_minor(lhs, lhs_spec.bits, lk)
   b = _k_minor(rhs, rhs_spec.bits, rk)
   if mode == 'integer':
-    row, column = reference.row_scales(
-      lhs_scale, rhs_scale, lhs_spec, rhs_spec, layout
-    )
+    row, column = reference.row_scales(lhs_scale, rhs_scale, *specs, layout)
     row = jnp.broadcast_to(row[:, 0], (m,))
     column = jnp.broadcast_to(column[0], (n,))
     out = _integer(a, b, row, column, config, interpret)
   else:
     sa = lhs_scale.T if lk == 0 else lhs_scale
     sb = rhs_scale.T if rk == 0 else rhs_scale
-    specs = lhs_spec, rhs_spec
     if mode == 'fp8_128':
       out = _promoted(a, b, sa, sb, specs, config, interpret)
     else:

@@ -121,6 +121,7 @@ def run(
   )
   if reason is not None:
     raise NotImplementedError(reason)
+  # Scales that multiply the result or its parts, in float32.
   lk, rk = reference.k_axes(layout)
   post = None
   if mode == 'integer':
@@ -133,6 +134,7 @@ def run(
     sa, sb = reference.promotion_scales(lhs_scale, rhs_scale, n, layout)
     lhs_scale = sa.T if lk == 0 else sa
     rhs_scale = sb if rk == 0 else sb.T
+  # Tiles of K, reordered only where the widths of the codes differ.
   in_order = not keeps_storage(lhs_spec, rhs_spec)
   a = prepare(lhs, lhs_scale, lhs_spec, lk, config.bk, in_order)
   b = prepare(rhs, rhs_scale, rhs_spec, rk, config.bk, in_order)

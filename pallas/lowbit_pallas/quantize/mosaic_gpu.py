@@ -228,6 +228,8 @@ def _kernel(tile: _Tile, names, *refs, **scratch):
   task, spec = tile.task, tile.task.spec
   top = jax.lax.axis_index('i') * ROWS
   left = jax.lax.axis_index('j') * tile.columns
+  # All copies start at once: constants, and x unit by unit, so that the first
+  # unit is worked on while the others are on their way.
   for name in ('low', 'carry', 'matrix', 'signs'):
     if name in scratch:
       source = inputs[name]
@@ -246,6 +248,7 @@ def _kernel(tile: _Tile, names, *refs, **scratch):
   tensor_scale = None
   if 'tensor_scale' in inputs:
     tensor_scale = inputs['tensor_scale'][0]
+  # A rotation mixes columns of several blocks, so all of them come before.
   if task.rotation:
 
     @pl.loop(0, tile.copies)
@@ -256,12 +259,14 @@ def _kernel(tile: _Tile, names, *refs, **scratch):
 
     plgpu.commit_smem()
 
+  # Scales and bytes, a unit at a time, into shared memory.
   @pl.loop(0, tile.columns // tile.unit)
   def _(u):
     if not task.rotation:
       plgpu.barrier_wait(scratch['loaded'].at[u])
     _unit(tile, u, top, left, tensor_scale, inputs, scratch)
 
+  # Both results leave by bulk copies.
   plgpu.commit_smem()
   size = tile.columns * spec.bits // 8
   plgpu.copy_smem_to_gmem(
@@ -308,6 +313,7 @@ def _unit(tile, u, top, left, tensor_scale, inputs, scratch):
       block.scaled(x, inverse), spec.element, rule, dtype=jnp.int32
     )
 
+  # Codes of 8 bits are bytes already; narrower ones meet in the matrix unit.
   blocks = range(tile.unit // spec.block)
   if spec.bits == 8:
     for b in blocks:

@@ -189,6 +189,7 @@ def _kernel(task, config, shape, full, names, *refs):
 
     def piece(start, j, collected):
       col = pl.multiple_of(start + j * chunk, chunk)
+      # The maximum of each block, its scale, its codes, and their bytes.
       x = _read(task, shape, inputs, row, col, left, chunk)
       scale = block.stored_scale(
         fb.to_bits(_block_max(x, spec.block)), spec, task.rule, tensor_scale
@@ -202,6 +203,7 @@ def _kernel(task, config, shape, full, names, *refs):
       packed_ref[row, pl.ds(out, size)] = _pack(codes, spec.bits, inputs)
       return _collect(collected, scale, j * (chunk // spec.block))
 
+    # Scales are collected in registers until they fill the lanes of a store.
     for k, start in enumerate(range(0, config.bn, span)):
       count = min(span, config.bn - start) // chunk
       scale = lax.fori_loop(

@@ -227,12 +227,15 @@ def _whole_kernel(x_ref, *refs, static: _Static):
   terms_ref = terms_ref[0] if terms_ref else y_ref
   stored = terms_ref if static.kind == 'softmax' else None
 
+  # The exponent of each row follows from its largest entry.
   _extremes(source, (first_ref, second_ref), static)
   top = jnp.max(first_ref[...], axis=1, keepdims=True)
   near = sm.is_near(jnp.max(first_ref[...]), jnp.min(second_ref[...]))
   n = sm.row_exponent(top)
   first_ref[...] = _to_lanes(n)
 
+  # Exponentials relative to it are kept and summed, without guards where no
+  # entry of the block needs one.
   @pl.when(near)
   def _():
     _sum_terms(
@@ -243,6 +246,7 @@ def _whole_kernel(x_ref, *refs, static: _Static):
   def _():
     _sum_terms(sm.scaled_exp, source, first_ref, second_ref, stored, static)
 
+  # The sum joins the lanes, and divides what was kept.
   m = _sum_of_lanes(second_ref[...], static.tile)
   total = sm.row_pair(m, n)
   log_sum_ref[...] = sm.logsumexp(total)
@@ -338,6 +342,7 @@ def _kernel(x_ref, *refs, static: _Static):
   source = x_ref, where_ref
   phase, j = pl.program_id(1), pl.program_id(2)
 
+  # Phase 0 sums the blocks of a row lane by lane, and in the end joins lanes.
   @pl.when((phase == 0) & (j == 0))
   def _():
     first_ref[...], second_ref[...] = static.form.identity(first_ref.shape)
@@ -350,6 +355,7 @@ def _kernel(x_ref, *refs, static: _Static):
   def _():
     _join_lanes(scratch, log_sum_ref, static)
 
+  # Phase 1 reads the blocks again and normalises them.
   if y_refs:
 
     @pl.when(phase == 1)
