@@ -28,7 +28,7 @@ from lowbit_jax.numerics._codec import blocked
 from lowbit_jax.testing._dots import UNIT, exact_values
 from lowbit_pallas import _tuned
 from lowbit_pallas.block_matmul import config as block_config
-from lowbit_pallas.quantize import config as quantize_config
+from lowbit_pallas.quantize import config as quantize_config, task as _task
 from lowbit_pallas.softmax import config as softmax_config
 from lowbit_pallas.wq_matmul import config as weight_config
 
@@ -601,7 +601,7 @@ def quantize(
   def inputs(seed):
     return (normal(seed, shape, dtype),)
 
-  task = quantize_config.Task(blocked(f), '', rounding, rotation=rotation)
+  task = _task.Task(blocked(f), '', rounding, rotation=rotation)
   size = jnp.dtype(dtype).itemsize
   stored = jax.eval_shape(run, *jax.eval_shape(lambda: inputs(0)))
   return Setup(

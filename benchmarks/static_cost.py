@@ -131,19 +131,19 @@ def weight_cost(name: str) -> Cost:
   pack = functools.partial(_prepack.weight, implementation='tpu')
   planes = jax.eval_shape(pack, q)
   schedule = config.heuristic_schedule(planes.spec)
-  sizes = config.Config(BM, BN, planes.tile, schedule)
+  sizes = tpu.Config(BM, BN, planes.tile, schedule)
   run = functools.partial(tpu.run, config=sizes, out_dtype=jnp.float32)
   return compiled_cost('wq_matmul', run, x, planes)
 
 
 def softmax_cost(kind: str) -> Cost:
-  from lowbit_pallas.softmax import config, tpu
+  from lowbit_pallas.softmax import tpu
 
   run = functools.partial(
     tpu.run,
     kind=kind,
     algorithm='pair',
-    config=config.TpuConfig(ROWS, COLUMNS),
+    config=tpu.Config(ROWS, COLUMNS),
   )
   x = jax.ShapeDtypeStruct((ROWS, COLUMNS), jnp.float32)
   return compiled_cost(f'softmax_{kind}', run, x)

@@ -8,7 +8,7 @@ import jax
 from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike as ArrayLike, DTypeLike as DTypeLike
 
-from lowbit_pallas.arith.hash import Origin as Origin
+from lowbit_pallas.arith.hashing import Origin as Origin
 
 Axis = int | tuple[int, ...] | None
 DotDims = jax.lax.DotDimensionNumbers

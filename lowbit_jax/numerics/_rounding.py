@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from lowbit_jax._typing import Key, Origin, Shape
-from lowbit_pallas.arith import codec, hash
+from lowbit_pallas.arith import codec, hashing
 
 RANDOM_BITS = codec.RANDOM_BITS
 ROUNDINGS = ('nearest_even', 'toward_zero', 'stochastic', 'dithered')
@@ -73,8 +73,8 @@ def random_words(
       )
     if any(not isinstance(n, int) for n in full):
       raise TypeError(f'the full shape in {origin=} must be static ints')
-  low, high = hash.element_index(shape, origin)
-  return hash.random_bits(key_words(key), low, high)
+  low, high = hashing.element_index(shape, origin)
+  return hashing.random_bits(key_words(key), low, high)
 
 
 def dither(key: Key, shape: Shape, origin: Origin | None = None) -> jax.Array:

@@ -7,7 +7,6 @@ multiply the float32 accumulator.
 """
 
 import functools
-import importlib
 from typing import Any
 
 import jax
@@ -23,9 +22,7 @@ from lowbit_jax.ops._operand import Shaped
 from lowbit_jax.ops._prepack import Prepacked
 from lowbit_jax.qarray import QArray
 from lowbit_pallas import _support
-from lowbit_pallas.wq_matmul import config
-
-SIZES = {'tpu': config.tpu, 'mosaic_gpu': config.mosaic_gpu}
+from lowbit_pallas._support import Kernel
 
 
 def plan_tpu(
@@ -66,22 +63,18 @@ def _plan(implementation: str, lhs, rhs, dims, precision) -> Plan:
   blocks = _plan_blocks(implementation, lhs, rhs, dims)
   if blocks is not None:
     return blocks
-  why = _support.why_not('wq_matmul', implementation)
-  if why is None:
-    as_qarray = jax.eval_shape(_operand.unpacked, rhs)
-    why = _dot_xla.why_not_tiles(lhs, as_qarray, dims)
+  kernel = _support.require('wq_matmul', implementation)
+  as_qarray = jax.eval_shape(_operand.unpacked, rhs)
+  why = _dot_xla.why_not_tiles(lhs, as_qarray, dims)
   if why is not None:
     raise NotImplementedError(why)
-  kernel = importlib.import_module(f'lowbit_pallas.wq_matmul.{implementation}')
-  product = _Product(implementation, kernel, dims)
+  module, product = kernel.load(), _Product(kernel, dims)
   try:
     x, w, _ = jax.eval_shape(product.operands, lhs, rhs)
   except ValueError as error:  # no tile fits the blocks
     raise NotImplementedError(str(error)) from error
-  sizes = SIZES[implementation](
-    x.shape[0], w.n, w.k, w.spec, x.dtype, tile=w.tile
-  )
-  why = kernel.why_not(x.shape, x.dtype, w, sizes)
+  sizes = module.choose(x.shape[0], w.n, w.k, w.spec, x.dtype, tile=w.tile)
+  why = module.why_not(x.shape, x.dtype, w, sizes)
   if why is not None:
     raise NotImplementedError(why)
   order = 'prepacked' if isinstance(rhs, Prepacked) else 'reordered here'
@@ -93,14 +86,14 @@ def _plan(implementation: str, lhs, rhs, dims, precision) -> Plan:
 
 
 class _Product:
-  def __init__(self, implementation: str, kernel, dims):
-    self.implementation, self.kernel, self.dims = implementation, kernel, dims
+  def __init__(self, kernel: Kernel, dims):
+    self.kernel, self.dims = kernel, dims
 
   def __call__(self, lhs, rhs):
     lhs, lhs_scale = _dot_xla.without_tensor_scale(lhs)
     x, w, shape = self.operands(lhs, rhs)
-    run = functools.partial(self.kernel.run, out_dtype=jnp.float32)
-    has_rules = self.implementation != 'tpu'
+    run = functools.partial(self.kernel.load().run, out_dtype=jnp.float32)
+    has_rules = self.kernel.has_rules
     out = _partition.partitioned(run, x, w, has_rules=has_rules).reshape(shape)
     rhs_scale = rhs.tensor_scale
     rhs_scale = None if rhs_scale is None else rhs_scale.reshape(())
@@ -113,7 +106,7 @@ class _Product:
       x = qarray.dequantize(lhs, _dot_xla.exact_dtype(lhs.fmt))
     if not isinstance(rhs, Prepacked):
       x, matrix, shape = _dot_xla.as_matrices(x, rhs, self.dims)
-      return x, _prepack.weight(matrix, self.implementation), shape
+      return x, _prepack.weight(matrix, self.kernel.implementation), shape
     ((contracted,), _), _ = self.dims
     x = jnp.moveaxis(x, contracted, -1)
     shape = (*x.shape[:-1], rhs.shape[1])
@@ -126,7 +119,8 @@ def _plan_blocks(implementation: str, lhs, rhs, dims) -> Plan | None:
     return None
   if _support.why_not('block_matmul', implementation) is not None:
     return None
-  if implementation != 'tpu' and not _partition.is_alone():
+  kernel = _support.require('block_matmul', implementation)
+  if kernel.has_rules and not _partition.is_alone():
     return None  # only wq_matmul has a rule for the partitioner
   (contracted, batch), mode = dims, _mode(lhs, rhs)
   matrices = lhs.ndim == rhs.ndim == 2 and contracted[0] and not batch[0]
@@ -138,19 +132,17 @@ def _plan_blocks(implementation: str, lhs, rhs, dims) -> Plan | None:
   if rhs.axes[0] != rhs_k - 2 and mode != 'fp8_128':  # whose tiles are square
     return None
   layout = 'tn'[lhs_k] + 'nt'[rhs_k]
-  kernel = importlib.import_module(
-    f'lowbit_pallas.block_matmul.{implementation}'
-  )
+  module = kernel.load()
   specs = blocked(lhs.fmt), blocked(rhs.fmt)
   options: dict[str, Any] = {'layout': layout, 'mode': mode}
   device = _support.device_of(implementation)
   if device is not None:
     options['target'] = _support.target_of(device)
-  if kernel.why_not(lhs.codes.shape, rhs.codes.shape, *specs, **options):
+  if module.why_not(lhs.codes.shape, rhs.codes.shape, *specs, **options):
     return None
 
   def run(lhs, rhs):
-    out = kernel.run(
+    out = module.run(
       lhs.codes,
       lhs.scale,
       rhs.codes,

@@ -8,10 +8,8 @@ import numpy as np
 from lowbit_jax.formats import BlockFormat
 from lowbit_jax.numerics._codec import blocked
 from lowbit_jax.qarray import QArray
-from lowbit_pallas.wq_matmul import config as _config, prepack as _weights
-
-LAYOUTS = {'tpu': 'kn', 'mosaic_gpu': 'nk'}
-TILES = {'tpu': _config.tpu_tile, 'mosaic_gpu': _config.gpu_tile}
+from lowbit_pallas import _support
+from lowbit_pallas.wq_matmul import prepack as _weights
 
 
 @jax.tree_util.register_dataclass
@@ -76,8 +74,9 @@ def prepack(q: QArray, *, implementation: str) -> Prepacked:
   """
   if not isinstance(q, QArray):
     raise TypeError(f'q must be a QArray, got {type(q).__name__}')
-  if implementation not in LAYOUTS:
-    raise ValueError(f'{implementation=} is not one of {tuple(LAYOUTS)}')
+  names = tuple(_support.PLATFORMS)
+  if implementation not in names:
+    raise ValueError(f'{implementation=} is not one of {names}')
   if q.ndim != 2 or q.axes != (-2,):
     raise ValueError(
       f'q has shape {q.shape} and blocks along axis {q.axis}; prepack takes'
@@ -97,10 +96,15 @@ def unpack(p: Prepacked) -> QArray:
 
 def weight(q: QArray, implementation: str) -> _weights.Prepacked:
   """The leaves of a (k, n) QArray, but its tensor scale, for a kernel."""
-  k, n = q.shape
+  k, _ = q.shape
   spec = blocked(q.fmt)
-  tile = TILES[implementation](k, n, spec)
-  layout = LAYOUTS[implementation]
+  config = _support.find('wq_matmul', implementation).load_config()
   return _weights.prepack(
-    q.codes, q.scale, q.zero_point, spec, tile=tile, k=k, layout=layout
+    q.codes,
+    q.scale,
+    q.zero_point,
+    spec,
+    tile=config.tile_rows(k, spec),
+    k=k,
+    layout=config.LAYOUT,
   )

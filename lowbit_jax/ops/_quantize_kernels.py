@@ -4,7 +4,6 @@ They take blocks along the last axis of a format with block scales. A tensor
 scale is a reduction in XLA before.
 """
 
-import importlib
 import math
 from typing import Any
 
@@ -19,6 +18,7 @@ from lowbit_jax.ops._dispatch import Plan
 from lowbit_jax.qarray import QArray
 from lowbit_jax.transforms import Hadamard
 from lowbit_pallas import _support
+from lowbit_pallas._support import Kernel
 
 
 def plan(
@@ -34,14 +34,11 @@ def plan(
     x: array or `jax.ShapeDtypeStruct`.
     extras, options: what `_quantize.operands` returns beside x.
   """
-  why = _support.why_not('quantize', implementation) or _why_not(
-    x, extras, options
-  )
-  if why is not None:
+  kernel = _support.require('quantize', implementation)
+  if why := _why_not(x, extras, options):
     raise NotImplementedError(why)
-  kernel = importlib.import_module(f'lowbit_pallas.quantize.{implementation}')
-  config = importlib.import_module('lowbit_pallas.quantize.config')
-  task = config.Task(
+  module = kernel.load()
+  task = module.Task(
     blocked(options.fmt),
     options.rule,
     options.rounding,
@@ -49,12 +46,12 @@ def plan(
     options.rotation,
   )
   matrix = math.prod(x.shape[:-1]), x.shape[-1]
-  why = kernel.why_not(matrix, x.dtype, task)
+  why = module.why_not(matrix, x.dtype, task)
   if why is not None:
     raise NotImplementedError(why)
 
   def run(x, extras):
-    return _run(implementation, kernel.run, task, x, extras, options)
+    return _run(kernel, task, x, extras, options)
 
   return Plan('one pass over the rows, packed codes and scales', run)
 
@@ -75,7 +72,7 @@ def _why_not(x, extras, options) -> str | None:
   return None
 
 
-def _run(implementation, kernel, task, x, extras, options) -> QArray:
+def _run(kernel: Kernel, task, x, extras, options) -> QArray:
   fmt = options.fmt
   arguments = {}
   if fmt.tensor_scale:
@@ -91,7 +88,7 @@ def _run(implementation, kernel, task, x, extras, options) -> QArray:
 
   def run(x, *values):
     named = dict(zip(arguments, values, strict=True))
-    return kernel(x, task, origin=origin, **named)
+    return kernel.load().run(x, task, origin=origin, **named)
 
   # The bits of a row depend on where it stands, which a shard does not know.
   split = options.rounding != 'stochastic'
@@ -102,7 +99,7 @@ def _run(implementation, kernel, task, x, extras, options) -> QArray:
     matrix,
     *arguments.values(),
     split=split,
-    has_rules=implementation != 'tpu',
+    has_rules=kernel.has_rules,
   )
   tensor_scale = arguments.get('tensor_scale')
   if tensor_scale is not None:

@@ -14,7 +14,6 @@ logsumexp x alone.
 """
 
 import functools
-import importlib
 import math
 import numbers
 import operator
@@ -243,17 +242,16 @@ def _plan_xla(x, where, call: _Call) -> _dispatch.Plan:
 
 
 def _plan_kernel(implementation: str, note: str, x, where, call: _Call):
-  if why := _support.why_not('softmax', implementation):
-    raise NotImplementedError(why)
+  kernel = _support.require('softmax', implementation)
   if call.exp != 'degree5':
     raise NotImplementedError(f"exp={call.exp!r} is for 'xla' alone")
-  kernel = importlib.import_module(f'lowbit_pallas.softmax.{implementation}')
+  module = kernel.load()
   columns = x.shape[call.axis]
   matrix = (math.prod(x.shape) // max(columns, 1), columns)
   x = jax.ShapeDtypeStruct(matrix, x.dtype)
-  if why := kernel.why_not(x, call.out_dtype, where is not None):
+  if why := module.why_not(x, call.out_dtype, where is not None):
     raise NotImplementedError(why)
-  by_rows = _by_rows(kernel.run, has_rules=implementation != 'tpu')
+  by_rows = _by_rows(module.run, has_rules=kernel.has_rules)
   run = functools.partial(_last_axis, by_rows, call=call)
   return _dispatch.Plan(note, run)
 

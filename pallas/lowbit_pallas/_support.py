@@ -1,6 +1,8 @@
 """What runs where: the table that dispatch, tests, benchmarks and docs read."""
 
+import importlib
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import jax
@@ -36,6 +38,26 @@ class Kernel(NamedTuple):
   interpreted: bool
   run_on: tuple[str, ...] = ()
 
+  @property
+  def has_rules(self) -> bool:
+    """Whether XLA's partitioner asks for the rule of a kernel: not on TPU."""
+    return self.implementation != 'tpu'
+
+  def load(self) -> ModuleType:
+    """The module with `why_not`, `choose` and `run`; imports the back end."""
+    return importlib.import_module(self._name)
+
+  def load_config(self) -> ModuleType:
+    """The module with `Config`, `heuristic` and `choose`; no back end.
+
+    That of `wq_matmul` has the layout and the tile of a weight as well.
+    """
+    return importlib.import_module(f'{self._name}_config')
+
+  @property
+  def _name(self) -> str:
+    return f'lowbit_pallas.{self.op}.{self.implementation}'
+
 
 KERNELS = (
   Kernel('softmax', 'tpu', TPUS, True),
@@ -63,6 +85,18 @@ def find(op: str, implementation: str) -> Kernel | None:
     if (kernel.op, kernel.implementation) == (op, implementation):
       return kernel
   return None
+
+
+def require(op: str, implementation: str) -> Kernel:
+  """The entry of a kernel that the device here may have.
+
+  Raises:
+    NotImplementedError: with the reason of `why_not`.
+  """
+  kernel, why = find(op, implementation), why_not(op, implementation)
+  if kernel is None or why is not None:
+    raise NotImplementedError(why)
+  return kernel
 
 
 def platform(name: str | None = None) -> str:

@@ -11,7 +11,12 @@ import pytest
 from absl.testing import absltest, parameterized
 
 from lowbit_pallas import _mosaic_gpu as mgpu
-from lowbit_pallas.block_matmul import config, mosaic_gpu, reference, tpu
+from lowbit_pallas.block_matmul import (
+  mosaic_gpu,
+  reference,
+  tpu,
+  tpu_config as config,
+)
 from tests.aot import targets
 from tests.pallas.block_matmul import operands as ops
 
@@ -69,7 +74,7 @@ def _compile_tpu(target, left, right, layout, mode, m=264, n=256, k=1024):
   arguments, (a, b) = _arguments(left, right, layout, mode, m, n, k)
   facts = {'layout': layout, 'mode': mode}
   shapes = arguments[0].shape, arguments[2].shape
-  tiles = config.TpuConfig(128, 128, config.k_unit(a, b, layout))
+  tiles = config.Config(128, 128, config.k_unit(a, b, layout))
   reason = tpu.why_not(*shapes, a, b, target=target, config=tiles, **facts)
   if reason is not None:
     return reason

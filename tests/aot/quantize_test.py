@@ -8,8 +8,8 @@ from absl.testing import absltest, parameterized
 from lowbit_jax import formats
 from lowbit_jax.numerics._codec import blocked
 from lowbit_pallas.arith import block
-from lowbit_pallas.quantize import config, mosaic_gpu, tpu
-from lowbit_pallas.quantize.config import Task
+from lowbit_pallas.quantize import mosaic_gpu, tpu
+from lowbit_pallas.quantize.task import DTYPES, ROTATIONS, ROUNDINGS, Task
 from tests.aot import targets
 
 # What differs in how it lowers: width of a code, format of scales, rounding,
@@ -54,9 +54,9 @@ def tasks():
   for name in ALL_FORMATS:
     for rule in block.scale_rules(blocked(formats.get(name))):
       yield name, {'rule': rule}
-    for rounding in config.ROUNDINGS[1:]:
+    for rounding in ROUNDINGS[1:]:
       yield name, {'rounding': rounding}
-  for rotation in config.ROTATIONS:
+  for rotation in ROTATIONS:
     for name in ('mxfp4', 'nvfp4', 'nf4_g64', 'fp8_1x128'):
       yield name, {'rotation': rotation}
 
@@ -101,7 +101,7 @@ class QuantizeTest(parameterized.TestCase):
   @pytest.mark.slow
   def test_everything(self):
     for name, how in tasks():
-      for dtype in config.DTYPES:
+      for dtype in DTYPES:
         for target in targets.TPUS:
           with self.subTest(name=name, how=how, dtype=dtype, target=target):
             self.require(target)

@@ -7,7 +7,7 @@ from absl.testing import absltest, parameterized
 
 from lowbit_jax import formats, quantize
 from lowbit_jax.numerics._codec import blocked
-from lowbit_pallas.wq_matmul import config, mosaic_gpu, prepack, tpu
+from lowbit_pallas.wq_matmul import mosaic_gpu, prepack, tpu
 from tests.aot import targets
 
 FORMATS = (
@@ -42,10 +42,8 @@ def _abstract(name: str, n: int, k: int, tile: int, layout: str):
 def _arguments(kernel, name, m, n, k, dtype, schedule=None):
   """The function to compile and its arguments."""
   spec = blocked(formats.get(name))
-  is_tpu = kernel is tpu
-  heuristic = config.heuristic if is_tpu else config.gpu_heuristic
-  c = heuristic(m, n, k, spec, dtype, schedule=schedule)
-  w = _abstract(name, n, k, c.tile, 'kn' if is_tpu else 'nk')
+  c = kernel.heuristic(m, n, k, spec, dtype, schedule=schedule)
+  w = _abstract(name, n, k, c.tile, kernel.LAYOUT)
   refusal = kernel.why_not((m, k), jnp.dtype(dtype), w, c)
   if refusal is not None:
     raise absltest.SkipTest(refusal)

@@ -19,7 +19,7 @@ from lowbit_jax import formats
 from lowbit_jax.ops import _partition
 from lowbit_jax.ops._prepack import blocked
 from lowbit_pallas.quantize import mosaic_gpu, reference as quantize
-from lowbit_pallas.quantize.config import Task
+from lowbit_pallas.quantize.task import Task
 from lowbit_pallas.wq_matmul import prepack, reference
 
 M, N, K, TILE = 8, 16, 1024, 256

@@ -27,7 +27,7 @@ from jax.sharding import (
 
 import lowbit_jax  # noqa: E402
 from lowbit_jax import formats, numerics, qarray  # noqa: E402
-from lowbit_pallas.arith import codec, hash  # noqa: E402
+from lowbit_pallas.arith import codec, hashing  # noqa: E402
 from tests import kinds  # noqa: E402
 
 KEYS = 4096
@@ -505,7 +505,7 @@ class ElementIndexTest(parameterized.TestCase):
   )
   def test_against_python_integers(self, shape, start, full):
     want = self.expected(shape, start, full)
-    low, high = jax.jit(lambda: hash.element_index(shape, (start, full)))()
+    low, high = jax.jit(lambda: hashing.element_index(shape, (start, full)))()
     if math.prod(full) <= 2**32:
       self.assertIsNone(high)
       high = np.zeros(shape, np.uint32)
@@ -514,7 +514,7 @@ class ElementIndexTest(parameterized.TestCase):
 
   def test_traced_starts(self):
     shape, full = (3, 4), (70000, 70000)
-    f = jax.jit(lambda a, b: hash.element_index(shape, ((a, b), full)))
+    f = jax.jit(lambda a, b: hashing.element_index(shape, ((a, b), full)))
     low, high = f(61356, 47294)
     got = join(low, high)
     want = self.expected(shape, (61356, 47294), full)
@@ -628,7 +628,9 @@ class HashTest(parameterized.TestCase):
 
   def test_sites_differ(self):
     i, key = np.arange(N, dtype=np.uint32), np.uint32([3, 4])
-    draw = jax.jit(lambda s: hash.random_bits(key, i, site=s), static_argnums=0)
+    draw = jax.jit(
+      lambda s: hashing.random_bits(key, i, site=s), static_argnums=0
+    )
     a, b = (np.asarray(draw(s)) for s in (0, 1))
     self.assert_balanced(bit_matrix(a ^ b))
 

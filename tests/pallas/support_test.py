@@ -1,7 +1,11 @@
 """The table of kernels is that of the documentation, and each one exists."""
 
+import dataclasses
 import importlib.util
+import inspect
 import pathlib
+import subprocess
+import sys
 import types
 from unittest import mock
 
@@ -84,6 +88,10 @@ def _state(op: str, target: str, compiles: bool) -> str:
   return 'interprets' if kernel.interpreted else 'compiles'
 
 
+def _parameters(f):
+  return inspect.signature(f).parameters
+
+
 class SupportTest(parameterized.TestCase):
   def test_page_shows_the_table(self):
     self.assertIn(table(), _PAGE.read_text('utf-8'), f'\n{table()}')
@@ -110,6 +118,41 @@ class SupportTest(parameterized.TestCase):
     known = _support.TPUS if implementation == 'tpu' else _support.GPUS
     self.assertNotEmpty(targets)
     self.assertContainsSubset(targets, known)
+
+  @parameterized.parameters(*((k,) for k in _support.KERNELS))
+  def test_kernels_speak_one_dialect(self, kernel):
+    module, config = kernel.load(), kernel.load_config()
+    for name in ('Config', 'choose', 'heuristic'):
+      self.assertIs(getattr(module, name), getattr(config, name), name)
+    arguments = [
+      list(inspect.signature(f).parameters)
+      for f in (config.choose, config.heuristic)
+    ]
+    self.assertEqual(*arguments)
+    self.assertEqual(next(iter(_parameters(config.why_not))), 'config')
+    for f in (module.why_not, module.run):
+      self.assertIsNone(_parameters(f)['config'].default, f)
+
+  @parameterized.parameters(*((k,) for k in _support.KERNELS))
+  def test_sizes_are_static_arguments(self, kernel):
+    config = kernel.load_config().Config
+    count = len(dataclasses.fields(config))
+    one, same = config(*range(count)), config(*range(count))
+    self.assertEqual({one, same}, {one})
+    self.assertNotEqual(one, config(*range(1, count + 1)))
+
+  def test_sizes_are_known_without_the_back_ends(self):
+    code = """
+import sys
+from lowbit_pallas import _support
+for kernel in _support.KERNELS:
+  kernel.load_config()
+print([m for m in sys.modules if m.startswith('jax.experimental.pallas')])
+"""
+    run = subprocess.run(
+      [sys.executable, '-c', code], capture_output=True, text=True, check=True
+    )
+    self.assertEqual(run.stdout.strip(), '[]')
 
   def test_entries_are_unique(self):
     pairs = [(k.op, k.implementation) for k in _support.KERNELS]

@@ -24,6 +24,7 @@ from lowbit_pallas.block_matmul import (
 from lowbit_pallas.quantize import (
   config as quantize_config,
   mosaic_gpu as quantize_gpu,
+  task as quantize_task,
   tpu as quantize_tpu,
 )
 from lowbit_pallas.softmax import (
@@ -43,7 +44,7 @@ INT4, INT8 = (
   blocked(formats.get(n)) for n in ('int4_g128', 'int8_channel')
 )  # fmt: skip
 MXFP4 = blocked(formats.mxfp4)
-TASK = quantize_config.Task(MXFP4, 'floor')
+TASK = quantize_task.Task(MXFP4, 'floor')
 WQ = wq_config.key(N, K, INT4, 'bfloat16', 'post')
 BLOCK = block_config.key(N, K, MXFP4, MXFP4, 'nt')
 INTEGER = block_config.key(N, K, INT8, INT8, 'nt')
@@ -83,46 +84,46 @@ def product(run, name, mode):
 CASES = {
   'wq_tpu': (
     'tpu', 'wq_matmul', WQ, {'bm': 32, 'bn': 128},
-    lambda m: wq_config.tpu(m, N, K, INT4, jnp.bfloat16),
+    lambda m: wq_tpu.choose(m, N, K, INT4, jnp.bfloat16),
     lambda: jax.eval_shape(wq_tpu.run, abstract(8, K), weight('tpu')),
   ),
   'wq_gpu': (
     'gpu', 'wq_matmul', WQ, {'bm': 32, 'stages': 3, 'split_k': 2},
-    lambda m: wq_config.mosaic_gpu(m, N, K, INT4, jnp.bfloat16),
+    lambda m: wq_gpu.choose(m, N, K, INT4, jnp.bfloat16),
     lambda: jax.eval_shape(wq_gpu.run, abstract(8, K), weight('mosaic_gpu')),
   ),
   'block_tpu': (
     'tpu', 'block_matmul', BLOCK, {'bm': 128, 'bn': 256, 'bk': 256},
-    lambda m: block_config.tpu(m, N, K, MXFP4, MXFP4, 'nt'),
+    lambda m: block_tpu.choose(m, N, K, MXFP4, MXFP4, 'nt'),
     lambda: product(block_tpu.run, 'mxfp4', 'exact'),
   ),
   'block_gpu': (
     'gpu', 'block_matmul', INTEGER, {'bm': 64, 'bn': 128, 'stages': 2},
-    lambda m: block_config.mosaic_gpu(
+    lambda m: block_gpu.choose(
       m, N, K, INT8, INT8, 'nt', bits=8, target='h100'
     ),
     lambda: product(block_gpu.run, 'int8_channel', 'integer'),
   ),
   'softmax_tpu': (
     'tpu', 'softmax', ROW, {'rows': 32, 'columns': 512},
-    lambda m: softmax_config.tpu(m, K, 4),
+    lambda m: softmax_tpu.choose(m, K, 4),
     lambda: jax.eval_shape(softmax_tpu.run, abstract(8, K, dtype=jnp.float32)),
   ),
   'softmax_gpu': (
     'gpu', 'softmax', ROW, {'slices': 2, 'splits': 2},
-    lambda m: softmax_config.mosaic_gpu(K, 4),
+    lambda m: softmax_gpu.choose(m, K, 4),
     lambda: jax.eval_shape(softmax_gpu.run, abstract(8, K, dtype=jnp.float32)),
   ),
   'quantize_tpu': (
     'tpu', 'quantize', QUANTIZE, {'bm': 64, 'bn': K, 'rows': 64},
-    lambda m: quantize_config.tpu((m, K), 2, TASK),
+    lambda m: quantize_tpu.choose((m, K), 2, TASK),
     lambda: jax.eval_shape(
       lambda x: quantize_tpu.run(x, TASK), abstract(8, K)
     ),
   ),
   'quantize_gpu': (
     'gpu', 'quantize', QUANTIZE, {'columns': 128},
-    lambda m: quantize_config.mosaic_gpu((m, K), 2, TASK),
+    lambda m: quantize_gpu.choose((m, K), 2, TASK),
     lambda: jax.eval_shape(
       lambda x: quantize_gpu.run(x, TASK), abstract(8, K)
     ),
@@ -214,7 +215,7 @@ class TunedTest(parameterized.TestCase):
     self.on('tpu')
     table = self.write('softmax', text)
     with self.assertRaisesRegex(ValueError, str(table)):
-      softmax_config.tpu(8, K, 4)
+      softmax_tpu.choose(8, K, 4)
 
   def test_dispatch_does_not_hide_a_damaged_entry(self):
     self.on('tpu')
@@ -226,8 +227,8 @@ class TunedTest(parameterized.TestCase):
   def test_code_for_another_platform_takes_the_heuristic(self):
     self.on('gpu')
     self.write('softmax', json.dumps({ROW: {'slices': 2, 'splits': 2}}))
-    got = softmax_config.tpu(1000, K, 4)
-    self.assertEqual(got, softmax_config.heuristic_tpu(1000, K, 4))
+    got = softmax_tpu.choose(1000, K, 4)
+    self.assertEqual(got, softmax_tpu.heuristic(1000, K, 4))
 
   def test_operands_have_names_of_their_own(self):
     specs = {blocked(formats.get(name)) for name in formats.names('block')}

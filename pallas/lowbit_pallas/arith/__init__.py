@@ -2,7 +2,7 @@
 
 Every function takes arrays and static values and returns arrays. There is one
 home for each piece: `codec` (element codes), `scale` (exact scales), `packing`
-(sub-byte storage), `block` (codes with their scales), `hash` (counter-based
+(sub-byte storage), `block` (codes with their scales), `hashing` (counter-based
 random bits), `hadamard`, `lmul` (products by integer addition), `softmax` (the
 (mantissa, exponent) algebra of the two-pass softmax), and `elementary`
 (reductions of the range and cores of exp2, sin and their kin).

@@ -39,6 +39,39 @@ class Float(NamedTuple):
   negative_zero: bool
 
 
+def minifloat(
+  exponent_bits: int, mantissa_bits: int, special: str = 'none'
+) -> Float:
+  """A signed minifloat with subnormals and the bias of IEEE 754.
+
+  Args:
+    exponent_bits: width of the exponent.
+    mantissa_bits: width of the mantissa.
+    special: which codes are not finite, as in `lowbit_jax.formats`. 'none': no
+      code. 'fn': the all-ones magnitude, a NaN. 'ieee': the top binade, Inf and
+      NaN, without mantissa bits Inf alone.
+  """
+  top = (1 << (exponent_bits + mantissa_bits)) - 1  # the all-ones magnitude
+  inf = top + 1 - (1 << mantissa_bits)
+  half = (1 << mantissa_bits) >> 1  # a quiet NaN has the first mantissa bit
+  code_max, inf_code, nan_code = {
+    'none': (top, None, None),
+    'fn': (top - 1, None, top),
+    'ieee': (inf - 1, inf, inf + half if half else None),
+  }[special]
+  return Float(
+    exponent_bits=exponent_bits,
+    mantissa_bits=mantissa_bits,
+    emin=2 - (1 << (exponent_bits - 1)),
+    code_max=code_max,
+    inf_code=inf_code,
+    nan_code=nan_code,
+    signed=True,
+    subnormals=True,
+    negative_zero=True,
+  )
+
+
 class Int(NamedTuple):
   """Static description of an integer element; values are code * 2**-f."""
 
@@ -112,7 +145,7 @@ def rule(
     if random is None:
       raise ValueError(
         "rounding='stochastic' needs random=, uint32 bits such as those of"
-        ' arith.hash.random_bits'
+        ' arith.hashing.random_bits'
       )
     return stochastic(random, random_bits)
   if rounding == 'toward_zero':

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from lowbit_pallas.arith import hash as counter_hash
+from lowbit_pallas.arith import hashing
 
 _RADIX = 128
 
@@ -156,7 +156,7 @@ def random_signs(
     Array ``(size,)`` of `dtype`.
   """
   index = jnp.arange(size, dtype=jnp.uint32)
-  bits = counter_hash.random_bits(key_words, index)
+  bits = hashing.random_bits(key_words, index)
   return jnp.where(bits >> 31, -1.0, 1.0).astype(dtype)
 
 

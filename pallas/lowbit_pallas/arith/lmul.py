@@ -34,12 +34,10 @@ import jax.numpy as jnp
 
 from lowbit_pallas.arith import bits as fb, codec
 
-FLOAT32 = codec.Float(
-  8, 23, -126, 0x7F7FFFFF, 0x7F800000, 0x7FC00000, True, True, True
-)
-BFLOAT16 = codec.Float(8, 7, -126, 0x7F7F, 0x7F80, 0x7FC0, True, True, True)
-E4M3 = codec.Float(4, 3, -6, 0x7E, None, 0x7F, True, True, True)
-E5M2 = codec.Float(5, 2, -14, 0x7B, 0x7C, 0x7E, True, True, True)
+FLOAT32 = codec.minifloat(8, 23, 'ieee')
+BFLOAT16 = codec.minifloat(8, 7, 'ieee')
+E4M3 = codec.minifloat(4, 3, 'fn')
+E5M2 = codec.minifloat(5, 2, 'ieee')
 
 READINGS = ('integer', 'formula')
 

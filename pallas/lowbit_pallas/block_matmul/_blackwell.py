@@ -6,6 +6,8 @@ warpgroup stores. There is one buffer of scales: the tensor core takes copies
 and MMAs of one thread in the order in which they are issued.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -13,7 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from lowbit_pallas import _mosaic_gpu as mgpu
-from lowbit_pallas.block_matmul.config import SWIZZLE_BYTES, GpuConfig
+from lowbit_pallas.block_matmul.mosaic_gpu_config import SWIZZLE_BYTES, Config
 
 # A scale tile holds the scales of 128 rows and 4 blocks as 32 x 16 bytes.
 SCALE_ROWS, SCALE_BLOCKS = 128, 4
@@ -46,7 +48,7 @@ def block_scaled(
   sa: jax.Array,
   sb: jax.Array,
   block: int,
-  config: GpuConfig,
+  config: Config,
 ) -> jax.Array:
   """The product of two block-scaled operands.
 
@@ -61,104 +63,129 @@ def block_scaled(
   Returns:
     float32 (M, N).
   """
-  bm, bn, bk, stages = config.bm, config.bn, config.bk, config.stages
-  (m, k), n = a.shape, b.shape[0]
-  blocks = bk // block
-  per_step = blocks // SCALE_BLOCKS
+  (m, _), n = a.shape, b.shape[0]
+  # Warps of a warpgroup copy scales under each version's own default semantics.
+  return plgpu.kernel(
+    functools.partial(_kernel, block=block, config=config),
+    out_type=jax.ShapeDtypeStruct((m, n), jnp.float32),
+    grid=(m // config.bm, n // config.bn),
+    grid_names=('m', 'n'),
+    scratch_types=_scratch(a, b, sa, sb, block, config),
+  )(a, b, sa, sb)
 
-  def body(a, b, sa, sb, out, *scratch):
-    *rings, out_s, acc, sa_t, sb_t, full, empty, done = scratch
-    i, j = lax.axis_index('m'), lax.axis_index('n')
 
-    def load(step, _):
-      slot = lax.rem(step, stages)
-
-      @pl.when(step >= stages)
-      def _():
-        plgpu.barrier_wait(empty.at[slot])
-
-      columns = pl.ds(step * bk, bk)
-      tiles = pl.ds(step * per_step, per_step)
-      for source, ring in zip(
-        (
-          a.at[pl.ds(i * bm, bm), columns],
-          b.at[pl.ds(j * bn, bn), columns],
-          sa.at[pl.ds(i * (bm // SCALE_ROWS), bm // SCALE_ROWS), tiles],
-          sb.at[pl.ds(j * (bn // SCALE_ROWS), bn // SCALE_ROWS), tiles],
-        ),
-        rings,
-        strict=True,
-      ):
-        plgpu.copy_gmem_to_smem(source, ring.at[slot], full.at[slot])
-
-    def multiply(step, _):
-      slot = lax.rem(step, stages)
-      a_s, b_s, sa_s, sb_s = (ring.at[slot] for ring in rings)
-      plgpu.barrier_wait(full.at[slot])
-      plgpu.async_copy_scales_to_tmem(sa_s, sa_t)
-      plgpu.async_copy_scales_to_tmem(sb_s, sb_t)
-      plgpu.tcgen05_mma(
-        acc,
-        a_s,
-        mgpu.transpose(b_s),
-        empty.at[slot],
-        a_scale=sa_t,
-        b_scale=sb_t,
-        accumulate=step > 0,
-      )
-
-    @plgpu.warp_map
-    def _(warp):
-      @pl.when(warp == TMA_WARP)
-      def _():
-        lax.fori_loop(0, k // bk, load, None)
-
-      @pl.when(warp == MMA_WARP)
-      def _():
-        lax.fori_loop(0, k // bk, multiply, None)
-        plgpu.tcgen05_commit_arrive(done)
-
-    plgpu.barrier_wait(done)
-    out_s[...] = plgpu.async_load_tmem(acc)
-    plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(out_s, out.at[pl.ds(i * bm, bm), pl.ds(j * bn, bn)])
-    plgpu.wait_smem_to_gmem(0)
-
+def _scratch(a, b, sa, sb, block: int, config: Config) -> list:
+  """Rings of operands and scales, the result, tensor memory, barriers."""
+  bm, bn, stages = config.bm, config.bn, config.stages
+  blocks = config.bk // block
   tiled = (
     plgpu.TilingTransform((8, SWIZZLE_BYTES * 8 // config.bits)),
     plgpu.SwizzleTransform(SWIZZLE_BYTES),
   )
 
   def ring(x, rows):
-    return plgpu.SMEM((stages, rows, bk), x.dtype, transforms=tiled)
+    return plgpu.SMEM((stages, rows, config.bk), x.dtype, transforms=tiled)
 
   def scale_ring(x, rows):
-    shape = (stages, rows // SCALE_ROWS, per_step, *SCALE_TILE)
-    return plgpu.SMEM(shape, x.dtype)
+    tiles = rows // SCALE_ROWS, blocks // SCALE_BLOCKS
+    return plgpu.SMEM((stages, *tiles, *SCALE_TILE), x.dtype)
 
   def scale_tmem(x, rows):
     layout = plgpu.TMEMLayout.SCALES_LAYOUT
     return plgpu.TMEM((rows, blocks), x.dtype, layout=layout)
 
-  # Warps of a warpgroup copy scales under each version's own default semantics.
-  return plgpu.kernel(
-    body,
-    out_type=jax.ShapeDtypeStruct((m, n), jnp.float32),
-    grid=(m // bm, n // bn),
-    grid_names=('m', 'n'),
-    scratch_types=[
-      ring(a, bm),
-      ring(b, bn),
-      scale_ring(sa, bm),
-      scale_ring(sb, bn),
-      plgpu.SMEM((bm, bn), jnp.float32),
-      plgpu.TMEM((bm, bn), jnp.float32),
-      scale_tmem(sa, bm),
-      scale_tmem(sb, bn),
-      plgpu.Barrier(num_arrivals=4, num_barriers=stages),
-      plgpu.Barrier(
-        num_arrivals=1, num_barriers=stages, orders_tensor_core=True
-      ),
-      plgpu.Barrier(num_arrivals=1, orders_tensor_core=True),
-    ],
-  )(a, b, sa, sb)
+  return [
+    ring(a, bm),
+    ring(b, bn),
+    scale_ring(sa, bm),
+    scale_ring(sb, bn),
+    plgpu.SMEM((bm, bn), jnp.float32),
+    plgpu.TMEM((bm, bn), jnp.float32),
+    scale_tmem(sa, bm),
+    scale_tmem(sb, bn),
+    plgpu.Barrier(num_arrivals=4, num_barriers=stages),
+    plgpu.Barrier(num_arrivals=1, num_barriers=stages, orders_tensor_core=True),
+    plgpu.Barrier(num_arrivals=1, orders_tensor_core=True),
+  ]
+
+
+def _kernel(a, b, sa, sb, out, *scratch, block: int, config: Config):
+  """A tile of the result: one warp loads, another one multiplies."""
+  *rings, out_s, acc, sa_t, sb_t, full, empty, done = scratch
+  i, j = lax.axis_index('m'), lax.axis_index('n')
+  steps = a.shape[1] // config.bk
+  fill = functools.partial(
+    _fill_slot, (a, b, sa, sb), rings, (i, j), full, empty, block, config
+  )
+  multiply = functools.partial(
+    _multiply_slot, rings, acc, (sa_t, sb_t), full, empty, config
+  )
+
+  @plgpu.warp_map
+  def _(warp):
+    # Fills the ring as slots become free.
+    @pl.when(warp == TMA_WARP)
+    def _():
+      lax.fori_loop(0, steps, fill, None)
+
+    # Issues one MMA for each slot; the tensor core frees the slot itself.
+    @pl.when(warp == MMA_WARP)
+    def _():
+      lax.fori_loop(0, steps, multiply, None)
+      plgpu.tcgen05_commit_arrive(done)
+
+  # The whole warpgroup stores the sums, by way of shared memory.
+  plgpu.barrier_wait(done)
+  out_s[...] = plgpu.async_load_tmem(acc)
+  plgpu.commit_smem()
+  rows, columns = (
+    pl.ds(i * config.bm, config.bm),
+    pl.ds(j * config.bn, config.bn),
+  )
+  plgpu.copy_smem_to_gmem(out_s, out.at[rows, columns])
+  plgpu.wait_smem_to_gmem(0)
+
+
+def _fill_slot(sources, rings, place, full, empty, block, config, step, _):
+  """Copies tile `step` of operands and scales to its slot once that is free."""
+  (a, b, sa, sb), (i, j) = sources, place
+  bm, bn, bk = config.bm, config.bn, config.bk
+  slot = lax.rem(step, config.stages)
+
+  @pl.when(step >= config.stages)
+  def _():
+    plgpu.barrier_wait(empty.at[slot])
+
+  per_step = bk // block // SCALE_BLOCKS
+  columns = pl.ds(step * bk, bk)
+  tiles = pl.ds(step * per_step, per_step)
+  for source, ring in zip(
+    (
+      a.at[pl.ds(i * bm, bm), columns],
+      b.at[pl.ds(j * bn, bn), columns],
+      sa.at[pl.ds(i * (bm // SCALE_ROWS), bm // SCALE_ROWS), tiles],
+      sb.at[pl.ds(j * (bn // SCALE_ROWS), bn // SCALE_ROWS), tiles],
+    ),
+    rings,
+    strict=True,
+  ):
+    plgpu.copy_gmem_to_smem(source, ring.at[slot], full.at[slot])
+
+
+def _multiply_slot(rings, acc, scales, full, empty, config, step, _):
+  """Adds the product of tile `step`, whose scales go to tensor memory first."""
+  slot = lax.rem(step, config.stages)
+  a_s, b_s, sa_s, sb_s = (ring.at[slot] for ring in rings)
+  sa_t, sb_t = scales
+  plgpu.barrier_wait(full.at[slot])
+  plgpu.async_copy_scales_to_tmem(sa_s, sa_t)
+  plgpu.async_copy_scales_to_tmem(sb_s, sb_t)
+  plgpu.tcgen05_mma(
+    acc,
+    a_s,
+    mgpu.transpose(b_s),
+    empty.at[slot],
+    a_scale=sa_t,
+    b_scale=sb_t,
+    accumulate=step > 0,
+  )

@@ -29,23 +29,27 @@ from lowbit_pallas.arith.block import Blocked, is_exponent
 from lowbit_pallas.block_matmul import (
   _blackwell,
   _hopper,
-  config as _config,
+  mosaic_gpu_config as _config,
   reference,
 )
-from lowbit_pallas.block_matmul.config import GpuConfig
+from lowbit_pallas.block_matmul.mosaic_gpu_config import (
+  Config,
+  choose,
+  heuristic as heuristic,
+)
 from lowbit_pallas.wq_matmul import (
-  config as wq_config,
   mosaic_gpu as wq_gpu,
+  mosaic_gpu_config as wq_config,
   prepack,
 )
 
 TARGETS = ('h100', 'b200')
 
-E4M3 = codec.Float(4, 3, -6, 126, None, 127, True, True, True)
-E5M2 = codec.Float(5, 2, -14, 123, 124, 126, True, True, True)
-E2M3 = codec.Float(2, 3, 0, 31, None, None, True, True, True)
-E3M2 = codec.Float(3, 2, -2, 31, None, None, True, True, True)
-E2M1 = codec.Float(2, 1, 0, 7, None, None, True, True, True)
+E4M3 = codec.minifloat(4, 3, 'fn')
+E5M2 = codec.minifloat(5, 2, 'ieee')
+E2M3 = codec.minifloat(2, 3)
+E3M2 = codec.minifloat(3, 2)
+E2M1 = codec.minifloat(2, 1)
 FP8 = {E4M3: jnp.float8_e4m3fn, E5M2: jnp.float8_e5m2}
 # The FP8 format that holds every value of an element.
 WIDENED = {E4M3: E4M3, E5M2: E5M2, E2M3: E4M3, E3M2: E4M3, E2M1: E4M3}
@@ -60,7 +64,7 @@ def why_not(
   layout: str = 'nt',
   mode: str = 'exact',
   target: str = 'h100',
-  config: GpuConfig | None = None,
+  config: Config | None = None,
 ) -> str | None:
   """Why the kernels refuse these operands, or None.
 
@@ -72,7 +76,7 @@ def why_not(
     layout: see the package.
     mode: see the package.
     target: 'h100' or 'b200'.
-    config: tiles; None for those of `config.mosaic_gpu`. 'exact' on Hopper
+    config: tiles; None for those of `choose`. 'exact' on Hopper
       takes none: it has those of wq_matmul.
   """
   reason = reference.why_not(
@@ -94,13 +98,11 @@ def why_not(
     return _why_not_decoded(m, n, k, rhs_spec, config)
   bits = _mma_bits(specs, mode)
   if config is None:
-    config = _config.mosaic_gpu(
-      m, n, k, *specs, layout, bits=bits, target=target
-    )
+    config = choose(m, n, k, *specs, layout, bits=bits, target=target)
   elif config.bits != bits:
     return f'tiles for codes of {config.bits} bits, not {bits}'
   grid = -(-m // config.bm), -(-n // config.bn)
-  return _config.why_not_gpu(config, target) or mgpu.why_not_grid(grid)
+  return _config.why_not(config, target) or mgpu.why_not_grid(grid)
 
 
 def _why_not_hopper(specs, mode) -> str | None:
@@ -120,7 +122,7 @@ def _why_not_decoded(m, n, k, spec, config) -> str | None:
   if config is not None:
     return "mode='exact' takes no tiles on Hopper"
   try:
-    tile = wq_config.gpu_tile(k, n, spec)
+    tile = wq_config.tile_rows(k, spec)
   except ValueError as error:
     return str(error)
   codes = jax.ShapeDtypeStruct((k * spec.bits // 8, n), jnp.uint8)
@@ -129,7 +131,11 @@ def _why_not_decoded(m, n, k, spec, config) -> str | None:
     dtype = jnp.float32 if spec.scale is None else jnp.uint8
     scale = jax.ShapeDtypeStruct((k // spec.block, n), dtype)
   pack = functools.partial(
-    prepack.prepack, zero_point=None, spec=spec, tile=tile, layout='nk'
+    prepack.prepack,
+    zero_point=None,
+    spec=spec,
+    tile=tile,
+    layout=wq_config.LAYOUT,
   )
   weight = jax.eval_shape(pack, codes, scale)
   tiles = _decoded_tiles(m, n, k, spec)
@@ -137,7 +143,7 @@ def _why_not_decoded(m, n, k, spec, config) -> str | None:
 
 
 def _decoded_tiles(m, n, k, spec):
-  return wq_config.mosaic_gpu(m, n, k, spec, jnp.bfloat16, schedule='pre')
+  return wq_gpu.choose(m, n, k, spec, jnp.bfloat16, schedule='pre')
 
 
 def _why_not_mixed(elements) -> str | None:
@@ -191,7 +197,7 @@ def run(
   layout: str = 'nt',
   mode: str = 'exact',
   target: str = 'h100',
-  config: GpuConfig | None = None,
+  config: Config | None = None,
   interpret: Any = False,
 ) -> jax.Array:
   """`reference.run` on a GPU.
@@ -206,57 +212,49 @@ def run(
     layout: see the package.
     mode: see the package.
     target: 'h100' or 'b200'.
-    config: tiles; None for those of `config.mosaic_gpu`.
+    config: tiles; None for those of `choose`.
     interpret: False, or `plgpu.InterpretGPUParams` from JAX 0.11 on, which
       knows neither operands in registers nor block-scaled MMA: not in 'exact'.
 
   Raises:
-    ValueError: for operands that `why_not` refuses, and in 'fp8_128' for
+    ValueError: for operands that do not fit each other, and in 'fp8_128' for
       scales of rhs that are not 128 x 128.
+    NotImplementedError: with the reason of `why_not`.
   """
   reference.check(
     lhs, lhs_scale, rhs, rhs_scale, lhs_spec, rhs_spec, layout, mode
   )
-  reason = why_not(
-    lhs.shape,
-    rhs.shape,
-    lhs_spec,
-    rhs_spec,
-    layout=layout,
-    mode=mode,
-    target=target,
-    config=config,
-  )
-  if reason is not None:
-    raise ValueError(f'block_matmul on {target}: {reason}')
+  kind: dict[str, Any] = dict(layout=layout, mode=mode, target=target)
+  shapes = lhs.shape, rhs.shape
+  if reason := why_not(*shapes, lhs_spec, rhs_spec, **kind, config=config):
+    raise NotImplementedError(reason)
   if interpret and mode == 'exact':
     raise NotImplementedError("mode='exact' cannot be interpreted")
   m, n, k, _ = reference.sizes(lhs.shape, rhs.shape, lhs_spec, rhs_spec, layout)
   if 0 in (m, n, k):
     return jnp.zeros((m, n), jnp.float32)
+  # Without a kernel of its own: lhs is decoded here, rhs by wq_matmul.
   lk, rk = reference.k_axes(layout)
   if (target, mode) == ('h100', 'exact'):
     x = reference.values(lhs, lhs_scale, lhs_spec, lk)
     x = x.T if lk == 0 else x
     return _decoded(x, rhs, rhs_scale, rhs_spec, rk)
+  # The others read codes, K minor, in whole tiles; what pads them is cut off.
+  specs = lhs_spec, rhs_spec
   if config is None:
-    specs = lhs_spec, rhs_spec
-    config = _config.mosaic_gpu(
+    config = choose(
       m, n, k, *specs, layout, bits=_mma_bits(specs, mode), target=target
     )
   a = _k_minor(lhs, lhs_spec.bits, lk)
   b = _k_minor(rhs, rhs_spec.bits, rk)
   if mode == 'integer':
-    row, column = reference.row_scales(
-      lhs_scale, rhs_scale, lhs_spec, rhs_spec, layout
-    )
+    row, column = reference.row_scales(lhs_scale, rhs_scale, *specs, layout)
     row = jnp.broadcast_to(row[:, 0], (m,))
     column = jnp.broadcast_to(column[0], (n,))
     out = _integer(a, b, row, column, config, interpret)
   else:
     sa = lhs_scale.T if lk == 0 else lhs_scale
     sb = rhs_scale.T if rk == 0 else rhs_scale
-    specs = lhs_spec, rhs_spec
     if mode == 'fp8_128':
       out = _promoted(a, b, sa, sb, specs, config, interpret)
     else:
@@ -278,7 +276,7 @@ def _decoded(x, codes, scale, spec, axis):
   (m, k), n = x.shape, codes.shape[1]
   tiles = _decoded_tiles(m, n, k, spec)
   weight = prepack.prepack(
-    codes, scale, None, spec, tile=tiles.tile, layout='nk'
+    codes, scale, None, spec, tile=tiles.tile, layout=wq_config.LAYOUT
   )
   return wq_gpu.run(x, weight, config=tiles, out_dtype=jnp.float32)
 

@@ -16,8 +16,13 @@ from jax.experimental.pallas import tpu as pltpu
 
 from lowbit_pallas.arith import block, codec, packing
 from lowbit_pallas.arith.block import Blocked
-from lowbit_pallas.block_matmul import config as _config, reference
-from lowbit_pallas.block_matmul.config import LANES, TpuConfig
+from lowbit_pallas.block_matmul import reference, tpu_config as _config
+from lowbit_pallas.block_matmul.tpu_config import (
+  LANES,
+  Config,
+  choose,
+  heuristic as heuristic,
+)
 from lowbit_pallas.wq_matmul import prepack
 
 # The MXU of these multiplies int8; TPU7x replaced int8 by FP8.
@@ -33,7 +38,7 @@ def why_not(
   layout: str = 'nt',
   mode: str = 'exact',
   target: str | None = None,
-  config: TpuConfig | None = None,
+  config: Config | None = None,
 ) -> str | None:
   """Why the kernel refuses these operands, or None.
 
@@ -45,7 +50,7 @@ def why_not(
     layout: see the package.
     mode: see the package.
     target: 'v5e', 'v6e' or 'tpu7x'; None if it is not known.
-    config: tiles; None for those of `config.tpu`.
+    config: tiles; None for those of `choose`.
   """
   reason = reference.why_not(
     lhs_shape, rhs_shape, lhs_spec, rhs_spec, layout=layout, mode=mode
@@ -58,8 +63,8 @@ def why_not(
     if mode == 'exact' and spec.block and not _is_fit(spec.block):
       return f'{name} has blocks of {spec.block}, not a power of two from 8'
   m, n, k, _ = reference.sizes(lhs_shape, rhs_shape, lhs_spec, rhs_spec, layout)
-  tiles = config or _config.tpu(m, n, k, lhs_spec, rhs_spec, layout)
-  return _config.why_not_tpu(tiles, m, n, lhs_spec, rhs_spec, layout)
+  tiles = config or choose(m, n, k, lhs_spec, rhs_spec, layout)
+  return _config.why_not(tiles, m, n, lhs_spec, rhs_spec, layout)
 
 
 def _is_fit(block_size: int) -> bool:
@@ -76,10 +81,27 @@ def run(
   *,
   layout: str = 'nt',
   mode: str = 'exact',
-  config: TpuConfig | None = None,
+  config: Config | None = None,
   interpret: Any = False,
 ) -> jax.Array:
-  """`reference.run` on a TPU; the same arguments, tiles and `interpret`."""
+  """`reference.run` on a TPU.
+
+  Args:
+    lhs: see `reference.run`, like all arguments up to `mode`.
+    lhs_scale: see `reference.run`.
+    rhs: see `reference.run`.
+    rhs_scale: see `reference.run`.
+    lhs_spec: see `reference.run`.
+    rhs_spec: see `reference.run`.
+    layout: see the package.
+    mode: see the package.
+    config: tiles; None for those of `choose`.
+    interpret: as in `pl.pallas_call`.
+
+  Raises:
+    ValueError: for operands that do not fit each other.
+    NotImplementedError: with the reason of `why_not`.
+  """
   reference.check(
     lhs, lhs_scale, rhs, rhs_scale, lhs_spec, rhs_spec, layout, mode
   )
@@ -87,7 +109,19 @@ def run(
   if 0 in (m, n, k):
     return jnp.zeros((m, n), jnp.float32)
   if config is None:
-    config = _config.tpu(m, n, k, lhs_spec, rhs_spec, layout)
+    config = choose(m, n, k, lhs_spec, rhs_spec, layout)
+  reason = why_not(
+    lhs.shape,
+    rhs.shape,
+    lhs_spec,
+    rhs_spec,
+    layout=layout,
+    mode=mode,
+    config=config,
+  )
+  if reason is not None:
+    raise NotImplementedError(reason)
+  # Scales that multiply the result or its parts, in float32.
   lk, rk = reference.k_axes(layout)
   post = None
   if mode == 'integer':
@@ -100,6 +134,7 @@ def run(
     sa, sb = reference.promotion_scales(lhs_scale, rhs_scale, n, layout)
     lhs_scale = sa.T if lk == 0 else sa
     rhs_scale = sb if rk == 0 else sb.T
+  # Tiles of K, reordered only where the widths of the codes differ.
   in_order = not keeps_storage(lhs_spec, rhs_spec)
   a = prepare(lhs, lhs_scale, lhs_spec, lk, config.bk, in_order)
   b = prepare(rhs, rhs_scale, rhs_spec, rk, config.bk, in_order)

@@ -26,22 +26,43 @@ from lowbit_pallas.arith import (
   block,
   codec,
   hadamard,
-  hash,
+  hashing,
   packing,
   scale as exact,
 )
-from lowbit_pallas.arith.hash import Origin
-from lowbit_pallas.quantize import config as cfg
-from lowbit_pallas.quantize.config import LANES, GpuConfig, Task
+from lowbit_pallas.arith.hashing import Origin
+from lowbit_pallas.quantize import mosaic_gpu_config as _config, task as _task
+from lowbit_pallas.quantize.mosaic_gpu_config import (
+  LANES,
+  Config,
+  choose,
+  heuristic as heuristic,
+)
+from lowbit_pallas.quantize.task import Task
 
 ROWS = 64
 _WGMMA = plgpu.Layout.WGMMA
 
 
-def why_not(shape: Sequence[int], dtype: DTypeLike, task: Task) -> str | None:
-  """Why this kernel does not take x, or None."""
-  reason = cfg.why_not(shape, dtype, task)
-  return reason or compat.why_not_grid(_grid(shape, LANES))
+def why_not(
+  shape: Sequence[int],
+  dtype: DTypeLike,
+  task: Task,
+  config: Config | None = None,
+) -> str | None:
+  """Why the kernel refuses x, or None.
+
+  Args:
+    shape: shape of x.
+    dtype: dtype of x.
+    task: what to do.
+    config: tile sizes; None for those of `choose`.
+  """
+  reason = _task.why_not(shape, dtype, task)
+  if reason is None and config is not None:
+    reason = _config.why_not(config)
+  columns = LANES if config is None else config.columns
+  return reason or compat.why_not_grid(_grid(shape, columns))
 
 
 def run(
@@ -52,28 +73,33 @@ def run(
   origin: Origin | None = None,
   tensor_scale: jax.Array | None = None,
   signs: jax.Array | None = None,
-  config: GpuConfig | None = None,
+  config: Config | None = None,
   interpret: Any = False,
 ) -> tuple[jax.Array, jax.Array]:
   """Quantizes and packs, see `reference.run` for arguments and results.
 
   Args:
-    config: tile sizes; None for those of `config.mosaic_gpu`.
+    config: tile sizes; None for those of `choose`.
     interpret: False, or `InterpretGPUParams`.
+
+  Raises:
+    NotImplementedError: with the reason of `why_not`.
   """
   rows, cols = x.shape
   if not rows or not cols:
-    return cfg.nothing(x.shape, task)
+    return _task.nothing(x.shape, task)
   spec = task.spec
-  config = config or cfg.mosaic_gpu(x.shape, x.dtype.itemsize, task)
+  config = config or choose(x.shape, x.dtype.itemsize, task)
+  if reason := why_not(x.shape, x.dtype, task, config):
+    raise NotImplementedError(reason)
   # Bulk copies need whole 8x8 tiles and rows of whole 16 bytes, packed ones
   # included; what they read beyond the array is zero.
   x = jnp.pad(x, ((0, -rows % 8), (0, -cols % LANES)))
   operands = {'x': x}
   if task.rounding == 'stochastic':
-    operands['words'] = cfg.words(key_words, origin)
+    operands['words'] = _task.words(key_words, origin)
   if tensor_scale is not None:
-    operands['tensor_scale'] = cfg.scalar(tensor_scale)
+    operands['tensor_scale'] = _task.scalar(tensor_scale)
   if signs is not None:
     operands['signs'] = jnp.pad(signs.astype(jnp.float32), (0, -cols % LANES))
   width = max(task.spec.block, task.rotation)
@@ -89,7 +115,7 @@ def run(
     out_type=[
       jax.ShapeDtypeStruct((len(x), x.shape[1] * spec.bits // 8), jnp.uint8),
       jax.ShapeDtypeStruct(
-        (x.shape[1] // spec.block, tall), cfg.scale_dtype(task)
+        (x.shape[1] // spec.block, tall), _task.scale_dtype(task)
       ),
     ],
     grid=grid,
@@ -97,8 +123,8 @@ def run(
     scratch_types=_scratch(tile, operands),
     interpret=interpret,
   )(*operands.values())
-  packed = packed[:rows, : cfg.packed_columns(cols, task)]
-  return packed, scale[: cfg.scale_columns(cols, task), :rows].T
+  packed = packed[:rows, : _task.packed_columns(cols, task)]
+  return packed, scale[: _task.scale_columns(cols, task), :rows].T
 
 
 def _grid(shape, columns: int) -> tuple[int, int]:
@@ -172,7 +198,7 @@ def _scratch(tile: _Tile, operands) -> dict:
     'x': _shared((units, ROWS, tile.columns // units), x, tile.step),
     'packed': plgpu.SMEM((ROWS, tile.columns * spec.bits // 8), jnp.uint8),
     'scale': plgpu.SMEM(
-      (tile.columns // spec.block, ROWS), cfg.scale_dtype(tile.task)
+      (tile.columns // spec.block, ROWS), _task.scale_dtype(tile.task)
     ),
     'loaded': plgpu.Barrier(num_arrivals=1, num_barriers=units),
   }
@@ -202,6 +228,8 @@ def _kernel(tile: _Tile, names, *refs, **scratch):
   task, spec = tile.task, tile.task.spec
   top = jax.lax.axis_index('i') * ROWS
   left = jax.lax.axis_index('j') * tile.columns
+  # All copies start at once: constants, and x unit by unit, so that the first
+  # unit is worked on while the others are on their way.
   for name in ('low', 'carry', 'matrix', 'signs'):
     if name in scratch:
       source = inputs[name]
@@ -220,6 +248,7 @@ def _kernel(tile: _Tile, names, *refs, **scratch):
   tensor_scale = None
   if 'tensor_scale' in inputs:
     tensor_scale = inputs['tensor_scale'][0]
+  # A rotation mixes columns of several blocks, so all of them come before.
   if task.rotation:
 
     @pl.loop(0, tile.copies)
@@ -230,12 +259,14 @@ def _kernel(tile: _Tile, names, *refs, **scratch):
 
     plgpu.commit_smem()
 
+  # Scales and bytes, a unit at a time, into shared memory.
   @pl.loop(0, tile.columns // tile.unit)
   def _(u):
     if not task.rotation:
       plgpu.barrier_wait(scratch['loaded'].at[u])
     _unit(tile, u, top, left, tensor_scale, inputs, scratch)
 
+  # Both results leave by bulk copies.
   plgpu.commit_smem()
   size = tile.columns * spec.bits // 8
   plgpu.copy_smem_to_gmem(
@@ -282,6 +313,7 @@ def _unit(tile, u, top, left, tensor_scale, inputs, scratch):
       block.scaled(x, inverse), spec.element, rule, dtype=jnp.int32
     )
 
+  # Codes of 8 bits are bytes already; narrower ones meet in the matrix unit.
   blocks = range(tile.unit // spec.block)
   if spec.bits == 8:
     for b in blocks:
@@ -364,10 +396,10 @@ def _random(tile, top, column, inputs):
     words[2] + top.astype(jnp.uint32),
     words[3] + column.astype(jnp.uint32),
   )
-  index = hash.element_index(
+  index = hashing.element_index(
     shape, (start, tile.full or (tile.rows, tile.cols))
   )
-  bits = hash.bits_of((words[0], words[1]), *index)
+  bits = hashing.bits_of((words[0], words[1]), *index)
   if tile.cols % tile.task.spec.block:
     lane = jax.lax.broadcasted_iota(jnp.int32, shape, 1)
     bits = jnp.where(lane < tile.cols - column, bits, jnp.uint32(0))

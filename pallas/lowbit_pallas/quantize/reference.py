@@ -7,12 +7,12 @@ from lowbit_pallas.arith import (
   block,
   codec,
   hadamard,
-  hash,
+  hashing,
   packing,
   scale as exact,
 )
-from lowbit_pallas.arith.hash import Origin
-from lowbit_pallas.quantize.config import Task, given_key
+from lowbit_pallas.arith.hashing import Origin
+from lowbit_pallas.quantize.task import Task, given_key
 
 
 def run(
@@ -46,8 +46,8 @@ def run(
     x = hadamard.hadamard(x, task.rotation)
   random = None
   if task.rounding == 'stochastic':
-    index = hash.element_index(x.shape, origin)
-    random = hash.random_bits(given_key(key_words), *index)
+    index = hashing.element_index(x.shape, origin)
+    random = hashing.random_bits(given_key(key_words), *index)
   x = _split(x, spec.block)
   random = None if random is None else _split(random, spec.block)
   amax = jnp.max(exact.magnitude_bits(x), -1, keepdims=True, initial=0)

@@ -8,6 +8,7 @@ cheaply, so bytes are products of codes with constant matrices, which is exact
 """
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -16,34 +17,49 @@ import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jax.typing import DTypeLike
 
 from lowbit_pallas.arith import (
   bits as fb,
   block,
   codec,
   hadamard,
-  hash,
+  hashing,
   packing,
   scale as exact,
 )
-from lowbit_pallas.arith.hash import Origin
-from lowbit_pallas.quantize import config as cfg
-from lowbit_pallas.quantize.config import LANES, Config, Task
-
-why_not = cfg.why_not
+from lowbit_pallas.arith.hashing import Origin
+from lowbit_pallas.quantize import task as _task, tpu_config as _config
+from lowbit_pallas.quantize.task import Task
+from lowbit_pallas.quantize.tpu_config import (
+  LANES,
+  Config,
+  choose,
+  heuristic as heuristic,
+)
 
 # TPUs have no float16; kernels read its bits.
-_FLOAT16 = codec.Float(
-  exponent_bits=5,
-  mantissa_bits=10,
-  emin=-14,
-  code_max=0x7BFF,
-  inf_code=0x7C00,
-  nan_code=0x7E00,
-  signed=True,
-  subnormals=True,
-  negative_zero=True,
-)
+_FLOAT16 = codec.minifloat(5, 10, 'ieee')
+
+
+def why_not(
+  shape: Sequence[int],
+  dtype: DTypeLike,
+  task: Task,
+  config: Config | None = None,
+) -> str | None:
+  """Why the kernel refuses x, or None.
+
+  Args:
+    shape: shape of x.
+    dtype: dtype of x.
+    task: what to do.
+    config: tile sizes; None for those of `choose`.
+  """
+  reason = _task.why_not(shape, dtype, task)
+  if reason is not None or config is None:
+    return reason
+  return _config.why_not(config, shape, task)
 
 
 def run(
@@ -60,17 +76,18 @@ def run(
   """Quantizes and packs, see `reference.run` for arguments and results.
 
   Args:
-    config: tile sizes; None for those of `config.tpu`.
+    config: tile sizes; None for those of `choose`.
     interpret: False, or `pltpu.InterpretParams`.
 
   Raises:
-    ValueError: for tiles that do not fit.
+    NotImplementedError: with the reason of `why_not`.
   """
   rows, cols = x.shape
   if not rows or not cols:
-    return cfg.nothing(x.shape, task)
-  config = config or cfg.tpu(x.shape, x.dtype.itemsize, task)
-  cfg.check(config, x.shape, task)
+    return _task.nothing(x.shape, task)
+  config = config or choose(x.shape, x.dtype.itemsize, task)
+  if reason := why_not(x.shape, x.dtype, task, config):
+    raise NotImplementedError(reason)
   operands = _operands(x, task, key_words, origin, tensor_scale, signs)
   # Several tiles in a row have whole groups of 128 scales each.
   width = -(-config.bn // (LANES * task.spec.block)) * LANES
@@ -85,8 +102,8 @@ def run(
       pl.BlockSpec((config.bm, width), _tile),
     ],
     out_shape=[
-      jax.ShapeDtypeStruct((rows, cfg.packed_columns(cols, task)), jnp.uint8),
-      jax.ShapeDtypeStruct((rows, grid[1] * width), cfg.scale_dtype(task)),
+      jax.ShapeDtypeStruct((rows, _task.packed_columns(cols, task)), jnp.uint8),
+      jax.ShapeDtypeStruct((rows, grid[1] * width), _task.scale_dtype(task)),
     ],
     compiler_params=pltpu.CompilerParams(
       dimension_semantics=('parallel', 'parallel')
@@ -94,7 +111,7 @@ def run(
     interpret=interpret,
     name='quantize',
   )(*operands.values())
-  return packed, scale[:, : cfg.scale_columns(cols, task)]
+  return packed, scale[:, : _task.scale_columns(cols, task)]
 
 
 def _operands(x, task: Task, key_words, origin, tensor_scale, signs) -> dict:
@@ -104,10 +121,10 @@ def _operands(x, task: Task, key_words, origin, tensor_scale, signs) -> dict:
     x = lax.bitcast_convert_type(x, jnp.uint16)
   out = {'x': x}
   if task.rounding == 'stochastic':
-    out['words'] = cfg.words(key_words, origin)
+    out['words'] = _task.words(key_words, origin)
   if tensor_scale is not None:
-    out['tensor_scale'] = cfg.scalar(tensor_scale)
-  spread = _spread_matrix(cfg.chunk(spec.bits), spec.block)
+    out['tensor_scale'] = _task.scalar(tensor_scale)
+  spread = _spread_matrix(_config.chunk(spec.bits), spec.block)
   out['spread'] = jnp.asarray(spread, jnp.bfloat16)
   if spec.bits < 8:
     plan = packing.products(spec.bits)
@@ -159,7 +176,7 @@ def _kernel(task, config, shape, full, names, *refs):
   inputs = dict(zip(names, refs, strict=False))
   packed_ref, scale_ref = refs[len(names) :]
   spec = task.spec
-  chunk = cfg.chunk(spec.bits)
+  chunk = _config.chunk(spec.bits)
   span = LANES * spec.block  # columns whose scales fill 128 lanes
   scale_dtype = jnp.float32 if spec.scale is None else jnp.int32
   top, left = pl.program_id(0) * config.bm, pl.program_id(1) * config.bn
@@ -172,6 +189,7 @@ def _kernel(task, config, shape, full, names, *refs):
 
     def piece(start, j, collected):
       col = pl.multiple_of(start + j * chunk, chunk)
+      # The maximum of each block, its scale, its codes, and their bytes.
       x = _read(task, shape, inputs, row, col, left, chunk)
       scale = block.stored_scale(
         fb.to_bits(_block_max(x, spec.block)), spec, task.rule, tensor_scale
@@ -185,6 +203,7 @@ def _kernel(task, config, shape, full, names, *refs):
       packed_ref[row, pl.ds(out, size)] = _pack(codes, spec.bits, inputs)
       return _collect(collected, scale, j * (chunk // spec.block))
 
+    # Scales are collected in registers until they fill the lanes of a store.
     for k, start in enumerate(range(0, config.bn, span)):
       count = min(span, config.bn - start) // chunk
       scale = lax.fori_loop(
@@ -293,8 +312,8 @@ def _random(task, shape, full, inputs, top, left, i, col, piece):
   rows = piece[0]
   row = words[2] + (top + i * rows).astype(jnp.uint32)
   start = row, words[3] + (left + col).astype(jnp.uint32)
-  index = hash.element_index(piece, (start, full or shape))
-  bits = hash.bits_of((words[0], words[1]), *index)
+  index = hashing.element_index(piece, (start, full or shape))
+  bits = hashing.bits_of((words[0], words[1]), *index)
   if shape[1] % task.spec.block:
     inside = _lane(piece) < shape[1] - left - col
     bits = jnp.where(inside, bits, jnp.uint32(0))

@@ -20,9 +20,14 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import DTypeLike
 
 from lowbit_pallas import _mosaic_gpu
-from lowbit_pallas.softmax import config as config_lib, forms
+from lowbit_pallas.softmax import forms, mosaic_gpu_config as _config
+from lowbit_pallas.softmax.mosaic_gpu_config import (
+  Config,
+  choose,
+  heuristic as heuristic,
+)
 
-_SLICE = config_lib.SLICE
+_SLICE = _config.SLICE
 _DTYPES = ('float32', 'bfloat16', 'float16')
 _LAYOUT = plgpu.Layout.WG_STRIDED((_SLICE,), vec_size=2)
 
@@ -43,6 +48,7 @@ def why_not(
   x: jax.Array | jax.ShapeDtypeStruct,
   out_dtype: DTypeLike | None = None,
   masked: bool = False,
+  config: Config | None = None,
 ) -> str | None:
   """Why the kernels refuse, or None.
 
@@ -50,8 +56,8 @@ def why_not(
     x: array or `jax.ShapeDtypeStruct`.
     out_dtype: dtype of the result; None for that of `x`.
     masked: whether there is a mask.
+    config: how rows are cut; None for what `choose` says.
   """
-  del masked
   out_dtype = x.dtype if out_dtype is None else out_dtype
   if len(x.shape) != 2:
     return f'x.shape={x.shape} must be (rows, columns)'
@@ -60,7 +66,17 @@ def why_not(
   for name, dtype in (('x.dtype', x.dtype), ('out_dtype', out_dtype)):
     if jnp.dtype(dtype).name not in _DTYPES:
       return f'{name}={jnp.dtype(dtype).name} is not one of {_DTYPES}'
-  return None
+  if config is None:
+    return None
+  size = _entry_bytes(x.dtype, out_dtype, masked)
+  return _config.why_not(config, x.shape[1], size)
+
+
+def _entry_bytes(x_dtype, out_dtype, masked: bool) -> int:
+  """Shared memory for one entry; a result of another dtype has its own."""
+  x_dtype, out_dtype = jnp.dtype(x_dtype), jnp.dtype(out_dtype)
+  out = 0 if x_dtype == out_dtype else out_dtype.itemsize
+  return x_dtype.itemsize + masked + out
 
 
 def run(
@@ -71,7 +87,7 @@ def run(
   scale: float = 1.0,
   algorithm: str = 'auto',
   out_dtype: DTypeLike | None = None,
-  config: config_lib.GpuConfig | None = None,
+  config: Config | None = None,
   interpret: Any = None,
 ) -> jax.Array:
   """softmax, log_softmax or logsumexp of rows, see `reference.run`.
@@ -83,25 +99,24 @@ def run(
     scale: factor of x, in float32.
     algorithm: one of `forms.ALGORITHMS`.
     out_dtype: dtype of the result; None for that of `x`.
-    config: how rows are cut; None for what `config.mosaic_gpu` says.
+    config: how rows are cut; None for what `choose` says.
     interpret: parameters of the GPU interpreter, None to compile.
 
   Raises:
     NotImplementedError: with the reason of `why_not`.
   """
   out_dtype = jnp.dtype(x.dtype if out_dtype is None else out_dtype)
-  if reason := why_not(x, out_dtype):
+  masked = where is not None
+  if reason := why_not(x, out_dtype, masked, config):
     raise NotImplementedError(reason)
   rows, columns = x.shape
-  static = _Static(
-    kind, scale, algorithm, 0, where is not None, x.dtype, out_dtype
-  )
   if config is None:
-    config = config_lib.mosaic_gpu(columns, _bytes_per_entry(static))
-  static = static._replace(slices=config.slices)
+    size = _entry_bytes(x.dtype, out_dtype, masked)
+    config = choose(rows, columns, size)
+  static = _Static(
+    kind, scale, algorithm, config.slices, masked, x.dtype, out_dtype
+  )
   missing = config.splits * config.slices * _SLICE - columns
-  if missing < 0:
-    raise ValueError(f'{config} holds fewer than {columns} columns')
   operands = (x,) if where is None else (x, where.astype(jnp.int8))
   cut = (rows, config.splits, config.slices, _SLICE)
   operands = tuple(
@@ -115,11 +130,6 @@ def run(
   else:
     y = _split(operands, static, interpret)
   return y.reshape(rows, -1)[:, :columns]
-
-
-def _bytes_per_entry(static: _Static) -> int:
-  out = 0 if _in_place(static) else static.out_dtype.itemsize
-  return static.in_dtype.itemsize + static.masked + out
 
 
 def _in_place(static: _Static) -> bool:

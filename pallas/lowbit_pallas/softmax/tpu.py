@@ -22,9 +22,14 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.typing import DTypeLike
 
 from lowbit_pallas.arith import softmax as sm
-from lowbit_pallas.softmax import config as config_lib, forms
+from lowbit_pallas.softmax import forms, tpu_config as _config
+from lowbit_pallas.softmax.tpu_config import (
+  Config,
+  choose,
+  heuristic as heuristic,
+)
 
-_LANES = config_lib.LANES
+_LANES = _config.LANES
 _DTYPES = ('float32', 'bfloat16', 'float16')
 
 
@@ -35,7 +40,7 @@ class _Static(NamedTuple):
   kind: str
   scale: float
   columns: int
-  config: config_lib.TpuConfig
+  config: Config
   chunk: int
   tile: int
   masked: bool
@@ -46,6 +51,7 @@ def why_not(
   x: jax.Array | jax.ShapeDtypeStruct,
   out_dtype: DTypeLike | None = None,
   masked: bool = False,
+  config: Config | None = None,
 ) -> str | None:
   """Why the kernel refuses, or None.
 
@@ -53,8 +59,8 @@ def why_not(
     x: array or `jax.ShapeDtypeStruct`.
     out_dtype: dtype of the result; None for that of `x`.
     masked: whether there is a mask.
+    config: block sizes; None for those of `choose`.
   """
-  del masked
   out_dtype = x.dtype if out_dtype is None else out_dtype
   if len(x.shape) != 2:
     return f'x.shape={x.shape} must be (rows, columns)'
@@ -63,7 +69,20 @@ def why_not(
   for name, dtype in (('x.dtype', x.dtype), ('out_dtype', out_dtype)):
     if jnp.dtype(dtype).name not in _DTYPES:
       return f'{name}={jnp.dtype(dtype).name} is not one of {_DTYPES}'
-  return None
+  if config is None:
+    return None
+  return _config.why_not(config, _entry_bytes(x.dtype, out_dtype, masked))
+
+
+def _entry_bytes(x_dtype, out_dtype, masked: bool) -> int:
+  """Bytes of the narrowest operand: a mask has one, float16 becomes float32."""
+  sizes = [jnp.dtype(d).itemsize for d in map(_stored, (x_dtype, out_dtype))]
+  return 1 if masked else min(sizes)
+
+
+def _stored(dtype):
+  """The dtype in the kernel: Mosaic has no float16, and sums are float32."""
+  return jnp.dtype(jnp.float32 if dtype == jnp.float16 else dtype)
 
 
 def run(
@@ -74,7 +93,7 @@ def run(
   scale: float = 1.0,
   algorithm: str = 'auto',
   out_dtype: DTypeLike | None = None,
-  config: config_lib.TpuConfig | None = None,
+  config: Config | None = None,
   interpret: Any = False,
 ) -> jax.Array:
   """softmax, log_softmax or logsumexp of rows, see `reference.run`.
@@ -87,24 +106,20 @@ def run(
     algorithm: one of `forms.ALGORITHMS`. 'auto' runs the pair kernel, and the
       online kernel on top where it lost a row.
     out_dtype: dtype of the result; None for that of `x`.
-    config: block sizes; None for those of `config.tpu`.
+    config: block sizes; None for those of `choose`.
     interpret: as in `pl.pallas_call`.
 
   Raises:
     NotImplementedError: with the reason of `why_not`.
   """
   out_dtype = jnp.dtype(x.dtype if out_dtype is None else out_dtype)
-  if reason := why_not(x, out_dtype):
+  masked = where is not None
+  if reason := why_not(x, out_dtype, masked, config):
     raise NotImplementedError(reason)
-  # Mosaic has no float16 vectors; the sums are float32 in any case.
-  if x.dtype == jnp.float16:
-    x = x.astype(jnp.float32)
-  kernel_out = jnp.dtype(jnp.float32)
-  if out_dtype != jnp.float16:
-    kernel_out = out_dtype
-  itemsize = 1 if where is not None else min(x.itemsize, kernel_out.itemsize)
+  entry_bytes = _entry_bytes(x.dtype, out_dtype, masked)
   if config is None:
-    config = config_lib.tpu(x.shape[0], x.shape[1], itemsize)
+    config = choose(x.shape[0], x.shape[1], entry_bytes)
+  x = x.astype(_stored(x.dtype))
   operands = (x,) if where is None else (x, where.astype(jnp.int8))
 
   def call(form):
@@ -114,10 +129,10 @@ def run(
       scale,
       x.shape[1],
       config,
-      config_lib.chunk(config),
-      config_lib.sublanes(itemsize),
-      where is not None,
-      kernel_out,
+      _config.chunk(config),
+      _config.sublanes(entry_bytes),
+      masked,
+      _stored(out_dtype),
     )
     *y, log_sum = _call(operands, static, interpret)
     return (*y, log_sum[:, 0])
@@ -175,7 +190,7 @@ def _call_whole(operands, static: _Static, interpret):
   rows, columns = operands[0].shape
   bm, bn = static.config.rows, static.config.columns
   static = static._replace(
-    chunk=config_lib.chunk(static.config, config_lib.WHOLE_CHUNK)
+    chunk=_config.chunk(static.config, _config.WHOLE_CHUNK)
   )
   block = pl.BlockSpec((bm, bn), lambda i: (i, 0))
   specs = [pl.BlockSpec((bm, 1), lambda i: (i, 0))]
@@ -212,12 +227,15 @@ def _whole_kernel(x_ref, *refs, static: _Static):
   terms_ref = terms_ref[0] if terms_ref else y_ref
   stored = terms_ref if static.kind == 'softmax' else None
 
+  # The exponent of each row follows from its largest entry.
   _extremes(source, (first_ref, second_ref), static)
   top = jnp.max(first_ref[...], axis=1, keepdims=True)
   near = sm.is_near(jnp.max(first_ref[...]), jnp.min(second_ref[...]))
   n = sm.row_exponent(top)
   first_ref[...] = _to_lanes(n)
 
+  # Exponentials relative to it are kept and summed, without guards where no
+  # entry of the block needs one.
   @pl.when(near)
   def _():
     _sum_terms(
@@ -228,6 +246,7 @@ def _whole_kernel(x_ref, *refs, static: _Static):
   def _():
     _sum_terms(sm.scaled_exp, source, first_ref, second_ref, stored, static)
 
+  # The sum joins the lanes, and divides what was kept.
   m = _sum_of_lanes(second_ref[...], static.tile)
   total = sm.row_pair(m, n)
   log_sum_ref[...] = sm.logsumexp(total)
@@ -323,6 +342,7 @@ def _kernel(x_ref, *refs, static: _Static):
   source = x_ref, where_ref
   phase, j = pl.program_id(1), pl.program_id(2)
 
+  # Phase 0 sums the blocks of a row lane by lane, and in the end joins lanes.
   @pl.when((phase == 0) & (j == 0))
   def _():
     first_ref[...], second_ref[...] = static.form.identity(first_ref.shape)
@@ -335,6 +355,7 @@ def _kernel(x_ref, *refs, static: _Static):
   def _():
     _join_lanes(scratch, log_sum_ref, static)
 
+  # Phase 1 reads the blocks again and normalises them.
   if y_refs:
 
     @pl.when(phase == 1)

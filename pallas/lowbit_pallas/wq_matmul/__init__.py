@@ -18,7 +18,7 @@ parts. One scale for a whole column always multiplies the sum at the end.
 
   prepack     the layout of the weight that kernels read, and back
   reference   the contract in jnp, and the arithmetic of a tile
-  config      tile sizes and schedules
   tpu         compiles for TPU v5e, v6e and 7x
   mosaic_gpu  compiles for Hopper, whose WGMMA it uses
+  *_config    sizes of these two, without importing their back ends
 """

@@ -8,7 +8,8 @@ device; float32 partial results are added in a fixed order.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,34 +20,44 @@ from jax.typing import DTypeLike
 
 from lowbit_pallas import _mosaic_gpu
 from lowbit_pallas.arith import block, codec, packing
-from lowbit_pallas.wq_matmul import config as _config, reference
-from lowbit_pallas.wq_matmul.config import Config
+from lowbit_pallas.wq_matmul import mosaic_gpu_config as _config, reference
+from lowbit_pallas.wq_matmul.mosaic_gpu_config import (
+  LAYOUT,
+  Config,
+  choose,
+  heuristic as heuristic,
+)
 from lowbit_pallas.wq_matmul.prepack import Prepacked
 
 ROWS = _config.COLUMNS  # of w^T in a tile
 
 
 def why_not(
-  x_shape: Sequence[int], x_dtype: DTypeLike, w: Prepacked, config: Config
+  x_shape: Sequence[int],
+  x_dtype: DTypeLike,
+  w: Prepacked,
+  config: Config | None = None,
 ) -> str | None:
   """Why the kernel refuses, or None.
 
   Args:
-    x_shape, x_dtype: of x.
+    x_shape: shape of x.
+    x_dtype: dtype of x.
     w: the weight, arrays or `jax.ShapeDtypeStruct`.
-    config: see `config.mosaic_gpu`.
+    config: tile sizes; None for those of `choose`.
   """
+  config = config or _chosen(x_shape, x_dtype, w)
   refusal = reference.why_not(x_shape, x_dtype, w, config.schedule)
   if refusal is not None:
     return refusal
-  if w.layout != 'nk':
-    return f"the weight has layout {w.layout!r}; prepack it with layout='nk'"
+  if w.layout != LAYOUT:
+    return f'the weight has layout {w.layout!r}; prepack it with {LAYOUT!r}'
   if w.tile != config.tile:
     return f'the weight has tiles of {w.tile} rows, config.tile={config.tile}'
   lane = w.tile // packing.codes_per_group(w.spec.bits)
   if lane not in (64, 128):
     return f'tiles of {w.tile} rows have lanes of {lane}, not 64 or 128'
-  refusal = _config.why_not_gpu(config, w.steps)
+  refusal = _config.why_not(config, w.steps)
   if refusal is None:
     refusal = _mosaic_gpu.why_not_grid(_grid(x_shape[0], w.n, config))
   if refusal is not None:
@@ -69,6 +80,10 @@ def why_not(
   return None
 
 
+def _chosen(x_shape, x_dtype, w: Prepacked) -> Config:
+  return choose(x_shape[0], w.n, w.k, w.spec, x_dtype, tile=w.tile)
+
+
 def run(
   x: jax.Array,
   w: Prepacked,
@@ -81,17 +96,14 @@ def run(
   Args:
     x: (m, k) in bfloat16, float16 or float32.
     w: the weight in the layout 'nk'.
-    config: tile sizes; None for `config.mosaic_gpu` with the tile of w.
+    config: tile sizes; None for those of `choose`.
     out_dtype: dtype of the result, which is rounded to it once; None for that
       of x.
 
   Returns:
     (m, n).
   """
-  if config is None:
-    config = _config.mosaic_gpu(
-      x.shape[0], w.n, w.k, w.spec, x.dtype, tile=w.tile
-    )
+  config = config or _chosen(x.shape, x.dtype, w)
   refusal = why_not(x.shape, x.dtype, w, config)
   if refusal is not None:
     raise NotImplementedError(refusal)
@@ -111,9 +123,53 @@ def run(
   return out.astype(out_dtype)
 
 
+class _Tile(NamedTuple):
+  """What a block of threads works on.
+
+  Attributes:
+    spec: what codes and scales stand for.
+    config: tile sizes.
+    steps: tiles along K.
+    tiles_per_block: tiles that read the same row of scales.
+    has_scale: whether there are block scales.
+  """
+
+  spec: block.Blocked
+  config: Config
+  steps: int
+  tiles_per_block: int
+  has_scale: bool
+
+  @property
+  def lanes(self) -> int:
+    """Lanes of a tile, see `prepack`."""
+    return packing.codes_per_group(self.spec.bits)
+
+  @property
+  def lane(self) -> int:
+    """Rows of K in a lane."""
+    return self.config.tile // self.lanes
+
+
+class _Buffers(NamedTuple):
+  """A tile in shared memory.
+
+  Attributes:
+    xs: the columns of x that each lane meets.
+    codes: planes.
+    scale: stored scales (blocks, 64), or None.
+    zero: zero points (blocks, 64), or None.
+  """
+
+  xs: Sequence[Any]
+  codes: Sequence[Any]
+  scale: Any
+  zero: Any
+
+
 def _call(x, w: Prepacked, config: Config):
   """Partial results (split_k, n, m), n and m padded to whole tiles."""
-  bm, steps = config.bm, w.steps // config.split_k
+  bm = config.bm
   m, n = _round_up(x.shape[0], bm), _round_up(w.n, ROWS)
   x = jnp.pad(x, ((0, m - x.shape[0]), (0, 0)))
   # TMA wants rows of whole 16 bytes, and tiled layouts multiples of 8 columns.
@@ -125,16 +181,15 @@ def _call(x, w: Prepacked, config: Config):
     for leaf in (w.scale if w.spec.block else None, w.zero_point)
   ]
   inputs = [x, planes, *[leaf for leaf in per_block if leaf is not None]]
-  body = functools.partial(
-    _kernel,
+  tile = _Tile(
     spec=w.spec,
-    steps=steps,
+    config=config,
+    steps=w.steps // config.split_k,
     tiles_per_block=w.tiles_per_block,
     has_scale=per_block[0] is not None,
-    config=config,
   )
   return _mosaic_gpu.kernel(
-    body,
+    functools.partial(_kernel, tile),
     out_type=jax.ShapeDtypeStruct((config.split_k, n, m), jnp.float32),
     grid=_grid(m, n, config),
     grid_names=('n', 'part', 'm'),
@@ -147,21 +202,42 @@ def _grid(m: int, n: int, config: Config) -> tuple[int, int, int]:
   return -(-n // ROWS), config.split_k, -(-m // config.bm)
 
 
-def _kernel(
-  x, planes, *rest, spec, steps, tiles_per_block, has_scale, config: Config
-):
-  *per_block, out, out_smem = rest
+def _kernel(tile: _Tile, x, planes, *refs):
+  """The sums of a tile of w^T x^T over one part of K."""
+  *per_block, out, out_smem = refs
   column, part, row = (lax.axis_index(a) for a in ('n', 'part', 'm'))
-  count = packing.codes_per_group(spec.bits)
-  lane = config.tile // count
-  first = part * steps
+  # The tiles of this part come into a ring of buffers, ahead of their product.
+  pipeline = _pipeline(tile, x, planes, per_block, (column, part, row))
+  # 'post' needs the sum of every block by itself, 'pre' one sum for all of K.
+  if tile.has_scale and tile.config.schedule == 'post':
+    total = _sum_by_block(tile, pipeline)
+  else:
+    add = functools.partial(_sum_decoded, tile, pipeline)
+    total = pl.run_scoped(add, _accumulator(tile))
+  # By way of shared memory, from which TMA writes whole tiles.
+  out_smem[...] = total
+  plgpu.commit_smem()
+  bm = tile.config.bm
+  columns, rows = pl.ds(column * ROWS, ROWS), pl.ds(row * bm, bm)
+  plgpu.copy_smem_to_gmem(out_smem, out.at[part, columns, rows])
+  plgpu.wait_smem_to_gmem(0)
+
+
+def _pipeline(tile: _Tile, x, planes, per_block, place) -> Callable:
+  """`(step, carry) -> carry`: runs `step(buffers, carry)` on the tiles of K.
+
+  Without a carry the step takes the buffers alone.
+  """
+  column, part, row = place
+  first = part * tile.steps
+  bm, lane, lanes = tile.config.bm, tile.lane, tile.lanes
 
   def block_of(k):
-    return lax.div(first + k, tiles_per_block), 0, column
+    return lax.div(first + k, tile.tiles_per_block), 0, column
 
   in_specs = [
-    _tiled((config.bm, lane), 2, lambda k, j=j: (row, (first + k) * count + j))
-    for j in range(count)
+    _tiled((bm, lane), 2, lambda k, j=j: (row, (first + k) * lanes + j))
+    for j in range(lanes)
   ]
   in_specs += [
     _tiled((ROWS, lane), 1, lambda k: (column, first + k))
@@ -171,67 +247,77 @@ def _kernel(
     plgpu.BlockSpec((None, leaf.shape[1], ROWS), block_of) for leaf in per_block
   ]
 
-  def unpack(refs):
-    xs, rest = refs[:count], refs[count:]
-    codes, rest = rest[: planes.shape[0]], list(rest[planes.shape[0] :])
-    scale = rest.pop(0) if has_scale else None
-    zero = rest[0] if rest else None
-    return xs, codes, scale, zero
+  def buffers(refs) -> _Buffers:
+    xs, refs = refs[:lanes], refs[lanes:]
+    codes, leaves = refs[: planes.shape[0]], list(refs[planes.shape[0] :])
+    scale = leaves.pop(0) if tile.has_scale else None
+    return _Buffers(xs, codes, scale, leaves[0] if leaves else None)
 
-  def pipeline(step, carry=None):
+  def run(step, carry=None):
+    def on_refs(_, *refs):
+      if carry is None:
+        return step(buffers(refs))
+      *refs, total = refs
+      return step(buffers(refs), total)
+
     return plgpu.emit_pipeline(
-      step,
-      grid=(steps,),
+      on_refs,
+      grid=(tile.steps,),
       in_specs=in_specs,
-      max_concurrent_steps=min(config.stages, steps),
+      max_concurrent_steps=min(tile.config.stages, tile.steps),
       init_carry=carry,
     )(
-      *[x] * count,
+      *[x] * lanes,
       *[planes.at[b] for b in range(planes.shape[0])],
       *per_block,
     )
 
-  def pre(acc):
-    def step(_, *refs):
-      xs, codes, scale, zero = unpack(refs)
-      weights = _weights(codes, scale, zero, spec, lane)
-      _multiply(acc, weights, xs)
-      plgpu.commit_smem()  # what threads read is about to be overwritten
+  return run
 
-    pipeline(step)
-    return acc[...]
 
-  def post():
-    def step(_, *refs):
-      *refs, total = refs
-      xs, codes, scale, zero = unpack(refs)
-      weights = _weights(codes, None, zero, spec, lane)
-      each = count // scale.shape[0]  # lanes in a block
-      for g in range(scale.shape[0]):
-        mine = slice(g * each, (g + 1) * each)
+def _accumulator(tile: _Tile):
+  return _mosaic_gpu.accumulator((ROWS, tile.config.bm), jnp.float32)
 
-        def block_sum(acc, mine=mine):
-          _multiply(acc, weights[mine], xs[mine])
-          return acc[...]
 
-        part = pl.run_scoped(block_sum, accumulator)
-        stored = _mosaic_gpu.load(scale.at[g], plgpu.Layout.WGMMA.reduce(1))
-        for factor in block.scale_factors(stored, spec.scale):
-          part = part * _along_rows(factor, part.shape)
-        total = total + part
-      plgpu.commit_smem()
-      return total
+def _sum_decoded(tile: _Tile, pipeline, acc):
+  """'pre': the sum of products with weights that have their scale."""
 
-    zeros = jnp.zeros((ROWS, config.bm), jnp.float32)
-    return pipeline(step, plgpu.layout_cast(zeros, plgpu.Layout.WGMMA))
+  def step(buffers: _Buffers):
+    codes, scale, zero = buffers.codes, buffers.scale, buffers.zero
+    weights = _weights(codes, scale, zero, tile.spec, tile.lane)
+    _multiply(acc, weights, buffers.xs)
+    plgpu.commit_smem()  # what threads read is about to be overwritten
 
-  accumulator = _mosaic_gpu.accumulator((ROWS, config.bm), jnp.float32)
-  by_block = has_scale and config.schedule == 'post'
-  out_smem[...] = post() if by_block else pl.run_scoped(pre, accumulator)
-  plgpu.commit_smem()
-  columns, rows = pl.ds(column * ROWS, ROWS), pl.ds(row * config.bm, config.bm)
-  plgpu.copy_smem_to_gmem(out_smem, out.at[part, columns, rows])
-  plgpu.wait_smem_to_gmem(0)
+  pipeline(step)
+  return acc[...]
+
+
+def _sum_by_block(tile: _Tile, pipeline):
+  """'post': the sum of the products of blocks, each times its scale."""
+  spec, accumulator = tile.spec, _accumulator(tile)
+
+  def step(buffers: _Buffers, total):
+    xs, scale = buffers.xs, buffers.scale
+    weights = _weights(buffers.codes, None, buffers.zero, spec, tile.lane)
+    each = tile.lanes // scale.shape[0]  # lanes in a block
+    for g in range(scale.shape[0]):
+      lanes = slice(g * each, (g + 1) * each)
+
+      def block_sum(acc, lanes=lanes):
+        _multiply(acc, weights[lanes], xs[lanes])
+        return acc[...]
+
+      # A block has an accumulator of its own, which its scale then multiplies.
+      part = pl.run_scoped(block_sum, accumulator)
+      stored = _mosaic_gpu.load(scale.at[g], plgpu.Layout.WGMMA.reduce(1))
+      for factor in block.scale_factors(stored, spec.scale):
+        part = part * _along_rows(factor, part.shape)
+      total = total + part
+    plgpu.commit_smem()  # as in 'pre'
+    return total
+
+  zeros = jnp.zeros((ROWS, tile.config.bm), jnp.float32)
+  return pipeline(step, plgpu.layout_cast(zeros, plgpu.Layout.WGMMA))
 
 
 def _multiply(acc, weights, xs):

@@ -193,6 +193,7 @@ def tile_product(
     if spec.scale is not None and zero is None:
       unit = codec.unit_in_kernel(spec.element)
       factors = (factors[-1] * jnp.float32(unit), *factors[:-1])
+  # Rows are decoded in runs: a block in 'post', else as many as overlap best.
   size = block_size if post else _rows_at_once(tile, block_size)
   for first in range(0, tile, size):
     parts = []

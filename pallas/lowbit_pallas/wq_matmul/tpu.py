@@ -12,26 +12,36 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.typing import DTypeLike
 
 from lowbit_pallas.arith import block, packing
-from lowbit_pallas.wq_matmul import config as _config, reference
-from lowbit_pallas.wq_matmul.config import Config
+from lowbit_pallas.wq_matmul import reference, tpu_config as _config
 from lowbit_pallas.wq_matmul.prepack import Prepacked
+from lowbit_pallas.wq_matmul.tpu_config import (
+  LAYOUT,
+  Config,
+  choose,
+  heuristic as heuristic,
+)
 
 
 def why_not(
-  x_shape: Sequence[int], x_dtype: DTypeLike, w: Prepacked, config: Config
+  x_shape: Sequence[int],
+  x_dtype: DTypeLike,
+  w: Prepacked,
+  config: Config | None = None,
 ) -> str | None:
   """Why the kernel refuses, or None.
 
   Args:
-    x_shape, x_dtype: of x.
+    x_shape: shape of x.
+    x_dtype: dtype of x.
     w: the weight, arrays or `jax.ShapeDtypeStruct`.
-    config: see `config.tpu`.
+    config: tile sizes; None for those of `choose`.
   """
+  config = config or _chosen(x_shape, x_dtype, w)
   refusal = reference.why_not(x_shape, x_dtype, w, config.schedule)
   if refusal is not None:
     return refusal
-  if w.layout != 'kn':
-    return f"the weight has layout {w.layout!r}; prepack it with layout='kn'"
+  if w.layout != LAYOUT:
+    return f'the weight has layout {w.layout!r}; prepack it with {LAYOUT!r}'
   if w.tile != config.tile:
     return f'the weight has tiles of {w.tile} rows, config.tile={config.tile}'
   lane = w.tile // packing.codes_per_group(w.spec.bits)
@@ -39,7 +49,11 @@ def why_not(
     return (
       f'tiles of {w.tile} rows in lanes of {lane}: not multiples of 128 and 32'
     )
-  return _config.why_not_tpu(config)
+  return _config.why_not(config)
+
+
+def _chosen(x_shape, x_dtype, w: Prepacked) -> Config:
+  return choose(x_shape[0], w.n, w.k, w.spec, x_dtype, tile=w.tile)
 
 
 def run(
@@ -55,7 +69,7 @@ def run(
   Args:
     x: (m, k) in bfloat16, float16 or float32.
     w: the weight in the layout 'kn'.
-    config: tile sizes; None for `config.tpu` with the tile of w.
+    config: tile sizes; None for those of `choose`.
     out_dtype: dtype of the result, which is rounded to it once; None for that
       of x.
     interpret: as in `pl.pallas_call`.
@@ -63,8 +77,7 @@ def run(
   Returns:
     (m, n).
   """
-  if config is None:
-    config = _config.tpu(x.shape[0], w.n, w.k, w.spec, x.dtype, tile=w.tile)
+  config = config or _chosen(x.shape, x.dtype, w)
   refusal = why_not(x.shape, x.dtype, w, config)
   if refusal is not None:
     raise NotImplementedError(refusal)

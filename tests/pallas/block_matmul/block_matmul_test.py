@@ -16,7 +16,7 @@ from jax.experimental import pallas as pl
 
 from lowbit_pallas.arith import codec
 from lowbit_pallas.arith.block import Blocked
-from lowbit_pallas.block_matmul import config, reference, tpu
+from lowbit_pallas.block_matmul import reference, tpu, tpu_config as config
 from tests.pallas import races
 from tests.pallas.block_matmul import operands as ops
 
@@ -79,7 +79,7 @@ def _run(function, a, b, layout='nt', mode='exact', **kwargs):
 
 def _tiles(a, b, layout='nt', bm=M, bn=128):
   """The smallest tiles along K, so that there are several."""
-  return config.TpuConfig(bm, bn, config.k_unit(a.spec, b.spec, layout))
+  return config.Config(bm, bn, config.k_unit(a.spec, b.spec, layout))
 
 
 class ReferenceTest(parameterized.TestCase):
@@ -349,10 +349,10 @@ class TpuTest(parameterized.TestCase):
     self.assertIn('tpu7x does not multiply int8', reason)
     mx = ops.FORMATS['mxfp8_e4m3'][0]
     for tiles, reason in (
-      (config.TpuConfig(4, 6, 96), 'bk=96'),
-      (config.TpuConfig(4, 5, 128), 'bn=5'),
-      (config.TpuConfig(4, 6, 8192), 'more than 128 blocks of 32'),
-      (config.TpuConfig(4096, 4096, 512), 'bytes'),
+      (config.Config(4, 6, 96), 'bk=96'),
+      (config.Config(4, 5, 128), 'bn=5'),
+      (config.Config(4, 6, 8192), 'more than 128 blocks of 32'),
+      (config.Config(4096, 4096, 512), 'bytes'),
     ):
       self.assertIn(
         reason,
@@ -366,8 +366,8 @@ class TpuTest(parameterized.TestCase):
   )
   def test_heuristic_fits(self, pair, layout, m, n):
     a, b = (ops.FORMATS[name][0] for name in pair)
-    tiles = config.heuristic_tpu(m, n, 4096, a, b, layout)
-    self.assertIsNone(config.why_not_tpu(tiles, m, n, a, b, layout))
+    tiles = config.heuristic(m, n, 4096, a, b, layout)
+    self.assertIsNone(config.why_not(tiles, m, n, a, b, layout))
 
 
 class MutantTest(parameterized.TestCase):

@@ -12,11 +12,16 @@ import numpy as np
 from absl.testing import absltest, parameterized
 
 from lowbit_pallas.arith import softmax as sm
-from lowbit_pallas.softmax import config, forms, mosaic_gpu, reference
+from lowbit_pallas.softmax import (
+  forms,
+  mosaic_gpu,
+  mosaic_gpu_config as config,
+  reference,
+)
 from tests.pallas import races
 from tests.pallas.softmax import rows
 
-SPLIT = config.GpuConfig(1, 3)
+SPLIT = config.Config(1, 3)
 
 
 def _run(x, where=None, **options):
@@ -84,7 +89,7 @@ class RefusalTest(parameterized.TestCase):
   def test_many_rows_in_pieces_can_be_launched(self, kind):
     x = jax.ShapeDtypeStruct((1 << 20, 16384), jnp.float32)
     run = lambda x: mosaic_gpu.run(x, kind=kind)
-    self.assertGreater(config.mosaic_gpu(16384, 4).splits, 1)
+    self.assertGreater(config.choose(2, 16384, 4).splits, 1)
     self.assertEqual(jax.eval_shape(run, x).shape[0], 1 << 20)
 
   @parameterized.parameters(
@@ -100,16 +105,15 @@ class RefusalTest(parameterized.TestCase):
       mosaic_gpu.run(jnp.zeros(shape, dtype))
 
   def test_config_too_small(self):
-    with self.assertRaisesRegex(ValueError, 'fewer than 700 columns'):
-      mosaic_gpu.run(jnp.zeros((2, 700)), config=config.GpuConfig(1, 2))
-    with self.assertRaisesRegex(ValueError, 'slices=300'):
-      config.GpuConfig(300)
+    with self.assertRaisesRegex(NotImplementedError, 'fewer than 700'):
+      mosaic_gpu.run(jnp.zeros((2, 700)), config=config.Config(1, 2))
+    self.assertIn('slices=300', config.why_not(config.Config(300), 700, 4))
 
   @parameterized.product(
     columns=(256, 4096, 14336, 14337, 50257, 131072), size=(2, 4, 8)
   )
   def test_heuristic_holds_the_row(self, columns, size):
-    cut = config.heuristic_gpu(columns, size)
+    cut = config.heuristic(2, columns, size)
     held = cut.slices * cut.splits * config.SLICE
     self.assertGreaterEqual(held, columns)
     self.assertLess(held - columns, config.SLICE * cut.splits)

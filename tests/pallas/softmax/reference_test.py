@@ -14,7 +14,7 @@ import pytest
 from absl.testing import absltest, parameterized
 
 from lowbit_pallas.arith import softmax as sm
-from lowbit_pallas.softmax import config, forms, reference
+from lowbit_pallas.softmax import forms, reference, tpu_config as config
 from tests.pallas.softmax import rows
 
 GUARD = 12
@@ -126,19 +126,19 @@ class ConfigTest(parameterized.TestCase):
     itemsize=(1, 2, 4),
   )
   def test_tpu_blocks(self, shape, itemsize):
-    block = config.heuristic_tpu(*shape, itemsize)
+    block = config.heuristic(*shape, itemsize)
     self.assertEqual(block.rows % config.sublanes(itemsize), 0)
-    more = config.heuristic_tpu(7 * shape[0], shape[1], itemsize)
+    more = config.heuristic(7 * shape[0], shape[1], itemsize)
     self.assertEqual(more.columns, block.columns)
-    wide = config.heuristic_tpu(*shape, 4)
+    wide = config.heuristic(*shape, 4)
     self.assertEqual(config.chunk(wide), config.chunk(block))
 
   @parameterized.parameters(
     (12, 128, 'rows=12'), (8, 100, 'columns=100'), (512, 4096, '2097152 bytes')
   )
   def test_bad_tpu_blocks(self, block_rows, columns, words):
-    with self.assertRaisesRegex(ValueError, words):
-      config.TpuConfig(block_rows, columns)
+    block = config.Config(block_rows, columns)
+    self.assertRegex(config.why_not(block, 4), words)
 
 
 if __name__ == '__main__':

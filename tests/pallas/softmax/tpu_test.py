@@ -18,11 +18,11 @@ from absl.testing import absltest, parameterized
 from jax.experimental import pallas as pl
 
 from lowbit_pallas.arith import softmax as sm
-from lowbit_pallas.softmax import config, forms, reference, tpu
+from lowbit_pallas.softmax import forms, reference, tpu
 from tests.pallas import races
 from tests.pallas.softmax import rows
 
-NARROW = config.TpuConfig(8, 128)
+NARROW = tpu.Config(8, 128)
 CASES = (
   # Ragged blocks in both directions; several chunks to a block, and rows beyond
   # a whole one.
@@ -30,7 +30,7 @@ CASES = (
   (
     'chunks',
     (17, 1300),
-    config.TpuConfig(16, 1408),
+    tpu.Config(16, 1408),
     'pair',
     'bfloat16',
     'wide',
@@ -48,9 +48,9 @@ SLOW_CASES = (
   for i, (shape, block, dtype) in enumerate(
     (
       ((9, 129), None, 'float32'),
-      ((17, 700), config.TpuConfig(16, 256), 'bfloat16'),
+      ((17, 700), tpu.Config(16, 256), 'bfloat16'),
       ((5, 1000), None, 'float16'),
-      ((9, 5000), config.TpuConfig(8, 2048), 'float32'),
+      ((9, 5000), tpu.Config(8, 2048), 'float32'),
     )
   )
 )
@@ -128,7 +128,7 @@ class TpuTest(Softmax):
       x,
       where,
       kind=kind,
-      config=config.TpuConfig(32, 128),
+      config=tpu.Config(32, 128),
       algorithm='pair',
     )
     want = np.asarray(_reference(kind)(x, where))
@@ -165,9 +165,7 @@ class TpuTest(Softmax):
       jax.debug.callback(lambda v: seen.append(bool(v)), answer)
       return answer
 
-    run = _compiled.__wrapped__(
-      algorithm='pair', config=config.TpuConfig(8, 256)
-    )
+    run = _compiled.__wrapped__(algorithm='pair', config=tpu.Config(8, 256))
     with mock.patch.object(sm, 'is_near', look):
       for name, near in (
         ('wide', True),
@@ -188,7 +186,7 @@ class TpuTest(Softmax):
   def test_rows_beyond_a_whole_block(self):
     x = rows.draw('wide', (9, 256))
     y = tpu.run(
-      x, interpret=races.TPU, algorithm='pair', config=config.TpuConfig(8, 256)
+      x, interpret=races.TPU, algorithm='pair', config=tpu.Config(8, 256)
     )
     self.assertLessEqual(_error(y, x), 24)
 
@@ -258,7 +256,7 @@ class MutationTest(parameterized.TestCase):
   def _error_with(self, patch, where=None, columns=128):
     x = rows.draw('wide', (3, 300))
     with patch:
-      block = config.TpuConfig(32, columns)
+      block = tpu.Config(32, columns)
       y = _run_traced_anew(x, where, algorithm='pair', config=block)
     return _error(y, x, where)
 

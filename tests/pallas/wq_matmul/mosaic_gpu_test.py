@@ -15,7 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from lowbit_pallas import _mosaic_gpu
-from lowbit_pallas.wq_matmul import config, mosaic_gpu
+from lowbit_pallas.wq_matmul import mosaic_gpu, mosaic_gpu_config as config
 from tests.pallas import races
 from tests.pallas.wq_matmul import oracle
 
@@ -60,7 +60,7 @@ class MosaicGpuTest(parameterized.TestCase):
   def test_agrees_with_oracle(self, name, m, n, k, schedule, dtype):
     w = oracle.quantized(name, k, n)
     x = oracle.normal(m, k, jnp.dtype(dtype))
-    c = config.gpu_heuristic(m, n, k, w.spec, x.dtype, schedule=schedule)
+    c = config.heuristic(m, n, k, w.spec, x.dtype, schedule=schedule)
     p = w.prepack(c.tile, 'nk')
     with _interpreted():
       got = mosaic_gpu.run(x, p, config=c, out_dtype=jnp.float32)
@@ -138,7 +138,7 @@ class MosaicGpuTest(parameterized.TestCase):
 
   def check_narrow_blocks(self, name):
     w = oracle.quantized(name, 256, 8)
-    c = config.gpu_heuristic(2, 8, 256, w.spec, jnp.bfloat16)
+    c = config.heuristic(2, 8, 256, w.spec, jnp.bfloat16)
     p = w.prepack(c.tile, 'nk')
     x = jnp.zeros((2, 256), jnp.bfloat16)
     with mock.patch.object(_mosaic_gpu, 'concatenates', lambda: False):
@@ -151,7 +151,7 @@ class MosaicGpuTest(parameterized.TestCase):
     for n, k in ((64, 512), (4096, 4096)):
       order = set()
       for m in (1, 17, 300, 5000):
-        c = config.gpu_heuristic(m, n, k, spec, jnp.bfloat16)
+        c = config.heuristic(m, n, k, spec, jnp.bfloat16)
         order.add((c.tile, c.schedule, c.split_k))
         self.assertLessEqual(config.smem_bytes(c, spec), config.SMEM_BYTES)
         self.assertBetween(c.bm, 8, 256)

@@ -13,7 +13,7 @@ from lowbit_jax import formats
 from lowbit_jax.numerics._codec import blocked
 from lowbit_pallas.arith import codec, packing
 from lowbit_pallas.arith.block import Blocked
-from lowbit_pallas.wq_matmul import config, prepack
+from lowbit_pallas.wq_matmul import prepack, tpu_config as config
 from tests.pallas.wq_matmul import oracle
 
 
@@ -145,12 +145,12 @@ class ConfigTest(parameterized.TestCase):
           self.assertLessEqual(
             config.vmem_bytes(c, spec, dtype), config.VMEM_BYTES
           )
-          order.add((c.tile, c.schedule, c.split_k))
+          order.add((c.tile, c.schedule))
         self.assertLen(order, 1)
 
   def test_refuses_blocks_that_fit_no_tile(self):
     with self.assertRaisesRegex(ValueError, 'blocks of 131'):
-      config.tpu_tile(262, 1, _spec(4, 131))
+      config.tile_rows(262, _spec(4, 131))
 
 
 if __name__ == '__main__':

@@ -11,7 +11,7 @@ from absl.testing import absltest, parameterized
 
 from lowbit_jax.numerics._codec import spec
 from lowbit_pallas.arith import codec, packing
-from lowbit_pallas.wq_matmul import config, reference
+from lowbit_pallas.wq_matmul import reference, tpu_config
 from tests.pallas.wq_matmul import oracle
 
 FORMATS = (
@@ -38,7 +38,7 @@ _compiled = jax.jit(_product, static_argnums=2)
 
 
 def _run(x, w, schedule, tile=None, layout='kn', product=_compiled):
-  tile = tile or config.tpu_tile(w.k, w.n, w.spec)
+  tile = tile or tpu_config.tile_rows(w.k, w.spec)
   return product(x, w.prepack(tile, layout), schedule)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from absl.testing import absltest, parameterized
 
-from lowbit_pallas.wq_matmul import config, prepack, reference, tpu
+from lowbit_pallas.wq_matmul import config, prepack, reference, tpu, tpu_config
 from tests.pallas import races
 from tests.pallas.wq_matmul import oracle
 
@@ -35,7 +35,7 @@ run = functools.partial(
 
 
 def _tile(w):
-  return config.tpu_tile(w.k, w.n, w.spec)
+  return tpu_config.tile_rows(w.k, w.spec)
 
 
 class TpuTest(parameterized.TestCase):
@@ -59,7 +59,7 @@ class TpuTest(parameterized.TestCase):
   def test_several_tiles_along_every_axis(self):
     w = oracle.quantized('mxfp4', 320, 200)
     x = oracle.normal(40, w.k, jnp.bfloat16)
-    c = config.Config(bm=16, bn=128, tile=128, schedule='pre')
+    c = tpu.Config(bm=16, bn=128, tile=128, schedule='pre')
     got = run(x, w.prepack(128), config=c, out_dtype=jnp.float32)
     oracle.check(got, x, w, 'pre')
 
@@ -67,7 +67,7 @@ class TpuTest(parameterized.TestCase):
   def test_wrong_block_is_caught(self):
     w = oracle.quantized('mxfp4', 256, 8)
     x = oracle.normal(3, w.k, jnp.bfloat16)
-    c = config.Config(bm=16, bn=128, tile=128, schedule='pre')
+    c = tpu.Config(bm=16, bn=128, tile=128, schedule='pre')
     # The scales of the first tile for the second one, too.
     two = mock.PropertyMock(return_value=2)
     with mock.patch.object(prepack.Prepacked, 'tiles_per_block', two):
@@ -85,7 +85,7 @@ class TpuTest(parameterized.TestCase):
       None,
     )
     x = oracle.normal(3, w.k, jnp.bfloat16)
-    c = config.Config(bm=16, bn=128, tile=128, schedule='post')
+    c = tpu.Config(bm=16, bn=128, tile=128, schedule='post')
     got = run(x, w.prepack(128), config=c, out_dtype=jnp.float32)
     oracle.check(got, x, w, 'post')
 
@@ -123,7 +123,7 @@ class TpuTest(parameterized.TestCase):
     w = oracle.Weight(w.fmt, w.k, w.codes, np.ones_like(w.scale), None)
     x = np.random.default_rng(2).integers(-8, 9, (4, w.k))
     x = x.astype(jnp.bfloat16)
-    c = config.Config(bm=16, bn=128, tile=256, schedule='pre')
+    c = tpu.Config(bm=16, bn=128, tile=256, schedule='pre')
     want, _ = oracle.product(x, w, 'pre')
     got = np.asarray(run(x, w.prepack(256), config=c))
     np.testing.assert_array_equal(got, want.astype(got.dtype))
@@ -162,7 +162,7 @@ class TpuTest(parameterized.TestCase):
 
   def test_why_not(self):
     w = oracle.quantized('mxfp4', 96, 8)
-    good = config.Config(bm=16, bn=128, tile=128, schedule='pre')
+    good = tpu.Config(bm=16, bn=128, tile=128, schedule='pre')
     bad = lambda **kwargs: good.__class__(**{**vars(good), **kwargs})
     for p, c, reason in (
       (w.prepack(128), good, None),
@@ -170,7 +170,6 @@ class TpuTest(parameterized.TestCase):
       (w.prepack(256), good, 'tiles of 256'),
       (w.prepack(64), bad(tile=64), 'tiles of 64'),
       (w.prepack(128), bad(bm=8), 'config.bm=8'),
-      (w.prepack(128), bad(split_k=2), 'split_k=2'),
       (w.prepack(128), bad(schedule='mid'), 'mid'),
     ):
       why = tpu.why_not((2, 96), jnp.dtype(jnp.bfloat16), p, c)
@@ -190,7 +189,7 @@ class TpuTest(parameterized.TestCase):
   def test_all(self, name, schedule, dtype):
     w = oracle.quantized(name, 544, 136)
     x = oracle.normal(19, w.k, jnp.dtype(dtype))
-    c = config.heuristic(19, w.n, w.k, w.spec, x.dtype, schedule=schedule)
+    c = tpu.heuristic(19, w.n, w.k, w.spec, x.dtype, schedule=schedule)
     got = run(x, w.prepack(c.tile), config=c, out_dtype=jnp.float32)
     oracle.check(got, x, w, schedule)
 
