@@ -38,7 +38,7 @@ Submodules that need Flax, or that most programs do not use, load on first use:
   whole.
 - `softmax`: exp(x / temperature), normalised to sum to one along an axis.
 - `unpack`: The QArray that `prepack` was given.
-- `doctor`: What quantization does to tensors, and what casts do to gradients.
+- `doctor`: Measures of quantized tensors, and an audit of casts of gradients.
 - `formats`: Number formats as values: elements, blocks, and their names.
 - `io`: Files: trees of arrays and QArrays, saved and loaded with their formats.
 - `nn`: Flax: quantized parameters and quantized products in Linen and NNX

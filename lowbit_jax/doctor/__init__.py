@@ -11,13 +11,14 @@ arithmetic of a function and estimates what it costs.
 - `Energy`: Counts of arithmetic and their price; `print` shows it as a table.
 - `Finding`: One cast that damages a gradient.
 - `GradientAuditError`: Raised by `Audit.raise_if_bad`.
-- `Report`: What quantization does to tensors; `print` shows it as a table.
+- `Report`: Measures and advice for quantized tensors; `print` shows a table.
 - `Row`: One tensor of a report.
 - `Rule`: One piece of advice.
 - `audit_gradients`: Finds casts that round a cotangent to a few bits without a
   scale.
 - `energy`: Counts the arithmetic of a function and estimates its energy.
-- `report`: Measures what a format does to tensors, and says what to change.
+- `report`: Measures the error of tensors in a format, and advises what to
+  change.
 """
 
 from lowbit_jax.doctor._advice import RULES as RULES, Rule as Rule

@@ -2,7 +2,7 @@
 
 - `adopted`: How the functions of `special` got their constants and
   certificates.
-- `archive`: What a search has found: the best programs at every cost.
+- `archive`: The results of a search: the best programs at every cost.
 - `certify`: The error of a compiled float32 function over every input of an
   interval.
 - `emit`: Source code of a program, in Python for JAX and in C99.
@@ -15,7 +15,7 @@
 - `program`: Straight-line programs of one variable, as values.
 - `speed`: Time as the objective: the bound first, then the speed of compiled
   code.
-- `targets`: What is searched for: functions of one variable, and their core
+- `targets`: Targets of a search: functions of one variable, and their core
   problems.
 - `timing`: Which of two functions of one variable is faster once compiled.
 - `variation`: New programs from old ones: edits of the graph of values.

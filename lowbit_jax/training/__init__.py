@@ -8,7 +8,8 @@ of published methods. Submodules load on first use.
 - `linen`: Linen: recipes in the linear layers of any model.
 - `micro_scaling`: MicroScaling: every choice of a block-scaled 4-bit quantizer,
   in float32.
-- `monitors`: What the quantizers of a training product lose, while it trains.
+- `monitors`: Shares of elements that quantizers clip and flush to zero in
+  training.
 - `nnx`: NNX: recipes in the linear layers of any model.
 - `optimizers`: Optimizers for low-bit training, as optax transformations.
 - `qat`: Quantization-aware training with parameters of its own: LSQ and PACT.

@@ -8,8 +8,8 @@ or, without changes to the model, `with quantized(policy): model.apply(...)`.
 Layers keep the names and shapes of their parameters.
 
 - `QDotGeneral`: A `dot_general` that trains by a recipe.
-- `check_keywords`: Refuses keywords of `lax.dot_general` that a training
-  product lacks.
+- `check_keywords`: Raises TypeError for keywords that a training product does
+  not take.
 - `dot_general_cls`: For the `dot_general_cls` argument of Dense, DenseGeneral
   and attention.
 - `quantized`: Dense and DenseGeneral layers train by `recipe` inside this

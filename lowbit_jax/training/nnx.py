@@ -3,7 +3,7 @@
 - `LowBit`: State of held tensor scales; not a Param.
 - `QDotGeneral`: A `dot_general` that trains by a recipe, for Linear and
   LinearGeneral.
-- `advance`: Turns all held tensor scales of a model to the next step, in place.
+- `advance`: Moves all held tensor scales of a model to the next step, in place.
 - `quantize`: Gives every Linear and LinearGeneral of a model its recipe, in
   place.
 """

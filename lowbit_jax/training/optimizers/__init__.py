@@ -27,8 +27,8 @@ copies (`direct`), gradient codecs, and loss scaling.
   loss.
 - `dynamic_map`: The dynamic tree of 2^bits numbers in [-1, 1], or in (0, 1].
 - `ef_sign`: One bit per element, with error feedback.
-- `ema_quantize`: Of the two grid points around each weight, the one nearer to
-  its mean.
+- `ema_quantize`: Rounds each weight to the grid point beside it that is nearer
+  to its mean.
 - `grid_neighbours`: The two numbers of a block format that enclose each element
   of `w`.
 - `hidden_matrices`: Which leaves Muon takes unless told otherwise.
@@ -45,8 +45,8 @@ copies (`direct`), gradient codecs, and loss scaling.
 - `q_ema`: Keeps the mean of each parameter for `ema_quantize`; changes no
   update.
 - `qsgd`: Rounds gradients as QSGD does: unbiased, and different in every step.
-- `qsgd_encode`: What a worker sends: integers in [-s, s] and a norm for each
-  bucket.
+- `qsgd_encode`: The message of a worker: integers in [-s, s] and a norm for
+  each bucket.
 - `quantized_state`: Keeps the moments of an optimizer in few bits: decode,
   update, encode.
 - `randomized_polar`: The polar factor of a random low-rank approximation of
