@@ -90,7 +90,7 @@ def masked(x: jax.Array, where: jax.Array | None) -> jax.Array:
 
 
 def exact_factor(d: jax.Array) -> jax.Array:
-  """Returns 2^d exactly, for differences of exponents.
+  """2^d exactly, for differences of exponents.
 
   Args:
     d: integer-valued float32, not NaN. Below -126 the result is 0, above 127
@@ -106,7 +106,7 @@ def exact_factor(d: jax.Array) -> jax.Array:
 def ext_exp(
   x: jax.Array, low: jax.Array | None = None, exp: str = 'degree5'
 ) -> Pair:
-  """Returns exp(x + low) as a pair, without ever forming the power of two.
+  """exp(x + low) as a pair, without ever forming the power of two.
 
   Derivation. With ``n = rint(x log2 e)`` and ln 2 = P1 + P2 + P3, the steps
   ``a = x - n P1`` and ``b = a - n P2`` are exact: for |n| <= 2^15 the products
@@ -138,7 +138,7 @@ def ext_exp(
 
 
 def exp_pair(x: jax.Array, where: jax.Array | None = None) -> Pair:
-  """Returns exp(x) as pairs for any `x`, with the entries that need guards.
+  """exp(x) as pairs for any `x`, with the entries that need guards.
 
   | entry                            | pair            | worth |
   |----------------------------------|-----------------|-------|
@@ -165,7 +165,7 @@ def exp_pair(x: jax.Array, where: jax.Array | None = None) -> Pair:
 
 
 def row_exponent(top: jax.Array) -> jax.Array:
-  """Returns the exponent E that `scaled_exp` takes for a row.
+  """The exponent E that `scaled_exp` takes for a row.
 
   | largest live entry of the row | E                        |
   |-------------------------------|--------------------------|
@@ -186,7 +186,7 @@ def row_exponent(top: jax.Array) -> jax.Array:
 
 
 def scaled_exp(x: jax.Array, n: jax.Array, exp: str = 'degree5') -> jax.Array:
-  """Returns exp(x) 2^-E, by `ext_exp` and an exact power of two.
+  """exp(x) 2^-E, by `ext_exp` and an exact power of two.
 
     m_i 2^(n_i - E),   E = `row_exponent` of the row
 
@@ -212,10 +212,10 @@ def scaled_exp(x: jax.Array, n: jax.Array, exp: str = 'degree5') -> jax.Array:
 
 
 def is_near(top: jax.Array, low: jax.Array) -> jax.Array:
-  """Tells whether `scaled_exp_near` holds for entries in [low, top].
+  """Whether `scaled_exp_near` holds for entries in [low, top].
 
   Where there is a NaN the extremes may be NaN, or -inf and +inf as on XLA:CPU,
-  which is not near, or leave it out, and then it goes the way of a number.
+  which is not near, or leave it out, as if it were a finite number.
   """
   inside = (top <= _NEAR) & (low >= -_NEAR) & (low <= top)
   return inside & (top - low <= _NEAR_SPREAD)
@@ -246,7 +246,7 @@ def scaled_exp_near(x: jax.Array, n: jax.Array) -> jax.Array:
 def in_domain(
   x: jax.Array, where: jax.Array | None = None, axis: int | None = None
 ) -> jax.Array:
-  """Tells whether the pair form covers all finite live entries along `axis`.
+  """Whether the pair form covers all finite live entries along `axis`.
 
   NaN and infinities count as covered: both forms treat them alike.
 
@@ -263,7 +263,7 @@ def in_domain(
 
 
 def exp_difference(x: jax.Array, a: jax.Array) -> jax.Array:
-  """Returns exp(x - a) for ``x <= a`` within 4u relative.
+  """exp(x - a) for ``x <= a`` within 4u relative.
 
   The difference is taken as d + low by the error-free transformation of a
   sum (Knuth), so a large |x - a| costs no accuracy: exp(fl(x - a)) alone

@@ -55,7 +55,7 @@ class Peak(NamedTuple):
 
 
 def identity(shape: tuple[int, ...]) -> Pair:
-  """Returns pairs worth zero, the identity of `merge`, exactly."""
+  """Pairs worth zero, the identity of `merge`, exactly."""
   return Pair(
     jnp.zeros(shape, jnp.float32), jnp.full(shape, N_ZERO, jnp.float32)
   )
@@ -72,7 +72,7 @@ def row_pair(m: jax.Array, n: jax.Array) -> Pair:
 
 
 def merge(a: Pair, b: Pair) -> Pair:
-  """Returns the sum of two pairs.
+  """The sum of two pairs.
 
     (m, n) + (p, q) = (m 2^(n-e) + p 2^(q-e), e),   e = max(n, q)
 
@@ -94,7 +94,7 @@ def merge(a: Pair, b: Pair) -> Pair:
 
 
 def reduce(pair: Pair, axis: int) -> Pair:
-  """Returns the sum of the pairs along one axis.
+  """The sum of the pairs along one axis.
 
     E = max_i n_i,   M = sum_i m_i 2^(n_i - E)
 
@@ -120,7 +120,7 @@ def reduce(pair: Pair, axis: int) -> Pair:
 def normalise(
   pair: Pair, total: Pair, where: jax.Array | None = None, axis: int = -1
 ) -> jax.Array:
-  """Returns the softmax m_i 2^(n_i) / (M 2^E).
+  """The softmax m_i 2^(n_i) / (M 2^E).
 
     y_i = (m_i (1/M)) 2^(n_i - E)
 
@@ -150,7 +150,7 @@ def normalise(
 
 
 def logsumexp(total: Pair) -> jax.Array:
-  """Returns ln(M 2^E) = ((ln M + E P3) + E P2) + E P1.
+  """ln(M 2^E) = ((ln M + E P3) + E P2) + E P1.
 
   E P1 and E P2 are exact, so the error is that of ln M, (4 + h) u and the
   rounding of the logarithm, plus two roundings of the result. A zero total
@@ -169,7 +169,7 @@ def logsumexp(total: Pair) -> jax.Array:
 def log_normalise(
   x: jax.Array, total: Pair, where: jax.Array | None = None, axis: int = -1
 ) -> jax.Array:
-  """Returns the log softmax (x_i - E ln 2) - ln M.
+  """The log softmax (x_i - E ln 2) - ln M.
 
   E ln 2 is subtracted in the same three parts as in `ext_exp`, of which the
   first two lose nothing where x_i is near E ln 2: the error is relative to
@@ -196,7 +196,7 @@ def log_normalise(
 
 
 def online_identity(shape: tuple[int, ...]) -> Peak:
-  """Returns sums worth zero, the identity of `online_merge`, exactly."""
+  """Sums worth zero, the identity of `online_merge`, exactly."""
   return Peak(
     jnp.full(shape, -_INF, jnp.float32), jnp.zeros(shape, jnp.float32)
   )
@@ -205,7 +205,7 @@ def online_identity(shape: tuple[int, ...]) -> Peak:
 def online_reduce(
   x: jax.Array, where: jax.Array | None = None, axis: int = -1
 ) -> Peak:
-  """Returns the sum of exp(x) along one axis.
+  """The sum of exp(x) along one axis.
 
     A = max_i x_i,   s = sum_i exp(x_i - A)
 
@@ -232,7 +232,7 @@ def online_reduce(
 
 
 def online_exp(x: jax.Array, where: jax.Array | None = None) -> Peak:
-  """Returns exp(x) entry by entry: the peak is x itself, exactly.
+  """exp(x) entry by entry: the peak is x itself, exactly.
 
   Args:
     x: floating-point array; taken as float32.
@@ -248,7 +248,7 @@ def online_exp(x: jax.Array, where: jax.Array | None = None) -> Peak:
 
 
 def online_merge(a: Peak, b: Peak) -> Peak:
-  """Returns the sum of two partial sums.
+  """The sum of two partial sums.
 
     A = max(A1, A2),   s = s1 exp(A1 - A) + s2 exp(A2 - A)
 
@@ -274,7 +274,7 @@ def online_merge(a: Peak, b: Peak) -> Peak:
 
 
 def online_total(state: Peak, axis: int) -> Peak:
-  """Returns the sum of partial sums along one axis.
+  """The sum of partial sums along one axis.
 
     A = max_i A_i,   s = sum_i s_i exp(A_i - A)
 
@@ -297,7 +297,7 @@ def online_total(state: Peak, axis: int) -> Peak:
 def online_normalise(
   x: jax.Array, state: Peak, where: jax.Array | None = None, axis: int = -1
 ) -> jax.Array:
-  """Returns the softmax exp(x_i - A) (1/s).
+  """The softmax exp(x_i - A) (1/s).
 
   Error for y >= 2^-120: (10 + h) u relative and 5u for every merge that
   raised the peak. Zero totals, NaN, +inf and masked entries behave as in
@@ -323,14 +323,14 @@ def online_normalise(
 
 
 def online_logsumexp(state: Peak) -> jax.Array:
-  """Returns A + ln s; -inf for a zero total, +inf for an infinite one."""
+  """A + ln s; -inf for a zero total, +inf for an infinite one."""
   return state.peak + jnp.log(state.total)
 
 
 def online_log_normalise(
   x: jax.Array, state: Peak, where: jax.Array | None = None, axis: int = -1
 ) -> jax.Array:
-  """Returns the log softmax (x_i - A) - ln s.
+  """The log softmax (x_i - A) - ln s.
 
   Error: (5 + h) u for s, 2u |ln s| for its logarithm and 2u |result|.
 
