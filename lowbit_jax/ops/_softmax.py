@@ -26,7 +26,7 @@ import numpy as np
 from lowbit_jax._typing import ArrayLike, DTypeLike, Implementation
 from lowbit_jax.ops import _dispatch, _partition
 from lowbit_pallas import _support
-from lowbit_pallas.arith import softmax as algebra
+from lowbit_pallas.arith import exponential
 from lowbit_pallas.softmax import forms, reference
 
 _DTYPES = ('float32', 'bfloat16', 'float16')
@@ -218,8 +218,8 @@ def operands(
   axis = _checked_axis(axis, x.shape)
   if algorithm not in forms.ALGORITHMS:
     raise ValueError(f'{algorithm=} is not one of {forms.ALGORITHMS}')
-  if exp not in algebra.EXPONENTIALS:
-    raise ValueError(f'{exp=} is not one of {algebra.EXPONENTIALS}')
+  if exp not in exponential.EXPONENTIALS:
+    raise ValueError(f'{exp=} is not one of {exponential.EXPONENTIALS}')
   if exp != 'degree5' and algorithm == 'online':
     raise ValueError(
       f"{exp=} is for the pair form; choose algorithm='auto' or 'pair'"

@@ -141,10 +141,10 @@ def why_unproven(implementation: str) -> str | None:
     return None
   device = device_of(implementation)
   target = device and target_of(device)
-  mine = [k for k in KERNELS if k.implementation == implementation]
-  if not all(k.interpreted or target in k.run_on for k in mine):
-    where = device.device_kind if device else 'a device'
-    return f'not all of its kernels are proven on {where}: name it'
+  entries = [k for k in KERNELS if k.implementation == implementation]
+  if not all(k.interpreted or target in k.run_on for k in entries):
+    place = device.device_kind if device else 'a device'
+    return f'not all of its kernels are proven on {place}: name it'
   return None
 
 

@@ -386,8 +386,8 @@ def _levels(f) -> list[int] | None:
   width = f.exponent_bits + f.mantissa_bits
   step = 2.0 ** (f.emin - f.mantissa_bits)
   levels = [int(_float_value(k, f) / step) for k in range(1 << width)]
-  whole = f.code_max == (1 << width) - 1 and f.negative_zero
-  return levels if whole and width <= 3 and levels[-1] <= 15 else None
+  all_finite = f.code_max == (1 << width) - 1 and f.negative_zero
+  return levels if all_finite and width <= 3 and levels[-1] <= 15 else None
 
 
 def decode_field(
@@ -438,7 +438,7 @@ def _moved(word, start: int, end: int):
 def decode_in_kernel(
   code: jax.Array, f: Element, unit: float = 1.0
 ) -> jax.Array:
-  """The numbers of `decode`, for vector units where selects are dear.
+  """The numbers of `decode`, for vector units where selects are expensive.
 
   Finite minifloats whose magnitudes are at most 15 times the smallest one, in
   at most 8 codes, are fields of one word. Others are read as if their smallest

@@ -29,7 +29,7 @@ _RADIX = 128
 
 @functools.cache
 def hadamard_matrix(order: int) -> np.ndarray:
-  """Returns the +-1 matrix H[i, j] = (-1)^popcount(i & j).
+  """The +-1 matrix H[i, j] = (-1)^popcount(i & j).
 
   Args:
     order: a power of two.
@@ -72,7 +72,7 @@ def hadamard(
   signs: jax.Array | None = None,
   inverse: bool = False,
 ) -> jax.Array:
-  """Returns the orthonormal Walsh-Hadamard transform of blocks along an axis.
+  """The orthonormal Walsh-Hadamard transform of blocks along an axis.
 
     y[b B + i] = 2^(-k/2) sum_j (-1)^popcount(i & j) x[b B + j],   B = 2^k
 
@@ -142,7 +142,7 @@ def hadamard(
 def random_signs(
   key_words: jax.Array, size: int, dtype: jax.typing.DTypeLike = jnp.float32
 ) -> jax.Array:
-  """Returns `size` signs of +-1, each the top bit of the counter hash.
+  """`size` signs of +-1, each the top bit of the counter hash.
 
   Sign i depends on the key words and on i alone: a longer vector of the same
   key begins with the shorter one.

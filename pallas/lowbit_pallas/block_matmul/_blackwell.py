@@ -14,7 +14,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from lowbit_pallas import _mosaic_gpu as mgpu
+from lowbit_pallas import _mosaic_gpu
 from lowbit_pallas.block_matmul.mosaic_gpu_config import SWIZZLE_BYTES, Config
 
 # A scale tile holds the scales of 128 rows and 4 blocks as 32 x 16 bytes.
@@ -183,7 +183,7 @@ def _multiply_slot(rings, acc, scales, full, empty, config, step, _):
   plgpu.tcgen05_mma(
     acc,
     a_s,
-    mgpu.transpose(b_s),
+    _mosaic_gpu.transpose(b_s),
     empty.at[slot],
     a_scale=sa_t,
     b_scale=sb_t,

@@ -14,7 +14,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from lowbit_pallas import _mosaic_gpu as mgpu
+from lowbit_pallas import _mosaic_gpu
 from lowbit_pallas.block_matmul import reference
 from lowbit_pallas.block_matmul.mosaic_gpu_config import (
   SWIZZLE_BYTES,
@@ -102,7 +102,7 @@ def _groups(config: Config) -> int:
 def _call(body, operands, scratch, config: Config, interpret):
   """A block of threads for every tile of the result, float32 (M, N)."""
   m, n = operands[0].shape[0], operands[1].shape[0]
-  return mgpu.kernel(
+  return _mosaic_gpu.kernel(
     functools.partial(body, config=config),
     out_type=jax.ShapeDtypeStruct((m, n), jnp.float32),
     grid=(m // config.bm, n // config.bn),
@@ -147,7 +147,7 @@ def _promoted(
       # no product waits for it.
       next_column = sb[lax.min(index + 1, steps - 1), j]
       plgpu.barrier_wait(full.at[slot])
-      row = mgpu.load(sa_s.at[slot, rows], ROW_LAYOUT) * column
+      row = _mosaic_gpu.load(sa_s.at[slot, rows], ROW_LAYOUT) * column
       partial = _fresh_product(a_s.at[slot, rows], b_s.at[slot])
       # Threads read the row scales, TMA writes the next ones over them.
       plgpu.commit_smem()
@@ -165,7 +165,7 @@ def _fresh_product(a, b):
   """a b^T in an accumulator of its own."""
 
   def product(acc):
-    plgpu.wgmma(acc, a, mgpu.transpose(b))
+    plgpu.wgmma(acc, a, _mosaic_gpu.transpose(b))
     plgpu.wgmma_wait(0)
     return acc[...]
 
@@ -218,8 +218,8 @@ def _integer(
       sum_ring, plgpu.WGMMAAccumulatorRef((WGMMA_ROWS, bn), jnp.int32)
     )
     plgpu.barrier_wait(once)
-    r = mgpu.load(row_s.at[rows], ROW_LAYOUT)
-    c = mgpu.load(column_s, COLUMN_LAYOUT)
+    r = _mosaic_gpu.load(row_s.at[rows], ROW_LAYOUT)
+    c = _mosaic_gpu.load(column_s, COLUMN_LAYOUT)
     out_s[rows] = reference.scaled(
       total,
       lax.broadcast_in_dim(r, total.shape, (0,)),
@@ -235,7 +235,7 @@ def _sum_ring(rings, rows, full, empty, steps: int, stages: int, total):
   def step(index, _):
     slot = lax.rem(index, stages)
     plgpu.barrier_wait(full.at[slot])
-    plgpu.wgmma(total, a_s.at[slot, rows], mgpu.transpose(b_s.at[slot]))
+    plgpu.wgmma(total, a_s.at[slot, rows], _mosaic_gpu.transpose(b_s.at[slot]))
     plgpu.wgmma_wait(1)  # the product before this one is done
 
     @pl.when(index > 0)

@@ -5,7 +5,7 @@ the scheme of DeepGEMM: the tensor cores keep about 14 bits of an FP8 sum, so
 each 128 get a fresh accumulator that is scaled and added up in float32
 registers. 'integer' is int8 WGMMA with int32 sums. 'exact' decodes lhs in XLA
 and rhs in the registers of the kernel of wq_matmul; `reblock` tells operands
-for which 'fp8_128' gives up nothing but the precision of sums.
+for which 'fp8_128' loses nothing but precision of the sums.
 
 Blackwell: block-scaled MMA on codes and scales as they are. FP6, and FP4 that
 meets FP8, are widened to E4M3, which holds all their values. That kernel has
@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lowbit_pallas import _mosaic_gpu as mgpu
+from lowbit_pallas import _mosaic_gpu
 from lowbit_pallas.arith import codec, packing
 from lowbit_pallas.arith.block import Blocked, is_exponent
 from lowbit_pallas.block_matmul import (
@@ -102,15 +102,15 @@ def why_not(
   elif config.bits != bits:
     return f'tiles for codes of {config.bits} bits, not {bits}'
   grid = -(-m // config.bm), -(-n // config.bn)
-  return _config.why_not(config, target) or mgpu.why_not_grid(grid)
+  return _config.why_not(config, target) or _mosaic_gpu.why_not_grid(grid)
 
 
 def _why_not_hopper(specs, mode) -> str | None:
   if mode == 'exact':
     return None
   if mode == 'integer':
-    wide = [s.bits for s in specs if s.bits != 8]
-    return f'WGMMA multiplies int8, got {wide[0]} bits' if wide else None
+    widths = [s.bits for s in specs if s.bits != 8]
+    return f'WGMMA multiplies int8, got {widths[0]} bits' if widths else None
   for spec in specs:
     if spec.element not in (E4M3, E5M2):
       return f'FP8 WGMMA takes e4m3fn and e5m2, got {spec.element}'
@@ -147,7 +147,7 @@ def _decoded_tiles(m, n, k, spec):
 
 
 def _why_not_mixed(elements) -> str | None:
-  if mgpu.mixes_fp8() or len(set(elements)) == 1:
+  if _mosaic_gpu.mixes_fp8() or len(set(elements)) == 1:
     return None
   return 'e4m3fn with e5m2 needs JAX 0.11'
 
@@ -319,12 +319,12 @@ def _block_scaled(a, b, sa, sb, specs, config):
       x = lax.bitcast_convert_type(x, jnp.float4_e2m1fn)
       x = x.reshape(x.shape[0], -1)
     else:
-      wide = WIDENED[spec.element]
+      fp8 = WIDENED[spec.element]
       x = packing.unpack(x, spec.bits, 1)
-      if spec.element != wide:
-        x = codec.encode_float(codec.decode_float(x, spec.element), wide)
+      if spec.element != fp8:
+        x = codec.encode_float(codec.decode_float(x, spec.element), fp8)
       x = _padded(x, rows, config.bk)
-      x = lax.bitcast_convert_type(x, FP8[wide])
+      x = lax.bitcast_convert_type(x, FP8[fp8])
     s = _blackwell.scale_tiles(_padded(s, rows, config.bk // spec.block))
     dtype = jnp.float8_e8m0fnu if is_exponent(spec.scale) else jnp.float8_e4m3fn
     operands.append(x)

@@ -181,8 +181,12 @@ def check(
   layout: str,
   mode: str,
 ) -> None:
-  """Raises ValueError for what `why_not` refuses, and for scales that do not
-  go with the specs."""
+  """Checks operands and scales.
+
+  Raises:
+    ValueError: for operands that `why_not` refuses, and for scales that do not
+      fit the specs.
+  """
   reason = why_not(
     lhs.shape, rhs.shape, lhs_spec, rhs_spec, layout=layout, mode=mode
   )
@@ -226,10 +230,10 @@ def row_scales(
     (rhs_scale, rhs_spec, rk, 0),
   ):
     assert isinstance(spec.element, codec.Int)
-    one = jnp.full((1, 1), 2.0**-spec.element.fraction_bits, jnp.float32)
+    factor = jnp.full((1, 1), 2.0**-spec.element.fraction_bits, jnp.float32)
     if scale is not None:
-      one = block.times_scale(one, scale, spec.scale)
-    out.append(one.T if k_axis != minor else one)
+      factor = block.times_scale(factor, scale, spec.scale)
+    out.append(factor.T if k_axis != minor else factor)
   return tuple(out)
 
 

@@ -167,8 +167,8 @@ def keeps_storage(lhs: Blocked, rhs: Blocked) -> bool:
   long as both operands have the same order and packing groups are one byte.
   """
   group = packing.codes_per_group(lhs.bits)
-  whole = all(s.block // group % 8 == 0 for s in (lhs, rhs))
-  return lhs.bits == rhs.bits and group * lhs.bits == 8 and whole
+  fills_registers = all(s.block // group % 8 == 0 for s in (lhs, rhs))
+  return lhs.bits == rhs.bits and group * lhs.bits == 8 and fills_registers
 
 
 def prepare(

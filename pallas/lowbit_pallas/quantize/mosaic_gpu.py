@@ -20,7 +20,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import DTypeLike
 
-from lowbit_pallas import _mosaic_gpu as compat
+from lowbit_pallas import _mosaic_gpu
 from lowbit_pallas.arith import (
   bits as fb,
   block,
@@ -62,7 +62,7 @@ def why_not(
   if reason is None and config is not None:
     reason = _config.why_not(config)
   columns = LANES if config is None else config.columns
-  return reason or compat.why_not_grid(_grid(shape, columns))
+  return reason or _mosaic_gpu.why_not_grid(_grid(shape, columns))
 
 
 def run(
@@ -109,13 +109,13 @@ def run(
   full = None if origin is None else tuple(origin[1])
   tile = _Tile(task, config.columns, width, unit, cols, full, rows)
   grid = _grid(x.shape, config.columns)
-  tall = grid[0] * ROWS
-  packed, scale = compat.kernel(
+  padded_rows = grid[0] * ROWS
+  packed, scale = _mosaic_gpu.kernel(
     functools.partial(_kernel, tile, tuple(operands)),
     out_type=[
       jax.ShapeDtypeStruct((len(x), x.shape[1] * spec.bits // 8), jnp.uint8),
       jax.ShapeDtypeStruct(
-        (x.shape[1] // spec.block, tall), _task.scale_dtype(task)
+        (x.shape[1] // spec.block, padded_rows), _task.scale_dtype(task)
       ),
     ],
     grid=grid,
@@ -296,7 +296,7 @@ def _unit(tile, u, top, left, tensor_scale, inputs, scratch):
       x_ref = scratch['rotated'].at[:, pl.ds(column, spec.block)]
     else:
       x_ref = scratch['x'].at[u, :, pl.ds(b * spec.block, spec.block)]
-    x = compat.load(x_ref, _WGMMA).astype(jnp.float32)
+    x = _mosaic_gpu.load(x_ref, _WGMMA).astype(jnp.float32)
     amax = jnp.max(exact.magnitude(x), 1)
     scale = block.stored_scale(fb.to_bits(amax), spec, task.rule, tensor_scale)
     index = u * (tile.unit // spec.block) + b
@@ -355,11 +355,11 @@ def _sum_of_products(shape, pairs):
 
   def add(acc):
     for a, b in pairs:
-      plgpu.wgmma(acc, a, compat.transpose(b))
+      plgpu.wgmma(acc, a, _mosaic_gpu.transpose(b))
       plgpu.wgmma_wait(0)
     return acc[...]
 
-  return pl.run_scoped(add, compat.accumulator(shape, jnp.float32))
+  return pl.run_scoped(add, _mosaic_gpu.accumulator(shape, jnp.float32))
 
 
 def _rotate(tile, u, start: int, scratch):
@@ -370,9 +370,9 @@ def _rotate(tile, u, start: int, scratch):
     for k in range(0, tile.width, tile.step):
       step = pl.ds(start + k, tile.step)
       x_ref = scratch['x'].at[u, :, step]
-      x = compat.load(x_ref, _WGMMA).astype(jnp.float32)
+      x = _mosaic_gpu.load(x_ref, _WGMMA).astype(jnp.float32)
       if 'signs' in scratch:
-        signs = compat.load(
+        signs = _mosaic_gpu.load(
           scratch['signs'].at[pl.ds(column + k, tile.step)], _WGMMA.reduce(0)
         )
         x = x * jax.lax.broadcast_in_dim(signs, x.shape, (1,))

@@ -31,8 +31,8 @@ def why_not(config: Config, shape: Sequence[int], task: Task) -> str | None:
   width = chunk(task.spec.bits)
   if config.rows % 32 or config.bm % config.rows:
     return f'{config}: rows must be a multiple of 32 and divide bm'
-  whole = config.bn if config.bn >= shape[1] else LANES * task.spec.block
-  if config.bn % width or config.bn % whole:
+  multiple = config.bn if config.bn >= shape[1] else LANES * task.spec.block
+  if config.bn % width or config.bn % multiple:
     return (
       f'{config}: bn must be a multiple of {width}, and of'
       f' {LANES * task.spec.block} unless it covers all {shape[1]} columns'
@@ -52,8 +52,8 @@ def choose(shape: Sequence[int], dtype_bytes: int, task: Task) -> Config:
       raise ValueError(why)
     if config.bm * config.bn * dtype_bytes > 1 << 21:
       raise ValueError(f'{config}: a tile of x is over 2 MiB')
-    tall = -(-shape[0] // config.rows) * config.rows
-    return dataclasses.replace(config, bm=min(config.bm, tall))
+    padded_rows = -(-shape[0] // config.rows) * config.rows
+    return dataclasses.replace(config, bm=min(config.bm, padded_rows))
 
   return _tuned.find(
     'quantize', 'tpu', _config.key(shape[1], dtype_bytes, task), tuned

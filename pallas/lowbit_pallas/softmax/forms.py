@@ -1,14 +1,14 @@
 """The two representations of a partial sum, under one set of names.
 
 'pair' is valid where the finite live entries of a row are at most
-`arith.softmax.DOMAIN` in magnitude: a row beyond has a NaN for its sum, and
+`arith.exponential.DOMAIN` in magnitude: a row beyond has a NaN for its sum, and
 that is how 'auto' notices. 'online' is valid for every row.
 """
 
 from collections.abc import Callable
 from typing import NamedTuple
 
-from lowbit_pallas.arith import softmax as sm
+from lowbit_pallas.arith import exponential, softmax as sm
 
 KINDS = ('softmax', 'log_softmax', 'logsumexp')
 ALGORITHMS = ('auto', 'pair', 'online')
@@ -41,17 +41,17 @@ class Form(NamedTuple):
 
 
 def _pair_part(x, where, axis):
-  return sm.reduce(sm.exp_pair(x, where), axis)
+  return sm.reduce(exponential.exp_pair(x, where), axis)
 
 
 def _pair_softmax(x, total, where=None, axis=-1):
-  return sm.normalise(sm.exp_pair(x, where), total, where, axis)
+  return sm.normalise(exponential.exp_pair(x, where), total, where, axis)
 
 
 PAIR = Form(
-  sm.Pair,
+  exponential.Pair,
   sm.identity,
-  sm.exp_pair,
+  exponential.exp_pair,
   _pair_part,
   sm.merge,
   sm.reduce,

@@ -224,7 +224,7 @@ def _total(form, operands, lost, static: _Static, interpret):
     interpret: see `run`.
   """
   rows, splits, *_ = operands[0].shape
-  some = () if lost is None else (lost,)
+  lost_sums = () if lost is None else (lost,)
 
   def body(*refs):
     *refs, first_ref, second_ref, tiles, first, second, barrier = refs
@@ -251,7 +251,7 @@ def _total(form, operands, lost, static: _Static, interpret):
     ('split', 'row'),
     [_tiles(static), lanes, lanes, _barrier(static)],
     interpret,
-  )(*operands, *some)
+  )(*operands, *lost_sums)
   return form.total(form.total(form.state(*parts), 1), 1)
 
 

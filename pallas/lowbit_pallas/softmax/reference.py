@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
-from lowbit_pallas.arith import softmax as sm
+from lowbit_pallas.arith import exponential, softmax as sm
 from lowbit_pallas.softmax import forms
 
 LANES = 128
@@ -88,8 +88,8 @@ def _pair(x, where, exp):
   makes one loop of the exponentials, and one of their sum.
   """
   x = x if where is None else jnp.where(where, x, -jnp.inf)
-  n = sm.row_exponent(jnp.max(x, -1))
-  terms = sm.scaled_exp(x, n[..., None], exp)
+  n = exponential.row_exponent(jnp.max(x, -1))
+  terms = exponential.scaled_exp(x, n[..., None], exp)
   return terms, _sum(terms), n
 
 

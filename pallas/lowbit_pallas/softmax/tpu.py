@@ -21,7 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.typing import DTypeLike
 
-from lowbit_pallas.arith import softmax as sm
+from lowbit_pallas.arith import exponential, softmax as sm
 from lowbit_pallas.softmax import forms, tpu_config as _config
 from lowbit_pallas.softmax.tpu_config import (
   Config,
@@ -230,8 +230,8 @@ def _whole_kernel(x_ref, *refs, static: _Static):
   # The exponent of each row follows from its largest entry.
   _extremes(source, (first_ref, second_ref), static)
   top = jnp.max(first_ref[...], axis=1, keepdims=True)
-  near = sm.is_near(jnp.max(first_ref[...]), jnp.min(second_ref[...]))
-  n = sm.row_exponent(top)
+  near = exponential.is_near(jnp.max(first_ref[...]), jnp.min(second_ref[...]))
+  n = exponential.row_exponent(top)
   first_ref[...] = _to_lanes(n)
 
   # Exponentials relative to it are kept and summed, without guards where no
@@ -239,12 +239,14 @@ def _whole_kernel(x_ref, *refs, static: _Static):
   @pl.when(near)
   def _():
     _sum_terms(
-      sm.scaled_exp_near, source, first_ref, second_ref, stored, static
+      exponential.scaled_exp_near, source, first_ref, second_ref, stored, static
     )
 
   @pl.when(jnp.logical_not(near))
   def _():
-    _sum_terms(sm.scaled_exp, source, first_ref, second_ref, stored, static)
+    _sum_terms(
+      exponential.scaled_exp, source, first_ref, second_ref, stored, static
+    )
 
   # The sum joins the lanes, and divides what was kept.
   m = _sum_of_lanes(second_ref[...], static.tile)

@@ -68,8 +68,8 @@ def choose(rows: int, columns: int, entry_bytes: int) -> Config:
     config = Config(**sizes)
     if why := why_not(config, entry_bytes):
       raise ValueError(why)
-    tall = -(-rows // tile) * tile
-    return dataclasses.replace(config, rows=min(config.rows, tall))
+    padded_rows = -(-rows // tile) * tile
+    return dataclasses.replace(config, rows=min(config.rows, padded_rows))
 
   return _tuned.find(
     'softmax', 'tpu', _config.key(columns, entry_bytes), tuned
@@ -91,8 +91,8 @@ def heuristic(rows: int, columns: int, entry_bytes: int) -> Config:
   tile = sublanes(entry_bytes)
   # The chunks that divide the result follow from `columns` alone.
   step = LANES if columns <= CHUNK else 1024 if columns <= 4096 else CHUNK
-  whole = -(-columns // step) * step
-  if tile * whole * 4 > _VMEM_BLOCK:
-    whole = 4096
-  most = max(tile, _VMEM_BLOCK // (whole * 4) // tile * tile)
-  return Config(min(most, 512, -(-rows // tile) * tile), whole)
+  width = -(-columns // step) * step
+  if tile * width * 4 > _VMEM_BLOCK:
+    width = 4096
+  limit = max(tile, _VMEM_BLOCK // (width * 4) // tile * tile)
+  return Config(min(limit, 512, -(-rows // tile) * tile), width)

@@ -62,8 +62,8 @@ def why_not(
     refusal = _mosaic_gpu.why_not_grid(_grid(x_shape[0], w.n, config))
   if refusal is not None:
     return refusal
-  wide = x_dtype != jnp.bfloat16
-  if wide and not reference.fits_bfloat16(w, config.schedule):
+  is_wide = x_dtype != jnp.bfloat16
+  if is_wide and not reference.fits_bfloat16(w, config.schedule):
     return (
       f'x is {jnp.dtype(x_dtype).name} and bfloat16 does not hold the weights'
       f' of the schedule {config.schedule!r}'
@@ -299,9 +299,9 @@ def _sum_by_block(tile: _Tile, pipeline):
   def step(buffers: _Buffers, total):
     xs, scale = buffers.xs, buffers.scale
     weights = _weights(buffers.codes, None, buffers.zero, spec, tile.lane)
-    each = tile.lanes // scale.shape[0]  # lanes in a block
+    per_block = tile.lanes // scale.shape[0]  # lanes in a block
     for g in range(scale.shape[0]):
-      lanes = slice(g * each, (g + 1) * each)
+      lanes = slice(g * per_block, (g + 1) * per_block)
 
       def block_sum(acc, lanes=lanes):
         _multiply(acc, weights[lanes], xs[lanes])

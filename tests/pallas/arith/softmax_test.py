@@ -15,7 +15,8 @@ from absl.testing import absltest, parameterized
 from jax import lax
 from jax.experimental import pallas as pl
 
-from lowbit_pallas.arith import softmax as sm
+from lowbit_pallas.arith import exponential, softmax as sm
+from lowbit_pallas.arith.exponential import Pair
 
 U = 2.0**-24
 INF = np.inf
@@ -55,7 +56,7 @@ def _tree(pair):
 
 @jax.jit
 def _pair_forms(x, where=None):
-  pair = sm.exp_pair(x, where)
+  pair = exponential.exp_pair(x, where)
   total = sm.reduce(pair, -1)
   return (
     sm.normalise(pair, total, where),
@@ -75,17 +76,17 @@ def _online_forms(x, where=None):
 
 
 # Eager calls would compile every operation on its own.
-_exp_pair = jax.jit(sm.exp_pair)
-_ext_exp = jax.jit(sm.ext_exp)
-_scaled_exp = jax.jit(sm.scaled_exp)
-_scaled_exp_near = jax.jit(sm.scaled_exp_near)
-_row_exponent = jax.jit(sm.row_exponent)
-_in_domain = jax.jit(sm.in_domain, static_argnames='axis')
-_is_near = jax.jit(sm.is_near)
+_exp_pair = jax.jit(exponential.exp_pair)
+_ext_exp = jax.jit(exponential.ext_exp)
+_scaled_exp = jax.jit(exponential.scaled_exp)
+_scaled_exp_near = jax.jit(exponential.scaled_exp_near)
+_row_exponent = jax.jit(exponential.row_exponent)
+_in_domain = jax.jit(exponential.in_domain, static_argnames='axis')
+_is_near = jax.jit(exponential.is_near)
 _normalise = jax.jit(sm.normalise)
 _merge = jax.jit(sm.merge)
 _reduce = jax.jit(sm.reduce, static_argnums=1)
-_exp_difference = jax.jit(sm.exp_difference)
+_exp_difference = jax.jit(exponential.exp_difference)
 _online_reduce = jax.jit(sm.online_reduce, static_argnames='axis')
 _online_merge = jax.jit(sm.online_merge)
 _online_normalise = jax.jit(sm.online_normalise)
@@ -132,7 +133,7 @@ ROWS = (
 class ExtExpTest(parameterized.TestCase):
   def test_worked_values(self):
     x = np.array([1000, 1000.5, -1000, 999, 1, -1, 100], np.float32)
-    m, n = sm.ext_exp(x)  # without jit
+    m, n = exponential.ext_exp(x)  # without jit
     np.testing.assert_array_equal(n, [1443, 1443, -1443, 1441, 1, -1, 144])
     expected = [
       0.80946511,
@@ -157,7 +158,7 @@ class ExtExpTest(parameterized.TestCase):
   @parameterized.parameters(1.0, 88.0, 1e4, DOMAIN)
   @pytest.mark.slow
   def test_error_is_below_the_bound_without_jit(self, limit):
-    self.check_error(limit, sm.ext_exp)
+    self.check_error(limit, exponential.ext_exp)
 
   def check_error(self, limit, ext_exp):
     rng = np.random.default_rng(1)
@@ -175,24 +176,24 @@ class ExtExpTest(parameterized.TestCase):
     self.assertBetween(np.max(m), 1, 1.416)
 
   def test_parts_of_ln2(self):
-    parts = [LONG(p) for p in sm._LN2]
+    parts = [LONG(p) for p in exponential.LN2]
     self.assertLess(abs(float(sum(parts) - LN2)), 1.2e-16)
-    for part in sm._LN2[:2]:
+    for part in exponential.LN2[:2]:
       numerator, _ = abs(part).as_integer_ratio()
       self.assertLess(numerator, 2**9)
-    for part in (*sm._LN2, *sm._EXP):
+    for part in (*exponential.LN2, *exponential._EXP):
       self.assertEqual(np.float32(part), part)
 
 
 class ExactFactorTest(absltest.TestCase):
   def test_every_exponent(self):
     d = np.arange(-126, 128)
-    factor = jax.jit(sm.exact_factor)(d.astype(np.float32))
+    factor = jax.jit(exponential.exact_factor)(d.astype(np.float32))
     np.testing.assert_array_equal(factor, np.ldexp(np.float32(1), d))
 
   def test_clamps(self):
     d = np.float32([-127.0, -3e38, -6e37, 128.0, 3e38])
-    factor = sm.exact_factor(d)
+    factor = exponential.exact_factor(d)
     np.testing.assert_array_equal(factor, [0, 0, 0, 2.0**127, 2.0**127])
 
 
@@ -275,7 +276,7 @@ class MergeTest(parameterized.TestCase):
     rng = np.random.default_rng(seed)
     m = rng.uniform(0.7, 3.0, size).astype(np.float32)
     n = rng.integers(-spread, spread, size).astype(np.float32)
-    return sm.Pair(m, n)
+    return Pair(m, n)
 
   def _assert_same(self, a, b):
     for got, want in zip(a, b, strict=True):
@@ -306,21 +307,21 @@ class MergeTest(parameterized.TestCase):
     m = rng.integers(1, 16, (64, 8)).astype(np.float32)
     n = rng.integers(-8, 8, (64, 8)).astype(np.float32)
     exact = (m.astype(int) << (n + 8).astype(int)).sum(-1)
-    columns = [sm.Pair(m[:, i], n[:, i]) for i in range(8)]
+    columns = [Pair(m[:, i], n[:, i]) for i in range(8)]
     for order in itertools.islice(
       itertools.permutations(range(8)), 0, 40320, 5000
     ):
       total = functools.reduce(_merge, [columns[i] for i in order])
       got = np.ldexp(np.asarray(total.m), np.asarray(total.n).astype(int) + 8)
       np.testing.assert_array_equal(got, exact)
-    total = _reduce(sm.Pair(m, n), -1)
+    total = _reduce(Pair(m, n), -1)
     got = np.ldexp(np.asarray(total.m), np.asarray(total.n).astype(int) + 8)
     np.testing.assert_array_equal(got, exact)
 
   @parameterized.parameters(1, 24, 100, 126)
   def test_rescaling_is_exact(self, shift):
     a = self._pairs(7)
-    zero = sm.Pair(np.zeros_like(a.m), a.n + np.float32(shift))
+    zero = Pair(np.zeros_like(a.m), a.n + np.float32(shift))
     moved = _merge(a, zero)
     np.testing.assert_array_equal(moved.n, a.n + shift)
     keep = np.asarray(a.m) >= 1  # stays normal at 2^-126
@@ -329,15 +330,15 @@ class MergeTest(parameterized.TestCase):
     )
 
   def test_terms_far_below_are_dropped(self):
-    a = sm.Pair(np.float32(1.5), np.float32(30000))
-    b = sm.Pair(np.float32(1.25), np.float32(-30000))
+    a = Pair(np.float32(1.5), np.float32(30000))
+    b = Pair(np.float32(1.25), np.float32(-30000))
     self._assert_same(_merge(a, b), a)
 
   def test_nan_and_infinity_stick(self):
     one, inf, nan, zero, beyond = range(5)
     pairs = _exp_pair(np.float32([1, INF, NAN, -INF, 1e9]))
     pairs = [np.asarray(v) for v in pairs]
-    left, right = (sm.Pair(*(v[i] for v in pairs)) for i in np.indices((5, 5)))
+    left, right = (Pair(*(v[i] for v in pairs)) for i in np.indices((5, 5)))
     m = np.asarray(_merge(left, right).m)
     for bad in (nan, beyond):
       self.assertTrue(np.isnan(m[bad]).all() and np.isnan(m[:, bad]).all())
@@ -346,7 +347,7 @@ class MergeTest(parameterized.TestCase):
     self.assertTrue(np.isfinite(m[np.ix_([one, zero], [one, zero])]).all())
 
   def test_reduce_matches_merges(self):
-    pair = sm.Pair(*(np.reshape(v, (8, 1000)) for v in self._pairs(8, 8000)))
+    pair = Pair(*(np.reshape(v, (8, 1000)) for v in self._pairs(8, 8000)))
     total = _reduce(pair, -1)
     exact = _worth(pair).sum(-1)
     n = np.asarray(total.n).astype(int) - int(np.max(pair.n))
@@ -359,9 +360,9 @@ class MergeTest(parameterized.TestCase):
 
   @parameterized.parameters(0, 1, -1)
   def test_reduce_along_any_axis(self, axis):
-    pair = sm.Pair(*(np.reshape(v, (10, 20, 10)) for v in self._pairs(9)))
+    pair = Pair(*(np.reshape(v, (10, 20, 10)) for v in self._pairs(9)))
     total = _reduce(pair, axis)
-    moved = sm.Pair(*(np.moveaxis(v, axis, 0) for v in pair))
+    moved = Pair(*(np.moveaxis(v, axis, 0) for v in pair))
     exact = _worth(moved).sum(0)
     n = np.asarray(total.n).astype(int) - int(np.max(pair.n))
     got = np.ldexp(np.asarray(total.m).astype(LONG), n)
@@ -461,7 +462,7 @@ class SoftmaxTest(parameterized.TestCase):
         )
       pair = _exp_pair(x)
       total = _reduce(pair, axis)
-      kept = sm.Pair(*(jnp.expand_dims(v, axis) for v in total))
+      kept = Pair(*(jnp.expand_dims(v, axis) for v in total))
       return sm.normalise(pair, total, axis=axis), sm.normalise(pair, kept)
 
     y, *same = softmax(x)
@@ -636,7 +637,7 @@ class OnlineTest(parameterized.TestCase):
 
 def _pair_block(x):
   where = lax.broadcasted_iota(jnp.int32, x.shape, 1) < 100
-  pair = sm.exp_pair(x, where)
+  pair = exponential.exp_pair(x, where)
   total = sm.merge(sm.reduce(pair, 1), sm.reduce(pair, 1))
   return sm.normalise(pair, total, where) + sm.log_normalise(x, total, where)
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl.testing import absltest, parameterized
 
-from lowbit_pallas.arith import softmax as sm
+from lowbit_pallas.arith import exponential
 from lowbit_pallas.softmax import (
   forms,
   mosaic_gpu,
@@ -76,7 +76,7 @@ class MosaicGpuTest(parameterized.TestCase):
 
   def test_skipped_rescale_is_seen(self):
     def merge(a, b):
-      return sm.Pair(a.m + b.m, jnp.maximum(a.n, b.n))
+      return exponential.Pair(a.m + b.m, jnp.maximum(a.n, b.n))
 
     x = rows.draw('wide', (2, 600))
     with mock.patch.object(forms, 'PAIR', forms.PAIR._replace(merge=merge)):

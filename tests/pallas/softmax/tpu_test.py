@@ -17,7 +17,7 @@ import pytest
 from absl.testing import absltest, parameterized
 from jax.experimental import pallas as pl
 
-from lowbit_pallas.arith import softmax as sm
+from lowbit_pallas.arith import exponential
 from lowbit_pallas.softmax import forms, reference, tpu
 from tests.pallas import races
 from tests.pallas.softmax import rows
@@ -158,7 +158,7 @@ class TpuTest(Softmax):
 
   def test_guards_are_left_out_where_entries_are_near(self):
     seen = []
-    is_near = sm.is_near
+    is_near = exponential.is_near
 
     def look(top, low):
       answer = is_near(top, low)
@@ -166,7 +166,7 @@ class TpuTest(Softmax):
       return answer
 
     run = _compiled.__wrapped__(algorithm='pair', config=tpu.Config(8, 256))
-    with mock.patch.object(sm, 'is_near', look):
+    with mock.patch.object(exponential, 'is_near', look):
       for name, near in (
         ('wide', True),
         ('one_hot', True),
@@ -278,7 +278,7 @@ class MutationTest(parameterized.TestCase):
   @pytest.mark.slow
   def test_rescale_skipped(self):
     def merge(a, b):
-      return sm.Pair(a.m + b.m, jnp.maximum(a.n, b.n))
+      return exponential.Pair(a.m + b.m, jnp.maximum(a.n, b.n))
 
     faulty = forms.PAIR._replace(merge=merge)
     patch = mock.patch.object(forms, 'PAIR', faulty)
