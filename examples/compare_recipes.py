@@ -36,8 +36,8 @@ from absl import app, flags
 from lowbit_jax.recipe import GemmSpec, QuantSpec, Recipe
 from lowbit_jax.training import linen as low, optimizers, recipes
 from models import byte_lm
-from support import report, trainer
-from support.checkpoints import Checkpoints
+from support import command, report, trainer
+from support.checkpoints import CheckpointError, Checkpoints
 
 _RECIPES = flags.DEFINE_list(
   'recipes',
@@ -118,7 +118,7 @@ def one_run(run: trainer.Settings, corpus: byte_lm.Corpus) -> dict:
     'cpu_seconds': time.process_time() - start,
     'jax': jax.__version__,
   }
-  trainer.write_summary(path, finished)
+  report.write_json(path, finished)
   return finished
 
 
@@ -216,9 +216,7 @@ def compare_forward(
     ]
 
 
-def main(argv: Sequence[str]) -> None:
-  if len(argv) > 1:
-    raise app.UsageError(f'Unexpected argument {argv[1]!r}; use flags.')
+def work() -> None:
   corpus = byte_lm.load_corpus()
   seeds = [int(seed) for seed in _SEEDS.value]
   workdir = pathlib.Path(_WORKDIR.value)
@@ -241,6 +239,11 @@ def main(argv: Sequence[str]) -> None:
   report.write_atomically(
     workdir / name, ''.join(f'{line}\n' for line in lines).encode()
   )
+
+
+def main(argv: Sequence[str]) -> int:
+  errors = (byte_lm.ConfigError, trainer.NonFiniteError, CheckpointError)
+  return command.main(argv, work, errors)
 
 
 if __name__ == '__main__':

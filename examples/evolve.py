@@ -20,8 +20,6 @@ an island and programs travel in a ring, which is reproducible.
 import csv
 import dataclasses
 import functools
-import importlib.util
-import json
 import os
 import pathlib
 import shlex
@@ -32,7 +30,7 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
-from absl import app, flags, logging
+from absl import app, flags
 
 from lowbit_jax import special
 from lowbit_jax.search import (
@@ -47,7 +45,7 @@ from lowbit_jax.search import (
   targets,
   timing,
 )
-from support import report
+from support import command, report
 
 _TARGET = flags.DEFINE_enum(
   'target', 'exp2', sorted(targets.TARGETS), 'Function.'
@@ -354,15 +352,14 @@ def write_results(search, workdir, state) -> None:
     'programs': hall,
     'classical': families,
   }
-  text = json.dumps(content, indent=2) + '\n'
-  report.write_atomically(workdir / 'hall_of_fame.json', text.encode())
+  report.write_json(workdir / 'hall_of_fame.json', content)
   print(f'{"operations":>10}  {"error":>10}  {"classical":>10}  formula')
   for entry in hall:
     count, error = entry['operations'], entry['error']
     known = [e for own in families.values() for n, e in own if n <= count]
     best = f'{min(known):.3e}' if known else ''
     print(f'{count:>10}  {error:>10.3e}  {best:>10}  {entry["formula"]}')
-  if importlib.util.find_spec('matplotlib') is None:
+  if not report.can_plot():
     print('no plot, because matplotlib is not installed')
   elif reals:
     plot(search, workdir / 'pareto.png', hall, families)
@@ -373,14 +370,8 @@ def write_results(search, workdir, state) -> None:
 
 def plot(search, path, hall, families) -> None:
   """Error against operations, ours and the classical ones."""
-  import io
-
-  import matplotlib
-
-  matplotlib.use('Agg')
-  from matplotlib import pyplot
-
-  figure, axes = pyplot.subplots(figsize=(7, 4.5), layout='constrained')
+  figure = report.new_figure(7, 4.5)
+  axes = figure.add_subplot()
   for (name, points), marker in zip(families.items(), 'os', strict=True):
     if points:
       axes.plot(*zip(*points, strict=True), marker=marker, ls='', label=name)
@@ -401,10 +392,7 @@ def plot(search, path, hall, families) -> None:
   )
   axes.grid(alpha=0.3)
   axes.legend()
-  data = io.BytesIO()
-  figure.savefig(data, format='png', dpi=150)
-  pyplot.close(figure)
-  report.write_atomically(path, data.getvalue())
+  report.write_figure(path, figure)
 
 
 def race(search, workdir, state) -> None:
@@ -479,10 +467,7 @@ def publish(search, workdir, target, program) -> None:
     print(f'saved {path}')
 
 
-def main(argv: Sequence[str]) -> int:
-  if len(argv) > 1:
-    raise app.UsageError(f'Unexpected argument {argv[1]!r}; use flags.')
-  logging.set_verbosity(logging.FATAL)
+def work() -> None:
   workdir = pathlib.Path(_WORKDIR.value)
   island = _ISLAND.value
   others: list[subprocess.Popen] = []
@@ -511,15 +496,13 @@ def main(argv: Sequence[str]) -> int:
       paths = [workdir / f'island_{i}' / 'checkpoint.npz' for i in range(count)]
       states = [state, *(evolve.load(path, search) for path in paths[1:])]
       write_results(search, workdir, merged(search, states))
-  except (UserError, ValueError, FileExistsError) as error:
-    print(f'evolve: {error}', file=sys.stderr)
-    return 1
-  except KeyboardInterrupt:
-    return 130
   finally:
     for other in others:
       other.terminate()
-  return 0
+
+
+def main(argv: Sequence[str]) -> int:
+  return command.main(argv, work, (UserError, ValueError, FileExistsError))
 
 
 if __name__ == '__main__':

@@ -22,31 +22,25 @@ go to WORKDIR/table.csv and WORKDIR/plot.png. Models this small rank nothing for
 large ones, and gaps below two standard errors are no findings.
 """
 
-import csv
-import importlib.util
-import io
 import itertools
-import json
 import math
 import pathlib
-import sys
 import time
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import tqdm
-from absl import app, flags, logging
+from absl import app, flags
 
 from lowbit_jax import ops
 from lowbit_jax.recipe import GemmSpec, Recipe
 from lowbit_jax.training import micro_scaling, optimizers
 from lowbit_jax.training.micro_scaling import MicroScaling
 from models import byte_lm
-from support import report, tasks
+from support import command, report, runs, tasks
 from support.checkpoints import CheckpointError
 
 _FLOAT32 = 'float32'
@@ -354,48 +348,6 @@ def train_seeds(
   return [float(x) for x in train(params, batches, task.held_out(), keys)]
 
 
-class Store:
-  """Finished runs, a JSON file each, written whole or not at all.
-
-  Args:
-    directory: where they are; made if it does not exist.
-
-  Raises:
-    CheckpointError: where a file is damaged or belongs to another sweep.
-  """
-
-  def __init__(self, directory: pathlib.Path):
-    self._directory = directory
-    directory.mkdir(parents=True, exist_ok=True)
-
-  def _path(self, run: dict[str, Any]) -> pathlib.Path:
-    return self._directory / f'{run["task"]}_{run["setting"]}.json'
-
-  def load(self, run: dict[str, Any]) -> list[float] | None:
-    """The losses of a finished run, or None."""
-    path = self._path(run)
-    if not path.exists():
-      return None
-    try:
-      content = json.loads(path.read_text())
-      found, losses = content['run'], [float(x) for x in content['losses']]
-    except (ValueError, KeyError, TypeError, OSError) as error:
-      raise CheckpointError(
-        f'{path} is damaged or was written by something else. It was left as '
-        'it is: move it away to repeat the run, or give another --workdir.'
-      ) from error
-    if found != run:
-      raise CheckpointError(
-        f'{path} belongs to another sweep ({found}). It was left as it is: '
-        'repeat the flags of that sweep, or give another --workdir.'
-      )
-    return losses
-
-  def save(self, run: dict[str, Any], losses: list[float]) -> None:
-    text = json.dumps({'run': run, 'losses': losses}, indent=2)
-    report.write_atomically(self._path(run), f'{text}\n'.encode())
-
-
 class Row(NamedTuple):
   """One line of the table.
 
@@ -470,17 +422,6 @@ def print_rows(rows: Sequence[Row]) -> None:
     )
 
 
-def write_table(path: pathlib.Path, rows: Sequence[Row]) -> None:
-  text = io.StringIO()
-  writer = csv.writer(text, lineterminator='\n')
-  writer.writerow(Row._fields)
-  for row in rows:
-    writer.writerow(
-      f'{value:.7g}' if isinstance(value, float) else value for value in row
-    )
-  report.write_atomically(path, text.getvalue().encode())
-
-
 def write_plot(path: pathlib.Path, tables: dict[str, list[Row]]) -> None:
   """Saves the gap against overhead as PNG.
 
@@ -489,11 +430,7 @@ def write_plot(path: pathlib.Path, tables: dict[str, list[Row]]) -> None:
     tables: rows by the title of their panel. Settings of the front have a
       colour and a name, the others are grey.
   """
-  from matplotlib.backends.backend_agg import FigureCanvasAgg
-  from matplotlib.figure import Figure
-
-  figure = Figure(figsize=(7 * len(tables), 5.5), layout='constrained')
-  FigureCanvasAgg(figure)
+  figure = report.new_figure(7 * len(tables), 5.5)
   panels = figure.subplots(1, len(tables), squeeze=False)[0]
   for axes, (title, rows) in zip(panels, tables.items(), strict=True):
     rows = [r for r in rows[1:] if math.isfinite(r.gap)]
@@ -535,15 +472,13 @@ def write_plot(path: pathlib.Path, tables: dict[str, list[Row]]) -> None:
     ]
     axes.legend(handles=handles, fontsize=8, loc='upper right')
     if labelled:
-      report._place_labels(
+      report.place_labels(
         axes,
         [(r.operations, r.gap) for r in labelled],
         [r.setting.replace('+', '\n+') for r in labelled],
         7,
       )
-  image = io.BytesIO()
-  figure.savefig(image, format='png', dpi=130)
-  report.write_atomically(path, image.getvalue())
+  report.write_figure(path, figure, dpi=130)
 
 
 def run(
@@ -555,48 +490,41 @@ def run(
 ) -> None:
   """Trains what is missing, prints the tables and writes the results."""
   started = time.perf_counter()
-  store = Store(workdir / 'runs')
-  names = (_FLOAT32, *settings)
-  plan, titles = {}, {}
-  for task_name in task_names:
-    task = tasks.TASKS[task_name]()
-    titles[task_name] = f'{task_name}: {task.measure}'
-    for name in names:
-      description = {
-        'task': task_name,
-        'setting': name,
+  store = runs.Store(workdir / 'runs', 'losses')
+  known = {name: tasks.TASKS[name]() for name in task_names}
+  plan = {
+    (task, setting): (
+      f'{task}_{setting}',
+      {
+        'task': task,
+        'setting': setting,
         'seeds': seeds,
-        'steps': steps or task.steps,
-      }
-      plan[task_name, name] = task, description, store.load(description)
-  done = sum(losses is not None for _, _, losses in plan.values())
-  if done:
-    print(f'{done} of {len(plan)} runs reused')
+        'steps': steps or known[task].steps,
+      },
+    )
+    for task in task_names
+    for setting in (_FLOAT32, *settings)
+  }
+
+  def result(key: tuple[str, str]) -> list[float]:
+    task, setting = key
+    changed = None if setting == _FLOAT32 else settings[setting]
+    return train_seeds(known[task], changed, seeds, plan[key][1]['steps'])
+
   results: dict[str, dict[str, list[float]]] = {name: {} for name in task_names}
-  with tqdm.tqdm(
-    total=len(plan),
-    initial=done,
-    desc='training',
-    unit='run',
-    mininterval=byte_lm.progress_interval(),
-  ) as bar:
-    for (task_name, name), (task, description, losses) in plan.items():
-      if losses is None:
-        changed = None if name == _FLOAT32 else settings[name]
-        losses = train_seeds(task, changed, seeds, description['steps'])
-        store.save(description, losses)
-        bar.update()
-      results[task_name][name] = losses
+  for (task, setting), losses in runs.complete(store, plan, result).items():
+    results[task][setting] = losses
   tables = {
     task: make_rows(task, losses, settings) for task, losses in results.items()
   }
   for rows in tables.values():
     print_rows(rows)
   table, plot = workdir / 'table.csv', workdir / 'plot.png'
-  write_table(table, list(itertools.chain(*tables.values())))
-  if importlib.util.find_spec('matplotlib') is None:
+  report.write_csv(table, list(itertools.chain(*tables.values())))
+  if not report.can_plot():
     print(f'\nsaved {table}; no plot, because matplotlib is not installed')
   else:
+    titles = {task: f'{task}: {known[task].measure}' for task in tables}
     write_plot(plot, {titles[task]: rows for task, rows in tables.items()})
     print(f'\nsaved {table} and {plot}')
   print(f'total time {time.perf_counter() - started:.0f} s')
@@ -608,14 +536,10 @@ def print_choices() -> None:
     print(f'{name:<18} {", ".join(values)}')
 
 
-def main(argv: Sequence[str]) -> int:
-  if len(argv) > 1:
-    raise app.UsageError(f'Unexpected argument {argv[1]!r}; use flags.')
-  logging.set_verbosity(logging.FATAL)
+def work() -> None:
   if _SETTINGS.value == ['list']:
     print_choices()
-    return 0
-  workdir = pathlib.Path(_WORKDIR.value)
+    return
   values = _QUICK
   if not _QUICK_FLAG.value:
     values = {
@@ -624,32 +548,20 @@ def main(argv: Sequence[str]) -> int:
       'seeds': _SEEDS.value,
       'steps': _STEPS.value,
     }
-  try:
-    for task in values['tasks']:
-      if task not in tasks.TASKS:
-        raise byte_lm.ConfigError(
-          f'task {task!r} is not one of {", ".join(tasks.TASKS)}.'
-        )
-    parsed = map(parse, values['settings'])
-    settings = {_label(changed): changed for changed in parsed}
-    run(values['tasks'], settings, values['seeds'], values['steps'], workdir)
-  except (
-    byte_lm.ConfigError,
-    CheckpointError,
-    FileNotFoundError,
-    ImportError,
-  ) as error:
-    print(f'fp4_design_space: {error}', file=sys.stderr)
-    return 1
-  except KeyboardInterrupt:
-    kept = len(list((workdir / 'runs').glob('*.json')))
-    print(
-      f'\ninterrupted: {kept} finished runs are kept in {workdir / "runs"}; '
-      'the same command goes on from there',
-      file=sys.stderr,
-    )
-    return 130
-  return 0
+  for task in values['tasks']:
+    if task not in tasks.TASKS:
+      raise byte_lm.ConfigError(
+        f'task {task!r} is not one of {", ".join(tasks.TASKS)}.'
+      )
+  parsed = map(parse, values['settings'])
+  settings = {_label(changed): changed for changed in parsed}
+  workdir = pathlib.Path(_WORKDIR.value)
+  run(values['tasks'], settings, values['seeds'], values['steps'], workdir)
+
+
+def main(argv: Sequence[str]) -> int:
+  errors = byte_lm.ConfigError, CheckpointError, FileNotFoundError, ImportError
+  return command.main(argv, work, errors)
 
 
 if __name__ == '__main__':

@@ -14,24 +14,21 @@ made, in WORKDIR/checkpoints. Results go to WORKDIR/lmul_errors.csv and
 WORKDIR/lmul_losses.csv.
 """
 
-import csv
 import functools
-import io
 import pathlib
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags, logging
+from absl import app, flags
 
 from lowbit_jax import formats
 from lowbit_jax.ops import lmul_attention
 from lowbit_pallas.arith import lmul as arith
 from models import byte_lm
-from support import report
+from support import command, report
 from support.checkpoints import CheckpointError, Checkpoints
 
 _DEFAULTS = byte_lm.Config()
@@ -195,12 +192,7 @@ def _loss_line(row: Loss) -> str:
 
 
 def _save(path: pathlib.Path, rows: Sequence[Error] | Sequence[Loss]) -> None:
-  text = io.StringIO()
-  writer = csv.writer(text, lineterminator='\n')
-  writer.writerow(rows[0]._fields)
-  for row in rows:
-    writer.writerow(f'{v:.7g}' if isinstance(v, float) else v for v in row)
-  report.write_atomically(path, text.getvalue().encode())
+  report.write_csv(path, rows)
   print(f'saved {path}')
 
 
@@ -230,23 +222,18 @@ def run(
   _save(workdir / 'lmul_losses.csv', losses(config, params, windows))
 
 
+def work() -> None:
+  run(
+    byte_lm.Config(steps=_STEPS.value, seed=_SEED.value),
+    pathlib.Path(_WORKDIR.value),
+    _PAIRS.value,
+    _EVAL_WINDOWS.value,
+    byte_lm.load_corpus(),
+  )
+
+
 def main(argv: Sequence[str]) -> int:
-  if len(argv) > 1:
-    raise app.UsageError(f'Unexpected argument {argv[1]!r}; use flags.')
-  logging.set_verbosity(logging.FATAL)
-  config = byte_lm.Config(steps=_STEPS.value, seed=_SEED.value)
-  try:
-    run(
-      config,
-      pathlib.Path(_WORKDIR.value),
-      _PAIRS.value,
-      _EVAL_WINDOWS.value,
-      byte_lm.load_corpus(),
-    )
-  except CheckpointError as error:
-    print(f'lmul_attention: {error}', file=sys.stderr)
-    return 1
-  return 0
+  return command.main(argv, work, (CheckpointError,))
 
 
 if __name__ == '__main__':

@@ -27,7 +27,6 @@ WORKDIR/table.csv and WORKDIR/plot.png.
 """
 
 import functools
-import importlib.util
 import pathlib
 import sys
 import time
@@ -39,12 +38,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tqdm
-from absl import app, flags, logging
+from absl import app, flags
 
 from lowbit_jax import formats, nn
 from lowbit_jax.recipe import QuantSpec
 from models import byte_lm
-from support import report, timing
+from support import command, report, timing
 from support.checkpoints import CheckpointError, Checkpoints
 
 _DEFAULTS = byte_lm.Config()
@@ -275,7 +274,7 @@ def _save_results(
 ) -> None:
   table, plot = workdir / 'table.csv', workdir / 'plot.png'
   report.write_csv(table, rows)
-  if importlib.util.find_spec('matplotlib') is None:
+  if not report.can_plot():
     print(f'saved {table}; no plot, because matplotlib is not installed')
   else:
     report.write_plot(plot, rows, title)
@@ -355,28 +354,22 @@ def run(config: byte_lm.Config, workdir: pathlib.Path) -> None:
   print(f'total time {time.perf_counter() - started:.0f} s')
 
 
+def work() -> None:
+  config = byte_lm.Config(
+    width=_WIDTH.value,
+    heads=_HEADS.value,
+    blocks=_BLOCKS.value,
+    context=_CONTEXT.value,
+    batch=_BATCH.value,
+    steps=_STEPS.value,
+    learning_rate=_LEARNING_RATE.value,
+    seed=_SEED.value,
+  )
+  run(config, pathlib.Path(_WORKDIR.value))
+
+
 def main(argv: Sequence[str]) -> int:
-  if len(argv) > 1:
-    raise app.UsageError(f'Unexpected argument {argv[1]!r}; use flags.')
-  logging.set_verbosity(logging.FATAL)
-  try:
-    config = byte_lm.Config(
-      width=_WIDTH.value,
-      heads=_HEADS.value,
-      blocks=_BLOCKS.value,
-      context=_CONTEXT.value,
-      batch=_BATCH.value,
-      steps=_STEPS.value,
-      learning_rate=_LEARNING_RATE.value,
-      seed=_SEED.value,
-    )
-    run(config, pathlib.Path(_WORKDIR.value))
-  except (byte_lm.ConfigError, CheckpointError) as error:
-    print(f'quantize_lm: {error}', file=sys.stderr)
-    return 1
-  except KeyboardInterrupt:
-    return 130
-  return 0
+  return command.main(argv, work, (byte_lm.ConfigError, CheckpointError))
 
 
 if __name__ == '__main__':

@@ -17,14 +17,11 @@ interruption goes on with the runs that are missing. Results go to
 WORKDIR/table.csv and WORKDIR/plot.png.
 """
 
-import csv
 import dataclasses
-import io
+import functools
 import itertools
-import json
 import pathlib
 import re
-import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -33,14 +30,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import tqdm
-from absl import app, flags, logging
+from absl import app, flags
 
 from lowbit_jax import formats, nn
 from lowbit_jax.recipe import QuantSpec
 from lowbit_jax.training import laws
 from models import byte_lm
-from support import report
+from support import command, report, runs
 from support.checkpoints import CheckpointError
 
 _LAYERS = 2
@@ -283,100 +279,44 @@ def train(
   return float(np.mean(np.concatenate(losses)))
 
 
-class Store:
-  """Finished runs, a JSON file each, written whole or not at all.
-
-  Args:
-    directory: where they are; made if it does not exist.
-    sweep: whose runs they are.
-    corpus: what was trained on.
-
-  Raises:
-    CheckpointError: where a file belongs to another sweep.
-  """
-
-  def __init__(
-    self, directory: pathlib.Path, sweep: Sweep, corpus: byte_lm.Corpus
-  ):
-    self._directory = directory
-    self._common = {
-      'context': sweep.context,
-      'batch': sweep.batch,
-      'learning_rate': sweep.learning_rate,
-      'eval_windows': sweep.eval_windows,
-      'layers': _LAYERS,
-      'corpus': corpus.digest,
-    }
-    directory.mkdir(parents=True, exist_ok=True)
-
-  def _path(self, setting: Setting) -> pathlib.Path:
-    return self._directory / f'{setting.name}.json'
-
-  def load(self, setting: Setting) -> float | None:
-    """Returns the loss of a finished run, or None."""
-    path = self._path(setting)
-    if not path.exists():
-      return None
-    try:
-      content = json.loads(path.read_text())
-      found, loss = content['run'], float(content['loss'])
-    except (ValueError, KeyError, TypeError, OSError) as error:
-      raise CheckpointError(
-        f'{path} is damaged or was written by something else. It was left as '
-        'it is: move it away to repeat the run, or give another --workdir.'
-      ) from error
-    if found != self._run(setting):
-      raise CheckpointError(
-        f'{path} belongs to another sweep or corpus. It was left as it is: '
-        'repeat the flags of that sweep, or give another --workdir.'
-      )
-    return loss
-
-  def save(self, setting: Setting, loss: float) -> None:
-    text = json.dumps({'run': self._run(setting), 'loss': loss}, indent=2)
-    report.write_atomically(self._path(setting), f'{text}\n'.encode())
-
-  def _run(self, setting: Setting) -> dict[str, Any]:
-    return dataclasses.asdict(setting) | self._common
-
-
 def run_sweep(
-  sweep: Sweep, corpus: byte_lm.Corpus, store: Store
+  sweep: Sweep, corpus: byte_lm.Corpus, directory: pathlib.Path
 ) -> dict[Setting, float]:
   """Returns the loss of every setting, training those that are missing."""
-  losses = {setting: store.load(setting) for setting in sweep.settings}
-  done = sum(loss is not None for loss in losses.values())
-  if done:
-    print(f'{done} of {len(losses)} runs reused')
+  common = {
+    'context': sweep.context,
+    'batch': sweep.batch,
+    'learning_rate': sweep.learning_rate,
+    'eval_windows': sweep.eval_windows,
+    'layers': _LAYERS,
+    'corpus': corpus.digest,
+  }
+  plan = {s: (s.name, dataclasses.asdict(s) | common) for s in sweep.settings}
   count = -(-sweep.eval_windows // sweep.batch) * sweep.batch
   held_out = byte_lm.held_out_windows(corpus, sweep.context, count)
-  program, compiled_for = None, None
-  initial = {}  # host copies by width and seed: a step donates its state
-  with tqdm.tqdm(
-    total=len(losses),
-    initial=done,
-    desc='training',
-    unit='run',
-    mininterval=byte_lm.progress_interval(),
-  ) as bar:
-    for setting, loss in losses.items():
-      if loss is not None:
-        continue
-      config = sweep.config(setting)
-      # Neighbours in the list differ in steps and seed only.
-      kind = (setting.width, setting.element, setting.scale_block)
-      if program is None or kind != compiled_for:
-        program, compiled_for = make_program(config, setting), kind
-      start = (setting.width, setting.seed)
-      if start not in initial:
-        initial[start] = jax.device_get(byte_lm.init(config).params)
-      params = jax.device_put(initial[start])
-      loss = train(program, config, params, corpus, held_out)
-      store.save(setting, loss)
-      losses[setting] = loss
-      bar.set_postfix_str(f'{setting.name} {loss:.3f}', refresh=False)
-      bar.update()
-  return {setting: float(loss or 0.0) for setting, loss in losses.items()}
+
+  # Neighbours in the list differ in steps and seed only.
+  @functools.lru_cache(maxsize=1)
+  def program(width: int, element: str, scale_block: int) -> Program:
+    setting = Setting(width, 1, element, scale_block, 0)
+    return make_program(sweep.config(setting), setting)
+
+  @functools.cache
+  def initial(width: int, seed: int) -> Any:
+    """A copy on the host, since a step donates its state."""
+    config = sweep.config(Setting(width, 1, _FLOAT32, 1, seed))
+    return jax.device_get(byte_lm.init(config).params)
+
+  def result(setting: Setting) -> float:
+    return train(
+      program(setting.width, setting.element, setting.scale_block),
+      sweep.config(setting),
+      jax.device_put(initial(setting.width, setting.seed)),
+      corpus,
+      held_out,
+    )
+
+  return runs.complete(runs.Store(directory, 'loss'), plan, result)
 
 
 def make_record(sweep: Sweep, setting: Setting, loss: float) -> laws.Record:
@@ -533,27 +473,12 @@ def print_table(lines: Sequence[Line]) -> None:
     )
 
 
-def write_table(path: pathlib.Path, lines: Sequence[Line]) -> None:
-  text = io.StringIO()
-  writer = csv.writer(text, lineterminator='\n')
-  writer.writerow(Line._fields)
-  for line in lines:
-    writer.writerow(
-      f'{value:.7g}' if isinstance(value, float) else value for value in line
-    )
-  report.write_atomically(path, text.getvalue().encode())
-
-
 def write_plot(path: pathlib.Path, lines: Sequence[Line]) -> None:
   """Saves gaps against D / N beside fitted against measured gaps, as PNG."""
-  from matplotlib.backends.backend_agg import FigureCanvasAgg
-  from matplotlib.figure import Figure
-
   lines = [line for line in lines if line.element != _FLOAT32]
   elements = list(dict.fromkeys(line.element for line in lines))
   blocks = sorted({line.B for line in lines})
-  figure = Figure(figsize=(12, 5), layout='constrained')
-  FigureCanvasAgg(figure)
+  figure = report.new_figure(12, 5)
   left, right = figure.subplots(1, 2)
   for i, element in enumerate(elements):
     for B, marker in zip(blocks, itertools.cycle('o^sv'), strict=False):
@@ -591,9 +516,7 @@ def write_plot(path: pathlib.Path, lines: Sequence[Line]) -> None:
   right.set_ylabel(f'fitted gap with {round(100 * _LEVEL)} % interval')
   for axes in (left, right):
     axes.grid(alpha=0.25)
-  image = io.BytesIO()
-  figure.savefig(image, format='png', dpi=120)
-  report.write_atomically(path, image.getvalue())
+  report.write_figure(path, figure, dpi=120)
 
 
 def sweep_from_flags() -> Sweep:
@@ -633,8 +556,7 @@ def run(sweep: Sweep, workdir: pathlib.Path) -> None:
   for setting in sweep.settings:
     sweep.config(setting)  # refuses bad values before the first run
   corpus = byte_lm.load_corpus()
-  store = Store(workdir / 'runs', sweep, corpus)
-  losses = run_sweep(sweep, corpus, store)
+  losses = run_sweep(sweep, corpus, workdir / 'runs')
   records = [make_record(sweep, s, loss) for s, loss in losses.items()]
   fitted = laws.fit(records, starts=8)
   samples = laws.bootstrap(records, fitted, resamples=_RESAMPLES, seed=0)
@@ -647,34 +569,17 @@ def run(sweep: Sweep, workdir: pathlib.Path) -> None:
     if setting != setting.baseline
   }
   print_signs(check_signs(gaps, sweep))
-  write_table(workdir / 'table.csv', lines)
+  report.write_csv(workdir / 'table.csv', lines)
   write_plot(workdir / 'plot.png', lines)
   print(f'\ntotal time {time.perf_counter() - started:.0f} s')
 
 
 def main(argv: Sequence[str]) -> int:
-  if len(argv) > 1:
-    raise app.UsageError(f'Unexpected argument {argv[1]!r}; use flags.')
-  logging.set_verbosity(logging.FATAL)
-  workdir = pathlib.Path(_WORKDIR.value)
-  try:
-    run(sweep_from_flags(), workdir)
-  except (
-    byte_lm.ConfigError,
-    CheckpointError,
-    FileNotFoundError,
-  ) as error:
-    print(f'scaling_law: {error}', file=sys.stderr)
-    return 1
-  except KeyboardInterrupt:
-    kept = len(list((workdir / 'runs').glob('*.json')))
-    print(
-      f'\ninterrupted: {kept} finished runs are kept in {workdir / "runs"}; '
-      'the same command goes on from there',
-      file=sys.stderr,
-    )
-    return 130
-  return 0
+  return command.main(
+    argv,
+    lambda: run(sweep_from_flags(), pathlib.Path(_WORKDIR.value)),
+    (byte_lm.ConfigError, CheckpointError, FileNotFoundError),
+  )
 
 
 if __name__ == '__main__':

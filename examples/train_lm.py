@@ -30,7 +30,6 @@ and how many elements of activations x, weights w and cotangents dy the formats
 of the recipe clip or flush to zero: the largest share over the layers.
 """
 
-import importlib.util
 import pathlib
 import sys
 import time
@@ -38,13 +37,13 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
-from absl import app, flags, logging
+from absl import app, flags
 
 from lowbit_jax import doctor
 from lowbit_jax.recipe import QuantSpec
 from lowbit_jax.training import recipes
 from models import byte_lm
-from support import trainer
+from support import command, report, trainer
 from support.checkpoints import CheckpointError, Checkpoints
 
 _MODEL = byte_lm.Config()
@@ -190,11 +189,11 @@ def train(run: trainer.Settings, workdir: pathlib.Path) -> None:
   if jax.process_count() == 1:
     _print_weights(run, state)
   monitored = [r.monitored for r in records if r.monitored]
-  trainer.write_summary(
+  report.write_json(
     workdir / 'summary.json',
     trainer.identity(run, corpus) | losses | (monitored or [{}])[-1],
   )
-  if importlib.util.find_spec('matplotlib') is None:
+  if not report.can_plot():
     print('no plot, because matplotlib is not installed')
   else:
     title = f'{run.recipe}, {run.optimizer}: held-out loss {losses["loss"]:.4f}'
@@ -203,26 +202,17 @@ def train(run: trainer.Settings, workdir: pathlib.Path) -> None:
   print(f'total time {time.perf_counter() - started:.0f} s')
 
 
-def main(argv: Sequence[str]) -> int:
-  if len(argv) > 1:
-    raise app.UsageError(f'Unexpected argument {argv[1]!r}; use flags.')
-  logging.set_verbosity(logging.FATAL)
+def work() -> None:
   if _COORDINATOR.value:
     jax.distributed.initialize(
       _COORDINATOR.value, _PROCESSES.value, _PROCESS.value
     )
-  try:
-    train(settings(), pathlib.Path(_WORKDIR.value))
-  except (
-    byte_lm.ConfigError,
-    trainer.NonFiniteError,
-    CheckpointError,
-  ) as error:
-    print(f'train_lm: {error}', file=sys.stderr)
-    return 1
-  except KeyboardInterrupt:
-    return 130
-  return 0
+  train(settings(), pathlib.Path(_WORKDIR.value))
+
+
+def main(argv: Sequence[str]) -> int:
+  errors = (byte_lm.ConfigError, trainer.NonFiniteError, CheckpointError)
+  return command.main(argv, work, errors)
 
 
 if __name__ == '__main__':

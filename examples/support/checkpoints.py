@@ -12,6 +12,7 @@ import json
 import pathlib
 import signal
 import threading
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -101,19 +102,14 @@ def _read_manifest(directory: pathlib.Path) -> dict[str, Any] | None:
     ) from error
 
 
-def _check_run(directory: pathlib.Path, found: dict[str, Any], run) -> None:
-  """Raises CheckpointError where a directory belongs to another run."""
+def differences(found: Mapping[str, Any], run: Mapping[str, Any]) -> str:
+  """What one run has otherwise than another, '' where they are the same."""
   missing = 'unset'
-  changed = [
+  return '; '.join(
     f'{name}: {found.get(name, missing)} there, {run.get(name, missing)} now'
     for name in sorted(found.keys() | run.keys())
     if found.get(name, missing) != run.get(name, missing)
-  ]
-  if changed:
-    raise CheckpointError(
-      f'{directory} belongs to another run ({"; ".join(changed)}). It was '
-      'left as it is: repeat the flags of that run, or give another --workdir.'
-    )
+  )
 
 
 class Checkpoints:
@@ -134,10 +130,13 @@ class Checkpoints:
     found = _read_manifest(self._directory)
     if found is None:
       self._directory.mkdir(parents=True, exist_ok=True)
-      text = json.dumps({'kind': _KIND, 'run': run}, indent=2) + '\n'
-      report.write_atomically(self._directory / _MANIFEST, text.encode())
-    else:
-      _check_run(self._directory, found, run)
+      manifest = {'kind': _KIND, 'run': run}
+      report.write_json(self._directory / _MANIFEST, manifest)
+    elif changed := differences(found, run):
+      raise CheckpointError(
+        f'{directory} belongs to another run ({changed}). It was left as it '
+        'is: repeat the flags of that run, or give another --workdir.'
+      )
     for step in self.steps():
       self._check_files(step)
     self._manager = ocp.CheckpointManager(
@@ -206,8 +205,7 @@ class Checkpoints:
     with _deferred_interrupt():
       self._manager.save(step, args=items, force=True)
       path = self._directory / str(step)
-      seal = json.dumps(_file_digests(path), indent=2) + '\n'
-      report.write_atomically(path / _SEAL, seal.encode())
+      report.write_json(path / _SEAL, _file_digests(path))
 
   def restore(self, template: Any, shardings: Any = None) -> tuple[int, Any]:
     """Reads the newest checkpoint.

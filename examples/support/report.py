@@ -2,12 +2,15 @@
 
 import contextlib
 import csv
+import importlib.util
 import io
+import json
 import math
 import os
 import pathlib
 import tempfile
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 
 class Row(NamedTuple):
@@ -66,19 +69,58 @@ def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
     raise
 
 
-def write_csv(path: str | os.PathLike[str], rows: list[Row]) -> None:
-  """Saves rows as a CSV file with a header line."""
+def write_json(path: str | os.PathLike[str], content: Any) -> None:
+  """Saves JSON, a value on each line."""
+  text = json.dumps(content, indent=2) + '\n'
+  write_atomically(path, text.encode())
+
+
+def write_csv(
+  path: str | os.PathLike[str], rows: Sequence[Any], exact: bool = False
+) -> None:
+  """Saves named tuples of one type as a CSV file with a header line.
+
+  Args:
+    path: file to write.
+    rows: at least one.
+    exact: whether floats keep all digits, not seven.
+  """
   text = io.StringIO()
   writer = csv.writer(text, lineterminator='\n')
-  writer.writerow(Row._fields)
+  writer.writerow(rows[0]._fields)
   for row in rows:
     writer.writerow(
-      f'{value:.7g}' if isinstance(value, float) else value for value in row
+      f'{value:.7g}' if isinstance(value, float) and not exact else value
+      for value in row
     )
   write_atomically(path, text.getvalue().encode())
 
 
-def _place_labels(axes, points, labels, size):
+def can_plot() -> bool:
+  """Whether Matplotlib is installed."""
+  return importlib.util.find_spec('matplotlib') is not None
+
+
+def new_figure(width: float, height: float) -> Any:
+  """A Matplotlib figure of so many inches, without a window."""
+  from matplotlib.backends.backend_agg import FigureCanvasAgg
+  from matplotlib.figure import Figure
+
+  figure = Figure(figsize=(width, height), layout='constrained')
+  FigureCanvasAgg(figure)
+  return figure
+
+
+def write_figure(
+  path: str | os.PathLike[str], figure: Any, dpi: int = 150
+) -> None:
+  """Saves a figure as PNG."""
+  image = io.BytesIO()
+  figure.savefig(image, format='png', dpi=dpi)
+  write_atomically(path, image.getvalue())
+
+
+def place_labels(axes, points, labels, size):
   """Puts a label beside each point, clear of points, labels and y = 0.
 
   Args:
@@ -160,8 +202,6 @@ def write_plot(path: str | os.PathLike[str], rows: list[Row], title: str):
       get no point.
     title: of the plot.
   """
-  from matplotlib.backends.backend_agg import FigureCanvasAgg
-  from matplotlib.figure import Figure
   from matplotlib.ticker import NullFormatter
 
   rows = [
@@ -170,8 +210,7 @@ def write_plot(path: str | os.PathLike[str], rows: list[Row], title: str):
     if row.bits_per_weight < 32 and math.isfinite(row.difference)
   ]
   many = len(rows) > 25
-  figure = Figure(figsize=(14, 9) if many else (9, 6), layout='constrained')
-  FigureCanvasAgg(figure)
+  figure = new_figure(*(14, 9) if many else (9, 6))
   axes = figure.add_subplot()
   linear = 1e-3
   bits = [row.bits_per_weight for row in rows]
@@ -210,12 +249,10 @@ def write_plot(path: str | os.PathLike[str], rows: list[Row], title: str):
     fontsize=8,
   )
   if rows:
-    _place_labels(
+    place_labels(
       axes,
       list(zip(bits, gaps, strict=True)),
       [row.format for row in rows],
       7 if many else 8.5,
     )
-  image = io.BytesIO()
-  figure.savefig(image, format='png', dpi=150)
-  write_atomically(path, image.getvalue())
+  write_figure(path, figure)

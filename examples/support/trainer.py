@@ -9,8 +9,6 @@ goes on ends in the same bits as one that was not interrupted.
 import csv
 import dataclasses
 import hashlib
-import io
-import json
 import math
 import pathlib
 from collections.abc import Callable, Iterator
@@ -589,30 +587,14 @@ def _read_log(path: pathlib.Path | None, start: int) -> list[Record]:
 def _write_log(path: pathlib.Path | None, records: list[Record]) -> None:
   if path is None or jax.process_index() > 0:
     return
-  text = io.StringIO()
-  writer = csv.writer(text, lineterminator='\n')
-  writer.writerow(Record._fields)
-  writer.writerows(
-    ['' if v is None else repr(v) for v in record] for record in records
-  )
-  report.write_atomically(path, text.getvalue().encode())
-
-
-def write_summary(path: pathlib.Path, summary: dict[str, Any]) -> None:
-  """Saves a summary as JSON, whole or not at all."""
-  text = json.dumps(summary, indent=2, default=str) + '\n'
-  report.write_atomically(path, text.encode())
+  report.write_csv(path, records, exact=True)
 
 
 def write_curve(path: pathlib.Path, records: list[Record], title: str) -> None:
   """Saves a plot of loss, gradient norm and monitors against steps as PNG."""
-  from matplotlib.backends.backend_agg import FigureCanvasAgg
-  from matplotlib.figure import Figure
-
   monitored = [r for r in records if r.snr_db is not None]
   heights = (2, 1, 1) if monitored else (2, 1)
-  figure = Figure(figsize=(8, 2 * sum(heights)), layout='constrained')
-  FigureCanvasAgg(figure)
+  figure = report.new_figure(8, 2 * sum(heights))
   steps = [r.step for r in records]
   losses = np.array([r.loss for r in records])
   panels = figure.subplots(len(heights), sharex=True, height_ratios=heights)
@@ -636,9 +618,7 @@ def write_curve(path: pathlib.Path, records: list[Record], title: str) -> None:
   panels[-1].set_xlabel('step')
   for axes in panels:
     axes.grid(alpha=0.25)
-  image = io.BytesIO()
-  figure.savefig(image, format='png', dpi=150)
-  report.write_atomically(path, image.getvalue())
+  report.write_figure(path, figure)
 
 
 def _plot_shares(axes, records: list[Record]) -> None:

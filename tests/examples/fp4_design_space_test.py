@@ -16,12 +16,9 @@ from absl.testing import absltest, parameterized
 
 from models import byte_lm
 from support import tasks
-from support.checkpoints import CheckpointError
 from tests.examples import scripts
 
 study = scripts.load('fp4_design_space')
-
-_RUN = {'task': 'regression', 'setting': 'base', 'seeds': 2, 'steps': 3}
 
 
 def _traced_once():
@@ -131,29 +128,6 @@ class TasksTest(parameterized.TestCase):
     loss = float(jax.jit(lambda: task.loss(task.init(0), windows, linear))())
     self.assertAlmostEqual(loss, math.log(256), delta=1.5)
     self.assertLen(calls, 8)
-
-
-class StoreTest(absltest.TestCase):
-  def setUp(self):
-    super().setUp()
-    self.directory = pathlib.Path(
-      self.enterContext(tempfile.TemporaryDirectory())
-    )
-    self.store = study.Store(self.directory / 'runs')
-
-  def test_round_trip(self):
-    self.assertIsNone(self.store.load(_RUN))
-    self.store.save(_RUN, [0.5, math.nan])
-    np.testing.assert_array_equal(self.store.load(_RUN), [0.5, math.nan])
-
-  def test_other_sweeps_and_damage_are_refused(self):
-    self.store.save(_RUN, [0.5, 0.25])
-    with self.assertRaisesRegex(CheckpointError, 'another sweep'):
-      self.store.load(_RUN | {'seeds': 3})
-    (path,) = (self.directory / 'runs').iterdir()
-    path.write_text(path.read_text()[:20])
-    with self.assertRaisesRegex(CheckpointError, 'damaged'):
-      self.store.load(_RUN)
 
 
 class TableTest(absltest.TestCase):

@@ -316,7 +316,7 @@ class ReportTest(parameterized.TestCase):
     axes.set_xlim(2, 9)
     axes.set_ylim(0, 1)
     points = [(4.25, 0.5 + 0.001 * index) for index in range(12)]
-    report._place_labels(axes, points, ['mxfp4_label'] * 12, 8.5)
+    report.place_labels(axes, points, ['mxfp4_label'] * 12, 8.5)
     renderer = figure.canvas.get_renderer()
     boxes = [
       text.get_window_extent(renderer) for text in axes.texts if text.get_text()

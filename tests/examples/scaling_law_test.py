@@ -3,7 +3,6 @@
 import csv
 import dataclasses
 import functools
-import json
 import pathlib
 import tempfile
 from unittest import mock
@@ -98,18 +97,11 @@ class SettingsTest(parameterized.TestCase):
     )
 
 
-class StoreTest(parameterized.TestCase):
-  def setUp(self):
-    super().setUp()
-    self.directory = _new_directory(self)
-    self.enterContext(mock.patch.object(scaling_law, '_LAYERS', 1))
-    self.sweep, self.corpus = _sweep(), _toy_corpus()
-
-  def _store(self, **changes):
-    sweep = self.sweep._replace(**changes)
-    return scaling_law.Store(self.directory, sweep, self.corpus)
-
+class SweepTest(absltest.TestCase):
   def test_interrupted_sweep_goes_on(self):
+    self.enterContext(mock.patch.object(scaling_law, '_LAYERS', 1))
+    sweep, corpus = _sweep(), _toy_corpus()
+    directory = _new_directory(self)
     train, trained = scaling_law.train, []
 
     def interrupted(program, config, *args):
@@ -120,29 +112,20 @@ class StoreTest(parameterized.TestCase):
 
     with mock.patch.object(scaling_law, 'train', interrupted):
       with self.assertRaises(KeyboardInterrupt):
-        scaling_law.run_sweep(self.sweep, self.corpus, self._store())
-    self.assertLen(list(self.directory.glob('*.json')), 3)
+        scaling_law.run_sweep(sweep, corpus, directory)
+    self.assertLen(list(directory.glob('*.json')), 3)
     with mock.patch.object(scaling_law, 'train', side_effect=train) as spy:
-      losses = scaling_law.run_sweep(self.sweep, self.corpus, self._store())
+      losses = scaling_law.run_sweep(sweep, corpus, directory)
     self.assertEqual(spy.call_count, 1)
-    self.assertEqual(list(losses), list(self.sweep.settings))
+    self.assertEqual(list(losses), list(sweep.settings))
     for loss in losses.values():
       self.assertBetween(loss, 4.0, 8.0)
     # Quantized weights make another model from the same start.
     first, _, quantized, _ = losses.values()
     self.assertNotEqual(first, quantized)
-
-  def test_other_sweeps_and_damage_are_refused(self):
-    setting = self.sweep.settings[0]
-    self._store().save(setting, 2.5)
-    self.assertEqual(self._store().load(setting), 2.5)
-    self.assertIsNone(self._store().load(self.sweep.settings[1]))
-    with self.assertRaisesRegex(CheckpointError, 'another sweep'):
-      self._store(context=16).load(setting)
-    (path,) = self.directory.glob('*.json')
-    path.write_text(json.dumps({'loss': 1.0}))
-    with self.assertRaisesRegex(CheckpointError, 'is damaged'):
-      self._store().load(setting)
+    # Another sweep does not take them for its own.
+    with self.assertRaisesRegex(CheckpointError, 'context: 8 there, 16 now'):
+      scaling_law.run_sweep(sweep._replace(context=16), corpus, directory)
 
 
 class SignsTest(parameterized.TestCase):
