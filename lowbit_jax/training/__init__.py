@@ -18,7 +18,8 @@ of published methods. Submodules load on first use.
 - `recipes`: Published recipes for low-bit training, by name.
 - `s2ft`: Structured sparse fine-tuning on a frozen quantized model (S2FT).
 - `scaling`: Tensor scales that are held or delayed, as explicit state.
-- `surrogates`: Surrogate derivatives of rounders, for training through quantizers.
+- `surrogates`: Surrogate derivatives of rounders, for training through
+  quantizers.
 """
 
 from lowbit_jax import _lazy

@@ -7,18 +7,15 @@ from typing import Any, NamedTuple
 
 import jax
 
-TPUS = ('v5e', 'v6e', 'tpu7x')
-GPUS = ('h100', 'b200')
+# What an implementation's kernels are lowered for.
 PLATFORMS = {'tpu': 'tpu', 'mosaic_gpu': 'cuda'}
-
-_DEVICE_KINDS = {
-  'TPU v5 lite': 'v5e',
-  'TPU v5e': 'v5e',
-  'TPU v6 lite': 'v6e',
-  'TPU v6e': 'v6e',
-  'TPU7x': 'tpu7x',
+# The kinds of devices that JAX reports, and the compute capabilities of GPUs.
+TPUS = {
+  'v5e': ('TPU v5 lite', 'TPU v5e'),
+  'v6e': ('TPU v6 lite', 'TPU v6e'),
+  'tpu7x': ('TPU7x',),
 }
-_COMPUTE_CAPABILITIES = {'9.0': 'h100', '10.0': 'b200'}
+GPUS = {'h100': '9.0', 'b200': '10.0'}
 
 
 class Kernel(NamedTuple):
@@ -60,23 +57,25 @@ class Kernel(NamedTuple):
 
 
 KERNELS = (
-  Kernel('softmax', 'tpu', TPUS, True),
-  Kernel('softmax', 'mosaic_gpu', GPUS, True),
-  Kernel('quantize', 'tpu', TPUS, True),
+  Kernel('softmax', 'tpu', tuple(TPUS), True),
+  Kernel('softmax', 'mosaic_gpu', tuple(GPUS), True),
+  Kernel('quantize', 'tpu', tuple(TPUS), True),
   Kernel('quantize', 'mosaic_gpu', ('h100',), False),
-  Kernel('wq_matmul', 'tpu', TPUS, True),
+  Kernel('wq_matmul', 'tpu', tuple(TPUS), True),
   Kernel('wq_matmul', 'mosaic_gpu', ('h100',), False),
-  Kernel('block_matmul', 'tpu', TPUS, True),
-  Kernel('block_matmul', 'mosaic_gpu', GPUS, False),
+  Kernel('block_matmul', 'tpu', tuple(TPUS), True),
+  Kernel('block_matmul', 'mosaic_gpu', tuple(GPUS), False),
 )
 
 
 def target_of(device: Any) -> str | None:
   """The name of a device in this table, None for one that has no kernels."""
   if device.platform == 'tpu':
-    return _DEVICE_KINDS.get(device.device_kind)
-  capability = getattr(device, 'compute_capability', '')
-  return _COMPUTE_CAPABILITIES.get(capability)
+    matches = [t for t, kinds in TPUS.items() if device.device_kind in kinds]
+  else:
+    own = getattr(device, 'compute_capability', '')
+    matches = [t for t, capability in GPUS.items() if capability == own]
+  return matches[0] if matches else None
 
 
 def find(op: str, implementation: str) -> Kernel | None:

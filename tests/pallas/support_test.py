@@ -51,7 +51,7 @@ def compiled(matrix=_MATRIX) -> list[tuple[str, str, dict[str, str]]]:
 
 def states_table() -> str:
   """Formats of every kernel by how far they have been proven where."""
-  targets = _support.TPUS + _support.GPUS
+  targets = *_support.TPUS, *_support.GPUS
   grouped = {}
   for (op, name, marks), (*_, older) in zip(
     compiled(), compiled(_OLDER), strict=True
