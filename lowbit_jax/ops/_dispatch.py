@@ -77,7 +77,8 @@ def _why_unavailable(name: str, implementation, platform: str) -> str | None:
   if implementation is not None:
     return None
   why = _support.why_unproven(name)
-  if why is None and name == 'tpu' and len(_support.devices(name)) > 1:
+  several = len(_support.devices(name)) > 1
+  if why is None and several and not _support.has_rules(name):
     if not jax.sharding.get_abstract_mesh().manual_axes:
       return 'on several TPUs kernels run inside shard_map, or by name'
   return why

@@ -37,8 +37,8 @@ class Kernel(NamedTuple):
 
   @property
   def has_rules(self) -> bool:
-    """Whether XLA's partitioner asks for the rule of a kernel: not on TPU."""
-    return self.implementation != 'tpu'
+    """As the function of that name."""
+    return has_rules(self.implementation)
 
   def load(self) -> ModuleType:
     """The module with `why_not`, `choose` and `run`; imports the back end."""
@@ -76,6 +76,11 @@ def target_of(device: Any) -> str | None:
     own = getattr(device, 'compute_capability', '')
     matches = [t for t, capability in GPUS.items() if capability == own]
   return matches[0] if matches else None
+
+
+def has_rules(implementation: str) -> bool:
+  """Whether XLA splits it over devices; on TPU it splits no kernel."""
+  return implementation != 'tpu'
 
 
 def find(op: str, implementation: str) -> Kernel | None:
