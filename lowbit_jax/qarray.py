@@ -1,22 +1,9 @@
 """A quantized array as a pytree.
 
-Invariants, in the order in which `validate` checks them:
-
-1. Leaves have equal rank: codes, and scale, tensor_scale and zero_point where
-   the format has them; absent ones are None.
-2. `codes` is uint8. Codes of b bits are packed along the first block axis,
-   little end first, so this axis has b / 8 of the padded logical size.
-3. Along a block axis `scale` has one entry per block; along others it has the
-   size of the array. `zero_point` (uint8) has the shape of `scale`.
-   `tensor_scale` (float32) has size 1 along every axis, but along leading axes
-   of a stack, as vmap(quantize) makes, it has their size.
-4. Scales of at most 8 bits are uint8 codes, others float32 or bfloat16 numbers.
-5. x = (element - zero_point) * scale * tensor_scale, without the absent ones.
-
 `fmt`, `axis`, `pad` and `dtype` are static. Shape is derived from the leaves
-and axes count from the end, so vmap, scan, shard_map and donation see a QArray
-of their own shape. Nothing is checked in unflattening: transformations put
-placeholders into the leaves.
+and axes count from the end, so inside vmap, scan, shard_map and donation a
+QArray has the shape of its part. Unflattening checks nothing, because
+transformations put placeholders into the leaves.
 """
 
 import dataclasses
@@ -42,6 +29,20 @@ LEAVES = ('codes', 'scale', 'tensor_scale', 'zero_point')
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class QArray:
   """A quantized array. Made by `lowbit_jax.quantize`.
+
+  Invariants, in the order in which `lowbit_jax.qarray.validate` checks them:
+
+  1. Leaves have equal rank: codes, and scale, tensor_scale and zero_point where
+     the format has them; absent ones are None.
+  2. `codes` is uint8. Codes of b bits are packed along the first block axis,
+     little end first, so this axis has b / 8 of the padded logical size.
+  3. Along a block axis `scale` has one entry per block; along others it has the
+     size of the array. `zero_point` (uint8) has the shape of `scale`.
+     `tensor_scale` (float32) has size 1 along every axis, except that along
+     leading axes of a stack, as vmap(quantize) makes, it has their size.
+  4. Scales of at most 8 bits are uint8 codes, others float32 or bfloat16
+     numbers.
+  5. x = (element - zero_point) * scale * tensor_scale, without the absent ones.
 
   Attributes:
     codes: packed element codes, uint8.
@@ -176,7 +177,8 @@ replace = dataclasses.replace
 
 
 def validate(q: QArray) -> QArray:
-  """Checks the invariants at the top of this module and returns `q`."""
+  """Checks the invariants of `QArray` and returns `q`."""
+  # Leaves are there as the format has them, with equal rank.
   fmt, ndim = q.fmt, q.ndim
   present = {
     'scale': fmt.scale is not None,
@@ -194,6 +196,7 @@ def validate(q: QArray) -> QArray:
         f'{name}.shape={leaf.shape} must have the rank of'
         f' codes.shape={q.codes.shape}'
       )
+  # Codes: bytes, of whole blocks along the block axes.
   if q.codes.dtype != jnp.uint8:
     raise TypeError(f'codes.dtype={q.codes.dtype} must be uint8')
   padded = list(q.shape)
@@ -204,12 +207,14 @@ def validate(q: QArray) -> QArray:
         f'codes.shape={q.codes.shape} holds {padded[axis]} elements along axis'
         f' {axis}, no multiple of {_alignment(q, k)} as {fmt} needs'
       )
+  # Scales and zero points: one per block.
   expected = scale_shape(padded, fmt, q.axes)
   scale_dtype = np.dtype(np.uint8)
   if fmt.scale is not None and not _scaling.is_coded(fmt.scale):
     scale_dtype = jnp.dtype(fmt.scale.name)
   _check_leaf('scale', q.scale, expected, scale_dtype, fmt)
   _check_leaf('zero_point', q.zero_point, expected, np.dtype(np.uint8), fmt)
+  # Tensor scales: one, or one for each member of a stack.
   if q.tensor_scale is not None:
     sizes = zip(q.tensor_scale.shape, q.shape, strict=True)
     expected = tuple(1 if t == 1 else n for t, n in sizes)

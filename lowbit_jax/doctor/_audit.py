@@ -51,10 +51,10 @@ class Finding:
   remedy: str
 
   def __str__(self) -> str:
-    what = 'cotangent' if self.kind == 'cast' else 'differentiated value'
+    value = 'cotangent' if self.kind == 'cast' else 'differentiated value'
     shape = ','.join(map(str, self.shape))
     return (
-      f'{self.kind}: {self.primitive} rounds the {what} {self.source}[{shape}]'
+      f'{self.kind}: {self.primitive} rounds the {value} {self.source}[{shape}]'
       f' to {self.dtype} at {self.where}: {self.remedy}'
     )
 

@@ -85,6 +85,7 @@ def measure(q: QArray, x: ArrayLike | None = None) -> Measures:
     q: a quantized array with concrete leaves.
     x: the array that was quantized, of the same shape, or None.
   """
+  # Kinds of blocks: poisoned (NaN), zero after quantization, live.
   sums = _Sums(_blocks.scale_blocks(q), q, x)
   blocks = sums.count > 0
   total = int(blocks.sum())
@@ -93,6 +94,7 @@ def measure(q: QArray, x: ArrayLike | None = None) -> Measures:
   zero = clean & (sums.live_codes == 0)
   live = clean & ~zero
   elements = max(float(sums.count[clean].sum()), 1.0)
+  # Measures of the stored array.
   out = Measures(
     rho=_stored_rho(q, live),
     at_max=float(sums.at_max[clean].sum()) / elements,
@@ -104,6 +106,7 @@ def measure(q: QArray, x: ArrayLike | None = None) -> Measures:
   )
   if x is None:
     return out
+  # Measures that compare with the original.
   signal = sums.energy[clean].sum()
   noise = sums.noise[clean].sum()
   nonzero = sums.nonzero[clean].sum()
@@ -233,11 +236,11 @@ def _crests(sums: _Sums, clean) -> dict:
   if not live.any():
     return {}
   rms = math.sqrt(sums.energy[live].sum() / sums.count[clean].sum())
-  own = sums.amax[live] / np.sqrt(sums.energy[live] / sums.count[live])
+  block_crests = sums.amax[live] / np.sqrt(sums.energy[live] / sums.count[live])
   return {
     'crest': float(sums.amax[live].max()) / rms if rms else NAN,
-    'block_crest': float(np.median(own)),
-    'spiky_blocks': float(np.mean(own > crest_limit(sums.n))),
+    'block_crest': float(np.median(block_crests)),
+    'spiky_blocks': float(np.mean(block_crests > crest_limit(sums.n))),
   }
 
 

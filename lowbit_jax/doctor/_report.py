@@ -133,6 +133,7 @@ def _row(path: str, x, plan: _Plan, bare: bool) -> Row:
       f'{path!r} has no values ({type(x).__name__}); call report outside jit,'
       ' on concrete arrays'
     )
+  # A QArray is measured against its reference, an array after quantization.
   if isinstance(x, QArray):
     q, fmt, rule, x = x, x.fmt, None, plan.original(path, x)
   else:

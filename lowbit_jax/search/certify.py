@@ -88,13 +88,13 @@ def ulp_error(y: np.ndarray, f: np.ndarray) -> np.ndarray:
     error = np.abs(wide - f) / ulp32(f)
     size = np.abs(f)
     error[(size < 2.0**-126) & (wide == 0)] = 0
-    # One comparison for what is rare: NaN, infinity and overflow.
+    # One comparison for the rare cases: NaN, infinity and overflow.
     if not (np.max(size) < 2.0**128 and np.max(error) < 2.0**128):
       infinite = np.isinf(wide)
       near = np.abs(np.copysign(2.0**128, wide) - f) / ulp32(f)
       error = np.where(infinite, near, error)
-      same = np.where(infinite & (np.sign(f) == np.sign(wide)), 0, np.inf)
-      error = np.where(size >= 2.0**128, same, error)
+      signed = np.where(infinite & (np.sign(f) == np.sign(wide)), 0, np.inf)
+      error = np.where(size >= 2.0**128, signed, error)
       error = np.where(np.isnan(f), np.where(np.isnan(wide), 0, np.inf), error)
       error = np.where(np.isnan(error), np.inf, error)
   return error
@@ -135,15 +135,15 @@ class Sweep:
   """Errors over the inputs of an interval.
 
   Attributes:
-    stride: every how many numbers an input was taken.
-    n_inputs: how many were; fewer than asked for if a bound was exceeded.
+    stride: distance of the inputs, in float32 numbers.
+    n_inputs: number of inputs; fewer than requested if a bound was exceeded.
     max_ulp: the largest error.
     argmax: its input.
-    n_gt_1ulp: how many errors exceed 1.
+    n_gt_1ulp: number of errors above 1.
     misrounded: the fraction of errors above 1/2.
     mean_ulp: the mean of the errors.
     worst: float32, the inputs with the largest errors, largest first.
-    results: float32, what the function gave there.
+    results: float32, the values of the function there.
   """
 
   stride: int
@@ -193,7 +193,8 @@ def sweep(
       an ulp of float64 or so.
     lo: first input, rounded to float32.
     hi: last input, rounded to float32.
-    stride: take every how many numbers. An odd one meets all low bits.
+    stride: distance of inputs, in float32 numbers. An odd one meets all low
+      bits.
     bound: stop after a chunk with a larger error.
 
   Raises:
@@ -208,16 +209,19 @@ def sweep(
   total, threshold = 0.0, -1.0
   worst = np.empty(0), np.empty(0, np.float32), np.empty(0, np.float32)
   for start in range(first, last + 1, stride * CHUNK):
+    # One executable for all chunks: the last one repeats its last input.
     place = start + stride * np.arange(CHUNK, dtype=np.int64)
     count = min(CHUNK, (last - start) // stride + 1)
     x = from_position(np.minimum(place, last))
     y = np.asarray(compiled(x))
+    # Errors, in blocks that stay in cache.
     for i in range(0, count, _BLOCK):
       part = slice(i, min(i + _BLOCK, count))
       error = ulp_error(y[part], reference(x[part].astype(np.float64)))
       n_gt_1ulp += int(np.count_nonzero(error > 1))
       n_misrounded += int(np.count_nonzero(error > 0.5))
       total += float(np.sum(error))
+      # Only errors above the smallest of the worst can become one of them.
       if np.max(error) > threshold:
         above = np.flatnonzero(error > threshold)
         new = error[above], x[part][above], y[part][above]
@@ -367,8 +371,8 @@ def _instruction_set() -> str:
   return ' '.join([platform.machine(), *chosen])
 
 
-# What the text of an executable says of its source and of the work's division
-# among cores, which differ without a difference in the computation.
+# Parts of the text of an executable that depend on its source or on the
+# division of work among cores, and not on the computation.
 _INCIDENTAL = re.compile(
   r'^(?:FileNames|FunctionNames|FileLocations|StackFrames)\n(?:.+\n)*'
   r'|, metadata=\{[^}]*\}'
@@ -407,7 +411,7 @@ class Certificate:
     n_inputs: how many inputs were measured.
     max_ulp: the largest error, from 60 digits.
     argmax: its input, hexadecimal.
-    n_gt_1ulp: how many errors exceed 1.
+    n_gt_1ulp: number of errors above 1.
     misrounded: the fraction of errors above 1/2.
     mean_ulp: the mean of the errors.
     n_exact: of how many worst inputs the error was taken from 60 digits.
@@ -513,7 +517,7 @@ def certify(
   edges: Iterable[tuple[float, float]] = (),
   program: Any = None,
 ) -> Certificate:
-  """Measures a function, and vouches for its error if that is within a bound.
+  """Measures a function and certifies its error if that is within a bound.
 
   Args:
     fn: from float32 (N,) to float32 (N,), traceable, or `Native`.
@@ -521,7 +525,7 @@ def certify(
     reference: the function in NumPy, from float64 to float64.
     exact: the same of mpmath numbers; it is evaluated with 60 digits.
     interval: (lo, hi), rounded to float32.
-    provenance: how to do it again.
+    provenance: the command and seed that reproduce it.
     tier: density of the inputs, as in `tiered`.
     bound: largest error allowed, in ULP.
     edges: inputs and the results that they must give bit for bit (any NaN for
@@ -534,6 +538,8 @@ def certify(
       with `exact`.
     ImportError: without mpmath.
   """
+  # Edges first, since they are cheap; then all inputs against float64, and the
+  # worst of them against 60 digits.
   compiled = compile_chunk(fn)
   edges = tuple(edges)
   _check_edges(compiled, name, edges)
@@ -588,10 +594,10 @@ def _check_edges(compiled, name, edges) -> None:
     return
   x, expected = np.array(edges, np.float64).astype(np.float32).T
   y = np.asarray(compiled(np.resize(x, CHUNK)))[: len(x)]
-  same = y.view(np.int32) == np.ascontiguousarray(expected).view(np.int32)
-  same |= np.isnan(y) & np.isnan(expected)
-  if not np.all(same):
-    i = int(np.argmin(same))
+  equal = y.view(np.int32) == np.ascontiguousarray(expected).view(np.int32)
+  equal |= np.isnan(y) & np.isnan(expected)
+  if not np.all(equal):
+    i = int(np.argmin(equal))
     raise Refuted(f'{name}({x[i]}) is {y[i]} and must be {expected[i]}')
 
 
@@ -638,8 +644,8 @@ def check(
     reference: as in `certify`.
 
   Raises:
-    Refuted: if an error is larger than any that the certificate knows of, or
-      an edge no longer holds, with what has changed in the environment.
+    Refuted: if an error is larger than that of the certificate, or an edge no
+      longer holds; the message lists changes of the environment.
   """
   compiled = compile_chunk(fn)
   edges = [(float.fromhex(x), float.fromhex(y)) for x, y in certificate.edges]
@@ -658,9 +664,9 @@ def check(
 
 
 def _changes(certificate: Certificate, compiled) -> str:
-  then = dataclasses.asdict(certificate.environment)
-  now = dataclasses.asdict(_environment(compiled))
-  changes = [f'{k} {then[k]} -> {now[k]}' for k in now if then[k] != now[k]]
+  old = dataclasses.asdict(certificate.environment)
+  new = dataclasses.asdict(_environment(compiled))
+  changes = [f'{k} {old[k]} -> {new[k]}' for k in new if old[k] != new[k]]
   if certificate.hlo != fingerprint(compiled):
     changes.append('the optimised HLO')
   return '; '.join(changes) or 'nothing that the certificate records'

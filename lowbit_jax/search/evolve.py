@@ -307,17 +307,23 @@ def shrink(search: Search, state: State) -> State:
   """Tries one of the best programs with a row less, and squared.
 
   It is the best of a cost that was not shrunk before, else the second best of
-  one, and so on: what hides a simpler form, in a factor that could be one, is
-  often not the best of its size. All simpler forms are fitted from many starts,
-  and the most promising again.
+  one, and so on: a program that hides a simpler form, in a factor that could be
+  one, is often not the best of its size. All simpler forms are fitted from many
+  starts, and the most promising again.
   """
   rng = _generator(state)
   ranked: list[list[Program]] = [
-    [own[rank].program for own in state.archive.values() if len(own) > rank]
+    [
+      entries[rank].program
+      for entries in state.archive.values()
+      if len(entries) > rank
+    ]
     for rank in range(_SHRUNK)
   ]
-  ranked = [[p for p in same if p.rows] for same in ranked]
-  fresh = [[p for p in same if _key(p) not in state.shrunk] for same in ranked]
+  ranked = [[p for p in group if p.rows] for group in ranked]
+  fresh = [
+    [p for p in group if _key(p) not in state.shrunk] for group in ranked
+  ]
   candidates = next(filter(None, [*fresh, *ranked]), None)
   if not candidates or not search.fit:
     return state
@@ -412,7 +418,7 @@ def _best_of(search, items, starts, steps, rng, factors) -> list[Entry]:
     part = trials[i : i + search.batch]
     for entry in _fitted(search, part, steps, search.rounds):
       groups[entry.program.rows].append(entry)
-  return [min(own, key=_finite_error) for own in groups.values()]
+  return [min(group, key=_finite_error) for group in groups.values()]
 
 
 def _finite_error(entry) -> float:

@@ -97,10 +97,10 @@ def pack(items: list[programs.Program], rows: int, constants: int) -> Batch:
         f' and {constants}'
       )
     if n:
-      own = np.array(item.rows, np.int32)
-      operands = own[:, 1:]
+      item_rows = np.array(item.rows, np.int32)
+      operands = item_rows[:, 1:]
       operands[operands > k] += constants - k
-      table[i, :n] = own
+      table[i, :n] = item_rows
     # max(r, r) = r for the output r, x if there are no rows.
     last = constants + n if n else 0
     table[i, n:] = (programs.MAX, last, last, 0)
@@ -153,8 +153,8 @@ def fit(
 
 def _is_padding(rows):
   """Where a row (..., 4) takes the maximum of a register and itself."""
-  same = rows[..., 1] == rows[..., 2]
-  return (rows[..., 0] == programs.MAX) & same
+  equal = rows[..., 1] == rows[..., 2]
+  return (rows[..., 0] == programs.MAX) & equal
 
 
 def _lengths(rows: np.ndarray) -> np.ndarray:
@@ -244,6 +244,7 @@ def evaluate(
 
   def apply(row):
     """The row (4, B), with all results before it."""
+    # Every operation is computed, and each program selects its own.
     arguments = [operand(row[1 + j]) for j in range(arity)]
     value, partials = arguments[0][0], [1.0] + [0.0] * (arity - 1)  # padding
     for code in ops:
@@ -251,16 +252,17 @@ def evaluate(
       inputs = [a for a, _ in arguments[: entry.arity]]
       y = entry.value(jnp, *inputs)
       new = [*entry.partials(jnp, y, *inputs), *[0.0] * (arity - entry.arity)]
-      here = row[0] == code
-      value = jnp.where(here, y, value)
+      selected = row[0] == code
+      value = jnp.where(selected, y, value)
       partials = [
-        jnp.where(here, p, q) for p, q in zip(new, partials, strict=True)
+        jnp.where(selected, p, q) for p, q in zip(new, partials, strict=True)
       ]
     if not tangents:
       return value, None
     _, inner = zip(*arguments, strict=True)
     return value, sum(map(operator.mul, partials, inner))
 
+  # Row by row, all programs at once.
   result = operand(0 * rows[0, 0])
   for row in rows:
     # Rows that are padding in all programs cost nothing. The branch also keeps
@@ -328,40 +330,46 @@ def _fit_chunk(rows, c, samples, ops, steps, rounds, dense):
     return jnp.where(jnp.isfinite(total), total, jnp.inf)
 
   def step(state, lawson):
-    now, best, u, damping = state
+    current, best, u, damping = state
+    # A Lawson step: weight the points by the errors of the best constants, and
+    # continue from these.
     u_new = u * jnp.sqrt(jnp.abs(best[1]) / best[3] + 1e-3)
     u = jnp.where(lawson & jnp.isfinite(best[3]), u_new / jnp.max(u_new, 0), u)
-    now = tuple(
-      jnp.where(lawson, b, n) for b, n in zip(best[:3], now, strict=True)
+    current = tuple(
+      jnp.where(lawson, b, n) for b, n in zip(best[:3], current, strict=True)
     )
     damping = jnp.where(lawson, 1e-3, damping)
-    c, e, jacobian = now
+    # A step of Levenberg and Marquardt, kept where it lowers the cost.
+    c, e, jacobian = current
     d = damped_step(jacobian * u, e * u, damping)
     c_new = c + d
     e_new, jacobian_new = residuals(c_new)
     finite = jnp.all(jnp.isfinite(jacobian_new), (0, 1))
     better = finite & (cost(e_new, u) < cost(e, u))
     trial = (c_new, e_new, jacobian_new)
-    now = tuple(
-      jnp.where(better, t, n) for t, n in zip(trial, now, strict=True)
+    current = tuple(
+      jnp.where(better, t, n) for t, n in zip(trial, current, strict=True)
     )
-    worst = _largest(now[1])
+    # Keep the constants with the smallest largest error.
+    worst = _largest(current[1])
     record = worst < best[3]
     best = tuple(
-      jnp.where(record, n, b) for n, b in zip((*now, worst), best, strict=True)
+      jnp.where(record, n, b)
+      for n, b in zip((*current, worst), best, strict=True)
     )
     damping = jnp.maximum(damping * jnp.where(better, _TAKE, _REFUSE), _FLOOR)
-    return (now, best, u, damping), None
+    return (current, best, u, damping), None
 
-  now = (c, *residuals(c))
+  current = (c, *residuals(c))
   u = jnp.ones((x.shape[0], lanes)) + 0 * c[0]
-  state = (now, (*now, _largest(now[1])), u, 1e-2 + 0 * c[0])
+  state = (current, (*current, _largest(current[1])), u, 1e-2 + 0 * c[0])
   lawson = np.r_[np.zeros(steps, bool), np.tile([True, False], rounds)]
   state, _ = lax.scan(step, state, lawson)
   c, _, _, error = state[1]
   if dense is None:
     return c, error, jnp.full_like(error, jnp.nan)
-  judged = (v.astype(dense) for v in (c, samples.dense_x))
-  y, _ = evaluate(rows, *judged, ops, tangents=False)
+  # The error between the points, with the dtype `dense`.
+  dense_c, dense_x = (v.astype(dense) for v in (c, samples.dense_x))
+  y, _ = evaluate(rows, dense_c, dense_x, ops, tangents=False)
   dense_e = (y - samples.dense_f[:, None]) * samples.dense_w[:, None]
   return c, error, _largest(dense_e)

@@ -191,6 +191,7 @@ def minimax(
   c = np.array([_LONG(v) for v in start])
   if weight not in ('rel', 'abs') and not callable(weight):
     raise ValueError(f"weight={weight!r} must be 'rel', 'abs' or a function")
+  # Chebyshev points are dense at the ends, where the error changes fastest.
   x = chebyshev(interval, _POINTS)
   f, w = _weighted(reference, x, weight)
 
@@ -207,6 +208,8 @@ def minimax(
       f'start={[str(v) for v in c]} has errors that are not finite on'
       f' {interval}; give constants without poles there'
     )
+  # Steps of linear programs within a trust region of relative size rho, which
+  # grows where a step lowers the error and shrinks where it does not.
   rho, iterations = 1.0, 0
   while rho > 1e-12 and error > 0:
     d, predicted = _linear_program(e, jacobian, rho * np.maximum(abs(c), 1e-3))
@@ -220,6 +223,7 @@ def minimax(
       rho /= 4
     if predicted < _GAIN or 0 < gain < _GAIN:
       break
+  # The reported error is that between the points, too.
   fine = chebyshev(interval, _REPORT * _POINTS)
   f, w = _weighted(reference, fine, weight)
   with np.errstate(all='ignore'):
@@ -346,6 +350,7 @@ def float32_coefficients(
     worst = np.argpartition(size, -min(_HARD, samples))[-_HARD:]
     return x[worst], f[worst]
 
+  # Moves are first tried on the hardest samples, which reject most of them.
   size = errors(c, x, f)
   score, hard, count = np.max(size), hardest(size), 1
   moves = _moves(rng, len(c))

@@ -246,11 +246,13 @@ def _rewire(nodes, rng, ops):
 
 def _change(nodes, rng, ops):
   node, _ = _inner_edge(nodes, rng)
-  same = [op for op in ops if OPS[op].arity == len(node.args) and op != node.op]
-  if not same or rng.random() < 0.25:
+  alternatives = [
+    op for op in ops if OPS[op].arity == len(node.args) and op != node.op
+  ]
+  if not alternatives or rng.random() < 0.25:
     node.args.reverse()
   else:
-    node.op = same[rng.integers(len(same))]
+    node.op = alternatives[rng.integers(len(alternatives))]
   return nodes[-1]
 
 

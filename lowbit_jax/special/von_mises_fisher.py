@@ -231,7 +231,7 @@ def _broadcast(**shapes) -> tuple[int, ...]:
   try:
     return np.broadcast_shapes(*shapes.values())
   except ValueError as error:
-    given = ', '.join(f'{name} {shape}' for name, shape in shapes.items())
+    named = ', '.join(f'{name} {shape}' for name, shape in shapes.items())
     raise ValueError(
-      f'leading axes do not broadcast: {given}; add axes of size 1'
+      f'leading axes do not broadcast: {named}; add axes of size 1'
     ) from error

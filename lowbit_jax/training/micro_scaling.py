@@ -263,7 +263,8 @@ class MicroScaling:
     Raises:
       TypeError, ValueError: for dtypes, axes and keys that do not fit.
 
-    The derivative is that at the top of this module; reverse mode only.
+    The derivative is stated in `lowbit_jax.training.micro_scaling`; it has
+    reverse mode only.
     """
     if self.needs_key and key is None:
       raise ValueError(f'{self.rounding=} needs key=jax.random.key(seed)')

@@ -203,9 +203,9 @@ class Quartet(_Deterministic):
     shape = (*x.shape[:axis], n // self.block, self.block, *x.shape[axis + 1 :])
     view = x.reshape(shape)
     std = jnp.std(view, axis=axis + 1, keepdims=True)
-    wanted = std * jnp.float32(_GAUSSIAN_E2M1 / 6) + jnp.float32(1e-8)
+    target = std * jnp.float32(_GAUSSIAN_E2M1 / 6) + jnp.float32(1e-8)
     # The exponent field alone is 2^floor(log2 .).
-    s = lax.stop_gradient(fb.from_bits(fb.to_bits(wanted) & fb.INF))
+    s = lax.stop_gradient(fb.from_bits(fb.to_bits(target) & fb.INF))
     v = view * _scaling.reciprocal(s)
     y = round_to(v, formats.e2m1) * s
     y = _masked(y, view, jnp.abs(v) < 6)

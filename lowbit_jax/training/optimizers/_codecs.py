@@ -1,27 +1,7 @@
 """Codecs of optimizer states: a moment of any shape to a few bits per element.
 
-A codec stores x ~ element(code) * scale in blocks of B elements with float32
-scales. What differs is the set of elements and the scale:
-
-  lin8, lin4   uniform elements
-  dyn8, de4    the dynamic tree of 8-bit Adam: 2^i values spread evenly over the
-               decade 10^(i-D+1) [0.1, 1] for i = 0 ... D - 1, their negatives,
-               0 and 1, with D = b - 1 for b bits
-  e4m3, e5m2   minifloats
-  coat         E4M3 of sign(x) |x|^k, k = ln(448 / 2^-9) / ln(max / min) of the
-               magnitudes in the block: its range becomes that of E4M3
-  rank1_lin4,  uniform or dynamic elements with the scale
-  rank1_de4    min(max over row i, max over column j) for element (i, j)
-
-A second moment stands in a denominator: sqrt(v) must not vanish where v does
-not. Its tables are positive, k / 2^b for the uniform ones and D = b decades
-without 0 for the dynamic ones, and minifloats round positive numbers up to
-their smallest one. A block of zeros stays zero, its scale being zero; a zero
-beside other numbers becomes the smallest entry of such a table.
-
-Sources: Dettmers et al., 8-bit Optimizers via Block-wise Quantization (2022);
-Li et al., Memory Efficient Optimizers with 4-bit States (2023); Xi et al., COAT
-(2025).
+`quantized_state` lists them. Second moments have tables of positive numbers:
+k / 2^b for the uniform ones and D = b decades without 0 for the dynamic ones.
 """
 
 import dataclasses

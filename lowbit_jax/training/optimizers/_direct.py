@@ -1,15 +1,4 @@
-"""Training quantized weights without a copy in high precision.
-
-The parameters are QArrays and nothing else: w <- SR(w - lr u), where stochastic
-rounding keeps updates smaller than a step on average.
-
-    params = quantize_params(...)                     # QArrays
-    tx = direct(optax.adamw(1e-3))
-    state = tx.init(params)
-    grads = jax.grad(loss)(dequantized(params))
-    updates, state = tx.update(grads, state, params)
-    params = apply_updates(params, updates, key)      # a new key in every step
-"""
+"""Training quantized weights without a copy in high precision."""
 
 import zlib
 from typing import Literal
@@ -25,7 +14,7 @@ from lowbit_jax.qarray import QArray, is_qarray
 
 
 def dequantized(params: PyTree) -> PyTree:
-  """The tree with the values of its QArrays, which gradients are taken at."""
+  """A tree with the values of its QArrays, at which gradients are taken."""
   return jax.tree.map(
     lambda x: qarray.dequantize(x) if is_qarray(x) else x,
     params,
@@ -37,6 +26,17 @@ def direct(
   inner: optax.GradientTransformation,
 ) -> optax.GradientTransformationExtraArgs:
   """Lets an optimizer see QArrays among the parameters as their values.
+
+  The parameters are QArrays without a copy in high precision:
+  w <- SR(w - lr u), where stochastic rounding keeps updates smaller than a step
+  on average.
+
+    params = quantize_params(...)                     # QArrays
+    tx = direct(optax.adamw(1e-3))
+    state = tx.init(params)
+    grads = jax.grad(loss)(dequantized(params))
+    updates, state = tx.update(grads, state, params)
+    params = apply_updates(params, updates, key)      # a new key in every step
 
   Args:
     inner: an optax transformation.

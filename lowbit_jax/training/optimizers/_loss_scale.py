@@ -1,12 +1,4 @@
-"""Dynamic loss scaling, which float16 gradients need.
-
-Small gradients underflow in float16. The loss is multiplied by a scale, the
-gradients are divided by it in float32, and the scale follows the data: twice as
-large after 2000 finite steps, half as large after one that is not finite, which
-is skipped.
-
-    def loss(params): ...
-      return scale_loss(value, state)
+"""Dynamic loss scaling for float16 gradients.
 
 Source: Micikevicius et al., Mixed Precision Training (2018).
 """
@@ -38,6 +30,11 @@ def dynamic_loss_scale(
   largest: float = 2.0**24,
 ) -> optax.GradientTransformationExtraArgs:
   """Wraps an optimizer that is given gradients of the scaled loss.
+
+  Small gradients underflow in float16. The loss is multiplied by a scale, see
+  `scale_loss`, and the gradients are divided by it in float32. The scale is
+  multiplied by `factor` after `period` finite steps and divided by it after a
+  step that is not finite, which is skipped.
 
   Args:
     inner: the whole optimizer; it sees float32 gradients of the loss itself.

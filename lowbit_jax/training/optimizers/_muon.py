@@ -1,26 +1,4 @@
-"""Muon: momentum whose singular values are all set to about one.
-
-  mu = beta mu + (1 - beta) g
-  M  = beta mu^ + (1 - beta) g^   (Nesterov; hats correct the bias)
-  W <- W - lr (s polar(M) + weight_decay W)
-
-The unscaled momentum mu = beta mu + g of some sources has the same direction.
-The factor s follows the shape (d_in, d_out) of a kernel:
-
-  mup   sqrt(d_out / d_in): updates keep the spectral condition of muP,
-        ||dW||_2 of the order of sqrt(d_out / d_in), so that one lr fits all
-        widths
-  max1  sqrt(max(1, d_out / d_in)), K. Jordan's
-  rms   0.2 sqrt(max(d_in, d_out)): root mean square of AdamW updates
-  none  1
-
-Muon++ (towards a principled Muon under muP) is 'mup' with the initializer
-`mup_normal`: as updates obey the condition, weights do, with no spectral
-normalization of their own, ||W_T||_2 <= ||W_0||_2 + sqrt(d_out / d_in) sum_t
-lr_t smax(O_t). That, the initial norm and the factor are stated by its authors;
-the variance of `mup_normal`, `mup_head_scale` and `activation_cap` are our
-reading of them.
-"""
+"""Muon: momentum whose singular values are all set to about one."""
 
 import math
 import zlib
@@ -202,6 +180,27 @@ def muon(
 ) -> optax.GradientTransformationExtraArgs:
   """Muon for hidden matrices, another optimizer for all other parameters.
 
+    mu = beta mu + (1 - beta) g
+    M  = beta mu^ + (1 - beta) g^   (Nesterov; hats correct the bias)
+    W <- W - lr (s polar(M) + weight_decay W)
+
+  The unscaled momentum mu = beta mu + g of some sources has the same direction.
+  The factor s follows the shape (d_in, d_out) of a kernel, by `shape_scale`:
+
+    mup   sqrt(d_out / d_in): updates keep the spectral condition of muP,
+          ||dW||_2 of the order of sqrt(d_out / d_in), so that one lr fits all
+          widths
+    max1  sqrt(max(1, d_out / d_in)), K. Jordan's
+    rms   0.2 sqrt(max(d_in, d_out)): root mean square of AdamW updates
+    none  1
+
+  Muon++ (towards a principled Muon under muP) is 'mup' with the initializer
+  `mup_normal`: as updates obey the condition, weights do, with no spectral
+  normalization of their own, ||W_T||_2 <= ||W_0||_2 + sqrt(d_out / d_in) sum_t
+  lr_t smax(O_t). That, the initial norm and the factor are stated by its
+  authors; the variance of `mup_normal`, `mup_head_scale` and `activation_cap`
+  are our reading of them.
+
   With the default options the update of a matrix is that of
   `optax.contrib.muon`. The leaves that it takes differ: that one also takes
   embeddings and heads. So do those of `other`: there the inner Adam uses
@@ -225,7 +224,7 @@ def muon(
       where randomized; `rank`=200, `oversample`=10, `power_iterations`=1,
       `sketch`='gaussian', as in `randomized_polar`, and `seed`=0, from which
       sketches follow with the step and the path; `shape_scale`='max1', 'mup',
-      'rms' or 'none', see the top of `lowbit_jax.training.optimizers._muon`.
+      'rms' or 'none'.
 
   Returns:
     A transformation. Randomized factors are multiplied by

@@ -1,15 +1,5 @@
 """Weights that swing between two grid points: snapping and smoothing them.
 
-A weight near the middle of two numbers of its format can change its quantized
-value in every step while it hardly moves itself. With Q the quantizer and
-window P, `deoscillate` accumulates
-
-  d_w = sum_P |w_t - w_{t-1}|,  d_Q = sum_P |Q(w_t) - Q(w_{t-1})|
-
-and sets w <- Q(w) at the end of the window where d_Q / d_w >= tau. `q_ema`
-keeps a mean of w instead, and the forward pass takes of the two grid points
-around w the one that is nearer to the mean.
-
 Source: Chen et al., TetraJet (Q-EMA, 2025) and TetraJet-v2 (OsciReset, 2025).
 """
 
@@ -59,7 +49,15 @@ def deoscillate(
 ) -> optax.GradientTransformationExtraArgs:
   """Puts weights that oscillate between grid points onto one of them.
 
-  To be the last of a chain: its input is what is added to the parameters. Use
+  A weight near the middle of two numbers of its format can change its quantized
+  value in every step while it hardly moves itself. With Q the quantizer and
+  window P, this accumulates
+
+    d_w = sum_P |w_t - w_{t-1}|,  d_Q = sum_P |Q(w_t) - Q(w_{t-1})|
+
+  and sets w <- Q(w) at the end of the window where d_Q / d_w >= tau.
+
+  Put it last in a chain: its input is the update of the parameters. Use
   `optax.masked` to leave out the parameters that are not quantized.
 
   Args:
@@ -117,8 +115,10 @@ def q_ema(
 ) -> optax.GradientTransformationExtraArgs:
   """Keeps the mean of each parameter for `ema_quantize`; changes no update.
 
-  To be the last of a chain. ema_t = decay ema_{t-1} + (1 - decay) w_t after the
-  first `start` steps, during which it is w_t itself.
+  With `ema_quantize` the forward pass takes, of the two grid points around w,
+  the one that is nearer to the mean. Put the transformation last in a chain.
+  After the first `start` steps, in which the mean is w_t itself,
+  ema_t = decay ema_{t-1} + (1 - decay) w_t.
 
   Args:
     decay: beta, in [0, 1).

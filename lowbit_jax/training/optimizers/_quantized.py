@@ -41,6 +41,24 @@ def quantized_state(
   all others, such as mu and trace, first moments. The arithmetic of `inner` is
   that of its own dtypes.
 
+  A codec stores x ~ element(code) * scale in blocks of B elements with float32
+  scales. Codecs differ in the set of elements and in the scale:
+
+    lin8, lin4   uniform elements
+    dyn8, de4    the dynamic tree of 8-bit Adam: 2^i values spread evenly over
+                 the decade 10^(i-D+1) [0.1, 1] for i = 0 ... D - 1, their
+                 negatives, 0 and 1, with D = b - 1 for b bits
+    e4m3, e5m2   minifloats
+    coat         E4M3 of sign(x) |x|^k, k = ln(448 / 2^-9) / ln(max / min) of
+                 the magnitudes in the block: its range becomes that of E4M3
+    rank1_lin4,  uniform or dynamic elements with the scale
+    rank1_de4    min(max over row i, max over column j) for element (i, j)
+
+  A second moment is in a denominator: sqrt(v) must not vanish where v does not.
+  Its elements are positive, and minifloats round positive numbers up to their
+  smallest one. A block of zeros stays zero, its scale being zero; a zero beside
+  other numbers becomes the smallest element.
+
   Args:
     inner: an optax transformation, such as `optax.scale_by_adam()`.
     first: codec of first moments: 'lin8', 'dyn8', 'e4m3', 'e5m2', 'coat',
@@ -69,6 +87,10 @@ def quantized_state(
     >>> tx = quantized_state(optax.scale_by_adam(), second='e5m2')
     >>> tx.init({'w': jnp.zeros((64, 128))}).nu['w'].nbytes
     8448
+
+  Sources: Dettmers et al., 8-bit Optimizers via Block-wise Quantization (2022);
+  Li et al., Memory Efficient Optimizers with 4-bit States (2023); Xi et al.,
+  COAT (2025).
   """
   check_steps('min_size', min_size, 0)
   if block is not None:

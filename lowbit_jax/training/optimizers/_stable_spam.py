@@ -1,14 +1,4 @@
-"""StableSPAM: Adam for gradients with spikes, as 4-bit training has them.
-
-For each tensor, in step t = 1, 2, ...:
-
-  M_t = theta M_{t-1} + (1 - theta) max |g|,  M^ = M_t / (1 - theta^t)
-  g_i <- g_i M^ / max |g|  where |g_i| > M^                          (AdaClip)
-  n = ||g||,  m = gamma1 m + (1 - gamma1) n,  v = gamma2 v + (1 - gamma2) n^2
-  g <- g / n  m^ / (sqrt(v^) + eps)                                  (AdaGN)
-
-with m^, v^ corrected for bias as M^ is; then Adam, whose moments and bias
-correction start again every so many steps.
+"""StableSPAM: Adam for gradients with spikes, as in 4-bit training.
 
 Source: Huang et al., Stable-SPAM: How to Train in 4-Bit More Stably than 16-Bit
 Adam (2025).
@@ -52,6 +42,11 @@ class MomentumResetState(NamedTuple):
 def adaclip(theta: float = 0.999) -> optax.GradientTransformation:
   """Scales down the elements of a gradient beyond its usual maximum.
 
+  For each tensor, in step t = 1, 2, ...:
+
+    M_t = theta M_{t-1} + (1 - theta) max |g|,  M^ = M_t / (1 - theta^t)
+    g_i <- g_i M^ / max |g|  where |g_i| > M^
+
   Args:
     theta: decay of the running mean of max |g|, in [0, 1).
 
@@ -84,6 +79,11 @@ def adagn(
   gamma1: optax.ScalarOrSchedule = 0.7, gamma2: float = 0.9, eps: float = 1e-8
 ) -> optax.GradientTransformation:
   """Gives each gradient the norm that its history suggests.
+
+  For each tensor, with m^ and v^ corrected for bias as in Adam:
+
+    n = ||g||,  m = gamma1 m + (1 - gamma1) n,  v = gamma2 v + (1 - gamma2) n^2
+    g <- g / n  m^ / (sqrt(v^) + eps)
 
   Args:
     gamma1: decay of the mean of norms, in [0, 1), or a schedule of it.
@@ -168,7 +168,10 @@ def stable_spam(
   every: int = 1000,
   decay_steps: int | None = None,
 ) -> optax.GradientTransformation:
-  """StableSPAM: `adaclip`, `adagn` and an Adam that starts again.
+  """StableSPAM: `adaclip`, `adagn`, and Adam within `momentum_reset`.
+
+  Gradients are clipped, then normalized; the moments and the bias correction of
+  Adam start again every `every` steps.
 
   Args:
     learning_rate: a number or a schedule.
