@@ -20,8 +20,8 @@ copies (`direct`), gradient codecs, and loss scaling.
 - `apply_updates`: w + u, stochastically rounded to the format of w.
 - `deoscillate`: Puts weights that oscillate between grid points onto one of
   them.
-- `dequantized`: The tree with the values of its QArrays, which gradients are
-  taken at.
+- `dequantized`: A tree with the values of its QArrays, at which gradients are
+  taken.
 - `direct`: Lets an optimizer see QArrays among the parameters as their values.
 - `dynamic_loss_scale`: Wraps an optimizer that is given gradients of the scaled
   loss.
@@ -55,7 +55,8 @@ copies (`direct`), gradient codecs, and loss scaling.
   arguments.
 - `scale_loss`: The loss times the scale of an optimizer state, in the dtype of
   the loss.
-- `stable_spam`: StableSPAM: `adaclip`, `adagn` and an Adam that starts again.
+- `stable_spam`: StableSPAM: `adaclip`, `adagn`, and Adam within
+  `momentum_reset`.
 - `state_bytes`: Bytes of all arrays of a state, or of its `jax.eval_shape`.
 """
 
