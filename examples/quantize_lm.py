@@ -37,16 +37,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tqdm
 from absl import app, flags
 
 from lowbit_jax import formats, nn
 from lowbit_jax.recipe import QuantSpec
 from models import byte_lm
-from support import command, report, timing
+from support import command, data, loop, report, timing
 from support.checkpoints import CheckpointError, Checkpoints
 
 _DEFAULTS = byte_lm.Config()
+_QUANTIZED = rf'({"|".join(byte_lm.LINEAR_LAYERS)})/kernel$'
 _THREADS = 2  # that compile
 _CHUNK = 16  # formats compiled before the next rows of the table
 _FORMATS = (
@@ -141,9 +141,7 @@ flags.register_validator(
 @functools.cache
 def _quantize_block(fmt: formats.BlockFormat) -> Callable[[Any], Any]:
   """One compilation serves all blocks, because their shapes are equal."""
-  return jax.jit(
-    lambda block: nn.quantize_params(block, byte_lm.QUANTIZED, fmt)
-  )
+  return jax.jit(lambda block: nn.quantize_params(block, _QUANTIZED, fmt))
 
 
 def quantize_weights(params: Any, fmt: formats.BlockFormat) -> Any:
@@ -172,13 +170,12 @@ def _compile_in_threads(
   """Returns `prepare(name)` of each name, showing a progress bar."""
   pool = futures.ThreadPoolExecutor(_THREADS)
   try:
-    results = tqdm.tqdm(
+    results = command.progress(
       pool.map(prepare, names),
       desc='compiling',
       total=len(names),
       unit='format',
       leave=False,
-      mininterval=byte_lm.progress_interval(),
     )
     return dict(zip(names, results, strict=True))
   finally:
@@ -186,10 +183,10 @@ def _compile_in_threads(
 
 
 def _held_out_batches(
-  corpus: byte_lm.Corpus, config: byte_lm.Config, count: int
+  corpus: data.Corpus, config: byte_lm.Config, count: int
 ) -> list[jax.Array]:
   """Returns batches of one size; the last one is filled with repetitions."""
-  windows = byte_lm.held_out_windows(corpus, config.context, count)
+  windows = data.held_out_windows(corpus, config.context, count)
   size = min(config.batch, count)
   parts = -(-count // size)
   filled = windows[np.arange(parts * size) % count]
@@ -199,7 +196,7 @@ def _held_out_batches(
 def evaluate(
   config: byte_lm.Config,
   params: Any,
-  corpus: byte_lm.Corpus,
+  corpus: data.Corpus,
   names: Sequence[str],
   activations: formats.BlockFormat | None,
   eval_windows: int,
@@ -235,7 +232,7 @@ def evaluate(
     )
     losses = losses[:eval_windows].astype(np.float64)
     difference = losses - references.setdefault('float32', losses)
-    kernels = byte_lm.quantized_kernels(candidate[1])
+    kernels = byte_lm.linear_kernels(candidate[1]).values()
     size = sum(kernel.nbytes for kernel in kernels)
     return report.Row(
       format=name,
@@ -315,7 +312,7 @@ def _print_kept(
 def run(config: byte_lm.Config, workdir: pathlib.Path) -> None:
   """Trains, measures, saves and samples."""
   started = time.perf_counter()
-  corpus = byte_lm.load_corpus()
+  corpus = data.load_corpus()
   print(
     f'corpus: {corpus.files} files of the standard library, '
     f'{len(corpus.train) / 1e6:.2f} MB to learn and '
@@ -323,13 +320,13 @@ def run(config: byte_lm.Config, workdir: pathlib.Path) -> None:
     flush=True,
   )
   directory = workdir / 'checkpoints'
-  checkpoints = Checkpoints(directory, byte_lm.identity(config, corpus))
+  checkpoints = Checkpoints(directory, loop.identity(config, corpus))
   inputs = _ACTIVATIONS.value
   activations = formats.get(inputs) if inputs else None
   names = _FORMAT_NAMES.value
   names = formats.names('block') if names == ['all'] else names
   try:
-    params = byte_lm.train(config, corpus, checkpoints, _SAVE_EVERY.value)
+    params = loop.train(config, corpus, checkpoints, _SAVE_EVERY.value)
     rows = evaluate(
       config,
       params,

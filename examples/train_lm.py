@@ -43,7 +43,7 @@ from lowbit_jax import doctor
 from lowbit_jax.recipe import QuantSpec
 from lowbit_jax.training import recipes
 from models import byte_lm
-from support import command, report, trainer
+from support import command, data, report, trainer
 from support.checkpoints import CheckpointError, Checkpoints
 
 _MODEL = byte_lm.Config()
@@ -135,12 +135,7 @@ def _print_weights(run: trainer.Settings, state) -> None:
   spec = recipes.get(run.recipe).fwd.rhs
   if not isinstance(spec, QuantSpec) or spec.fmt.is_tile or run.scan:
     return
-  kernels = {
-    f'{block}/{layer}': part[layer]['kernel']
-    for block, part in sorted(state.params.items())
-    if block.startswith('block_')
-    for layer in ('qkv', 'out', 'up', 'down')
-  }
+  kernels = byte_lm.linear_kernels(state.params)
   print(doctor.report(kernels, spec.fmt, axis=-2))
 
 
@@ -161,7 +156,7 @@ def _evaluate(run, state, corpus) -> dict[str, float]:
 def train(run: trainer.Settings, workdir: pathlib.Path) -> None:
   """Trains, evaluates, and saves log, summary and curve."""
   started = time.perf_counter()
-  corpus = byte_lm.load_corpus()
+  corpus = data.load_corpus()
   mesh = trainer.make_mesh(_MESH.value or f'data={jax.device_count()}')
   checkpoints = Checkpoints(
     workdir / 'checkpoints', trainer.identity(run, corpus)
