@@ -28,21 +28,15 @@ from lowbit_jax import formats
 from lowbit_jax.ops import lmul_attention
 from lowbit_pallas.arith import lmul as arith
 from models import byte_lm
-from support import command, data, loop, report
+from support import command, data, loop, model_flags, report
 from support.checkpoints import CheckpointError, Checkpoints
 
-_DEFAULTS = byte_lm.Config()
 _SAVE_EVERY = 40
 
 _WORKDIR = flags.DEFINE_string(
   'workdir', 'quantize_lm_out', 'Directory of checkpoints and results.'
 )
-_STEPS = flags.DEFINE_integer(
-  'steps', _DEFAULTS.steps, 'Training steps.', lower_bound=1
-)
-_SEED = flags.DEFINE_integer(
-  'seed', 0, 'Seed of weights, data order and pairs.', lower_bound=0
-)
+_CONFIG = model_flags.define('steps', 'seed')
 _EVAL_WINDOWS = flags.DEFINE_integer(
   'eval_windows', 96, 'Held-out windows.', lower_bound=2
 )
@@ -224,7 +218,7 @@ def run(
 
 def work() -> None:
   run(
-    byte_lm.Config(steps=_STEPS.value, seed=_SEED.value),
+    _CONFIG(),
     pathlib.Path(_WORKDIR.value),
     _PAIRS.value,
     _EVAL_WINDOWS.value,

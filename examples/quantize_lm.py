@@ -42,10 +42,9 @@ from absl import app, flags
 from lowbit_jax import formats, nn
 from lowbit_jax.recipe import QuantSpec
 from models import byte_lm
-from support import command, data, loop, report, timing
+from support import command, data, loop, model_flags, report, timing
 from support.checkpoints import CheckpointError, Checkpoints
 
-_DEFAULTS = byte_lm.Config()
 _QUANTIZED = rf'({"|".join(byte_lm.LINEAR_LAYERS)})/kernel$'
 _THREADS = 2  # that compile
 _CHUNK = 16  # formats compiled before the next rows of the table
@@ -69,26 +68,9 @@ _FORMATS = (
 _WORKDIR = flags.DEFINE_string(
   'workdir', 'quantize_lm_out', 'Directory of checkpoints and results.'
 )
-_STEPS = flags.DEFINE_integer(
-  'steps', _DEFAULTS.steps, 'Training steps.', lower_bound=1
-)
+_CONFIG = model_flags.define()
 _SAVE_EVERY = flags.DEFINE_integer(
   'save_every', 40, 'Steps between checkpoints.', lower_bound=1
-)
-_SEED = flags.DEFINE_integer(
-  'seed', 0, 'Seed of weights, data order and sample.', lower_bound=0
-)
-_WIDTH = flags.DEFINE_integer('width', _DEFAULTS.width, 'Model width.')
-_HEADS = flags.DEFINE_integer('heads', _DEFAULTS.heads, 'Attention heads.')
-_BLOCKS = flags.DEFINE_integer(
-  'blocks', _DEFAULTS.blocks, 'Transformer blocks.'
-)
-_CONTEXT = flags.DEFINE_integer(
-  'context', _DEFAULTS.context, 'Bytes per window.'
-)
-_BATCH = flags.DEFINE_integer('batch', _DEFAULTS.batch, 'Windows per step.')
-_LEARNING_RATE = flags.DEFINE_float(
-  'learning_rate', _DEFAULTS.learning_rate, 'Peak learning rate.'
 )
 _FORMAT_NAMES = flags.DEFINE_list(
   'formats', list(_FORMATS), 'Weight formats beside float32, or "all".'
@@ -352,17 +334,7 @@ def run(config: byte_lm.Config, workdir: pathlib.Path) -> None:
 
 
 def work() -> None:
-  config = byte_lm.Config(
-    width=_WIDTH.value,
-    heads=_HEADS.value,
-    blocks=_BLOCKS.value,
-    context=_CONTEXT.value,
-    batch=_BATCH.value,
-    steps=_STEPS.value,
-    learning_rate=_LEARNING_RATE.value,
-    seed=_SEED.value,
-  )
-  run(config, pathlib.Path(_WORKDIR.value))
+  run(_CONFIG(), pathlib.Path(_WORKDIR.value))
 
 
 def main(argv: Sequence[str]) -> int:
