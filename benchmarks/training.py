@@ -21,7 +21,7 @@ import lowbit_jax as lowbit
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / 'examples'))
 
 from models import byte_lm  # noqa: E402
-from support import trainer  # noqa: E402
+from support import data, trainer  # noqa: E402
 
 _ROUNDS = flags.DEFINE_integer('rounds', 11, 'Timed calls of each candidate.')
 _RECIPES = flags.DEFINE_list(
@@ -60,7 +60,7 @@ def rounding(name: str):
 def main(argv):
   del argv
   print(f'{_timing.machine()}\n')
-  windows = byte_lm.train_batch(byte_lm.load_corpus(), byte_lm.Config(), 0)
+  windows = data.train_batch(data.load_corpus(), byte_lm.Config(), 0)
   thunks = {r: step(windows, recipe=r) for r in _RECIPES.value}
   thunks |= {
     o: step(windows, recipe='float32', optimizer=o) for o in _OPTIMIZERS.value

@@ -36,7 +36,7 @@ from absl import app, flags
 from lowbit_jax.recipe import GemmSpec, QuantSpec, Recipe
 from lowbit_jax.training import linen as low, optimizers, recipes
 from models import byte_lm
-from support import command, report, trainer
+from support import command, data, report, trainer
 from support.checkpoints import CheckpointError, Checkpoints
 
 _RECIPES = flags.DEFINE_list(
@@ -83,7 +83,7 @@ def _path(run: trainer.Settings, suffix: str = '') -> pathlib.Path:
   return pathlib.Path(_WORKDIR.value) / name
 
 
-def _train(run: trainer.Settings, corpus: byte_lm.Corpus):
+def _train(run: trainer.Settings, corpus: data.Corpus):
   """The last state and the log; networks in float32 are kept."""
   if run.recipe != 'float32':
     return trainer.train(run, corpus)
@@ -98,7 +98,7 @@ def _train(run: trainer.Settings, corpus: byte_lm.Corpus):
     )
 
 
-def one_run(run: trainer.Settings, corpus: byte_lm.Corpus) -> dict:
+def one_run(run: trainer.Settings, corpus: data.Corpus) -> dict:
   """The finished run from disk, or a new one."""
   path, identity = _path(run, '.json'), trainer.identity(run, corpus)
   if path.exists():
@@ -133,7 +133,7 @@ def _spread(gaps: np.ndarray) -> str:
   return f'{gaps.std(ddof=1):.4f}' if len(gaps) > 1 else ''
 
 
-def compare(corpus: byte_lm.Corpus, seeds: Sequence[int]) -> Iterator[list]:
+def compare(corpus: data.Corpus, seeds: Sequence[int]) -> Iterator[list]:
   """Rows of the table of trained runs, its header first."""
   several = len(_OPTIMIZERS.value) > 1
   header = ['recipe']
@@ -168,7 +168,7 @@ def _current(spec):
 
 
 def compare_forward(
-  corpus: byte_lm.Corpus, seeds: Sequence[int]
+  corpus: data.Corpus, seeds: Sequence[int]
 ) -> Iterator[list]:
   """Rows of the table of forward products, its header first."""
   yield ['forward product', 'mean gap', 'spread', 'activations', 'weights']
@@ -217,7 +217,7 @@ def compare_forward(
 
 
 def work() -> None:
-  corpus = byte_lm.load_corpus()
+  corpus = data.load_corpus()
   seeds = [int(seed) for seed in _SEEDS.value]
   workdir = pathlib.Path(_WORKDIR.value)
   workdir.mkdir(parents=True, exist_ok=True)

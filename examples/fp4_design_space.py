@@ -40,7 +40,7 @@ from lowbit_jax.recipe import GemmSpec, Recipe
 from lowbit_jax.training import micro_scaling, optimizers
 from lowbit_jax.training.micro_scaling import MicroScaling
 from models import byte_lm
-from support import command, report, runs, tasks
+from support import command, loop, report, runs, tasks
 from support.checkpoints import CheckpointError
 
 _FLOAT32 = 'float32'
@@ -276,9 +276,7 @@ def overhead(changed: dict[str, str]) -> Overhead:
 
 
 def _optimizer(name: str, learning_rate: float, steps: int):
-  schedule = optax.warmup_cosine_decay_schedule(
-    0.0, learning_rate, max(1, steps // 10), steps, 0.1 * learning_rate
-  )
+  schedule = loop.cosine(learning_rate, steps, max(1, steps // 10))
   if name == 'stable_spam':
     return optimizers.stable_spam(schedule)
   return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule))

@@ -28,21 +28,15 @@ from lowbit_jax import formats
 from lowbit_jax.ops import lmul_attention
 from lowbit_pallas.arith import lmul as arith
 from models import byte_lm
-from support import command, report
+from support import command, data, loop, model_flags, report
 from support.checkpoints import CheckpointError, Checkpoints
 
-_DEFAULTS = byte_lm.Config()
 _SAVE_EVERY = 40
 
 _WORKDIR = flags.DEFINE_string(
   'workdir', 'quantize_lm_out', 'Directory of checkpoints and results.'
 )
-_STEPS = flags.DEFINE_integer(
-  'steps', _DEFAULTS.steps, 'Training steps.', lower_bound=1
-)
-_SEED = flags.DEFINE_integer(
-  'seed', 0, 'Seed of weights, data order and pairs.', lower_bound=0
-)
+_CONFIG = model_flags.define('steps', 'seed')
 _EVAL_WINDOWS = flags.DEFINE_integer(
   'eval_windows', 96, 'Held-out windows.', lower_bound=2
 )
@@ -201,14 +195,14 @@ def run(
   workdir: pathlib.Path,
   pairs: int,
   eval_windows: int,
-  corpus: byte_lm.Corpus,
+  corpus: data.Corpus,
 ) -> None:
   """Measures, prints and saves both tables."""
   checkpoints = Checkpoints(
-    workdir / 'checkpoints', byte_lm.identity(config, corpus)
+    workdir / 'checkpoints', loop.identity(config, corpus)
   )
   try:
-    params = byte_lm.train(config, corpus, checkpoints, _SAVE_EVERY)
+    params = loop.train(config, corpus, checkpoints, _SAVE_EVERY)
   finally:
     checkpoints.close()
   print(f'{"relative error in %":<32} {"mean":>6} {"rms":>6} {"max":>6}')
@@ -218,17 +212,17 @@ def run(
       f'{row.product:<32} {row.mean:>+6.2f} {row.rms:>6.2f} {row.max:>6.2f}'
     )
   _save(workdir / 'lmul_errors.csv', table)
-  windows = byte_lm.held_out_windows(corpus, config.context, eval_windows)
+  windows = data.held_out_windows(corpus, config.context, eval_windows)
   _save(workdir / 'lmul_losses.csv', losses(config, params, windows))
 
 
 def work() -> None:
   run(
-    byte_lm.Config(steps=_STEPS.value, seed=_SEED.value),
+    _CONFIG(),
     pathlib.Path(_WORKDIR.value),
     _PAIRS.value,
     _EVAL_WINDOWS.value,
-    byte_lm.load_corpus(),
+    data.load_corpus(),
   )
 
 

@@ -37,16 +37,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tqdm
 from absl import app, flags
 
 from lowbit_jax import formats, nn
 from lowbit_jax.recipe import QuantSpec
 from models import byte_lm
-from support import command, report, timing
+from support import command, data, loop, model_flags, report, timing
 from support.checkpoints import CheckpointError, Checkpoints
 
-_DEFAULTS = byte_lm.Config()
+_QUANTIZED = rf'({"|".join(byte_lm.LINEAR_LAYERS)})/kernel$'
 _THREADS = 2  # that compile
 _CHUNK = 16  # formats compiled before the next rows of the table
 _FORMATS = (
@@ -69,26 +68,9 @@ _FORMATS = (
 _WORKDIR = flags.DEFINE_string(
   'workdir', 'quantize_lm_out', 'Directory of checkpoints and results.'
 )
-_STEPS = flags.DEFINE_integer(
-  'steps', _DEFAULTS.steps, 'Training steps.', lower_bound=1
-)
+_CONFIG = model_flags.define()
 _SAVE_EVERY = flags.DEFINE_integer(
   'save_every', 40, 'Steps between checkpoints.', lower_bound=1
-)
-_SEED = flags.DEFINE_integer(
-  'seed', 0, 'Seed of weights, data order and sample.', lower_bound=0
-)
-_WIDTH = flags.DEFINE_integer('width', _DEFAULTS.width, 'Model width.')
-_HEADS = flags.DEFINE_integer('heads', _DEFAULTS.heads, 'Attention heads.')
-_BLOCKS = flags.DEFINE_integer(
-  'blocks', _DEFAULTS.blocks, 'Transformer blocks.'
-)
-_CONTEXT = flags.DEFINE_integer(
-  'context', _DEFAULTS.context, 'Bytes per window.'
-)
-_BATCH = flags.DEFINE_integer('batch', _DEFAULTS.batch, 'Windows per step.')
-_LEARNING_RATE = flags.DEFINE_float(
-  'learning_rate', _DEFAULTS.learning_rate, 'Peak learning rate.'
 )
 _FORMAT_NAMES = flags.DEFINE_list(
   'formats', list(_FORMATS), 'Weight formats beside float32, or "all".'
@@ -141,9 +123,7 @@ flags.register_validator(
 @functools.cache
 def _quantize_block(fmt: formats.BlockFormat) -> Callable[[Any], Any]:
   """One compilation serves all blocks, because their shapes are equal."""
-  return jax.jit(
-    lambda block: nn.quantize_params(block, byte_lm.QUANTIZED, fmt)
-  )
+  return jax.jit(lambda block: nn.quantize_params(block, _QUANTIZED, fmt))
 
 
 def quantize_weights(params: Any, fmt: formats.BlockFormat) -> Any:
@@ -172,13 +152,12 @@ def _compile_in_threads(
   """Returns `prepare(name)` of each name, showing a progress bar."""
   pool = futures.ThreadPoolExecutor(_THREADS)
   try:
-    results = tqdm.tqdm(
+    results = command.progress(
       pool.map(prepare, names),
       desc='compiling',
       total=len(names),
       unit='format',
       leave=False,
-      mininterval=byte_lm.progress_interval(),
     )
     return dict(zip(names, results, strict=True))
   finally:
@@ -186,10 +165,10 @@ def _compile_in_threads(
 
 
 def _held_out_batches(
-  corpus: byte_lm.Corpus, config: byte_lm.Config, count: int
+  corpus: data.Corpus, config: byte_lm.Config, count: int
 ) -> list[jax.Array]:
   """Returns batches of one size; the last one is filled with repetitions."""
-  windows = byte_lm.held_out_windows(corpus, config.context, count)
+  windows = data.held_out_windows(corpus, config.context, count)
   size = min(config.batch, count)
   parts = -(-count // size)
   filled = windows[np.arange(parts * size) % count]
@@ -199,7 +178,7 @@ def _held_out_batches(
 def evaluate(
   config: byte_lm.Config,
   params: Any,
-  corpus: byte_lm.Corpus,
+  corpus: data.Corpus,
   names: Sequence[str],
   activations: formats.BlockFormat | None,
   eval_windows: int,
@@ -235,7 +214,7 @@ def evaluate(
     )
     losses = losses[:eval_windows].astype(np.float64)
     difference = losses - references.setdefault('float32', losses)
-    kernels = byte_lm.quantized_kernels(candidate[1])
+    kernels = byte_lm.linear_kernels(candidate[1]).values()
     size = sum(kernel.nbytes for kernel in kernels)
     return report.Row(
       format=name,
@@ -315,7 +294,7 @@ def _print_kept(
 def run(config: byte_lm.Config, workdir: pathlib.Path) -> None:
   """Trains, measures, saves and samples."""
   started = time.perf_counter()
-  corpus = byte_lm.load_corpus()
+  corpus = data.load_corpus()
   print(
     f'corpus: {corpus.files} files of the standard library, '
     f'{len(corpus.train) / 1e6:.2f} MB to learn and '
@@ -323,13 +302,13 @@ def run(config: byte_lm.Config, workdir: pathlib.Path) -> None:
     flush=True,
   )
   directory = workdir / 'checkpoints'
-  checkpoints = Checkpoints(directory, byte_lm.identity(config, corpus))
+  checkpoints = Checkpoints(directory, loop.identity(config, corpus))
   inputs = _ACTIVATIONS.value
   activations = formats.get(inputs) if inputs else None
   names = _FORMAT_NAMES.value
   names = formats.names('block') if names == ['all'] else names
   try:
-    params = byte_lm.train(config, corpus, checkpoints, _SAVE_EVERY.value)
+    params = loop.train(config, corpus, checkpoints, _SAVE_EVERY.value)
     rows = evaluate(
       config,
       params,
@@ -355,17 +334,7 @@ def run(config: byte_lm.Config, workdir: pathlib.Path) -> None:
 
 
 def work() -> None:
-  config = byte_lm.Config(
-    width=_WIDTH.value,
-    heads=_HEADS.value,
-    blocks=_BLOCKS.value,
-    context=_CONTEXT.value,
-    batch=_BATCH.value,
-    steps=_STEPS.value,
-    learning_rate=_LEARNING_RATE.value,
-    seed=_SEED.value,
-  )
-  run(config, pathlib.Path(_WORKDIR.value))
+  run(_CONFIG(), pathlib.Path(_WORKDIR.value))
 
 
 def main(argv: Sequence[str]) -> int:

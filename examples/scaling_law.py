@@ -36,7 +36,7 @@ from lowbit_jax import formats, nn
 from lowbit_jax.recipe import QuantSpec
 from lowbit_jax.training import laws
 from models import byte_lm
-from support import command, report, runs
+from support import command, data, loop, report, runs
 from support.checkpoints import CheckpointError
 
 _LAYERS = 2
@@ -208,7 +208,7 @@ class Program(NamedTuple):
   """Compiled functions of one width and format.
 
   Attributes:
-    step: (state, windows, learning rate) -> (state, loss).
+    step: (state, windows, learning_rate=...) -> (state, loss).
     evaluate: (parameters, windows) -> one loss per window.
   """
 
@@ -216,62 +216,50 @@ class Program(NamedTuple):
   evaluate: Callable[..., Any]
 
 
-def _transform() -> optax.GradientTransformation:
-  """That of `byte_lm.optimizer` before the learning rate."""
-  return optax.chain(
-    optax.clip_by_global_norm(1.0),
-    optax.scale_by_adam(b2=0.95),
-    optax.add_decayed_weights(
-      0.1, mask=lambda params: jax.tree.map(lambda p: p.ndim > 1, params)
-    ),
+def _scale_by_given_rate() -> optax.GradientTransformation:
+  """A learning rate that each update is given, so that one program fits all."""
+
+  def update(updates, state, params=None, *, learning_rate):
+    del params
+    return jax.tree.map(lambda u: -learning_rate * u, updates), state
+
+  return optax.GradientTransformationExtraArgs(
+    lambda params: optax.EmptyState(), update
   )
+
+
+def _transform() -> optax.GradientTransformation:
+  return loop.adamw(_scale_by_given_rate())
 
 
 def make_program(config: byte_lm.Config, setting: Setting) -> Program:
   """Returns the program; the number of steps is no part of it."""
   model = byte_lm.ByteLM(config, dot_general=quantized_product(setting))
-  transform = _transform()
-
-  def loss_fn(params, windows):
-    logits = model.apply({'params': params}, windows[:, :-1])
-    return byte_lm.cross_entropy(logits, windows[:, 1:])
-
-  def step(state, windows, learning_rate):
-    loss, gradients = jax.value_and_grad(loss_fn)(state.params, windows)
-    updates, optimizer = transform.update(
-      gradients, state.optimizer, state.params
-    )
-    updates = jax.tree.map(lambda u: -learning_rate * u, updates)
-    params = optax.apply_updates(state.params, updates)
-    return byte_lm.TrainState(params, optimizer, state.step + 1), loss
-
+  step = loop.make_step(model, _transform())
   return Program(jax.jit(step, donate_argnums=0), byte_lm.make_loss(model))
 
 
 def learning_rates(config: byte_lm.Config) -> np.ndarray:
-  """The schedule of `byte_lm.optimizer`, one float32 per step."""
-  warmup = config.steps // 8
-  step = np.arange(config.steps)
-  done = np.clip((step - warmup) / max(1, config.steps - warmup), 0, 1)
-  cosine = 0.1 + 0.9 * 0.5 * (1 + np.cos(np.pi * done))
-  rise = np.minimum(1, step / max(1, warmup)) if warmup else 1.0
-  return (config.learning_rate * rise * cosine).astype(np.float32)
+  """The schedule of the model in float64, one float32 per step."""
+  with jax.enable_x64(True):
+    rates = jax.vmap(loop.schedule(config))(np.arange(config.steps))
+    return np.asarray(rates).astype(np.float32)
 
 
 def train(
   program: Program,
   config: byte_lm.Config,
   params: Any,
-  corpus: byte_lm.Corpus,
+  corpus: data.Corpus,
   held_out: np.ndarray,
 ) -> float:
   """Trains one model; returns its loss on the held-out windows."""
-  state = byte_lm.TrainState(
+  state = loop.TrainState(
     params, _transform().init(params), jnp.zeros((), jnp.int32)
   )
   for step, rate in enumerate(learning_rates(config)):
-    windows = byte_lm.train_batch(corpus, config, step)
-    state, _ = program.step(state, windows, rate)
+    windows = data.train_batch(corpus, config, step)
+    state, _ = program.step(state, windows, learning_rate=rate)
   losses = [
     program.evaluate(state.params, part)
     for part in np.split(held_out, len(held_out) // config.batch)
@@ -280,7 +268,7 @@ def train(
 
 
 def run_sweep(
-  sweep: Sweep, corpus: byte_lm.Corpus, directory: pathlib.Path
+  sweep: Sweep, corpus: data.Corpus, directory: pathlib.Path
 ) -> dict[Setting, float]:
   """Returns the loss of every setting, training those that are missing."""
   common = {
@@ -293,7 +281,7 @@ def run_sweep(
   }
   plan = {s: (s.name, dataclasses.asdict(s) | common) for s in sweep.settings}
   count = -(-sweep.eval_windows // sweep.batch) * sweep.batch
-  held_out = byte_lm.held_out_windows(corpus, sweep.context, count)
+  held_out = data.held_out_windows(corpus, sweep.context, count)
 
   # Neighbours in the list differ in steps and seed only.
   @functools.lru_cache(maxsize=1)
@@ -305,7 +293,7 @@ def run_sweep(
   def initial(width: int, seed: int) -> Any:
     """A copy on the host, since a step donates its state."""
     config = sweep.config(Setting(width, 1, _FLOAT32, 1, seed))
-    return jax.device_get(byte_lm.init(config).params)
+    return jax.device_get(byte_lm.init(config))
 
   def result(setting: Setting) -> float:
     return train(
@@ -555,7 +543,7 @@ def run(sweep: Sweep, workdir: pathlib.Path) -> None:
   started = time.perf_counter()
   for setting in sweep.settings:
     sweep.config(setting)  # refuses bad values before the first run
-  corpus = byte_lm.load_corpus()
+  corpus = data.load_corpus()
   losses = run_sweep(sweep, corpus, workdir / 'runs')
   records = [make_record(sweep, s, loss) for s, loss in losses.items()]
   fitted = laws.fit(records, starts=8)

@@ -43,10 +43,9 @@ from lowbit_jax import doctor
 from lowbit_jax.recipe import QuantSpec
 from lowbit_jax.training import recipes
 from models import byte_lm
-from support import command, report, trainer
+from support import command, data, model_flags, report, trainer
 from support.checkpoints import CheckpointError, Checkpoints
 
-_MODEL = byte_lm.Config()
 _DEFAULTS = trainer.Settings()
 
 _WORKDIR = flags.DEFINE_string(
@@ -70,18 +69,7 @@ _ACCUMULATE = flags.DEFINE_integer(
 _SCAN = flags.DEFINE_bool(
   'scan', False, 'Compile one block for all, and recompute its activations.'
 )
-_STEPS = flags.DEFINE_integer('steps', _MODEL.steps, 'Steps.', lower_bound=1)
-_SEED = flags.DEFINE_integer(
-  'seed', 0, 'Seed of weights, data order and random rounding.', lower_bound=0
-)
-_LEARNING_RATE = flags.DEFINE_float(
-  'learning_rate', _MODEL.learning_rate, 'Peak of the schedule.'
-)
-_WIDTH = flags.DEFINE_integer('width', _MODEL.width, 'Model width.')
-_HEADS = flags.DEFINE_integer('heads', _MODEL.heads, 'Attention heads.')
-_BLOCKS = flags.DEFINE_integer('blocks', _MODEL.blocks, 'Blocks.')
-_CONTEXT = flags.DEFINE_integer('context', _MODEL.context, 'Bytes per window.')
-_BATCH = flags.DEFINE_integer('batch', _MODEL.batch, 'Windows per step.')
+_CONFIG = model_flags.define()
 _MESH = flags.DEFINE_string(
   'mesh',
   '',
@@ -109,18 +97,8 @@ _EVAL_WINDOWS = flags.DEFINE_integer(
 
 def settings() -> trainer.Settings:
   """The run that the flags describe."""
-  model = byte_lm.Config(
-    width=_WIDTH.value,
-    heads=_HEADS.value,
-    blocks=_BLOCKS.value,
-    context=_CONTEXT.value,
-    batch=_BATCH.value,
-    steps=_STEPS.value,
-    learning_rate=_LEARNING_RATE.value,
-    seed=_SEED.value,
-  )
   return trainer.Settings(
-    model,
+    _CONFIG(),
     recipe=_RECIPE.value,
     exempt_first=_EXEMPT_FIRST.value,
     exempt_last=_EXEMPT_LAST.value,
@@ -135,12 +113,7 @@ def _print_weights(run: trainer.Settings, state) -> None:
   spec = recipes.get(run.recipe).fwd.rhs
   if not isinstance(spec, QuantSpec) or spec.fmt.is_tile or run.scan:
     return
-  kernels = {
-    f'{block}/{layer}': part[layer]['kernel']
-    for block, part in sorted(state.params.items())
-    if block.startswith('block_')
-    for layer in ('qkv', 'out', 'up', 'down')
-  }
+  kernels = byte_lm.linear_kernels(state.params)
   print(doctor.report(kernels, spec.fmt, axis=-2))
 
 
@@ -161,7 +134,7 @@ def _evaluate(run, state, corpus) -> dict[str, float]:
 def train(run: trainer.Settings, workdir: pathlib.Path) -> None:
   """Trains, evaluates, and saves log, summary and curve."""
   started = time.perf_counter()
-  corpus = byte_lm.load_corpus()
+  corpus = data.load_corpus()
   mesh = trainer.make_mesh(_MESH.value or f'data={jax.device_count()}')
   checkpoints = Checkpoints(
     workdir / 'checkpoints', trainer.identity(run, corpus)

@@ -1,46 +1,26 @@
-"""A byte-level transformer on the Python standard library: data, model, step.
+"""A byte-level transformer of stock Flax Linen layers.
 
-The examples share this module. It needs no download: the corpus is the source
-text of the standard library of the running interpreter. The model is made of
-stock Flax Linen layers; `dot_general` and `promote_dtype` are passed to its
-linear layers unchanged, which is all that quantized weights need.
-
-A batch is a pure function of (seed, step), so a resumed run sees the same data
-as an uninterrupted one.
+`dot_general` and `promote_dtype` are passed to its linear layers unchanged,
+which is all that quantized weights need.
 """
 
 import dataclasses
-import functools
-import hashlib
-import pathlib
-import sys
-import sysconfig
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import tqdm
 from flax import linen as nn
 from flax.linen.dtypes import promote_dtype as linen_promote_dtype
 
 VOCABULARY = 256
-QUANTIZED = r'(qkv|out|up|down)/kernel$'  # paths of the weights to quantize
+LINEAR_LAYERS = ('qkv', 'out', 'up', 'down')  # of each block
 
 
 class ConfigError(ValueError):
   """A configuration that makes no model; the message says which value."""
-
-
-class Corpus(NamedTuple):
-  """Training and held-out bytes (uint8 vectors) and what identifies them."""
-
-  train: np.ndarray
-  held_out: np.ndarray
-  files: int
-  digest: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,71 +58,6 @@ class Config:
         f'width={self.width} must be a multiple of 2 * heads '
         f'(heads={self.heads}): rotary embedding pairs the channels.'
       )
-
-
-class TrainState(NamedTuple):
-  """Parameters, optimizer state and the number of steps done (int32)."""
-
-  params: Any
-  optimizer: Any
-  step: jax.Array
-
-
-def load_corpus() -> Corpus:
-  """Reads the `.py` files of the running interpreter's standard library.
-
-  Files are sorted by path; each 20th (index % 20 == 7) is held out.
-
-  Returns:
-    The corpus; its digest covers both parts.
-
-  Raises:
-    FileNotFoundError: if the interpreter ships too little source text.
-  """
-  root = pathlib.Path(sysconfig.get_paths()['stdlib'])
-  skipped = {'site-packages', 'dist-packages'}
-  paths = sorted(
-    path.relative_to(root).as_posix()
-    for path in root.rglob('*.py')
-    if skipped.isdisjoint(path.relative_to(root).parts) and path.is_file()
-  )
-  parts = {False: [], True: []}
-  for index, path in enumerate(paths):
-    parts[index % 20 == 7].append((root / path).read_bytes())
-  train, held_out = b''.join(parts[False]), b''.join(parts[True])
-  if min(len(train), len(held_out)) < 1 << 16:
-    raise FileNotFoundError(
-      f'Only {len(paths)} source files of the standard library were found; '
-      'run with a Python that ships its library as .py files.'
-    )
-  digest = hashlib.sha256(
-    hashlib.sha256(train).digest() + hashlib.sha256(held_out).digest()
-  ).hexdigest()[:16]
-  return Corpus(
-    np.frombuffer(train, np.uint8),
-    np.frombuffer(held_out, np.uint8),
-    len(paths),
-    digest,
-  )
-
-
-def _windows(data: np.ndarray, starts: np.ndarray, length: int) -> np.ndarray:
-  return data[starts[:, None] + np.arange(length)].astype(np.int32)
-
-
-def train_batch(corpus: Corpus, config: Config, step: int) -> np.ndarray:
-  """Returns the int32 (batch, context + 1) windows of a step."""
-  rng = np.random.Generator(np.random.Philox(key=[config.seed, step]))
-  last = len(corpus.train) - config.context - 1
-  starts = rng.integers(0, last, config.batch, endpoint=True)
-  return _windows(corpus.train, starts, config.context + 1)
-
-
-def held_out_windows(corpus: Corpus, context: int, count: int) -> np.ndarray:
-  """Returns int32 (count, context + 1) windows spread evenly over the text."""
-  last = len(corpus.held_out) - context - 1
-  starts = np.linspace(0, last, count).astype(np.int64)
-  return _windows(corpus.held_out, starts, context + 1)
 
 
 def _rotate(x: jax.Array) -> jax.Array:
@@ -274,108 +189,11 @@ def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
   return optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean()
 
 
-def optimizer(config: Config) -> optax.GradientTransformation:
-  """AdamW with warm-up, cosine decay to 10 %, and clipping at norm 1."""
-  warmup = config.steps // 8
-  schedule = optax.warmup_cosine_decay_schedule(
-    0.0 if warmup else config.learning_rate,
-    config.learning_rate,
-    warmup,
-    config.steps,
-    0.1 * config.learning_rate,
-  )
-  return optax.chain(
-    optax.clip_by_global_norm(1.0),
-    optax.adamw(
-      schedule,
-      b2=0.95,
-      weight_decay=0.1,
-      mask=lambda params: jax.tree.map(lambda p: p.ndim > 1, params),
-    ),
-  )
-
-
-def init(config: Config) -> TrainState:
-  """Returns the state before the first step."""
+def init(config: Config) -> Any:
+  """Returns the parameters before the first step."""
   tokens = jnp.zeros((1, config.context), jnp.int32)
   key = jax.random.key(config.seed)
-  params = jax.jit(ByteLM(config).init)(key, tokens)['params']
-  return TrainState(
-    params, optimizer(config).init(params), jnp.zeros((), jnp.int32)
-  )
-
-
-@functools.cache
-def make_train_step(
-  config: Config,
-) -> Callable[[TrainState, jax.Array], tuple[TrainState, jax.Array]]:
-  """Returns the jitted `(state, windows) -> (state, loss)` of one step."""
-  model, transform = ByteLM(config), optimizer(config)
-
-  def loss_fn(params, windows):
-    logits = model.apply({'params': params}, windows[:, :-1])
-    return cross_entropy(logits, windows[:, 1:])
-
-  @jax.jit
-  def train_step(state, windows):
-    loss, gradients = jax.value_and_grad(loss_fn)(state.params, windows)
-    updates, optimizer_state = transform.update(
-      gradients, state.optimizer, state.params
-    )
-    params = optax.apply_updates(state.params, updates)
-    return TrainState(params, optimizer_state, state.step + 1), loss
-
-  return train_step
-
-
-def progress_interval() -> float:
-  """Seconds between updates of progress bars: few lines in log files."""
-  return 0.2 if sys.stderr.isatty() else 15.0
-
-
-def train(
-  config: Config,
-  corpus: Corpus,
-  checkpoints: Any,
-  save_every: int,
-) -> Any:
-  """Trains from the newest checkpoint on, with a progress bar.
-
-  Args:
-    config: of the model and its training.
-    corpus: whose training part is read.
-    checkpoints: a `Checkpoints`.
-    save_every: steps between checkpoints; the last step is always saved.
-
-  Returns:
-    The trained parameters.
-
-  Raises:
-    CheckpointError: if the newest checkpoint is damaged.
-  """
-  start, state = checkpoints.restore(jax.eval_shape(lambda: init(config)))
-  if state is None:
-    state = init(config)
-  else:
-    done = 'reused' if start == config.steps else 'resumed'
-    print(f'training: step {start} of {config.steps} {done}')
-  train_step = make_train_step(config)
-  with tqdm.tqdm(
-    total=config.steps,
-    initial=start,
-    desc='training',
-    unit='step',
-    mininterval=progress_interval(),
-    disable=start == config.steps,
-  ) as bar:
-    for step in range(start, config.steps):
-      windows = train_batch(corpus, config, step)
-      state, loss = train_step(state, windows)
-      bar.set_postfix(loss=f'{float(loss):.3f}', refresh=False)
-      bar.update()
-      if (step + 1) % save_every == 0 or step + 1 == config.steps:
-        checkpoints.save(step + 1, state)
-  return state.params
+  return jax.jit(ByteLM(config).init)(key, tokens)['params']
 
 
 def make_loss(model: ByteLM) -> Any:
@@ -416,23 +234,11 @@ def sample(
   )
 
 
-def quantized_kernels(params: Mapping[str, Any]) -> list[Any]:
-  """Returns the kernels that QUANTIZED matches."""
-  return [
-    params[block][layer]['kernel']
+def linear_kernels(params: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns the kernels of the LINEAR_LAYERS of blocks that are not stacked."""
+  return {
+    f'{block}/{layer}': params[block][layer]['kernel']
     for block in sorted(params)
     if block.startswith('block_')
-    for layer in ('qkv', 'out', 'up', 'down')
-  ]
-
-
-def identity(config: Config, corpus: Corpus) -> dict[str, Any]:
-  """Returns what decides the trained weights, as JSON values."""
-  state = jax.eval_shape(lambda: init(config))
-  leaves = jax.tree_util.tree_leaves_with_path(state.params)
-  shapes = [f'{jax.tree_util.keystr(path)} {leaf}' for path, leaf in leaves]
-  digest = hashlib.sha256('\n'.join(shapes).encode()).hexdigest()[:16]
-  return dataclasses.asdict(config) | {
-    'corpus': corpus.digest,
-    'parameters': digest,
+    for layer in LINEAR_LAYERS
   }

@@ -3,7 +3,9 @@
 import pathlib
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
+import tqdm
 from absl import app, logging
 
 
@@ -30,3 +32,9 @@ def main(
   except KeyboardInterrupt:
     return 130
   return 0
+
+
+def progress(*args: Any, **options: Any) -> tqdm.tqdm:
+  """A progress bar that writes few lines where it goes to a file."""
+  interval = 0.2 if sys.stderr.isatty() else 15.0
+  return tqdm.tqdm(*args, mininterval=interval, **options)

@@ -8,10 +8,8 @@ from typing import Any, TypeVar
 
 import jax
 import numpy as np
-import tqdm
 
-from models import byte_lm
-from support import checkpoints, report
+from support import checkpoints, command, report
 
 Key = TypeVar('Key', bound=Hashable)
 
@@ -79,12 +77,11 @@ def complete(
   done = sum(result is not None for result in results.values())
   if done:
     print(f'{done} of {len(results)} runs reused')
-  with tqdm.tqdm(
+  with command.progress(
     total=len(results),
     initial=done,
     desc='training',
     unit='run',
-    mininterval=byte_lm.progress_interval(),
   ) as bar:
     for key, (name, run) in plan.items():
       if results[key] is None:

@@ -16,6 +16,7 @@ import numpy as np
 import optax
 
 from models import byte_lm
+from support import data
 
 Linear = Callable[[jax.Array, jax.Array], jax.Array]
 
@@ -177,13 +178,13 @@ def diffusion() -> Task:
 
 def lm() -> Task:
   """The byte-level language model, two blocks of width 64."""
-  corpus = byte_lm.load_corpus()
+  corpus = data.load_corpus()
   config = byte_lm.Config(width=64, heads=2, blocks=2, context=64, batch=16)
 
   def batches(seed, steps):
     seeded = dataclasses.replace(config, seed=seed)
     return np.stack(
-      [byte_lm.train_batch(corpus, seeded, step) for step in range(steps)]
+      [data.train_batch(corpus, seeded, step) for step in range(steps)]
     )
 
   def loss(params, windows, linear):
@@ -202,9 +203,9 @@ def lm() -> Task:
   return Task(
     'lm',
     'nats per byte',
-    lambda seed: byte_lm.init(dataclasses.replace(config, seed=seed)).params,
+    lambda seed: byte_lm.init(dataclasses.replace(config, seed=seed)),
     batches,
-    lambda: byte_lm.held_out_windows(corpus, config.context, 128),
+    lambda: data.held_out_windows(corpus, config.context, 128),
     loss,
     200,
     4e-3,

@@ -8,17 +8,17 @@ goes on ends in the same bits as one that was not interrupted.
 
 import csv
 import dataclasses
+import functools
 import hashlib
 import math
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import tqdm
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 
 from lowbit_jax.recipe import Policy
@@ -30,7 +30,7 @@ from lowbit_jax.training import (
   scaling,
 )
 from models import byte_lm
-from support import report
+from support import data, loop, report
 from support.checkpoints import Checkpoints
 
 AXES = ('data', 'fsdp', 'model')
@@ -101,41 +101,28 @@ class NonFiniteError(Exception):
   """A loss or gradient is NaN or infinite; the message names it."""
 
 
-def schedule(config: byte_lm.Config):
-  """Warm-up for an eighth of the steps, then a cosine to 10 %."""
-  warmup = config.steps // 8
-  peak = config.learning_rate
-  return optax.warmup_cosine_decay_schedule(
-    0.0 if warmup else peak, peak, warmup, config.steps, 0.1 * peak
-  )
-
-
-def _matrices(params):
-  return jax.tree.map(lambda p: p.ndim > 1, params)
-
-
 def _adamw8(config: byte_lm.Config) -> optax.GradientTransformation:
   return optax.chain(
     optax.clip_by_global_norm(1.0),
     optimizers.adamw(
-      schedule(config), b2=0.95, weight_decay=0.1, mask=_matrices
+      loop.schedule(config), b2=0.95, weight_decay=0.1, mask=loop.matrices
     ),
   )
 
 
 def _stable_spam(config: byte_lm.Config) -> optax.GradientTransformation:
-  return optimizers.stable_spam(schedule(config), b2=0.95)
+  return optimizers.stable_spam(loop.schedule(config), b2=0.95)
 
 
 def _muon(config: byte_lm.Config) -> optax.GradientTransformation:
   return optax.chain(
     optax.clip_by_global_norm(1.0),
-    optimizers.muon(schedule(config), weight_decay=0.1),
+    optimizers.muon(loop.schedule(config), weight_decay=0.1),
   )
 
 
 OPTIMIZERS = {
-  'adamw': byte_lm.optimizer,
+  'adamw': loop.optimizer,
   'adamw8': _adamw8,
   'stable_spam': _stable_spam,
   'muon': _muon,
@@ -406,7 +393,7 @@ def _postfix(loss: float, monitored: dict[str, float]) -> dict[str, str]:
 
 def train(
   settings: Settings,
-  corpus: byte_lm.Corpus,
+  corpus: data.Corpus,
   checkpoints: Checkpoints | None = None,
   *,
   mesh: Mesh | None = None,
@@ -447,55 +434,46 @@ def train(
     jax.tree_util.keystr(path, simple=True, separator='/')
     for path, _ in jax.tree_util.tree_leaves_with_path(shapes.params)
   ]
+  compiled = _compiled_steps(settings, mesh, shardings)
   shown: dict[str, float] = {}
-  bar = tqdm.tqdm(
-    total=config.steps,
-    initial=start,
-    desc=settings.recipe,
-    unit='step',
-    mininterval=byte_lm.progress_interval(),
-    disable=start == config.steps or jax.process_index() > 0,
+
+  def step(state, index):
+    nonlocal shown
+    windows = put_batch(data.train_batch(corpus, config, index), mesh)
+    measured = {}
+    if monitor is not None and index % monitor_every == 0:
+      measured = shown = _summary(monitor(state, windows))
+    state, metrics = compiled(index)(state, windows)
+    _check_finite(metrics, names, index)
+    loss, norm = float(metrics.loss), float(metrics.gradient_norm)
+    records.append(Record(index, loss, norm, **measured))
+    return state, _postfix(loss, shown)
+
+  def save(done, state):
+    if checkpoints is not None:
+      _write_log(log, records)
+      checkpoints.save(done, state)
+
+  state = loop.take_steps(
+    state, start, config.steps, step, settings.recipe, save, save_every
   )
-  with bar:
-    for step, run in _steps(settings, mesh, shardings, start):
-      windows = put_batch(byte_lm.train_batch(corpus, config, step), mesh)
-      measured = {}
-      if monitor_every and step % monitor_every == 0:
-        measured = shown = _summary(monitor(state, windows))
-      state, metrics = run(state, windows)
-      _check_finite(metrics, names, step)
-      record = Record(
-        step, float(metrics.loss), float(metrics.gradient_norm), **measured
-      )
-      records.append(record)
-      bar.set_postfix(_postfix(record.loss, shown), refresh=False)
-      bar.update()
-      done = step + 1
-      if checkpoints is not None and (
-        done % save_every == 0 or done == config.steps
-      ):
-        _write_log(log, records)
-        checkpoints.save(done, state)
   return state, records
 
 
-def _steps(
-  settings, mesh, shardings, start: int
-) -> Iterator[tuple[int, Callable]]:
-  """(step, its compiled function); a function lasts until recipes switch."""
+def _compiled_steps(settings, mesh, shardings) -> Callable[[int], Callable]:
+  """The compiled function of each step; it lasts until recipes switch."""
   steps, starts = settings.model.steps, (0.0, *policy(settings).starts)
-  current, run = None, None
-  for step in range(start, steps):
-    fraction = max(s for s in starts if step / steps >= s)
-    if fraction != current:
-      current = fraction
-      run = jax.jit(
-        make_step(settings, fraction, mesh),
-        in_shardings=(shardings, None),
-        out_shardings=(shardings, None),
-        donate_argnums=0,
-      )
-    yield step, run
+
+  @functools.lru_cache(maxsize=1)
+  def compiled(fraction: float):
+    return jax.jit(
+      make_step(settings, fraction, mesh),
+      in_shardings=(shardings, None),
+      out_shardings=(shardings, None),
+      donate_argnums=0,
+    )
+
+  return lambda index: compiled(max(s for s in starts if index / steps >= s))
 
 
 def _check_finite(metrics: Metrics, names, step: int) -> None:
@@ -527,7 +505,7 @@ def make_loss(network) -> Callable[..., jax.Array]:
 def evaluate(
   settings: Settings,
   state: TrainState,
-  corpus: byte_lm.Corpus,
+  corpus: data.Corpus,
   count: int,
   quantized: bool = True,
 ) -> np.ndarray:
@@ -548,16 +526,16 @@ def held_out(
   loss: Callable[..., jax.Array],
   config: byte_lm.Config,
   state: TrainState,
-  corpus: byte_lm.Corpus,
+  corpus: data.Corpus,
   count: int,
 ) -> np.ndarray:
   """As `evaluate`, of a `make_loss` of a network with these sizes."""
-  windows = byte_lm.held_out_windows(corpus, config.context, count)
+  windows = data.held_out_windows(corpus, config.context, count)
   parts = np.split(windows, range(config.batch, count, config.batch))
   return np.concatenate([np.asarray(loss(state, w), np.float64) for w in parts])
 
 
-def identity(settings: Settings, corpus: byte_lm.Corpus) -> dict[str, Any]:
+def identity(settings: Settings, corpus: data.Corpus) -> dict[str, Any]:
   """What decides the trained weights, as JSON values.
 
   A recipe counts by what it does, not by its name alone.

@@ -11,7 +11,7 @@ import numpy as np
 from absl.testing import absltest
 
 from models import byte_lm
-from support import trainer
+from support import data, trainer
 from tests.examples import scripts
 
 script = scripts.load('compare_recipes')
@@ -21,9 +21,9 @@ _TINY = byte_lm.Config(
 )
 
 
-def _corpus() -> byte_lm.Corpus:
+def _corpus() -> data.Corpus:
   text = np.random.RandomState(0).randint(97, 123, 1 << 14).astype(np.uint8)
-  return byte_lm.Corpus(text, text[: 1 << 12], 1, 'test')
+  return data.Corpus(text, text[: 1 << 12], 1, 'test')
 
 
 def _settings(recipe: str, optimizer: str, seed: int) -> trainer.Settings:

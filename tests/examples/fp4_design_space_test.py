@@ -15,7 +15,7 @@ import pytest
 from absl.testing import absltest, parameterized
 
 from models import byte_lm
-from support import tasks
+from support import data, tasks
 from tests.examples import scripts
 
 study = scripts.load('fp4_design_space')
@@ -114,9 +114,9 @@ class TasksTest(parameterized.TestCase):
     )
 
   def test_language_model_goes_through_the_linear_layer(self):
-    data = np.random.default_rng(0).integers(0, 256, 4096).astype(np.uint8)
-    corpus = byte_lm.Corpus(data[:3000], data[3000:], 2, 'toy')
-    with mock.patch.object(byte_lm, 'load_corpus', return_value=corpus):
+    text = np.random.default_rng(0).integers(0, 256, 4096).astype(np.uint8)
+    corpus = data.Corpus(text[:3000], text[3000:], 2, 'toy')
+    with mock.patch.object(data, 'load_corpus', return_value=corpus):
       task = tasks.TASKS['lm']()
     calls = []
 

@@ -12,6 +12,7 @@ import pytest
 from absl.testing import absltest
 
 from models import byte_lm
+from support import data, loop
 from tests.examples import scripts
 
 study = scripts.load('lmul_attention')
@@ -87,15 +88,15 @@ class RunTest(absltest.TestCase):
     self.check_run('float32', 'bfloat16', '3 bits')
 
   def check_run(self, *names):
-    data = np.random.default_rng(0).integers(0, 256, 4096).astype(np.uint8)
-    corpus = byte_lm.Corpus(data[:3000], data[3000:], 2, 'toy')
+    text = np.random.default_rng(0).integers(0, 256, 4096).astype(np.uint8)
+    corpus = data.Corpus(text[:3000], text[3000:], 2, 'toy')
     workdir = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory()))
     few = {name: study.ARITHMETICS[name] for name in names}
     products = dict(list(study.PRODUCTS.items())[:2])
-    init = jax.jit(byte_lm.init, static_argnums=0)
+    init = jax.jit(loop.init, static_argnums=0)
     with (
       mock.patch.multiple(study, ARITHMETICS=few, PRODUCTS=products),
-      mock.patch.object(byte_lm, 'init', init),
+      mock.patch.object(loop, 'init', init),
     ):
       study.run(_TOY, workdir, 1 << 19, 8, corpus)
     with open(workdir / 'lmul_losses.csv', newline='') as file:

@@ -18,32 +18,32 @@ import pytest
 from absl.testing import absltest, parameterized
 
 from models import byte_lm
-from support import report, timing
+from support import data, loop, report, timing
 from support.checkpoints import CheckpointError, Checkpoints
 from tests.examples import scripts
 
 _ROOT = pathlib.Path(__file__).resolve().parents[2]
 script = scripts.load('quantize_lm')
 
-_INIT = byte_lm.init
+_INIT = loop.init
 
 
 def setUpModule():
   """Runs of equal sizes share what they trace."""
-  byte_lm.init = jax.jit(_INIT, static_argnums=0)
+  loop.init = jax.jit(_INIT, static_argnums=0)
 
 
 def tearDownModule():
-  byte_lm.init = _INIT
+  loop.init = _INIT
 
 
 _TOY = byte_lm.Config(width=16, heads=2, blocks=1, context=8, batch=2, steps=6)
 _RUN = {'seed': 0}
 
 
-def _toy_corpus() -> byte_lm.Corpus:
-  data = np.random.default_rng(0).integers(0, 256, 4096).astype(np.uint8)
-  return byte_lm.Corpus(data[:3000], data[3000:], 2, 'toy')
+def _toy_corpus() -> data.Corpus:
+  text = np.random.default_rng(0).integers(0, 256, 4096).astype(np.uint8)
+  return data.Corpus(text[:3000], text[3000:], 2, 'toy')
 
 
 def _new_directory(test: absltest.TestCase) -> pathlib.Path:
@@ -71,32 +71,32 @@ def _assert_same_bits(expected, actual):
 class ModelTest(parameterized.TestCase):
   def test_batches_are_functions_of_seed_and_step(self):
     corpus = _toy_corpus()
-    first = byte_lm.train_batch(corpus, _TOY, 3)
-    byte_lm.train_batch(corpus, _TOY, 4)
-    np.testing.assert_array_equal(first, byte_lm.train_batch(corpus, _TOY, 3))
-    self.assertTrue(np.any(first != byte_lm.train_batch(corpus, _TOY, 4)))
+    first = data.train_batch(corpus, _TOY, 3)
+    data.train_batch(corpus, _TOY, 4)
+    np.testing.assert_array_equal(first, data.train_batch(corpus, _TOY, 3))
+    self.assertTrue(np.any(first != data.train_batch(corpus, _TOY, 4)))
     other = byte_lm.Config(context=8, batch=2, seed=1)
-    self.assertTrue(np.any(first != byte_lm.train_batch(corpus, other, 3)))
+    self.assertTrue(np.any(first != data.train_batch(corpus, other, 3)))
     self.assertEqual(first.shape, (2, 9))
 
   def test_held_out_windows_reach_both_ends(self):
     corpus = _toy_corpus()
-    windows = byte_lm.held_out_windows(corpus, 8, 5)
+    windows = data.held_out_windows(corpus, 8, 5)
     np.testing.assert_array_equal(windows[0], corpus.held_out[:9])
     np.testing.assert_array_equal(windows[-1], corpus.held_out[-9:])
 
   def test_default_model_has_the_stated_size(self):
-    state = jax.eval_shape(lambda: byte_lm.init(byte_lm.Config()))
+    params = jax.eval_shape(lambda: byte_lm.init(byte_lm.Config()))
     self.assertEqual(
-      sum(leaf.size for leaf in jax.tree.leaves(state.params)), 1246848
+      sum(leaf.size for leaf in jax.tree.leaves(params)), 1246848
     )
-    kernels = byte_lm.quantized_kernels(state.params)
+    kernels = byte_lm.linear_kernels(params).values()
     self.assertLen(kernels, 24)
     self.assertEqual(sum(kernel.size for kernel in kernels), 1179648)
 
   def test_model_is_causal(self):
     apply = jax.jit(byte_lm.ByteLM(_TOY).apply)
-    params = byte_lm.init(_TOY).params
+    params = byte_lm.init(_TOY)
     tokens = np.arange(8, dtype=np.int32)[None]
     changed = tokens.copy()
     changed[0, 5] = 200
@@ -114,19 +114,19 @@ class ResumeTest(absltest.TestCase):
   def test_interrupted_training_ends_in_the_same_bits(self):
     corpus = _toy_corpus()
     whole = Checkpoints(_new_directory(self), _RUN)
-    expected = byte_lm.train(_TOY, corpus, whole, 2)
+    expected = loop.train(_TOY, corpus, whole, 2)
     directory = _new_directory(self)
-    batch = byte_lm.train_batch
+    batch = data.train_batch
 
     def interrupted(corpus, config, step):
       if step == 5:
         raise KeyboardInterrupt
       return batch(corpus, config, step)
 
-    with mock.patch.object(byte_lm, 'train_batch', interrupted):
+    with mock.patch.object(data, 'train_batch', interrupted):
       with self.assertRaises(KeyboardInterrupt):
         checkpoints = Checkpoints(directory, _RUN)
-        byte_lm.train(_TOY, corpus, checkpoints, 2)
+        loop.train(_TOY, corpus, checkpoints, 2)
     checkpoints = Checkpoints(directory, _RUN)
     self.assertEqual(checkpoints.steps(), [2, 4])
     steps = []
@@ -135,13 +135,13 @@ class ResumeTest(absltest.TestCase):
       steps.append(step)
       return batch(corpus, config, step)
 
-    with mock.patch.object(byte_lm, 'train_batch', recorded):
-      actual = byte_lm.train(_TOY, corpus, checkpoints, 2)
+    with mock.patch.object(data, 'train_batch', recorded):
+      actual = loop.train(_TOY, corpus, checkpoints, 2)
     self.assertEqual(steps, [4, 5])
     _assert_same_bits(expected, actual)
 
-    with mock.patch.object(byte_lm, 'train_batch', recorded):
-      reused = byte_lm.train(_TOY, corpus, checkpoints, 2)
+    with mock.patch.object(data, 'train_batch', recorded):
+      reused = loop.train(_TOY, corpus, checkpoints, 2)
     self.assertEqual(steps, [4, 5])
     _assert_same_bits(expected, reused)
 
@@ -433,9 +433,9 @@ class ScriptTest(absltest.TestCase):
     )
 
   def check_run(self, *flags):
-    corpus = byte_lm.load_corpus()
+    corpus = data.load_corpus()
     self.enterContext(
-      mock.patch.object(byte_lm, 'load_corpus', return_value=corpus)
+      mock.patch.object(data, 'load_corpus', return_value=corpus)
     )
     status, out = self._run('--steps=12', *flags)
     self.assertEqual(status, 0, out)
@@ -462,8 +462,8 @@ class ScriptTest(absltest.TestCase):
   def test_interrupt_says_what_was_kept_and_no_other_run_takes_it(self):
     flags = ('--save_every=2', '--width=16', '--heads=2', '--context=8')
     flags += ('--batch=2',)
-    self.enterContext(mock.patch.object(byte_lm, 'load_corpus', _toy_corpus))
-    batch = byte_lm.train_batch
+    self.enterContext(mock.patch.object(data, 'load_corpus', _toy_corpus))
+    batch = data.train_batch
 
     def interrupted(corpus, config, step):
       if step == 5:
@@ -473,7 +473,7 @@ class ScriptTest(absltest.TestCase):
     # In the background interrupts are ignored, unless they are handled.
     previous = signal.signal(signal.SIGINT, signal.default_int_handler)
     self.addCleanup(signal.signal, signal.SIGINT, previous)
-    with mock.patch.object(byte_lm, 'train_batch', interrupted):
+    with mock.patch.object(data, 'train_batch', interrupted):
       status, out = self._run('--steps=6', *flags)
     self.check_interrupted(status, out, 6, flags)
 

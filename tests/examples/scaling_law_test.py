@@ -14,6 +14,7 @@ from absl.testing import absltest, parameterized
 
 from lowbit_jax.training import laws
 from models import byte_lm
+from support import data
 from support.checkpoints import CheckpointError
 from tests.examples import scripts
 
@@ -48,9 +49,9 @@ def _sweep(steps=(2, 4)):
   return scaling_law.Sweep(settings, 8, 2, 1e-3, 6)
 
 
-def _toy_corpus() -> byte_lm.Corpus:
-  data = np.random.default_rng(0).integers(0, 256, 4096).astype(np.uint8)
-  return byte_lm.Corpus(data[:3000], data[3000:], 2, 'toy')
+def _toy_corpus() -> data.Corpus:
+  text = np.random.default_rng(0).integers(0, 256, 4096).astype(np.uint8)
+  return data.Corpus(text[:3000], text[3000:], 2, 'toy')
 
 
 def _new_directory(test: absltest.TestCase) -> pathlib.Path:
@@ -69,8 +70,8 @@ class SettingsTest(parameterized.TestCase):
   def test_weights_are_those_of_the_model(self):
     sweep = _sweep()
     config = sweep.config(sweep.settings[0])
-    params = jax.eval_shape(lambda: byte_lm.init(config)).params
-    kernels = byte_lm.quantized_kernels(params)
+    params = jax.eval_shape(lambda: byte_lm.init(config))
+    kernels = byte_lm.linear_kernels(params).values()
     self.assertEqual(
       sum(kernel.size for kernel in kernels),
       scaling_law.weights(sweep.settings[0]),
@@ -185,7 +186,7 @@ class ScriptTest(absltest.TestCase):
       '--batch=2',
       '--eval_windows=4',
     )
-    text = mock.patch.object(byte_lm, 'load_corpus', _toy_corpus)
+    text = mock.patch.object(data, 'load_corpus', _toy_corpus)
     with text, mock.patch.multiple(scaling_law, _RESAMPLES=2, _LAYERS=1):
       status, out = scripts.run(scaling_law, *flags)
     self.assertEqual(status, 0, out)

@@ -22,7 +22,7 @@ from lowbit_jax import formats
 from lowbit_jax.recipe import GemmSpec, QuantSpec, Recipe
 from lowbit_jax.training import optimizers, recipes
 from models import byte_lm
-from support import trainer
+from support import data, trainer
 from support.checkpoints import Checkpoints
 from tests.examples import scripts
 
@@ -69,9 +69,9 @@ def stacked(recipe: str) -> trainer.Settings:
   return trainer.Settings(STACKED, recipe=recipe, scan=True)
 
 
-def corpus() -> byte_lm.Corpus:
+def corpus() -> data.Corpus:
   text = np.random.RandomState(0).randint(97, 123, 1 << 14).astype(np.uint8)
-  return byte_lm.Corpus(text, text[: 1 << 12], 1, 'test')
+  return data.Corpus(text, text[: 1 << 12], 1, 'test')
 
 
 def one_device():
@@ -255,7 +255,7 @@ class OptimizerTest(absltest.TestCase):
 
 class MonitorTest(absltest.TestCase):
   def measure(self, recipe):
-    windows = byte_lm.train_batch(corpus(), TINY, 0)
+    windows = data.train_batch(corpus(), TINY, 0)
     run = settings(recipe)
     state = jax.jit(lambda: trainer.init(run))()
     monitored = trainer.make_monitor(run)(state, jnp.asarray(windows))
@@ -307,7 +307,7 @@ class ScriptTest(absltest.TestCase):
 
   def test_one_process(self):
     mesh = mock.patch.object(trainer, 'make_mesh', return_value=one_device())
-    text = mock.patch.object(byte_lm, 'load_corpus', corpus)
+    text = mock.patch.object(data, 'load_corpus', corpus)
     with mesh, text, tempfile.TemporaryDirectory() as directory:
       code, out = scripts.run(
         script,
