@@ -163,8 +163,8 @@ def product(
   precision: Precision,
   contract: Callable,
 ) -> jax.Array:
-  """contract(lhs, rhs), a product in float32, with the derivative of the
-  module."""
+  """contract(lhs, rhs), a product in float32, whose derivative is the equation
+  at the top of this module."""
   del dims, precision
   return contract(lhs, rhs)
 
