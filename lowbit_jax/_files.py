@@ -1,4 +1,4 @@
-"""Files that appear complete or not at all."""
+"""Files that appear complete or not at all, and are refused when damaged."""
 
 import contextlib
 import os
@@ -7,6 +7,19 @@ from collections.abc import Iterator
 from typing import BinaryIO
 
 from lowbit_jax._typing import PathLike
+
+
+class DamagedFileError(ValueError):
+  """A file does not hold what was written to it.
+
+  Args:
+    path: of the file.
+    fault: what is wrong with it, such as 'leaf 3 has another checksum'.
+    remedy: what the user can do.
+  """
+
+  def __init__(self, path: PathLike, fault: str, remedy: str) -> None:
+    super().__init__(f'{os.fspath(path)!r} is damaged: {fault}; {remedy}')
 
 
 @contextlib.contextmanager
