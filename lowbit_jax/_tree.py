@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lowbit_jax import qarray
@@ -71,25 +72,59 @@ def combine(*trees: PyTree) -> PyTree:
   return jax.tree.map(pick, *trees, is_leaf=lambda x: x is None or is_qarray(x))
 
 
-def shardings(q: QArray, sharding: NamedSharding | PartitionSpec) -> QArray:
+def shardings(tree: PyTree, sharding: PyTree) -> PyTree:
   """The sharding of every leaf that belongs to a sharding of the whole.
 
   Args:
-    q: a QArray; `jax.eval_shape` output will do.
+    tree: a QArray, or a tree of arrays and QArrays; `jax.eval_shape` output
+      will do.
     sharding: a `NamedSharding` or a `PartitionSpec` for an array of the shape
-      of `q`.
+      of the QArray; for a tree the same tree with one of them in place of each
+      array and QArray, or of a part of the tree, whose leaves all get it.
 
   Returns:
-    A QArray with a `NamedSharding` (or a `PartitionSpec`, for `in_specs` of
-    shard_map) in place of each leaf. Every shard is a valid QArray.
+    The tree with a `NamedSharding` (or a `PartitionSpec`, for `in_specs` of
+    shard_map) in place of each leaf, those of QArrays too. Every shard of a
+    QArray is a valid QArray.
 
   Raises:
+    TypeError: for what is no sharding.
     ValueError: where a shard would cut a block or a byte, or an axis with
-      padding is sharded.
+      padding is sharded; for a sharding of more axes than a leaf has; for trees
+      that differ.
 
   Examples:
     `jax.device_put(q, shardings(q, NamedSharding(mesh, P(None, 'model'))))`
   """
+
+  def place(start, part, subtree):
+    return jax.tree.map_with_path(
+      lambda path, leaf: _placed(leaf, part, (*start, *path)),
+      subtree,
+      is_leaf=is_qarray,
+    )
+
+  return jax.tree.map_with_path(place, sharding, tree, is_leaf=_is_sharding)
+
+
+def _is_sharding(x) -> bool:
+  return isinstance(x, NamedSharding | PartitionSpec)
+
+
+def _placed(leaf, sharding, path):
+  try:
+    if isinstance(leaf, QArray):
+      return _leaf_shardings(leaf, sharding)
+    _mesh_and_parts(sharding, np.shape(leaf))
+    return sharding
+  except (TypeError, ValueError) as error:
+    if path:
+      error.add_note(f'This is the leaf {path_name(path)!r}.')
+    raise
+
+
+def _mesh_and_parts(sharding, shape):
+  """The mesh, if any, and what each axis is sharded over."""
   if isinstance(sharding, NamedSharding):
     mesh, spec = sharding.mesh, sharding.spec
   elif isinstance(sharding, PartitionSpec):
@@ -98,9 +133,13 @@ def shardings(q: QArray, sharding: NamedSharding | PartitionSpec) -> QArray:
     raise TypeError(
       f'sharding={sharding!r} must be a NamedSharding or a PartitionSpec'
     )
-  if len(spec) > q.ndim:
-    raise ValueError(f'{spec} names more axes than shape {q.shape} has')
-  parts = (*spec, *[None] * (q.ndim - len(spec)))
+  if len(spec) > len(shape):
+    raise ValueError(f'{spec} names more axes than shape {tuple(shape)} has')
+  return mesh, (*spec, *[None] * (len(shape) - len(spec)))
+
+
+def _leaf_shardings(q: QArray, sharding) -> QArray:
+  mesh, parts = _mesh_and_parts(sharding, q.shape)
   for k, axis in enumerate(q.axes):
     _check_shards(q, k, axis, parts[axis], mesh)
 

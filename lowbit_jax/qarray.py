@@ -9,22 +9,66 @@ transformations put placeholders into the leaves.
 import dataclasses
 import functools
 import math
+import operator
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lowbit_jax._typing import Axis, DTypeLike, Key, Shape
-from lowbit_jax.formats import BlockFormat
-from lowbit_jax.numerics import _packing, _scaling, dither
+from lowbit_jax._typing import ArrayLike, Axis, DTypeLike, Shape
+from lowbit_jax.formats import BlockFormat, IntFormat
+from lowbit_jax.numerics import _packing, _scaling
 from lowbit_jax.numerics._codec import dither_step, spec
 from lowbit_pallas.arith import codec
 
 LEAVES = ('codes', 'scale', 'tensor_scale', 'zero_point')
 
+_BINARY = ('add', 'sub', 'mul', 'truediv', 'floordiv', 'mod', 'pow', 'matmul')
+_COMPARISONS = ('lt', 'le', 'gt', 'ge')
+_UNARY = ('neg', 'pos', 'abs')
+_Class = TypeVar('_Class', bound=type)
 
+
+def with_dense_operators(cls: _Class) -> _Class:
+  """Gives a class with `__jax_array__` the operators of its dense value.
+
+  Without them `numpy_array @ x` would convert x to NumPy, which fails under
+  jit: the priority makes NumPy leave the operation to x.
+  """
+
+  def set_method(name, function):
+    method = f'__{name}__'
+    function.__name__ = method
+    function.__qualname__ = f'{cls.__name__}.{method}'
+    setattr(cls, method, function)
+
+  def forward(apply):
+    return lambda self, other: apply(self.__jax_array__(), _dense(other))
+
+  def reflected(apply):
+    return lambda self, other: apply(_dense(other), self.__jax_array__())
+
+  def unary(apply):
+    return lambda self: apply(self.__jax_array__())
+
+  for name in _BINARY:
+    set_method(name, forward(getattr(operator, name)))
+    set_method(f'r{name}', reflected(getattr(operator, name)))
+  for name in _COMPARISONS:
+    set_method(name, forward(getattr(operator, name)))
+  for name in _UNARY:
+    set_method(name, unary(getattr(operator, name)))
+  cls.__array_priority__ = 100  # pyright: ignore[reportAttributeAccessIssue]
+  return cls
+
+
+def _dense(x: Any) -> Any:
+  return x.__jax_array__() if hasattr(x, '__jax_array__') else x
+
+
+@with_dense_operators
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class QArray:
@@ -135,8 +179,54 @@ class QArray:
       shape = tuple(shape[0])
     return _reshape(self, shape)
 
+  @classmethod
+  def from_codes(
+    cls,
+    codes: ArrayLike,
+    scale: ArrayLike | None,
+    fmt: BlockFormat,
+    *,
+    axis: Axis = None,
+    tensor_scale: ArrayLike | None = None,
+    zero_point: ArrayLike | None = None,
+    dtype: DTypeLike = jnp.float32,
+  ) -> 'QArray':
+    """A QArray of codes and scales that were made elsewhere, checked.
+
+    Args:
+      codes: one element each, of the shape of the array: unsigned integers 0 to
+        2^bits - 1, or for signed integer elements of any signed dtype, the
+        integers themselves.
+      scale: one per block: numbers of the dtype of the scale format, for
+        formats of at most 8 bits uint8 codes; None where the format has none.
+      fmt: the block format.
+      axis: as in `quantize`.
+      tensor_scale: one float32 number, for formats that have it.
+      zero_point: uint8 of the shape of `scale`, for formats that have it.
+      dtype: dtype of the array that this one stands for.
+
+    Raises:
+      ValueError: for shapes and codes that do not fit. Codes that are traced
+        are cut to their bits.
+      TypeError: for dtypes that do not fit.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from lowbit_jax import QArray, formats
+      >>> codes, scale = jnp.full((2, 32), -3, jnp.int8), jnp.ones((2, 1))
+      >>> fmt = formats.grouped(formats.int4, 32)
+      >>> jnp.asarray(QArray.from_codes(codes, scale, fmt))[0, 0].item()
+      -3.0
+    """
+    return _from_codes(
+      codes, scale, fmt, axis, tensor_scale, zero_point, np.dtype(dtype)
+    )
+
   def __getitem__(self, index: Any) -> 'QArray':
-    """Basic indexing; slices of a block axis must fall on block boundaries."""
+    """NumPy's indexing by ints, slices and integer arrays.
+
+    Slices of a block axis must fall on block boundaries.
+    """
     return _getitem(self, index)
 
   def __len__(self) -> int:
@@ -202,10 +292,10 @@ def validate(q: QArray) -> QArray:
   padded = list(q.shape)
   for k, (axis, pad) in enumerate(zip(q.axes, q.pad, strict=True)):
     padded[axis] += pad
-    if padded[axis] % _alignment(q, k):
+    if padded[axis] % alignment(q, k):
       raise ValueError(
         f'codes.shape={q.codes.shape} holds {padded[axis]} elements along axis'
-        f' {axis}, no multiple of {_alignment(q, k)} as {fmt} needs'
+        f' {axis}, no multiple of {alignment(q, k)} as {fmt} needs'
       )
   # Scales and zero points: one per block.
   expected = scale_shape(padded, fmt, q.axes)
@@ -230,6 +320,53 @@ def _check_leaf(name: str, leaf, shape, dtype: np.dtype, fmt) -> None:
     raise ValueError(f'{name}.shape={leaf.shape} must be {shape} in {fmt}')
   if leaf.dtype != dtype:
     raise TypeError(f'{name}.dtype={leaf.dtype} must be {dtype} in {fmt}')
+
+
+def _from_codes(
+  codes, scale, fmt, axis, tensor_scale, zero_point, dtype
+) -> QArray:
+  if not isinstance(fmt, BlockFormat):
+    raise TypeError(f'{fmt=} must be a block format such as formats.mxfp4')
+  codes = _unsigned(codes, fmt.element)
+  axes = block_axes(fmt, axis, codes.ndim)
+  pad = padding(codes.shape, fmt, axes)
+  widths = [(0, 0)] * codes.ndim
+  for block_axis, p in zip(axes, pad, strict=True):
+    widths[block_axis] = (0, p)
+  codes = jnp.pad(codes, widths)
+  if tensor_scale is not None:
+    tensor_scale = jnp.asarray(tensor_scale)
+    if tensor_scale.size == 1:
+      tensor_scale = tensor_scale.reshape((1,) * codes.ndim)
+  q = QArray(
+    codes=_packing.pack_unchecked(codes, fmt.element.bits, axes[0]),
+    scale=None if scale is None else jnp.asarray(scale),
+    tensor_scale=tensor_scale,
+    zero_point=None if zero_point is None else jnp.asarray(zero_point),
+    fmt=fmt,
+    axis=axes if fmt.is_tile else axes[0],
+    pad=pad,
+    dtype=dtype,
+  )
+  return validate(q)
+
+
+def _unsigned(codes, element) -> jax.Array:
+  """Codes as uint8; the integers of a signed element as their codes."""
+  codes = codes if isinstance(codes, jax.Array) else np.asarray(codes)
+  if not jnp.issubdtype(codes.dtype, jnp.integer):
+    raise TypeError(f'codes.dtype={codes.dtype} must be an integer dtype')
+  is_value = (
+    isinstance(element, IntFormat)
+    and element.signed
+    and jnp.issubdtype(codes.dtype, jnp.signedinteger)
+  )
+  low, high = 0, 2**element.bits - 1
+  if is_value:
+    low, high = -(2 ** (element.bits - 1)), 2 ** (element.bits - 1) - 1
+  return _packing.check_codes(codes, low, high).astype(jnp.uint8) & (
+    2**element.bits - 1
+  )
 
 
 def block_axes(fmt: BlockFormat, axis: Axis, ndim: int) -> tuple[int, ...]:
@@ -326,7 +463,7 @@ def element_values(q: QArray) -> jax.Array:
 
 
 def dequantize(
-  q: QArray, dtype: DTypeLike | None = None, *, dither_key: Key | None = None
+  q: QArray, dtype: DTypeLike | None = None, *, dither: ArrayLike | None = None
 ) -> jax.Array:
   """The array that `q` stands for.
 
@@ -336,23 +473,44 @@ def dequantize(
   Args:
     q: a quantized array.
     dtype: dtype of the result; None for `q.dtype`.
-    dither_key: the key of `quantize(..., rounding='dithered')`, whose offsets
-      are subtracted.
+    dither: the offsets of `quantize(..., rounding='dithered')`, which are
+      subtracted: `numerics.dither(key, shape)` with the key and the shape that
+      `quantize` was given. Of a part or a transpose of its result it takes the
+      same part or transpose of the offsets.
 
   Returns:
     An array of shape `q.shape`. Poisoned blocks are NaN.
+
+  Examples:
+    >>> import jax, jax.numpy as jnp
+    >>> from lowbit_jax import dequantize, formats, numerics, quantize
+    >>> key, x = jax.random.key(0), jnp.full((8, 32), 0.3)
+    >>> fmt = formats.grouped(formats.int4, 32)
+    >>> q = quantize(x, fmt, rounding='dithered', key=key)
+    >>> offsets = numerics.dither(key, x.shape)
+    >>> dequantize(q[4:], dither=offsets[4:]).shape
+    (4, 32)
   """
   if not isinstance(q, QArray):
     raise TypeError(f'q must be a QArray, got {type(q).__name__}')
   dtype = np.dtype(q.dtype if dtype is None else dtype)
-  return _dequantize(q, dtype, dither_key)
+  if dither is not None:
+    dither_step(q.fmt.element)  # refuses elements that are not dithered
+    dither = jnp.asarray(dither)
+    if dither.shape != q.shape:
+      raise ValueError(
+        f'dither.shape={dither.shape} must be that of q, {q.shape}: the offsets'
+        ' numerics.dither(key, shape) of the whole array, indexed and'
+        ' transposed as q was'
+      )
+  return _dequantize(q, dtype, dither)
 
 
 @functools.partial(jax.jit, static_argnums=1, inline=True)
-def _dequantize(q: QArray, dtype: np.dtype, dither_key) -> jax.Array:
+def _dequantize(q: QArray, dtype: np.dtype, dither) -> jax.Array:
   x = element_values(q)
-  if dither_key is not None:
-    offset = dither(dither_key, q.shape) * dither_step(q.fmt.element)
+  if dither is not None:
+    offset = dither * dither_step(q.fmt.element)
     widths = [(0, 0)] * q.ndim
     for axis, pad in zip(q.axes, q.pad, strict=True):
       widths[axis] = (0, pad)
@@ -378,7 +536,7 @@ def _with_axes(q: QArray, axes: Sequence[int]) -> QArray:
   return replace(q, axis=tuple(axes) if len(axes) > 1 else axes[0])
 
 
-def _alignment(q: QArray, i: int) -> int:
+def alignment(q: QArray, i: int) -> int:
   """Elements of block axis number `i` that can only be kept together."""
   block = max(q.fmt.block[i], 1)
   if i:
@@ -399,7 +557,7 @@ def _reshape(q: QArray, shape) -> QArray:
     or new is not None
     and not q.pad[first]
     and q.fmt.block[first] != 0
-    and new % _alignment(q, first) == 0
+    and new % alignment(q, first) == 0
   )
   if q.tensor_scale is not None and q.tensor_scale.size > 1:
     raise ValueError(
@@ -428,7 +586,6 @@ def _getitem(q: QArray, key) -> QArray:
   if all(isinstance(i, slice) and i == slice(None) for i in index):
     return q
   leaf_index, pad = _index_leaves(q, index)
-  array_ranks = _check_array_index(index)
 
   def take(leaf, indices):
     return None if leaf is None else leaf[indices]
@@ -441,11 +598,7 @@ def _getitem(q: QArray, key) -> QArray:
     tensor_scale=take(q.tensor_scale, leaf_index.tensor_scale),
     pad=pad,
   )
-  # Block axes count from the end, so they move with the axes after them: an int
-  # drops its axis, an index of rank r puts r axes in its place.
-  growth = {d - q.ndim: rank - 1 for d, rank in array_ranks.items()}
-  axes = [a - sum(g for axis, g in growth.items() if axis > a) for a in q.axes]
-  return _with_axes(out, axes)
+  return _with_axes(out, _indexed_axes(q, index))
 
 
 class _LeafIndex(NamedTuple):
@@ -495,8 +648,7 @@ def _index_leaves(
       continue
     # Another axis: codes and scales alike; a single tensor scale stays, but its
     # axis goes or grows as that of the codes.
-    if isinstance(i, int | np.integer) and not -n <= i < n:
-      raise IndexError(f'index {i} is out of bounds for axis {d} of size {n}')
+    _check_index(i, d, n)
     codes.append(i)
     scale.append(i)
     if q.tensor_scale is not None and q.tensor_scale.shape[d] != 1:
@@ -509,21 +661,43 @@ def _index_leaves(
   return leaf_index, tuple(pad)
 
 
-def _check_array_index(index: Sequence[Any]) -> dict[int, int]:
-  """The ranks of the indices that are ints or arrays, by their axes."""
-  ranks = {
-    d: jnp.ndim(i) for d, i in enumerate(index) if not isinstance(i, slice)
-  }
-  if sum(rank > 0 for rank in ranks.values()) > 1:
-    raise IndexError('a QArray takes at most one array index')
-  if any(rank > 1 for rank in ranks.values()) and len(ranks) > 1:
-    raise IndexError('an array index of a QArray cannot be mixed with ints')
-  return ranks
+def _check_index(i, axis: int, n: int) -> None:
+  """Refuses what is no index of axis `axis`, of size `n`."""
+  if isinstance(i, slice):
+    return
+  kind = i.dtype if hasattr(i, 'dtype') else np.dtype(type(i))
+  if not jnp.issubdtype(kind, jnp.integer):
+    raise IndexError(
+      f'index {i!r} of axis {axis} must be an int, a slice or an array of'
+      ' integers; for a mask use jnp.flatnonzero(mask)'
+    )
+  if isinstance(i, int | np.integer) and not -n <= i < n:
+    raise IndexError(f'index {i} is out of bounds for axis {axis} of size {n}')
+
+
+def _indexed_axes(q: QArray, index: Sequence[Any]) -> list[int]:
+  """The block axes of `q[index]`, counted from the end.
+
+  As in NumPy, ints drop their axes; with an array among the indices, ints and
+  arrays broadcast together, and their axes stand where the first of them was,
+  or in front of all others if a slice separates them.
+  """
+  picked = [d for d, i in enumerate(index) if not isinstance(i, slice)]
+  rank = max((jnp.ndim(index[d]) for d in picked), default=0)
+  is_separated = picked and picked[-1] - picked[0] >= len(picked)
+  first = -1 if is_separated else min(picked, default=-1)
+
+  def behind(axis):
+    later = range(axis + q.ndim + 1, q.ndim)
+    slices = sum(isinstance(index[d], slice) for d in later)
+    return slices + (rank if first in later else 0)
+
+  return [-1 - behind(axis) for axis in q.axes]
 
 
 def _block_slice(q: QArray, k: int, i, n: int) -> tuple[int, int, int]:
   """(start, stop, new pad) of an index on block axis number `k`."""
-  unit = _alignment(q, k)
+  unit = alignment(q, k)
   if not isinstance(i, slice):
     raise IndexError(
       f'index {i!r} picks single elements of block axis {q.axes[k]}; use'

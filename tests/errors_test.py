@@ -205,10 +205,10 @@ class MistakeTest(parameterized.TestCase):
 
     np.testing.assert_allclose(twice(x()), 1, rtol=1e-6)
 
-  def test_dither_key_of_a_format_without_a_grid(self):
+  def test_dither_of_a_format_without_a_grid(self):
     q = jax.eval_shape(lambda x: quantize(x, mxfp4), x())
     with self.assertRaisesRegex(ValueError, 'uniform grid'):
-      jax.eval_shape(lambda q: lowbit_jax.dequantize(q, dither_key=KEY), q)
+      jax.eval_shape(lambda q: lowbit_jax.dequantize(q, dither=x()), q)
 
   def test_errors_come_before_any_computation(self):
     """Tracing with abstract values raises them too."""

@@ -29,7 +29,7 @@ from jax.sharding import (
 )
 
 import lowbit_jax  # noqa: E402
-from lowbit_jax import QArray, formats, qarray  # noqa: E402
+from lowbit_jax import QArray, formats, numerics, qarray  # noqa: E402
 
 BLOCK_FORMATS = formats.names('block')
 # One format of each kind of leaf, block and packing.
@@ -798,6 +798,26 @@ class AttributeTest(parameterized.TestCase):
     )
     np.testing.assert_allclose(right, dense @ data(40, 2, seed=2), 1e-5, 1e-4)
 
+  def test_operators_are_those_of_the_dense_value(self):
+    # Small integers, so that sums are exact in any order.
+    q, x = quantize(np.round(data(4, 32)), formats.mxfp4), np.round(data(32, 4))
+    dense = jnp.asarray(values(q))
+
+    # NumPy arrays stay NumPy arrays under jit: they must leave it to q.
+    @jax.jit
+    def results(q):
+      return (
+        (x @ q, q @ x, x.T + q, q - x.T, 2 * q, q**2, -q, abs(q), q > 0),
+        (x @ dense, dense @ x, x.T + dense, dense - x.T, 2 * dense, dense**2)
+        + (-dense, abs(dense), dense > 0),
+        (q + q, dense + dense),
+      )
+
+    got, want, (twice, dense_twice) = results(q)
+    for a, b in zip((*got, twice), (*want, dense_twice), strict=True):
+      np.testing.assert_array_equal(a, b)
+    np.testing.assert_array_equal(np.abs(q), abs(values(q)))
+
   def test_astype_changes_the_logical_dtype_only(self):
     q = make('mxfp4', 2, 32)
     half = q.astype('bfloat16')
@@ -884,6 +904,10 @@ INDICES = (
   np.array([2, 0]),
   (slice(None), np.array([0, 0, 2])),
   np.array([[0, 1], [2, 0]]),
+  (0, np.array([0, 3])),
+  (0, np.array([[0, 3], [1, 1]])),
+  (np.array([0, 2]), np.array([1, 3])),
+  (np.array([[0], [2]]), np.array([1, 3]), slice(0, 64)),
 )
 
 
@@ -919,6 +943,10 @@ class IndexTest(parameterized.TestCase):
       ((Ellipsis, slice(1, 3)), -2),
       ((slice(None), slice(32, None), slice(None, None, 2)), -2),
       ((Ellipsis, np.array([[0, 1], [2, 3]])), -3),
+      # A slice between them: NumPy puts the axes of the arrays in front.
+      ((0, slice(None), np.array([1, 3])), -1),
+      ((np.array([[0], [2]]), slice(None), np.array([1, 3])), -1),
+      ((np.array([0, 2]), slice(32, None), 0), -1),
     ):
       with self.subTest(str(index)):
         got = q[index]
@@ -960,21 +988,15 @@ class IndexTest(parameterized.TestCase):
       (-4, 'out of bounds'),
       ((0, Ellipsis, 0, 0), '3 indices'),
       (None, 'reshape'),
+      (np.array([True, False, True]), 'flatnonzero'),
+      (True, 'flatnonzero'),
+      ([0, 1], 'array of integers'),
+      ('0', 'array of integers'),
+      (np.array([0.0]), 'array of integers'),
     ):
       with self.subTest(str(index)):
         with self.assertRaisesRegex(IndexError, message):
           _ = q[index]
-
-  def test_boolean_masks_keep_or_refuse(self):
-    for name in ('mxfp4', 'nvfp4'):
-      q = make(name, 3, 64)
-      mask = np.array([True, False, True])
-      try:
-        got = q[mask]
-      except (IndexError, TypeError):
-        continue
-      self.assertEqual(got.shape, (2, 64))
-      np.testing.assert_array_equal(values(got), values(q)[mask])
 
   @parameterized.parameters(('nvfp4',))
   def test_stacks_keep_each_tensor_scale(self, name):
@@ -1185,6 +1207,50 @@ class PaddingTest(parameterized.TestCase):
       self.assertEqual(dequantize(q).shape, shape)
       self.assertEqual(q.bits_per_element, 0.0)
       self.assertIn('(', repr(q))
+
+
+class FromCodesTest(parameterized.TestCase):
+  @parameterized.parameters('nvfp4', 'uint4_g32', 'int3_g64', 'mxfp4_32x32')
+  def test_gives_back_what_quantize_made(self, name):
+    self.check(name)
+
+  @parameterized.parameters(
+    'mxfp6_e2m3', 'e4m3fn_tensor', 'mxint4', 'nf4_g64', 'int8_channel'
+  )
+  @pytest.mark.slow
+  def test_gives_back_more_formats(self, name):
+    self.check(name)
+
+  def check(self, name):
+    q = make(name, 64, 72)
+    element, (axis, *_) = q.fmt.element, q.axes
+    codes = qarray.unpadded(
+      numerics.unpack(q.codes, element.bits, axis), q.axes, q.pad
+    )
+    leaves = {n: getattr(q, n) for n in LEAVES if n != 'codes'}
+    same = functools.partial(QArray.from_codes, fmt=q.fmt, axis=q.axis)
+    got = same(codes, **leaves)
+    self.assertEqual(jax.tree.structure(got), jax.tree.structure(q))
+    np.testing.assert_array_equal(values(got), values(q))
+    if isinstance(element, formats.IntFormat) and element.signed:
+      signed = np.asarray(numerics.decode(codes, element)) / element.step
+      got = same(signed.astype(np.int8), **leaves)
+      np.testing.assert_array_equal(values(got), values(q))
+
+  def test_refuses_what_does_not_fit(self):
+    int4, ones = formats.int4_g32, np.ones((2, 1), np.float32)
+    for codes, scale, fmt, kwargs, error, message in (
+      (np.full((2, 32), 8, np.int8), ones, int4, {}, ValueError, '-8 ... 7'),
+      (np.full((2, 32), 16, np.uint8), ones, int4, {}, ValueError, '0 ... 15'),
+      (np.ones((2, 32)), ones, int4, {}, TypeError, 'float64'),
+      (np.ones((2, 32), int), ones[:1], int4, {}, ValueError, 'scale.shape'),
+      (np.ones((2, 32), int), None, int4, {}, ValueError, 'scale of'),
+      (np.ones((2, 32), int), ones, 'int4', {}, TypeError, "fmt='int4'"),
+      (np.ones((2, 32), int), ones, formats.mxfp4, {}, TypeError, 'uint8'),
+      (np.ones((2, 32), int), ones, int4, dict(axis=2), ValueError, 'axis=2'),
+    ):
+      with self.subTest(message), self.assertRaisesRegex(error, message):
+        QArray.from_codes(codes, scale, fmt, **kwargs)
 
 
 class ValidateTest(parameterized.TestCase):

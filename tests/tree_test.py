@@ -131,6 +131,23 @@ class ShardingsTest(parameterized.TestCase):
     placed = lowbit.shardings(q, P('model', None))
     self.assertEqual(placed.scale, P('model', None))
 
+  def test_trees_take_a_tree_that_may_end_earlier(self):
+    q = abstract(weights(64, 8), axis=-2)
+    tree = {'layer': {'kernel': q, 'bias': np.zeros(8)}, 'rest': [q, q]}
+    rule = {
+      'layer': {'kernel': P('model'), 'bias': P()},
+      'rest': P(None, 'model'),
+    }
+    placed = lowbit.shardings(tree, rule)
+    self.assertEqual(placed['layer']['kernel'].scale, P('model', None))
+    self.assertEqual(placed['layer']['bias'], P())
+    for part in placed['rest']:
+      self.assertEqual(part.codes, P(None, 'model'))
+    rule['layer']['bias'] = P('model', None)
+    with self.assertRaisesRegex(ValueError, 'more axes') as caught:
+      lowbit.shardings(tree, rule)
+    self.assertIn('bias', caught.exception.__notes__[0])
+
   def test_padded_axis_is_refused(self):
     q = abstract(weights(50, 8), axis=-2)
     with self.assertRaisesRegex(ValueError, 'padding and cannot be sharded'):

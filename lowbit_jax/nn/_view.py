@@ -19,12 +19,8 @@ from lowbit_jax._typing import DTypeLike
 from lowbit_jax.ops._operand import Operand
 from lowbit_jax.qarray import QArray
 
-_OPERATORS = (
-  *('add', 'sub', 'mul', 'truediv', 'matmul', 'pow'),
-  *('radd', 'rsub', 'rmul', 'rtruediv', 'rmatmul', 'neg'),
-)
 
-
+@qarray.with_dense_operators
 class ArrayView:
   """A QArray that looks like an array: not a pytree, dense when used.
 
@@ -74,18 +70,6 @@ class ArrayView:
 
   def __repr__(self) -> str:
     return f'ArrayView({self.q!r})'
-
-
-def _forward(name: str):
-  def method(self, *args):
-    return getattr(jnp.asarray(self), name)(*args)
-
-  method.__name__ = name
-  return method
-
-
-for _name in _OPERATORS:
-  setattr(ArrayView, f'__{_name}__', _forward(f'__{_name}__'))
 
 
 Viewed = Operand | ArrayView  # of a product

@@ -1,7 +1,11 @@
 """Sub-byte storage: the checked face of the shared packing arithmetic."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 
 from lowbit_jax._typing import ArrayLike
 from lowbit_pallas.arith import packing
@@ -24,8 +28,8 @@ def pack(codes: ArrayLike, bits: int, axis: int = -1) -> jax.Array:
   even element of a 4-bit pair is the low nibble.
 
   Args:
-    codes: uint8 codes below 2**bits; the size of `axis` must be a multiple of
-      8 / gcd(8, bits).
+    codes: uint8 codes below 2**bits, of which traced ones are cut to their
+      bits; the size of `axis` must be a multiple of 8 / gcd(8, bits).
     bits: 1 to 8.
     axis: axis that shrinks to bits / 8 of its size.
 
@@ -42,7 +46,8 @@ def pack(codes: ArrayLike, bits: int, axis: int = -1) -> jax.Array:
       f'codes.shape[{axis}]={codes.shape[axis]} is no multiple of {group},'
       f' the {bits}-bit codes that fill whole bytes; pad it'
     )
-  return packing.pack(codes, bits, axis)
+  codes = check_codes(codes, 0, 2**bits - 1)
+  return packing.pack(codes & (2**bits - 1), bits, axis)
 
 
 def unpack(packed: ArrayLike, bits: int, axis: int = -1) -> jax.Array:
@@ -55,6 +60,17 @@ def unpack(packed: ArrayLike, bits: int, axis: int = -1) -> jax.Array:
       f' the bytes of one group of {bits}-bit codes'
     )
   return packing.unpack(packed, bits, axis)
+
+
+def check_codes(codes: Any, low: int, high: int) -> jax.Array:
+  """Refuses codes outside low ... high, where their values are known."""
+  if not isinstance(codes, Tracer) and codes.size:
+    least, most = int(np.min(codes)), int(np.max(codes))
+    if least < low or most > high:
+      raise ValueError(
+        f'codes from {least} to {most} do not fit into {low} ... {high}'
+      )
+  return jnp.asarray(codes)
 
 
 def _check(x, bits: int, axis: int) -> jax.Array:

@@ -34,6 +34,8 @@ chosen can be asked with `select_implementation`.
   without running it.
 - `softmax`: exp(x / temperature), normalised to sum to one along an axis.
 - `unpack`: The QArray that `prepack` was given.
+- `update_slice`: `lax.dynamic_update_slice` on a QArray: x is quantized and put
+  at `start`.
 - `specs`: QuantSpecs as functions: the one place that reads all of their
   fields.
 """
@@ -74,3 +76,4 @@ from lowbit_jax.ops._softmax import (
   logsumexp as logsumexp,
   softmax as softmax,
 )
+from lowbit_jax.ops._update import update_slice as update_slice

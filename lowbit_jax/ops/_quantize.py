@@ -209,7 +209,7 @@ def quantize_with(
     axis: as in `quantize`.
     tensor_scale: the tensor scale, for formats that have one.
     zero_point: integer zero points of the shape of `scale`, for formats that
-      have them.
+      have them; clipped to 0 ... 2^bits - 1, the codes of the element.
     rounding: as in `quantize`; also `key`, `random_bits`, `origin`.
 
   Returns:
@@ -336,5 +336,7 @@ def check_scales(
         f'zero_point.dtype={zero_point.dtype} must be an integer type; round'
         f' zero points to 0 ... {fmt.element.code_max} first'
       )
-    zero_point = zero_point.astype(jnp.uint8)
+    top = fmt.element.code_max
+    zero_point = zero_point.astype(jnp.float32)  # holds 0 to 255, and beyond
+    zero_point = jnp.clip(zero_point, 0, top).astype(jnp.uint8)
   return core.Scales(scale, tensor_scale, zero_point)

@@ -1,6 +1,7 @@
 """Asking which implementation an operation would use."""
 
 import functools
+import inspect
 from typing import Any
 
 from lowbit_jax._typing import Implementation
@@ -69,6 +70,12 @@ def select_implementation(
     'scan over tiles of the weight, block sums'
   """
   table, operands = _op(op)
+  try:
+    inspect.signature(operands).bind(*args, **kwargs)
+  except TypeError as error:
+    raise TypeError(
+      f'select_implementation({op!r}, ...) takes the arguments of {op}: {error}'
+    ) from None
   args = operands(*args, **kwargs)
   return _dispatch.select(op, table, implementation, *args, platform=platform)[
     0

@@ -68,8 +68,8 @@ element_values = jax.jit(qarray.element_values)
 
 
 @functools.partial(jax.jit, static_argnames='dtype')
-def dequantize(q, dtype=None, dither_key=None):
-  return lowbit_jax.dequantize(q, dtype, dither_key=dither_key)
+def dequantize(q, dtype=None, dither=None):
+  return lowbit_jax.dequantize(q, dtype, dither=dither)
 
 
 def block_ids(name: str, shape=SHAPE) -> np.ndarray:
@@ -497,6 +497,20 @@ class QuantizeWithTest(parameterized.TestCase):
     want = (np.clip(np.round(x * 4) + 5, 0, 15) - 5) / 4
     np.testing.assert_array_equal(dequantize(q), want)
 
+  @parameterized.parameters((-1, 0), (300, 15), (2**31, 15))
+  def test_zero_points_beyond_the_codes_are_clipped(self, given, stored):
+    x = np.linspace(-1, 2, 32, dtype=np.float32).reshape(1, 32)
+    dtype = np.int16 if given < 2**15 else np.uint32
+    q = quantize_with(
+      x,
+      np.full((1, 1), 0.25, np.float32),
+      formats.get('uint4_g32'),
+      zero_point=np.full((1, 1), given, dtype),
+    )
+    self.assertEqual(q.zero_point.item(), stored)
+    want = (np.clip(np.round(x * 4) + stored, 0, 15) - stored) / 4
+    np.testing.assert_array_equal(dequantize(q), want)
+
   @parameterized.parameters(
     ('mxfp4', (2, 1), {}, ValueError, r'\(2, 1\) must be \(2, 2\).*mxfp4'),
     ('mxfp4', (), {}, ValueError, r'scale.shape=\(\) must be'),
@@ -679,7 +693,7 @@ class DitheredTest(parameterized.TestCase):
     )
     key = jax.random.key(5)
     q = quantize(x, fmt, rounding='dithered', key=key, **rule)
-    y = dequantize(q, dither_key=key)
+    y = dequantize(q, dither=numerics.dither(key, x.shape))
     s = self.steps(q)
     error = (np.asarray(y, np.float64) - x) / s
     # A rounded zero point leaves half a step at the ends to saturation.
@@ -727,12 +741,24 @@ class DitheredTest(parameterized.TestCase):
     fmt = formats.get('uint4_g32')
     x, key = data(), jax.random.key(1)
     q = quantize(x, fmt, rounding='dithered', key=key)
+    offsets = [numerics.dither(k, x.shape) for k in (key, jax.random.key(2))]
     errors = [
-      np.mean((np.asarray(dequantize(q, dither_key=k)) - x) ** 2)
-      for k in (key, None, jax.random.key(2))
+      np.mean((np.asarray(dequantize(q, dither=d)) - x) ** 2)
+      for d in (offsets[0], None, offsets[1])
     ]
     self.assertLess(errors[0], 0.6 * errors[1])
     self.assertLess(errors[1], 0.9 * errors[2])
+
+  def test_parts_take_the_same_part_of_the_offsets(self):
+    x, key = data()[:8], jax.random.key(1)
+    q = quantize(x, formats.get('int8_g32'), rounding='dithered', key=key)
+    offsets = numerics.dither(key, x.shape)
+    whole = np.asarray(dequantize(q, dither=offsets))
+    for part in (lambda a: a[4:], lambda a: a.T, lambda a: a[2]):
+      got = lowbit_jax.dequantize(part(q), dither=part(offsets))
+      np.testing.assert_array_equal(got, part(whole))
+    with self.assertRaisesRegex(ValueError, 'dither.shape.*indexed'):
+      lowbit_jax.dequantize(q[4:], dither=offsets)
 
   def test_padding_and_another_axis(self):
     self.check_padding(0)
@@ -747,7 +773,7 @@ class DitheredTest(parameterized.TestCase):
       q = quantize(
         x, formats.get('int8_g32'), axis=axis, rounding='dithered', key=key
       )
-      y = dequantize(q, dither_key=key)
+      y = dequantize(q, dither=numerics.dither(key, x.shape))
       self.assertEqual(y.shape, x.shape)
       bound = np.asarray(q.scale).max() * 0.5001
       self.assertLess(np.abs(np.asarray(y) - x).max(), bound)
