@@ -14,6 +14,7 @@ computes with it, and `training.recipes` names the published ones.
 
 import dataclasses
 import re
+from collections.abc import Iterable
 from typing import Any, Protocol
 
 import jax
@@ -362,11 +363,13 @@ class Recipe:
 
   def forward_only(self) -> 'Recipe':
     """The same forward product with a derivative in high precision."""
+    switches = tuple((at, later.forward_only()) for at, later in self.switches)
     return Recipe(
       f'{self.name}, forward only',
       fwd=self.fwd,
       center=self.center,
       principal=self.principal,
+      switches=switches,
     )
 
 
@@ -418,6 +421,25 @@ class Policy:
         recipe = ruled
         break
     return None if recipe is None else recipe.at(fraction)
+
+  def forward_only(self) -> 'Policy':
+    """The same forward products, for evaluation: see `Recipe.forward_only`."""
+
+    def forward(recipe):
+      return None if recipe is None else recipe.forward_only()
+
+    rules = tuple((pattern, forward(recipe)) for pattern, recipe in self.rules)
+    return dataclasses.replace(self, recipe=forward(self.recipe), rules=rules)
+
+  def check_rules(self, paths: Iterable[str]) -> None:
+    """Raises ValueError for a rule that is found in none of the paths."""
+    paths = tuple(paths)
+    for pattern, _ in self.rules:
+      if not any(re.search(pattern, path) for path in paths):
+        raise ValueError(
+          f'rules: {pattern!r} is found in none of the layers'
+          f' {", ".join(paths)}; correct it or drop it'
+        )
 
   @property
   def starts(self) -> tuple[float, ...]:

@@ -91,7 +91,7 @@ def quantize(
   *,
   rngs: flax_nnx.Rngs | None = None,
   fraction: float = 0.0,
-) -> None:
+) -> dict[str, Recipe | None]:
   """Gives every Linear and LinearGeneral of a model its recipe, in place.
 
   Args:
@@ -100,17 +100,47 @@ def quantize(
     recipe: a recipe, or a policy that picks one by the path of the layer.
     rngs: as in `QDotGeneral`.
     fraction: finished share of the training, for recipes that switch.
+
+  Returns:
+    The recipe of each module with a kernel by its path, None for what stays in
+    high precision: what the policy says so of, convolutions, `Einsum`, and
+    layers with a product of their own.
+
+  Raises:
+    TypeError: for what is no module.
+    ValueError: for a model without such layers, and a rule of the policy that
+      none of them matches.
   """
+  if not isinstance(model, flax_nnx.Module):
+    raise TypeError(f'{model=} must be an nnx.Module')
+  layers: dict[str, Recipe | None] = {}
+  takers = []
   for path, module in flax_nnx.iter_modules(model):
-    if not isinstance(module, flax_nnx.Linear | flax_nnx.LinearGeneral):
-      continue
-    has_recipe = isinstance(module.dot_general, QDotGeneral)
-    default = module.dot_general in (None, jax.lax.dot_general)
-    if not (default or has_recipe):
-      continue
-    layer_recipe = recipe_at(recipe, path, fraction)
-    if layer_recipe is not None or has_recipe:
+    name = '/'.join(map(str, path))
+    if _takes_recipe(module):
+      layers[name] = recipe_at(recipe, path, fraction)
+      takers.append((module, layers[name]))
+    elif isinstance(getattr(module, 'kernel', None), flax_nnx.Variable):
+      layers[name] = None
+  if not takers:
+    raise ValueError(
+      f'{type(model).__name__} has no Linear or LinearGeneral that could take a'
+      ' recipe'
+    )
+  if isinstance(recipe, Policy):
+    recipe.check_rules(layers)
+  for module, layer_recipe in takers:
+    if layer_recipe is not None or isinstance(module.dot_general, QDotGeneral):
       module.dot_general = flax_nnx.data(QDotGeneral(layer_recipe, rngs=rngs))
+  return layers
+
+
+def _takes_recipe(module: Any) -> bool:
+  """Whether a module has a product that a recipe may replace."""
+  if not isinstance(module, flax_nnx.Linear | flax_nnx.LinearGeneral):
+    return False
+  own = module.dot_general
+  return own in (None, jax.lax.dot_general) or isinstance(own, QDotGeneral)
 
 
 def advance(model: flax_nnx.Module) -> None:

@@ -130,9 +130,24 @@ def qdot(
     The product, and the state with the magnitudes of these operands. Under vmap
     or shard_map, `merge` joins the states of the parts.
   """
+  check_state(recipe, state)
   state, amax = record(x, w, state)
   y = ops.qdot(x, w, recipe, key=key, tensor_amax=amax, **options)
   return y, state
+
+
+def check_state(recipe: Recipe, state: DotScales) -> None:
+  """Refuses states that are not those of `init_dot(recipe)`."""
+  for name, own, wanted in zip(
+    DotScales._fields, state, init_dot(recipe), strict=True
+  ):
+    held = None if own is None else own.scaling
+    rule = None if wanted is None else wanted.scaling
+    if held != rule:
+      raise ValueError(
+        f'state.{name} holds a scale by {held}, and recipe {recipe.name!r} by'
+        f' {rule}: start with scaling.init_dot(recipe)'
+      )
 
 
 def record(

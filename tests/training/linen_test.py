@@ -22,6 +22,16 @@ NOISY = Recipe(
 RNGS = {'params': jax.random.key(1), 'quant': jax.random.key(2)}
 
 
+PARAMS = {'params': RNGS['params']}
+
+
+class Plain(linen.Module):
+  @linen.compact
+  def __call__(self, x):
+    x = linen.Dense(64, name='up')(x)
+    return linen.Dense(32, name='down')(linen.relu(x))
+
+
 class Mlp(linen.Module):
   recipe: object = None
 
@@ -117,12 +127,54 @@ class LinenTest(parameterized.TestCase):
     np.testing.assert_array_equal(a, b)
     self.assertFalse(np.array_equal(a, c))
 
-  def test_evaluation_needs_no_stream(self):
-    model = Mlp(NOISY)
+  def test_a_missing_stream_is_refused(self):
+    """Gradients without random bits would be those of another recipe."""
     variables = variables_of(Mlp())
-    want, _ = loss(model, variables, quant=jax.random.key(9))
-    got, _ = loss(model, variables)
-    np.testing.assert_array_equal(got, want)
+    for recipe in (NOISY, Policy(NOISY)):
+      with self.assertRaisesRegex(ValueError, "'up' .*'quant'.*forward_only"):
+        jax.eval_shape(Mlp(recipe).apply, variables, X)
+      with low.quantized(recipe):
+        with self.assertRaisesRegex(ValueError, "rngs={'quant': key}"):
+          jax.eval_shape(Plain().apply, variables, X)
+      # Other streams do not stand in for it, and `init` needs none.
+      with self.assertRaisesRegex(ValueError, 'quant'):
+        apply = functools.partial(Mlp(recipe).apply, rngs=PARAMS)
+        jax.eval_shape(apply, variables, X)
+      jax.eval_shape(Mlp(recipe).init, PARAMS, X)
+
+  def test_scan_without_the_stream_is_refused(self):
+    class Body(linen.Module):
+      @linen.compact
+      def __call__(self, x, _):
+        cls = low.dot_general_cls(NOISY)
+        return linen.Dense(32, dot_general_cls=cls)(x), None
+
+    options = {'variable_axes': {'params': 0}, 'length': 3}
+    forgets = linen.scan(Body, split_rngs={'params': True}, **options)()
+    splits = linen.scan(
+      Body, split_rngs={'params': True, 'quant': True}, **options
+    )()
+    variables = jax.eval_shape(splits.init, RNGS, X, None)
+    apply = lambda model, v: model.apply(v, X, None, rngs=RNGS)
+    jax.eval_shape(functools.partial(apply, splits), variables)
+    with self.assertRaisesRegex(ValueError, 'split_rngs'):
+      jax.eval_shape(functools.partial(apply, forgets), variables)
+
+  def test_evaluation_by_name_needs_no_stream(self):
+    variables = variables_of(Mlp())
+    want, _ = loss(Mlp(NOISY), variables, quant=jax.random.key(9))
+    for recipe in (NOISY.forward_only(), Policy(NOISY).forward_only()):
+      got, _ = loss(Mlp(recipe), variables)
+      np.testing.assert_array_equal(got, want)
+
+  def test_a_missing_collection_is_refused(self):
+    params = {'params': variables_of(Mlp())['params']}
+    held = Mlp(recipes.get('fp8_delayed'))
+    with self.assertRaisesRegex(ValueError, "'up' .*'lowbit'.*init"):
+      jax.eval_shape(held.apply, params, X)
+    watch = low.QDotGeneral(recipes.get('mxfp8'), watch=True)
+    with self.assertRaisesRegex(ValueError, "'watched'"):
+      watch.apply({}, X, X[0].T, (((2,), (0,)), ((), ())))
 
   def test_held_scales_are_noted(self):
     model = Mlp(recipes.get('fp8_delayed'))
@@ -189,12 +241,35 @@ class LinenTest(parameterized.TestCase):
     model = linen.MultiHeadDotProductAttention(num_heads=4)
     variables = variables_of(model)
     plain = jax.jit(model.apply)(variables, X)
-    policy = Policy(recipes.get('xnor'), (('out', None),))
-    with low.quantized(policy):
+    xnor = recipes.get('xnor')
+    policy = Policy(xnor, (('out', None),))
+    with low.quantized(policy) as layers:
       y = jax.jit(model.apply)(variables, X)
+    want = {'query': xnor, 'key': xnor, 'value': xnor, 'out': None}
+    self.assertEqual(layers, want)
     self.assertFalse(np.array_equal(y, plain))
     again = jax.jit(model.apply)(variables, X)
     np.testing.assert_array_equal(again, plain)
+
+  def test_what_is_left_out_is_listed(self):
+    class Mixed(linen.Module):
+      @linen.compact
+      def __call__(self, x):
+        x = linen.Conv(32, (3,), name='conv')(x)
+        x = linen.Einsum((32, 16), 'btk,kn->btn', name='mix')(x)
+        x = linen.LayerNorm()(x)
+        own = linen.Dense(8, dot_general=jax.lax.dot_general, name='own')
+        return linen.Dense(8, name='last')(own(x))
+
+    recipe = recipes.get('mxfp8')
+    with low.quantized(Policy(recipe, (('last', recipe),))) as layers:
+      jax.eval_shape(Mixed().init, RNGS, X)
+    self.assertEqual(
+      layers, {'conv': None, 'mix': None, 'own': None, 'last': recipe}
+    )
+    with self.assertRaisesRegex(ValueError, "'lost' is found in none.*last"):
+      with low.quantized(Policy(recipe, (('lost', None),))):
+        jax.eval_shape(Mixed().init, RNGS, X)
 
   def test_refusals(self):
     with self.assertRaisesRegex(TypeError, 'recipes.get'):

@@ -82,6 +82,26 @@ class NnxTest(absltest.TestCase):
     low.quantize(off, Policy(None))
     np.testing.assert_array_equal(run(off, X), plain)
 
+  def test_what_is_left_out_is_listed(self):
+    class Mixed(nnx.Module):
+      def __init__(self, rngs):
+        self.conv = nnx.Conv(4, 4, (3,), rngs=rngs, **INIT)
+        self.norm = nnx.LayerNorm(4, rngs=rngs)
+        self.layers = nnx.List([nnx.Linear(4, 4, rngs=rngs, **INIT)])
+
+    recipe = recipes.get('mxfp8')
+    layers = low.quantize(Mixed(nnx.Rngs(0)), recipe)
+    self.assertEqual(layers, {'conv': None, 'layers/0': recipe})
+
+  def test_what_matches_nothing_is_refused(self):
+    recipe = recipes.get('mxfp8')
+    with self.assertRaisesRegex(ValueError, "'lost' is found in none.*up"):
+      model(Policy(recipe, (('lost', None),)))
+    with self.assertRaisesRegex(ValueError, 'LayerNorm has no Linear'):
+      low.quantize(nnx.LayerNorm(4, rngs=nnx.Rngs(0)), recipe)
+    with self.assertRaisesRegex(TypeError, 'nnx.Module'):
+      low.quantize('nonsense', recipe)
+
   def test_keys_advance(self):
     m = model(NOISY, rngs=nnx.Rngs(quant=3))
     _, first = step(m, X)
