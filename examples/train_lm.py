@@ -114,7 +114,7 @@ def _print_weights(run: trainer.Settings, state) -> None:
   if not isinstance(spec, QuantSpec) or spec.fmt.is_tile or run.scan:
     return
   kernels = byte_lm.linear_kernels(state.params)
-  print(doctor.report(kernels, spec.fmt, axis=-2))
+  print(doctor.report(kernels, spec.fmt, scale_rule=spec.scale_rule, axis=-2))
 
 
 def _evaluate(run, state, corpus) -> dict[str, float]:

@@ -140,6 +140,8 @@ def _mesh_and_parts(sharding, shape):
 
 def _leaf_shardings(q: QArray, sharding) -> QArray:
   mesh, parts = _mesh_and_parts(sharding, q.shape)
+  if q.merged:
+    return _merged_shardings(q, mesh, parts)
   for k, axis in enumerate(q.axes):
     _check_shards(q, k, axis, parts[axis], mesh)
 
@@ -152,6 +154,21 @@ def _leaf_shardings(q: QArray, sharding) -> QArray:
     return own if mesh is None else NamedSharding(mesh, own)
 
   return jax.tree.map(place, q)
+
+
+def _merged_shardings(q: QArray, mesh, parts) -> QArray:
+  """Those of leaves with one axis for several, of which the first is split."""
+  axes = qarray.merged_axes(q)
+  first, end = axes[0] + q.ndim, axes[-1] + 1 + q.ndim
+  if any(part is not None for part in parts[first + 1 : end]):
+    raise ValueError(
+      f'blocks of {q!r} span axes {axes} together: shard the first of them, or'
+      ' other axes'
+    )
+  spec = PartitionSpec(*parts[: first + 1], *parts[end:])
+  whole = spec if mesh is None else NamedSharding(mesh, spec)
+  placed = _leaf_shardings(qarray.flat(q), whole)
+  return qarray.replace(placed, merged=q.merged)
 
 
 def _check_shards(q: QArray, k: int, axis: int, part, mesh) -> None:

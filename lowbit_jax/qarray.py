@@ -97,6 +97,10 @@ class QArray:
     axis: block axis as a negative int, or a tuple of them for tiles.
     pad: elements of padding at the end of each block axis, a tuple.
     dtype: dtype of the array that this one stands for.
+    merged: () where blocks lie along one axis. Blocks that run through several
+      axes at once, as through (heads, size), lie in leaves that have one axis
+      in their place, which is `axis`; `merged` are the sizes of these axes but
+      for the first, which follows from the leaves.
   """
 
   codes: jax.Array
@@ -107,6 +111,9 @@ class QArray:
   axis: int | tuple[int, ...] = dataclasses.field(metadata={'static': True})
   pad: tuple[int, ...] = dataclasses.field(metadata={'static': True})
   dtype: np.dtype = dataclasses.field(metadata={'static': True})
+  merged: tuple[int, ...] = dataclasses.field(
+    default=(), metadata={'static': True}
+  )
 
   @property
   def axes(self) -> tuple[int, ...]:
@@ -115,7 +122,7 @@ class QArray:
 
   @property
   def ndim(self) -> int:
-    return len(self.codes.shape)
+    return len(self.codes.shape) + len(self.merged)
 
   @property
   def shape(self) -> tuple[int, ...]:
@@ -124,6 +131,10 @@ class QArray:
     shape[packed] = _packing.unpacked_size(shape[packed], self.fmt.element.bits)
     for axis, pad in zip(self.axes, self.pad, strict=True):
       shape[axis] -= pad
+    if self.merged:
+      at, inner = len(shape) + packed, math.prod(self.merged)
+      first = shape[at] // inner if inner else 0
+      shape[at : at + 1] = (first, *self.merged)
     return tuple(shape)
 
   @property
@@ -151,6 +162,7 @@ class QArray:
   @property
   def T(self) -> 'QArray':
     """All axes reversed."""
+    _check_apart(self, 'transposed')
     moved = jax.tree.map(lambda leaf: leaf.T, self)
     return _with_axes(moved, [-1 - (self.ndim + a) for a in self.axes])
 
@@ -159,6 +171,7 @@ class QArray:
     """The last two axes swapped."""
     if self.ndim < 2:
       raise ValueError(f'mT needs at least 2 axes, got shape {self.shape}')
+    _check_apart(self, 'transposed')
     moved = jax.tree.map(lambda leaf: jnp.swapaxes(leaf, -1, -2), self)
     return _with_axes(moved, [{-1: -2, -2: -1}.get(a, a) for a in self.axes])
 
@@ -173,11 +186,12 @@ class QArray:
     """A reshape that keeps blocks whole.
 
     Axes before the (first) block axis regroup freely; the block axis itself may
-    split at block boundaries; later axes stay.
+    split at block boundaries; later axes stay. Axes that blocks span together
+    become one.
     """
     if len(shape) == 1 and not isinstance(shape[0], int):
       shape = tuple(shape[0])
-    return _reshape(self, shape)
+    return _reshape(flat(self), shape)
 
   @classmethod
   def from_codes(
@@ -252,9 +266,29 @@ class QArray:
       size = f'{self.bits_per_element:.4g} bits/element, {self.nbytes} bytes'
     except (AttributeError, TypeError):  # placeholders in the leaves
       return f'QArray({self.fmt}, axis={self.axis}, leaves={self.codes!r})'
+    axis = merged_axes(self) if self.merged else self.axis
     return (
       f'QArray({self.fmt}, shape={shape}, dtype={self.dtype.name},'
-      f' axis={self.axis}, {size})'
+      f' axis={axis}, {size})'
+    )
+
+
+def flat(q: QArray) -> QArray:
+  """`q` with one axis in place of those that its blocks span together."""
+  return replace(q, merged=()) if q.merged else q
+
+
+def merged_axes(q: QArray) -> tuple[int, ...]:
+  """The axes that blocks span together, negative and ascending; the block axis
+  where it is one."""
+  return tuple(range(q.axes[0] - len(q.merged), q.axes[0] + 1))
+
+
+def _check_apart(q: QArray, verb: str) -> None:
+  if q.merged:
+    raise ValueError(
+      f'{q!r} cannot be {verb}: its blocks span axes {merged_axes(q)} together;'
+      ' use dequantize(q)'
     )
 
 
@@ -268,6 +302,17 @@ replace = dataclasses.replace
 
 def validate(q: QArray) -> QArray:
   """Checks the invariants of `QArray` and returns `q`."""
+  # Axes that blocks span together multiply to the one of the leaves.
+  if q.merged:
+    whole, size = flat(q), math.prod(q.merged)
+    known = all(isinstance(n, int) and n > 0 for n in q.merged)
+    if q.fmt.is_tile or not known or whole.shape[q.axes[0]] % size:
+      raise ValueError(
+        f'merged={q.merged} must be sizes of axes that divide the axis'
+        f' {q.axes[0]} of {whole.shape}, in a format without tiles'
+      )
+    validate(whole)
+    return q
   # Leaves are there as the format has them, with equal rank.
   fmt, ndim = q.fmt, q.ndim
   present = {
@@ -396,6 +441,51 @@ def block_axes(fmt: BlockFormat, axis: Axis, ndim: int) -> tuple[int, ...]:
   return axes
 
 
+def spanned_axes(
+  fmt: BlockFormat, axis: Axis, ndim: int
+) -> tuple[int, ...] | None:
+  """The axes that blocks of one dimension span together, None for one axis.
+
+  Args:
+    fmt: the format.
+    axis: as in `quantize`.
+    ndim: rank of the array.
+
+  Returns:
+    Negative axes, ascending and adjacent.
+  """
+  if fmt.is_tile or not isinstance(axis, tuple) or len(axis) < 2:
+    return None
+  if not all(isinstance(a, int) for a in axis):
+    raise TypeError(f'{axis=} must be an int or a tuple of ints')
+  if any(not -ndim <= a < ndim for a in axis):
+    raise ValueError(f'{axis=} is out of range for an array of rank {ndim}')
+  axes = tuple(a - ndim if a >= 0 else a for a in axis)
+  if axes != tuple(range(axes[0], axes[0] + len(axes))):
+    raise ValueError(
+      f'{axis=} must name adjacent axes in ascending order, along which blocks'
+      f' of {fmt} run together'
+    )
+  return axes
+
+
+def merge(x: Any, axes: tuple[int, ...] | None) -> Any:
+  """`x` with one axis in place of `axes`, from `spanned_axes`.
+
+  Args:
+    x: an array or a `jax.ShapeDtypeStruct`.
+    axes: adjacent axes, or None to leave x as it is.
+  """
+  if axes is None:
+    return x
+  first, end = axes[0] + x.ndim, axes[-1] + 1 + x.ndim
+  size = math.prod(x.shape[first:end])
+  shape = (*x.shape[:first], size, *x.shape[end:])
+  if isinstance(x, jax.ShapeDtypeStruct):
+    return jax.ShapeDtypeStruct(shape, x.dtype)
+  return x.reshape(shape)
+
+
 def padding(
   shape: Shape, fmt: BlockFormat, axes: Sequence[int]
 ) -> tuple[int, ...]:
@@ -508,6 +598,10 @@ def dequantize(
 
 @functools.partial(jax.jit, static_argnums=1, inline=True)
 def _dequantize(q: QArray, dtype: np.dtype, dither) -> jax.Array:
+  if q.merged:
+    if dither is not None:
+      dither = merge(dither, merged_axes(q))
+    return _dequantize(flat(q), dtype, dither).reshape(q.shape)
   x = element_values(q)
   if dither is not None:
     offset = dither * dither_step(q.fmt.element)
@@ -583,6 +677,8 @@ def _reshape(q: QArray, shape) -> QArray:
 
 def _getitem(q: QArray, key) -> QArray:
   index = _index_per_axis(q, key)
+  if q.merged:
+    return _getitem_merged(q, index)
   if all(isinstance(i, slice) and i == slice(None) for i in index):
     return q
   leaf_index, pad = _index_leaves(q, index)
@@ -599,6 +695,21 @@ def _getitem(q: QArray, key) -> QArray:
     pad=pad,
   )
   return _with_axes(out, _indexed_axes(q, index))
+
+
+def _getitem_merged(q: QArray, index: list) -> QArray:
+  """Indexing around the axes that blocks span together."""
+  axes = merged_axes(q)
+  first, end = axes[0] + q.ndim, axes[-1] + 1 + q.ndim
+  if any(
+    not isinstance(i, slice) or i != slice(None) for i in index[first:end]
+  ):
+    raise IndexError(
+      f'blocks of {q!r} span axes {axes} together, which are not indexed; use'
+      ' dequantize(q)[...]'
+    )
+  whole = flat(q)[(*index[:first], slice(None), *index[end:])]
+  return replace(whole, merged=q.merged)
 
 
 class _LeafIndex(NamedTuple):

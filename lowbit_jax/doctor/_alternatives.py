@@ -74,9 +74,9 @@ class Case(NamedTuple):
 
 def rotation(case: Case) -> transforms.Hadamard | None:
   """A Hadamard rotation over one block, where the axis allows it."""
-  if case.x is None or case.fmt.is_tile:
+  if case.x is None or not isinstance(case.axis, int):
     return None
-  axis = case.axis if isinstance(case.axis, int) else -1
+  axis = case.axis
   n = case.x.shape[axis]
   block = min(n & -n, block_size(case), 128)
   block = 1 << (block.bit_length() - 1)
@@ -104,7 +104,8 @@ def block_size(case: Case) -> int:
   if fmt.scale is None:
     return max(case.x.size, 1) if case.x is not None else 1
   size = math.prod(fmt.block)
-  return size or case.x.shape[case.axis]
+  axes = case.axis if isinstance(case.axis, tuple) else (case.axis,)
+  return size or math.prod(case.x.shape[a] for a in axes)
 
 
 def padding_of(case: Case, axis: int) -> float:

@@ -85,6 +85,14 @@ def measure(q: QArray, x: ArrayLike | None = None) -> Measures:
     q: a quantized array with concrete leaves.
     x: the array that was quantized, of the same shape, or None.
   """
+  if q.merged:
+    whole = qarray.flat(q)
+    m = measure(whole, None if x is None else jnp.reshape(x, whole.shape))
+    if m.first_nonfinite is None:
+      return m
+    flat_index = np.ravel_multi_index(m.first_nonfinite, whole.shape)
+    first = map(int, np.unravel_index(flat_index, q.shape))
+    return m._replace(first_nonfinite=tuple(first))
   # Kinds of blocks: poisoned (NaN), zero after quantization, live.
   sums = _Sums(_blocks.scale_blocks(q), q, x)
   blocks = sums.count > 0

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lowbit_jax import qarray
+from lowbit_jax import _sites, qarray
 from lowbit_jax._quantize import check_array, check_format
 from lowbit_jax._tree import path_name
 from lowbit_jax._typing import PyTree
@@ -43,11 +43,12 @@ def report(
       stored.
     fmt: the block format for arrays; may be None if all are QArrays.
     select: `(path, x) -> bool`, which leaves to measure; None for all floating
-      arrays except vectors of a tree below 2^16 elements.
+      arrays except, in a tree, vectors below 2^16 elements and leaves named
+      'bias' or 'scale'.
     scale_rule: as in `quantize`.
-    axis: block axis as in `quantize`, or `(path, x) -> axis`. None stands for
-      -2 for matrices named 'kernel' in a tree, which Flax stores as (in, out),
-      and for the last axis otherwise (the last two for tiles).
+    axis: block axis as in `quantize`, or `(path, x) -> axis`. In a tree None
+      stands for the axis that `nn.quantize_params` takes, for other kernels
+      for -2, and for the last axis otherwise (the last two for tiles).
     reference: for QArrays, the original array or tree with the same paths; it
       gives the QSNR and everything else that needs the original.
 
@@ -80,7 +81,7 @@ def report(
     raise TypeError(f'{select=} must be a function (path, x) -> bool')
   entries = _entries(params, 'params')
   originals = {} if reference is None else _entries(reference, 'reference')
-  plan = _Plan(fmt, select, scale_rule, axis, originals)
+  plan = _Plan(fmt, select, scale_rule, axis, originals, entries)
   bare = list(entries) == [BARE]
   return Report(tuple(_row(p, x, plan, bare) for p, x in entries.items()))
 
@@ -91,9 +92,9 @@ BARE = 'array'
 class _Plan:
   """The arguments of a report that hold for all leaves."""
 
-  def __init__(self, fmt, select, scale_rule, axis, originals):
+  def __init__(self, fmt, select, scale_rule, axis, originals, entries):
     self.fmt, self.select, self.scale_rule = fmt, select, scale_rule
-    self.axis, self.originals = axis, originals
+    self.axis, self.originals, self.entries = axis, originals, entries
 
   def original(self, path: str, q: QArray):
     """The original of a QArray, or None if there is no reference."""
@@ -114,10 +115,14 @@ class _Plan:
   def axis_of(self, path: str, x, bare: bool) -> Any:
     if callable(self.axis):
       return self.axis(path, x)
-    if self.axis is not None or bare or self.fmt.is_tile:
+    if self.axis is not None or bare:
       return self.axis
-    is_kernel = path.split('/')[-1] == 'kernel' and x.ndim == 2
-    return -2 if is_kernel else None
+    layout = _sites.known_layout(path, self.entries)
+    if layout is not None:
+      return _sites.block_axis(layout, self.fmt, x.shape)
+    if _name(path) == 'kernel' and x.ndim > 2 and not self.fmt.is_tile:
+      return -2
+    return None
 
 
 def _row(path: str, x, plan: _Plan, bare: bool) -> Row:
@@ -144,17 +149,17 @@ def _row(path: str, x, plan: _Plan, bare: bool) -> Row:
         ' format such as lowbit_jax.formats.mxfp4'
       )
     x = check_array(x, fmt)
-    axes = qarray.block_axes(fmt, plan.axis_of(path, x, bare), x.ndim)
-    axis = axes if fmt.is_tile else axes[0]
+    axis = plan.axis_of(path, x, bare)
     rule = _scaling.check_scale_rule(fmt, plan.scale_rule)
     q = _alternatives.quantize(x, fmt, axis=axis, scale_rule=rule)
   m = _measure.measure(q, x)
-  case = _alternatives.Case(path, fmt, rule, q.axis, m, x)
+  axis = qarray.merged_axes(q) if q.merged else q.axis
+  case = _alternatives.Case(path, fmt, rule, axis, m, x)
   advice = _advice.advise(case)
   return _replace(
     base,
     fmt=fmt.name,
-    axis=q.axis,
+    axis=axis,
     measures=m,
     rules=tuple(name for name, _ in advice),
     advice='; '.join(sentence for _, sentence in advice),
@@ -182,6 +187,8 @@ def _why_skipped(path: str, x, plan: _Plan, bare: bool) -> str:
     return f'{plan.fmt} needs {max(len(plan.fmt.block), 1)} axes'
   if plan.select is None and x.ndim < 2 and x.size < SMALL_VECTOR:
     return 'small vector'
+  if plan.select is None and _name(path) in ('bias', 'scale'):
+    return f'a {_name(path)}'
   return ''
 
 
@@ -213,6 +220,10 @@ def _unbox(leaf):
   if callable(getattr(leaf, 'unbox', None)):
     return leaf.unbox()
   return getattr(leaf, 'value', leaf)
+
+
+def _name(path: str) -> str:
+  return path.rsplit('/', 1)[-1]
 
 
 def _key_name(key) -> str:

@@ -31,7 +31,7 @@ def take_rows(
     An array of shape `(*ids.shape, features)`.
   """
   if isinstance(table, QArray):
-    if table.axes != (-1,):
+    if table.axes != (-1,) or table.merged:
       return jnp.take(qarray.dequantize(table, dtype), ids, axis=0)
     row = jnp.take(jnp.arange(table.shape[0]), ids, fill_value=-1)
     rows = qarray.dequantize(table[jnp.maximum(row, 0)], dtype)

@@ -1,7 +1,9 @@
 """Quantizing the parameters of a model, leaf by leaf."""
 
 import functools
+import math
 import re
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -9,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax.core import meta
 
-from lowbit_jax import _quantize as core, ops, qarray
+from lowbit_jax import _quantize as core, _sites, ops, qarray
 from lowbit_jax._tree import path_name
 from lowbit_jax._typing import Axis, PyTree
 from lowbit_jax.formats import BlockFormat
@@ -19,20 +21,8 @@ from lowbit_jax.qarray import QArray
 # Of (path, w, fmt, axis).
 Method = Callable[[str, jax.Array, BlockFormat, Any], QArray]
 
-_ATTENTION = {'query': -3, 'key': -3, 'value': -3, 'out': -2}
+_PADDING = 0.25  # more than that is not quantized without a word
 _REMEDY = 'pass axis=, narrow select=, or name stacked layers in stacked='
-
-
-class Layout(NamedTuple):
-  """Where the blocks of a kernel lie.
-
-  Attributes:
-    axis: block axis, negative.
-    rank: rank of the kernel; axes in front of it are stacked layers.
-  """
-
-  axis: int
-  rank: int
 
 
 def quantize_params(
@@ -55,14 +45,16 @@ def quantize_params(
   Flax gives:
 
     kernel (in, out)                        axis -2
-    kernel of a module named conv...        axis -2, the input channels
+    kernel (..., in, out) of a module named conv...  axis -2, input channels
     kernel (in, heads, size) of query, key and value of an attention  axis -3
     kernel (heads, size, out) of its out                              axis -2
     embedding (n, features)                 axis -1
 
-  Tiles span that axis and the last one. Other leaves are refused: DenseGeneral
-  and Einsum do not say in their parameters what they contract (the modules of
-  NNX do: see `nn.nnx.quantize`).
+  Where blocks do not divide that axis and others in front of it are contracted
+  as well, (heads, size) or those of a convolution, they run through all of them
+  as through one. Tiles span that axis and the last one. Other leaves are
+  refused: DenseGeneral and Einsum do not say in their parameters what they
+  contract (the modules of NNX do: see `nn.nnx.quantize`).
 
   Args:
     params: tree of arrays: the params of a Linen model, boxed in
@@ -72,8 +64,8 @@ def quantize_params(
       leaves named 'kernel' with two or more axes, so no embeddings.
     fmt: block format, or a function of path and leaf that returns one, or None
       to leave the leaf as it is.
-    axis: block axis (a tuple for tiles) of all selected leaves, or a function
-      of path and leaf; where it is None, the table above applies.
+    axis: block axis (a tuple as in `quantize`) of all selected leaves, or a
+      function of path and leaf; where it is None, the table above applies.
     stacked: regular expression or predicate for leaves that hold layers stacked
       along axis 0 (`nn.scan`, `nn.vmap`); each layer is quantized by itself.
     scale_rule: scale rule in place of that of the format.
@@ -82,7 +74,9 @@ def quantize_params(
       stacked layers it gets one after the other, the index behind the path.
 
   Returns:
-    The same tree. Leaves that are QArrays already stay as they are.
+    The same tree. Leaves that are QArrays already stay as they are. Where
+    padding makes a leaf more than a quarter larger, a UserWarning names the
+    format that fits.
 
   Raises:
     ValueError: if nothing is selected, or for a leaf whose axis is not known.
@@ -137,7 +131,7 @@ class Choice(NamedTuple):
   method: Method | None
 
   def quantize(
-    self, leaves: dict[str, Any], known: dict[str, Layout] | None = None
+    self, leaves: dict[str, Any], known: dict[str, _sites.Layout] | None = None
   ) -> dict[str, QArray]:
     """Quantized leaves by path.
 
@@ -157,6 +151,7 @@ class Choice(NamedTuple):
       if isinstance(leaves[path], QArray):
         continue
       if (q := self._leaf(path, leaves, known or {})) is not None:
+        _warn_of_padding(path, q)
         out[path] = q
     return out
 
@@ -175,9 +170,14 @@ class Choice(NamedTuple):
     axis: Any = self.axis(path, leaf) if callable(self.axis) else self.axis
     layers = int(is_stack)
     if axis is None:
-      layout = known.get(path) or _layout(path, leaves, layers)
+      layout = known.get(path) or _sites.known_layout(path, leaves, layers)
+      if layout is None:
+        raise ValueError(
+          f'the block axis of {path!r} with shape {leaf.shape} is not known:'
+          f' {_REMEDY}'
+        )
       layers = leaf.ndim - layout.rank
-      axis = _tile_axes(layout.axis) if fmt.is_tile else layout.axis
+      axis = _sites.block_axis(layout, fmt, leaf.shape)
     elif not all(a < 0 for a in (axis if isinstance(axis, tuple) else (axis,))):
       raise ValueError(f'{axis=} of {path!r} must count from the end: < 0')
     try:
@@ -209,6 +209,24 @@ def _quantize(
   return quantize(x)
 
 
+def _warn_of_padding(path: str, q: QArray) -> None:
+  """Warns where padding costs more than a quarter."""
+  whole = qarray.flat(q)
+  sizes = [whole.shape[axis] for axis in q.axes]
+  shares = [pad / n for n, pad in zip(sizes, q.pad, strict=True) if n]
+  cost = math.prod(1 + share for share in shares) - 1
+  if cost <= _PADDING:
+    return
+  fits = None if q.fmt.is_tile else _sites.fitting_format(q.fmt, sizes[0])
+  remedy = 'leave it in bfloat16' if fits is None else f'use {fits}'
+  warnings.warn(
+    f'padding adds {100 * cost:.0f} % to {path!r} of shape {q.shape}, whose'
+    f' blocks of {q.fmt} have {q.bits_per_element:.3g} bits per element:'
+    f' {remedy}, or pad the model',
+    stacklevel=2,
+  )
+
+
 def _by_method(
   method: Method, path: str, w, fmt: BlockFormat, axis, layers: int
 ) -> QArray:
@@ -231,41 +249,6 @@ def _by_method(
       f' {w.dtype}; both must agree'
     )
   return q
-
-
-def _layout(path: str, leaves, layers: int) -> Layout:
-  """The layout that names and shapes tell, for `layers` leading stack axes."""
-  *parents, name = path.split('/')
-  parent = parents[-1] if parents else ''
-  rank = leaves[path].ndim - layers
-  if name == 'embedding' and rank == 2:
-    return Layout(-1, rank)
-  if name == 'kernel' and not re.match(r'Einsum(_\d+)?$', parent):
-    if rank == 2 or (rank > 2 and re.search('conv', parent, re.IGNORECASE)):
-      return Layout(-2, rank)
-    if rank == 3 and parent in _ATTENTION and _is_attention(parents, leaves):
-      return Layout(_ATTENTION[parent], rank)
-  raise ValueError(
-    f'the block axis of {path!r} with shape {leaves[path].shape} is not known:'
-    f' {_REMEDY}'
-  )
-
-
-def _is_attention(parents, leaves) -> bool:
-  """Whether the siblings are the four projections of an attention."""
-
-  def heads(name, start):
-    leaf = leaves.get('/'.join([*parents[:-1], name, 'kernel']))
-    if leaf is None or leaf.ndim < 3:
-      return name
-    return leaf.shape[-3:][start : start + 2]
-
-  own = {heads(n, 1) for n in ('query', 'key', 'value')} | {heads('out', 0)}
-  return len(own) == 1
-
-
-def _tile_axes(axis: int) -> tuple[int, int]:
-  return (-2, -1) if axis == -1 else (axis, -1)
 
 
 def _matches(which, path: str, leaf) -> bool:

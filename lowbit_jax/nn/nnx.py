@@ -23,6 +23,7 @@ from flax import nnx as flax_nnx
 from flax.nnx.nn import dtypes as flax_dtypes
 from jax import lax
 
+from lowbit_jax import _sites
 from lowbit_jax._typing import Axis, DotDims, DTypeLike, OutSharding, Precision
 from lowbit_jax.formats import BlockFormat
 from lowbit_jax.nn import _dot, _embed, _params
@@ -203,26 +204,32 @@ def _holders(model):
   ]
 
 
-def _layout(module, name: str) -> _params.Layout | None:
+def _layout(module, name: str) -> _sites.Layout | None:
   """Where the module itself tells how its parameter is contracted."""
   if isinstance(module, flax_nnx.Embed):
-    return _params.Layout(-1, 2) if name == 'embedding' else None
+    return _sites.Layout((-1,), 2) if name == 'embedding' else None
   if name != 'kernel':
     return None
   if isinstance(module, flax_nnx.Linear):
-    return _params.Layout(-2, 2)
+    return _sites.Layout((-2,), 2)
   if isinstance(module, flax_nnx.LinearGeneral):
     n_in, n_out = len(module.in_features), len(module.out_features)
-    return _params.Layout(-1 - n_out, len(module.batch_axis) + n_in + n_out)
+    rank = len(module.batch_axis) + n_in + n_out
+    return _sites.Layout(tuple(range(-n_out - n_in, -n_out)), rank)
   if isinstance(module, flax_nnx.Conv | flax_nnx.ConvTranspose):
-    axis = -1 if getattr(module, 'transpose_kernel', False) else -2
-    return _params.Layout(axis, len(module.kernel_size) + 2)
+    rank = len(module.kernel_size) + 2
+    if getattr(module, 'transpose_kernel', False):
+      return _sites.Layout((-1,), rank)
+    return _sites.Layout(tuple(range(-rank, -1)), rank)
   if isinstance(module, flax_nnx.Einsum) and '...' not in module.einsum_str:
     operands, output = module.einsum_str.replace(' ', '').split('->')
     inputs, kernel = operands.split(',')
-    axes = [i for i, c in enumerate(kernel) if c in inputs and c not in output]
+    rank = len(kernel)
+    axes = [
+      i - rank for i, c in enumerate(kernel) if c in inputs and c not in output
+    ]
     if axes:
-      return _params.Layout(axes[-1] - len(kernel), len(kernel))
+      return _sites.Layout(tuple(axes), rank)
   return None
 
 

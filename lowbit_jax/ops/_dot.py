@@ -103,13 +103,15 @@ def dot_general(
   Derivative: that of the product of the dequantized operands, with respect to
   arrays and to the float scales of QArrays; forward and reverse mode.
   """
+  dtype = preferred_element_type
+  if dtype is None:
+    dtype = jnp.promote_types(
+      *(_operand.checked(x, s).dtype for x, s in ((lhs, 'lhs'), (rhs, 'rhs')))
+    )
   left, right, dims, _ = dot_general_operands(lhs, rhs, dimension_numbers)
   if isinstance(implementation, list):
     implementation = tuple(implementation)
   call = _Call(dims, precision, implementation)
-  dtype = preferred_element_type
-  if dtype is None:
-    dtype = jnp.promote_types(left.dtype, right.dtype)
   if not (_operand.is_stored(left) or _operand.is_stored(right)):
     _dispatch.select(
       'dot_general', TABLE, implementation, left, right, dims, None
@@ -241,7 +243,8 @@ def dot_general_operands(
 ) -> PlanArguments:
   """Arguments of the plan of a `dot_general`."""
   left, right = _operand.checked(lhs, 'lhs'), _operand.checked(rhs, 'rhs')
-  return left, right, _check_dims(left, right, dimension_numbers), precision
+  dims = _check_dims(left, right, dimension_numbers)
+  return *_operand.joined(left, right, dims), precision
 
 
 def einsum_operands(

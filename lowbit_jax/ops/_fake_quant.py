@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lowbit_jax import _quantize as core, qarray
+from lowbit_jax import _quantize as core
 from lowbit_jax._typing import ArrayLike, Axis, Key, Origin
 from lowbit_jax.formats import BlockFormat
 from lowbit_jax.numerics import _rounding, _scaling
@@ -19,6 +19,7 @@ from lowbit_jax.ops._quantize import (
   Options,
   check_scales,
   data_job,
+  merged,
   rounding_of,
   split_origin,
 )
@@ -158,8 +159,7 @@ def prepare(
   shape = x.shape
   if x.ndim == 0:
     x = x.reshape((1,) * len(fmt.block))
-  x = core.check_array(x, fmt)
-  axes = qarray.block_axes(fmt, axis, x.ndim)
+  x, axes = merged(core.check_array(x, fmt), fmt, axis)
   _rounding.check_rounding(rounding, key, random_bits)
   return x, shape, axes
 

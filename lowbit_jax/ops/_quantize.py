@@ -75,8 +75,10 @@ def quantize(
     x: float16, bfloat16 or float32, of any shape but 0-d.
     fmt: a block format; its name alone fixes the block geometry.
     axis: the block axis; two axes for tiles, the first of which is packed. None
-      stands for the last axis (the last two for tiles). A size that blocks do
-      not divide is padded with zeros inside.
+      stands for the last axis (the last two for tiles). Other formats take
+      adjacent axes in a tuple, such as (heads, size) of an attention, through
+      which blocks run as through one. A size that blocks do not divide is
+      padded with zeros inside.
     scale_rule: how scales follow from the data; None for the format's own.
       Powers of two: 'floor', 'ceil', 'even', 'rceil', 'round', 'mse'. Float
       scales: 'absmax', 'absmean', 'sweep'. NVFP4: 'absmax', 'four_over_six',
@@ -114,7 +116,7 @@ def quantize(
     >>> q.shape, q.nbytes
     ((2, 64), 68)
   """
-  x, extras, options = operands(
+  rows, extras, options = operands(
     x,
     fmt,
     axis=axis,
@@ -127,7 +129,7 @@ def quantize(
     rotation=rotation,
     implementation=implementation,
   )
-  return _quantize(x, extras, options)
+  return unmerged(_quantize(rows, extras, options), jnp.shape(x), axis)
 
 
 def operands(
@@ -148,7 +150,7 @@ def operands(
   core.check_format(fmt)
   if not isinstance(x, jax.ShapeDtypeStruct):
     x = jax.lax.stop_gradient(core.check_array(x, fmt))
-  axes = qarray.block_axes(fmt, axis, x.ndim)
+  x, axes = merged(x, fmt, axis, origin)
   rule = _scaling.check_scale_rule(fmt, scale_rule)
   _rounding.check_rounding(rounding, key, random_bits)
   start, full_shape = split_origin(origin)
@@ -166,6 +168,37 @@ def operands(
   )
   signs = None if rotation is None else rotation.signs
   return x, Extras(key, start, tensor_scale, signs), options
+
+
+def merged(
+  x: Any, fmt: BlockFormat, axis: Axis, origin: Origin | None = None
+) -> tuple[Any, tuple[int, ...]]:
+  """`x` with one axis for those that blocks span together, and the block axes.
+
+  Args:
+    x: an array or a `jax.ShapeDtypeStruct`.
+    fmt: the format.
+    axis: as in `quantize`.
+    origin: as in `quantize`, refused where axes are merged.
+  """
+  spanned = qarray.spanned_axes(fmt, axis, x.ndim)
+  if spanned is None:
+    return x, qarray.block_axes(fmt, axis, x.ndim)
+  if origin is not None:
+    raise ValueError(
+      f'{origin=} counts in axes that blocks span together, axis={axis}: merge'
+      ' them in x and in origin first'
+    )
+  x = qarray.merge(x, spanned)
+  return x, qarray.block_axes(fmt, spanned[-1], x.ndim)
+
+
+def unmerged(q: QArray, shape: Shape, axis: Axis) -> QArray:
+  """The QArray of what `merged` made of an array of `shape`, in that shape."""
+  spanned = qarray.spanned_axes(q.fmt, axis, len(shape))
+  if spanned is None:
+    return q
+  return qarray.replace(q, merged=tuple(shape[a] for a in spanned[1:]))
 
 
 def _check_rotation(rotation: Hadamard | None, x, axes) -> int:
@@ -218,12 +251,13 @@ def quantize_with(
   """
   core.check_format(fmt)
   x = jax.lax.stop_gradient(core.check_array(x, fmt))
-  axes = qarray.block_axes(fmt, axis, x.ndim)
+  rows, axes = merged(x, fmt, axis, origin)
   _rounding.check_rounding(rounding, key, random_bits)
-  scales = check_scales(x.shape, fmt, axes, scale, tensor_scale, zero_point)
+  scales = check_scales(rows.shape, fmt, axes, scale, tensor_scale, zero_point)
   start, full_shape = split_origin(origin)
   options = Options(fmt, axes, '', rounding, random_bits, full_shape)
-  return _quantize_with(x, scales, Extras(key, start, None), options)
+  q = _quantize_with(rows, scales, Extras(key, start, None), options)
+  return unmerged(q, x.shape, axis)
 
 
 @functools.partial(jax.jit, static_argnums=2, inline=True)

@@ -54,6 +54,11 @@ def update_slice(
   """
   if not isinstance(q, QArray):
     raise TypeError(f'q must be a QArray, got {type(q).__name__}')
+  if q.merged:
+    raise ValueError(
+      f'blocks of {q!r} span axes {qarray.merged_axes(q)} together; quantize'
+      ' along one axis to update parts'
+    )
   x = jnp.asarray(x)
   if x.ndim != q.ndim or any(
     n > m for n, m in zip(x.shape, q.shape, strict=True)

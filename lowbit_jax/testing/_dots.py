@@ -109,6 +109,8 @@ def exact_values(q: ArrayLike | QArray) -> np.ndarray:
   """element * scale * tensor_scale in float64, unrounded."""
   if not isinstance(q, QArray):
     return np.asarray(q, np.float64)
+  if q.merged:
+    return exact_values(qarray.flat(q)).reshape(q.shape)
   fmt = q.fmt
   codes = np.asarray(numerics.unpack(q.codes, fmt.element.bits, q.axes[0]))
   view, inner = qarray.split_blocks(codes.shape, fmt, q.axes)
