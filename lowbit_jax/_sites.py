@@ -97,9 +97,13 @@ def fitting_format(fmt: BlockFormat, size: int) -> BlockFormat | None:
   def kind(f):
     return f.element, f.scale, f.tensor_scale, f.zero_point, f.is_tile
 
+  blocks = (formats.get(name) for name in formats.names('block'))
   same = [
     f
-    for f in map(formats.get, formats.names('block'))
-    if kind(f) == kind(fmt) and f.block[0] and size % f.block[0] == 0
+    for f in blocks
+    if isinstance(f, BlockFormat)
+    and kind(f) == kind(fmt)
+    and f.block[0]
+    and size % f.block[0] == 0
   ]
   return max(same, key=lambda f: f.block[0], default=None)

@@ -159,9 +159,9 @@ def prepare(
   shape = x.shape
   if x.ndim == 0:
     x = x.reshape((1,) * len(fmt.block))
-  x, axes = merged(core.check_array(x, fmt), fmt, axis)
+  rows, axes = merged(core.check_array(x, fmt), fmt, axis)
   _rounding.check_rounding(rounding, key, random_bits)
-  return x, shape, axes
+  return rows, shape, axes
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from lowbit_jax import qarray
-from lowbit_jax._typing import ArrayLike, DotDims
+from lowbit_jax._typing import ArrayLike, DotDims, Shape
 from lowbit_jax.ops import _prepack
 from lowbit_jax.ops._prepack import Prepacked
 from lowbit_jax.qarray import QArray
@@ -90,24 +90,25 @@ def joined(lhs: Any, rhs: Any, dims: DotDims) -> tuple[Any, Any, DotDims]:
     whose blocks span other axes than those that are contracted is dense.
   """
   operands = [lhs, rhs]
-  contracted, batch = ([list(axes) for axes in part] for part in dims)
+  contracted, batch = (list(map(tuple, part)) for part in dims)
   for side in (0, 1):
     q, other = operands[side], operands[1 - side]
     if not isinstance(q, QArray) or not q.merged:
       continue
-    axes = [a + q.ndim for a in qarray.merged_axes(q)]
+    axes = tuple(a + q.ndim for a in qarray.merged_axes(q))
     n, start = len(axes), _position(axes, contracted[side])
-    partner = [] if start is None else contracted[1 - side][start : start + n]
+    partner = () if start is None else contracted[1 - side][start : start + n]
     if start is None or not _can_join(other, partner):
       operands[side] = _densified(q)
       continue
-    for own, (first, *rest) in ((side, axes), (1 - side, partner)):
-      operands[own] = _flattened(operands[own], [first, *rest])
-      new = _numbers_after(first, n)
-      contracted[own] = [new(a) for a in contracted[own] if a not in rest]
-      batch[own] = [new(a) for a in batch[own]]
-  dims = tuple(tuple(map(tuple, part)) for part in (contracted, batch))
-  return *operands, dims
+    for own, group in ((side, axes), (1 - side, partner)):
+      operands[own] = _flattened(operands[own], group)
+      new = _numbers_after(group[0], n)
+      kept = (a for a in contracted[own] if a not in group[1:])
+      contracted[own] = tuple(map(new, kept))
+      batch[own] = tuple(map(new, batch[own]))
+  (lhs_k, rhs_k), (lhs_b, rhs_b) = contracted, batch
+  return *operands, ((lhs_k, rhs_k), (lhs_b, rhs_b))
 
 
 def _numbers_after(first: int, n: int) -> Callable[[int], int]:
@@ -115,7 +116,7 @@ def _numbers_after(first: int, n: int) -> Callable[[int], int]:
   return lambda axis: axis - n + 1 if axis > first else axis
 
 
-def _position(axes: list[int], contracted: list[int]) -> int | None:
+def _position(axes: Shape, contracted: Shape) -> int | None:
   """Where `axes` stand in `contracted` one after the other, or None."""
   for i in range(len(contracted) - len(axes) + 1):
     if contracted[i : i + len(axes)] == axes:
@@ -123,16 +124,16 @@ def _position(axes: list[int], contracted: list[int]) -> int | None:
   return None
 
 
-def _can_join(x: Any, axes: list[int]) -> bool:
+def _can_join(x: Any, axes: Shape) -> bool:
   """Whether axes of the other operand can become one as well."""
-  if axes != list(range(axes[0], axes[0] + len(axes))):
+  if axes != tuple(range(axes[0], axes[0] + len(axes))):
     return False
   if isinstance(x, QArray):
     return tuple(a - x.ndim for a in axes) == qarray.merged_axes(x)
   return not is_stored(x)
 
 
-def _flattened(x: Any, axes: list[int]) -> Any:
+def _flattened(x: Any, axes: Shape) -> Any:
   if isinstance(x, QArray):
     return qarray.flat(x)
   return qarray.merge(x, tuple(a - x.ndim for a in axes))
