@@ -97,7 +97,9 @@ def joined(lhs: Any, rhs: Any, dims: DotDims) -> tuple[Any, Any, DotDims]:
       continue
     axes = tuple(a + q.ndim for a in qarray.merged_axes(q))
     n, start = len(axes), _position(axes, contracted[side])
-    partner = () if start is None else contracted[1 - side][start : start + n]
+    partner: tuple[int, ...] = ()
+    if start is not None:
+      partner = contracted[1 - side][start : start + n]
     if start is None or not _can_join(other, partner):
       operands[side] = _densified(q)
       continue
