@@ -33,6 +33,8 @@ def known_layout(
 ) -> Layout | None:
   """The layout that the names of Flax and shapes tell, None if they do not.
 
+  A bias has the shape of the axes that are not contracted.
+
   Args:
     path: of a leaf, such as 'block_0/attention/out/kernel'.
     leaves: all leaves by path.
@@ -50,6 +52,14 @@ def known_layout(
     return Layout(tuple(range(-rank, -1)), rank)
   if rank == 3 and parent in _ATTENTION and _is_attention(parents, leaves):
     return Layout(_ATTENTION[parent], rank)
+  bias = leaves.get('/'.join([*parents, 'bias']))
+  if rank > 2 and bias is not None and bias.ndim > layers:
+    outputs = bias.ndim - layers
+    if outputs < rank and bias.shape == (
+      *leaves[path].shape[:layers],
+      *leaves[path].shape[-outputs:],
+    ):
+      return Layout(tuple(range(-rank, -outputs)), rank)
   return None
 
 

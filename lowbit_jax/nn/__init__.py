@@ -12,6 +12,7 @@ a parameter tree that holds them. `nn.nnx` loads on first use.
   leaves.
 - `trainable_mask`: A tree of bools for `optax.masked`: False for QArrays and
   integers.
+- `unbox`: `flax.linen.unbox` that leaves QArrays packed.
 - `linen`: Linen: modules for fake quantization, and packed weights in any
   module.
 - `nnx`: NNX: frozen quantized variables, and modules for fake quantization.
@@ -28,5 +29,6 @@ from lowbit_jax.nn._params import (
   quantize_params as quantize_params,
   trainable_mask as trainable_mask,
 )
+from lowbit_jax.nn._view import unbox as unbox
 
 __getattr__, __dir__ = _lazy.submodules(__name__, ('nnx',))

@@ -48,6 +48,7 @@ def quantize_params(
     kernel (..., in, out) of a module named conv...  axis -2, input channels
     kernel (in, heads, size) of query, key and value of an attention  axis -3
     kernel (heads, size, out) of its out                              axis -2
+    kernel (..., out) beside a bias of shape (out)  axis -2; so for more axes
     embedding (n, features)                 axis -1
 
   Where blocks do not divide that axis and others in front of it are contracted

@@ -15,7 +15,7 @@ import numpy as np
 from flax.core import meta
 
 from lowbit_jax import qarray
-from lowbit_jax._typing import DTypeLike
+from lowbit_jax._typing import DTypeLike, PyTree
 from lowbit_jax.ops._operand import Operand
 from lowbit_jax.qarray import QArray
 
@@ -78,6 +78,45 @@ Viewed = Operand | ArrayView  # of a product
 def unview(x: Any) -> Any:
   """The QArray behind a view; anything else as it is."""
   return x.q if isinstance(x, ArrayView) else x
+
+
+def unbox(tree: PyTree) -> PyTree:
+  """`flax.linen.unbox` that leaves QArrays packed.
+
+  Linen takes a QArray for a box around an array, so that its own `unbox` opens
+  QArrays as well, into views that only a module can use: `jax.jit` and
+  `io.save` refuse them.
+
+  Args:
+    tree: variables of a Linen model; boxes such as `nn.Partitioned` around
+      arrays and QArrays, and views of QArrays, are opened.
+
+  Returns:
+    The tree with arrays and QArrays in place of boxes and views.
+
+  Examples:
+    >>> import jax.numpy as jnp
+    >>> from flax import linen
+    >>> from lowbit_jax import formats, nn
+    >>> box = linen.Partitioned(jnp.ones((64, 8)), (None, 'model'))
+    >>> params = nn.quantize_params({'kernel': box}, None, formats.mxfp4)
+    >>> nn.unbox(params)['kernel'].shape
+    (64, 8)
+  """
+
+  def is_box(x):
+    return isinstance(x, ArrayView | meta.AxisMetadata)
+
+  def content(x):
+    if isinstance(x, QArray | ArrayView):
+      return unview(x)
+    if isinstance(x, meta.AxisMetadata):
+      # QArrays have no value that a constraint could be put on as a whole.
+      value = getattr(x, 'value', None)
+      return content(value if isinstance(value, QArray) else x.unbox())
+    return x
+
+  return jax.tree.map(content, tree, is_leaf=is_box)
 
 
 def _same_axes(self: QArray, index: int, params) -> QArray:

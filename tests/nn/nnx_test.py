@@ -361,5 +361,30 @@ class EmbedTest(absltest.TestCase):
       layer(jnp.ones(3))
 
 
+class AbstractTest(absltest.TestCase):
+  def test_shardings_reach_the_leaves(self):
+    """What a checkpoint is restored into on a mesh."""
+    sharded = {'kernel_metadata': {'out_sharding': (None, 'model')}}
+
+    def make():
+      model = flax_nnx.Linear(64, 8, rngs=flax_nnx.Rngs(0), **sharded)
+      return nn.nnx.quantize(model, None, formats.mxfp4)
+
+    mesh = jax.make_mesh(
+      (1,), ('model',), axis_types=(jax.sharding.AxisType.Auto,)
+    )
+    with jax.set_mesh(mesh):
+      abstract = [
+        flax_nnx.as_abstract(flax_nnx.eval_shape(make)),
+        flax_nnx.eval_shape(make, graph=True, graph_updates=True),
+      ]
+    for model in abstract:
+      q = model.kernel.get_raw_value()
+      self.assertIsInstance(q, QArray)
+      self.assertEqual(q.shape, (64, 8))
+      for leaf in jax.tree.leaves(q):
+        self.assertEqual(tuple(leaf.sharding.spec), (None, 'model'))
+
+
 if __name__ == '__main__':
   absltest.main()

@@ -320,5 +320,41 @@ class OptaxTest(absltest.TestCase):
     )
 
 
+class SiteTest(absltest.TestCase):
+  def test_a_bias_tells_what_is_contracted(self):
+    shape = jax.ShapeDtypeStruct
+    for kernel, bias, axis in (
+      ((8, 8, 32, 16), (16,), (-2,)),  # a convolution of any name
+      ((64, 4, 8), (4, 8), (-3,)),  # DenseGeneral to (heads, size)
+      ((4, 64, 8), (8,), (-2,)),  # and from two axes
+    ):
+      params = {
+        'patch': {
+          'kernel': shape(kernel, jnp.float32),
+          'bias': shape(bias, jnp.float32),
+        }
+      }
+      q = jax.eval_shape(
+        lambda p: nn.quantize_params(p, None, formats.mxfp4), params
+      )['patch']['kernel']
+      self.assertEqual((q.axes, q.merged), (axis, ()))
+    del params['patch']['bias']
+    with self.assertRaisesRegex(ValueError, 'patch/kernel.*not known'):
+      jax.eval_shape(
+        lambda p: nn.quantize_params(p, None, formats.mxfp4), params
+      )
+
+
+class UnboxTest(absltest.TestCase):
+  def test_qarrays_stay_packed(self):
+    box = flax_linen.Partitioned(np.ones((64, 8), np.float32), (None, 'model'))
+    params = {'kernel': box, 'bias': np.zeros(8)}
+    q = nn.quantize_params(params, None, formats.mxfp4)
+    for tree in (q, flax_linen.unbox(q), nn.unbox(q)):
+      got = nn.unbox(tree)
+      self.assertIsInstance(got['kernel'], QArray)
+      self.assertIs(got['bias'], params['bias'])
+
+
 if __name__ == '__main__':
   absltest.main()
