@@ -191,6 +191,14 @@ class DefinitionTest(parameterized.TestCase):
     bound = (M + N + 8) * U * size
     np.testing.assert_array_less(np.abs(dx - want), bound)
 
+  def test_no_tokens(self):
+    """An expert that nobody visits."""
+    recipe = Recipe('test', center=True, principal=2)
+    x, _, dy = (t[:0] for t in operands())
+    _, dx, dw = run(recipe, x, operands()[1], dy)
+    self.assertEqual(dx.shape, x.shape)
+    np.testing.assert_array_equal(dw, 0)
+
   def test_centering_helps_where_the_mean_is_large(self):
     self.assert_centering_helps(CENTERED)
 
