@@ -217,6 +217,33 @@ class AccuracyTest(Accuracy):
     )
     self.assertEqual(y.dtype, jnp.bfloat16)
 
+  def test_numbers_share_a_program(self):
+    x = rows.draw('wide', WIDE)
+    sizes = []
+    for temperature in (0.5, 0.25, 3.0):
+      lowbit.softmax(x, temperature=temperature, algorithm='pair')
+      sizes.append(_softmax._scaled._cache_size())
+    self.assertEqual(sizes[0], sizes[2])
+
+  @parameterized.parameters(*forms.KINDS)
+  def test_several_axes(self, kind):
+    x = rows.draw('wide', (2, 3, 4))
+    where = x[:, :1] > 0
+    f = functools.partial(OPS[kind], algorithm='pair')
+    got = f(x, (0, -1), where=where)
+    order = (1, 0, 2)
+    whole = np.broadcast_to(where, x.shape)
+    x, whole = (t.transpose(order).reshape(3, 8) for t in (x, whole))
+    want = f(x, where=whole)
+    if kind != 'logsumexp':
+      want = want.reshape(3, 2, 4).transpose(order)
+    np.testing.assert_array_equal(got, want)
+
+  def test_several_axes_of_shapes(self):
+    x, where = (jax.ShapeDtypeStruct((2, 3, 4), t) for t in (np.float32, bool))
+    choice = lowbit.select_implementation('softmax', x, (0, 2), where=where)
+    self.assertEqual(choice.implementation, 'xla')
+
   def test_gradient_of_temperature(self):
     x = rows.draw('normal', (8,))
 
@@ -675,7 +702,8 @@ ERRORS = (
   ('int', {'x': np.ones(3, int)}, TypeError, ('x.dtype=int', 'cast')),
   ('complex', {'x': np.ones(3, np.complex64)}, TypeError, ('complex64',)),
   ('axis', {'axis': 2}, ValueError, ('axis=2', r'\(2, 3\)')),
-  ('axes', {'axis': (0, 1)}, TypeError, (r'axis=\(0, 1\)', 'reshape')),
+  ('axes', {'axis': (0, -2)}, ValueError, (r'axis=\(0, -2\)', 'none twice')),
+  ('no_axes', {'axis': ()}, ValueError, (r'axis=\(\)', 'one axis or more')),
   ('where_dtype', {'where': np.ones((2, 3))}, TypeError, ('float', 'bool')),
   (
     'where_shape',
