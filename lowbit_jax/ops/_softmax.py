@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from lowbit_jax._typing import ArrayLike, DTypeLike, Implementation
 from lowbit_jax.ops import _dispatch, _partition
@@ -211,7 +212,7 @@ def _run(
     where = jnp.broadcast_to(where, x.shape)
   if x.size == 0:
     y = _of_nothing(x, call)
-  elif call.scale == 1.0 or isinstance(x, jax.core.Tracer):
+  elif call.scale == 1.0 or isinstance(x, Tracer):
     y = _compiled(x, where, call)
   else:
     # Outside of other programs an operand, lest every number compile its own.
@@ -237,13 +238,14 @@ def operands(
 
   Several axes are one axis of x, the last.
   """
-  x = _checked_array(x)
-  where = _checked_mask(where, x.shape)
+  array = _checked_array(x)
+  mask = _checked_mask(where, array.shape)
   if isinstance(axis, tuple):
-    x, where = _together(x, where, _checked_axes(axis, x.shape))
-    axis = x.ndim - 1
+    axes = _checked_axes(axis, array.shape)
+    array, mask = _together(array, mask, axes)
+    row_axis = len(array.shape) - 1
   else:
-    axis = _checked_axis(axis, x.shape)
+    row_axis = _checked_axis(axis, array.shape)
   if algorithm not in forms.ALGORITHMS:
     raise ValueError(f'{algorithm=} is not one of {forms.ALGORITHMS}')
   if exp not in exponential.EXPONENTIALS:
@@ -254,12 +256,12 @@ def operands(
     )
   if isinstance(implementation, list):
     implementation = tuple(implementation)
-  out_dtype = x.dtype if out_dtype is None else out_dtype
+  out_dtype = array.dtype if out_dtype is None else out_dtype
   dtype = _checked_dtype('out_dtype', out_dtype)
   is_number = isinstance(temperature, numbers.Real)
   scale = _checked_scale(temperature) if is_number else 1.0
-  call = _Call(kind, axis, scale, algorithm, exp, dtype, implementation)
-  return x, where, call
+  call = _Call(kind, row_axis, scale, algorithm, exp, dtype, implementation)
+  return array, mask, call
 
 
 def _plan_xla(x, where, call: _Call) -> _dispatch.Plan:

@@ -7,6 +7,7 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 T = TypeVar('T')
 
@@ -95,7 +96,7 @@ def pytree(cls: type[T]) -> type[T]:
 def _same(a: Any, b: Any) -> bool:
   if a is b:
     return True
-  if any(isinstance(leaf, jax.core.Tracer) for leaf in (a, b)):
+  if any(isinstance(leaf, Tracer) for leaf in (a, b)):
     return False
   if not all(isinstance(leaf, jax.Array | np.ndarray) for leaf in (a, b)):
     return a == b
