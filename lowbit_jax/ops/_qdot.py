@@ -291,7 +291,7 @@ def _forward(call: _Call, x, w, key, tensor_amax):
     elif saves and isinstance(spec, QuantSpec):
       operand = _quantized(t, spec, axis, k, amax).packed()
     elif saves and spec is not None:
-      operand, site = spec(t, axis, k), _Site(None, axis)
+      operand, site = _rounded(site, _Operand(t, k, amax)), _Site(None, axis)
     operands.append(_Operand(operand, k, amax))
     sites.append(site)
     pulls.append(pull)
@@ -393,7 +393,8 @@ def _product_jvp(call: _Call, sites, dtype, primals, tangents):
       if spec is not None:
         values[i] = _simulated(spec, axis, key, amax, values[i])
     return lax.dot_general(
-      *values,
+      values[0],
+      values[1],
       _dims(sites),
       precision=call.precision,
       preferred_element_type=jnp.float32,
