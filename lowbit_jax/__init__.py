@@ -20,8 +20,7 @@ Submodules that need Flax, or that most programs do not use, load on first use:
   gradient.
 - `implementations`: Names of the implementations of an operation, preferred
   first.
-- `log_softmax`: The logarithm of `softmax`, with the error relative to the
-  result.
+- `log_softmax`: The logarithm of `softmax`, never positive.
 - `logsumexp`: log(sum(exp(x / temperature))) over an axis, without overflow.
 - `partition`: Splits a tree into (trainable, frozen), each with None in the
   holes.

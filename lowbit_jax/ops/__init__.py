@@ -20,8 +20,7 @@ chosen can be asked with `select_implementation`.
 - `lmul_attention`: Attention whose two matrix products are `lmul_dot`.
 - `lmul_dot`: x @ y with `lmul` for every product of elements, summed in
   float32.
-- `log_softmax`: The logarithm of `softmax`, with the error relative to the
-  result.
+- `log_softmax`: The logarithm of `softmax`, never positive.
 - `logsumexp`: log(sum(exp(x / temperature))) over an axis, without overflow.
 - `prepack`: Reorders a weight once, so that a kernel need not do so in every
   call.

@@ -4,10 +4,12 @@ The equations stand in the docstring of `fake_quant`.
 """
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from lowbit_jax import _quantize as core
 from lowbit_jax._typing import ArrayLike, Axis, Key, Origin
@@ -72,7 +74,9 @@ def fake_quant(
     An array of the shape and dtype of `x`.
 
   The gradient is in the dtype of `x`: `grad(sum(c * fake_quant(x)))` is exactly
-  c where nothing is masked. Reverse mode only.
+  c where nothing is masked. Forward and reverse mode, of any order: what g is
+  multiplied by, such as the mask, counts as a constant, as in
+  `x + stop_gradient(fake_quant(x) - x)`.
   """
   if backward not in BACKWARDS:
     hint = '; use fake_quant_with' if backward == 'lsq' else ''
@@ -113,7 +117,7 @@ def fake_quant_with(
 
   where d_j = q_j - x_j / s inside the range and sign(x_j) F outside, and n
   elements share a scale. Its rounding to the scale format counts as the
-  identity.
+  identity. Both modes and any order, as for `fake_quant`.
 
   Args:
     x: float16, bfloat16 or float32.
@@ -164,87 +168,145 @@ def prepare(
   return rows, shape, axes
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+class _Slopes(NamedTuple):
+  """What the derivative multiplies, each None where it plays no part.
+
+  Attributes:
+    mask: bool, where the tangent of x passes, in the shape of x.
+    at_maximum: per element in the axes of the view of blocks, the slope of the
+      scale in it and q_j - x_j / s.
+    of_scale: d y / d scale in the axes of the view.
+  """
+
+  mask: jax.Array | None = None
+  at_maximum: tuple[jax.Array, jax.Array] | None = None
+  of_scale: jax.Array | None = None
+
+
 def _fake(x, extras: Extras, options: Options):
-  return _fake_forward(x, extras, options)[0]
-
-
-def _fake_forward(x, extras, options):
-  job = data_job(x, extras, options)
+  fixed, extras = _fixed((x, extras))
+  job = data_job(fixed, extras, options)
   y = job.values()
   if options.prescale != 1:
     y = y * jnp.float32(1 / options.prescale)
-  if options.backward == 'identity':
-    residual = None
-  elif options.backward == 'absmax':
-    residual = _absmax_residual(job, y)
-  else:
-    residual = core.restore(_mask(job, y, options.backward), job.blocks, bool)
-  return core.restore(y, job.blocks, x.dtype), residual
-
-
-def _fake_backward(options, residual, g):
+  slopes = _Slopes()
   if options.backward == 'absmax':
-    direction, error = residual
-    blocks = core.split(g.astype(jnp.float32), options.fmt, options.axes)
-    inner = _scale_axes(options.fmt, blocks)
-    total = jnp.sum(blocks.view * error, axis=inner, keepdims=True)
-    step = core.restore(direction * total, blocks, jnp.float32)
-    dx = (g.astype(jnp.float32) + step).astype(g.dtype)
-  else:
-    dx = _masked(g, residual)
-  return dx, None
+    slopes = _Slopes(at_maximum=_absmax_slopes(job, y))
+  elif options.backward != 'identity':
+    slopes = _Slopes(_whole_mask(job, y, options.backward))
+  y = core.restore(y, job.blocks, x.dtype)
+  return _straight(y, x, None, slopes, options)
 
 
-_fake.defvjp(_fake_forward, _fake_backward)
 compiled = jax.jit(_fake, static_argnums=2, inline=True)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _fake_with(x, scale, extras: Extras, zero_point, options: Options):
-  return _fake_with_forward(x, scale, extras, zero_point, options)[0]
-
-
-def _fake_with_forward(x, scale, extras, zero_point, options):
-  fmt = options.fmt
+  fmt, axes, backward = options.fmt, options.axes, options.backward
+  fixed, given, extras, zero_point = _fixed((x, scale, extras, zero_point))
   scales = check_scales(
-    x.shape, fmt, options.axes, scale, extras.tensor_scale, zero_point
+    x.shape, fmt, axes, given, extras.tensor_scale, zero_point
   )
-  rounding = rounding_of(options, extras)
-  job = core.from_scales(x, fmt, options.axes, scales, rounding)
+  job = core.from_scales(fixed, fmt, axes, scales, rounding_of(options, extras))
   y = job.values()
-  mask = d_scale = None
-  if options.backward != 'identity':
-    rule = 'clipped' if options.backward == 'lsq' else options.backward
-    mask = core.restore(_mask(job, y, rule), job.blocks, bool)
-  if options.backward == 'lsq':
-    d_scale = _lsq_residual(job, y)
-  zero = None if scale is None else jnp.zeros((), jnp.asarray(scale).dtype)
-  residual = (mask, d_scale, zero, scales.scale)
-  return core.restore(y, job.blocks, x.dtype), residual
+  slopes = _Slopes()
+  if backward == 'lsq':
+    mask = _whole_mask(job, y, 'clipped')
+    slopes = _Slopes(mask, of_scale=_lsq_slope(job, y))
+  elif backward != 'identity':
+    slopes = _Slopes(_whole_mask(job, y, backward))
+  y = core.restore(y, job.blocks, x.dtype)
+  return _straight(y, x, scale if backward == 'lsq' else None, slopes, options)
 
 
-def _fake_with_backward(options, residual, g):
-  mask, d_scale, zero, stored = residual
-  dx = _masked(g, mask)
-  if zero is None:
-    ds = None
-  elif not jnp.issubdtype(zero.dtype, jnp.floating):
-    ds = np.zeros(stored.shape, jax.dtypes.float0)
-  elif d_scale is None:
-    ds = jnp.zeros(stored.shape, zero.dtype)
-  else:
-    blocks = core.split(g.astype(jnp.float32), options.fmt, options.axes)
-    ds = jnp.sum(blocks.view * d_scale, axis=blocks.inner).astype(zero.dtype)
-  return dx, ds, None, None
-
-
-_fake_with.defvjp(_fake_with_forward, _fake_with_backward)
 _compiled_with = jax.jit(_fake_with, static_argnums=4, inline=True)
 
 
-def _masked(g, mask):
-  return g if mask is None else jnp.where(mask, g, jnp.zeros((), g.dtype))
+def _fixed(tree):
+  """The arrays of a tree without their derivatives."""
+  return jax.tree.map(lax.stop_gradient, tree)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(4,))
+def _straight(y, x, scale, slopes: _Slopes, options: Options):
+  """The value y, with a derivative in x and scale that is linear in theirs.
+
+  Differentiated again it is the same: slopes count as constants.
+  """
+  del x, scale, slopes, options
+  return y
+
+
+def _straight_jvp(options: Options, primals, tangents):
+  y, x, scale, slopes = primals
+  _, dx, ds, _ = tangents
+  dx, ds = (None if _is_zero(t) else t for t in (dx, ds))
+  out = _straight(y, x, scale, slopes, options)
+  if dx is None and ds is None:
+    return out, jnp.zeros_like(y)
+  if not jax.tree.leaves(slopes):
+    return out, dx
+  # Saved are the slopes alone: without the checkpoint also what else the
+  # equations take, such as the zeros beside a mask.
+  tangent = functools.partial(_tangent, options, y.dtype)
+  return out, jax.checkpoint(tangent, prevent_cse=False)(slopes, dx, ds)
+
+
+_straight.defjvp(_straight_jvp, symbolic_zeros=True)
+
+
+def _tangent(options: Options, dtype, slopes: _Slopes, dx, ds):
+  """The derivative of fake_quant times the tangents, of which one is given."""
+  fmt, axes = options.fmt, options.axes
+  dy = jnp.zeros((), dtype) if dx is None else dx
+  if slopes.mask is not None:
+    dy = jnp.where(slopes.mask, dy, jnp.zeros((), dtype))
+  if slopes.at_maximum is not None:
+    direction, error = slopes.at_maximum
+    # One cast, so that cotangents too are added before they are rounded.
+    wide = dy.astype(jnp.float32)
+    blocks = core.split(wide, fmt, axes)
+    inner = _scale_axes(fmt, blocks)
+    total = jnp.sum(blocks.view * direction, axis=inner, keepdims=True)
+    step = core.restore(error * total, blocks, jnp.float32)
+    dy = (wide + step).astype(dtype)
+  if ds is not None:
+    wide = dy.astype(jnp.float32)
+    blocks = core.split(wide, fmt, axes)
+    step = slopes.of_scale * blocks.expand(ds.astype(jnp.float32))
+    step = core.restore(step, blocks, jnp.float32)
+    dy = (wide + step).astype(dtype)
+  return dy
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def differentiable_once(why: str, x: jax.Array) -> jax.Array:
+  """x where a derivative is taken that cannot be differentiated again.
+
+  Raises:
+    NotImplementedError: with `why`, when it is.
+  """
+  del why
+  return x
+
+
+def _differentiable_once_jvp(why: str, primals, tangents):
+  if _is_zero(tangents[0]):
+    return primals[0], jnp.zeros_like(primals[0])
+  raise NotImplementedError(why)
+
+
+differentiable_once.defjvp(_differentiable_once_jvp, symbolic_zeros=True)
+
+
+def _is_zero(tangent) -> bool:
+  is_symbol = isinstance(tangent, jax.custom_derivatives.SymbolicZero)
+  return tangent is None or is_symbol
+
+
+def _whole_mask(job: core.Job, y, backward: str):
+  """`_mask` in the shape of the array."""
+  return core.restore(_mask(job, y, backward), job.blocks, bool)
 
 
 def _scale_value(job: core.Job):
@@ -291,7 +353,7 @@ def _largest_step(fmt: BlockFormat) -> float:
   return float(np.max(np.diff(values)))
 
 
-def _absmax_residual(job: core.Job, y):
+def _absmax_slopes(job: core.Job, y):
   """Per element: where the scale's gradient goes, and q_j - x_j / s."""
   x, inner = job.blocks.view, _scale_axes(job.fmt, job.blocks)
   s = _scale_value(job)
@@ -306,7 +368,7 @@ def _absmax_residual(job: core.Job, y):
   return direction, (y - x) * inverse
 
 
-def _lsq_residual(job: core.Job, y):
+def _lsq_slope(job: core.Job, y):
   """d y / d scale, times the learned-step-size factor 1 / sqrt(n F)."""
   x, blocks = job.blocks.view, job.blocks
   tensor = job.scales.tensor_scale

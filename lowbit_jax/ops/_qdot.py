@@ -18,6 +18,7 @@ rounded in place, which gives the same numbers without the packing.
 """
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -34,9 +35,9 @@ from lowbit_jax._typing import (
 )
 from lowbit_jax.numerics import _rounding
 from lowbit_jax.numerics._codec import as_float_array
-from lowbit_jax.ops import _dispatch, _dot, _dot_xla, specs
+from lowbit_jax.ops import _dispatch, _dot, _dot_xla, _fake_quant, specs
 from lowbit_jax.qarray import QArray
-from lowbit_jax.recipe import GemmSpec, QuantSpec, Recipe
+from lowbit_jax.recipe import GemmSpec, Quantizer, QuantSpec, Recipe
 from lowbit_pallas.arith import hadamard
 
 _SAMPLED = 512  # rows from which leading directions are found, up to twice
@@ -101,16 +102,20 @@ def qdot(
   Returns:
     (..., N) in the promoted dtype of x and w.
 
-  The derivative is the one above; reverse mode only.
+  The derivative is the one at the top of this module, in reverse mode.
+  Differentiated again, once more or more often and in both modes, quantizers
+  count as straight-through there too, and products of derivatives are not
+  quantized. Recipes that save codes (`Recipe.residuals`) raise instead.
 
   Raises:
     ValueError: for shapes that do not fit, a missing key, or an axis that a
       rotation does not divide.
+    NotImplementedError: for second derivatives where codes are saved.
 
   Examples:
     >>> import jax, jax.numpy as jnp
     >>> import lowbit_jax as lowbit
-    >>> from lowbit_jax.recipe import GemmSpec, QuantSpec, Recipe
+    >>> from lowbit_jax.recipe import GemmSpec, Quantizer, QuantSpec, Recipe
     >>> spec = QuantSpec(lowbit.formats.mxfp8_e4m3, 'rceil')
     >>> gemm = GemmSpec(spec, spec)
     >>> recipe = Recipe('mxfp8', gemm, gemm, gemm)
@@ -157,6 +162,8 @@ def apart(
     and (x P, P^T) for the leading directions P.
   """
   rest, terms = x.astype(jnp.float32), []
+  if x.shape[0] == 0:
+    return x, terms  # nothing has no mean
   if recipe.center:
     mean = jnp.mean(rest, axis=0, keepdims=True)
     rest = rest - mean
@@ -257,7 +264,16 @@ def _forward(call: _Call, x, w, key, tensor_amax):
   keys = _keys(key, gemm, _FWD)
   rotate = _rotation(gemm, keys)
   saves = recipe.residuals != 'high_precision'
-  operands, pulls = [], []
+  dtype = jnp.promote_types(x.dtype, w.dtype)
+  primals = jnp.zeros((), x.dtype), jnp.zeros((), w.dtype)
+  if saves:
+    why = (
+      f'recipe {recipe.name!r} has no second derivative: with'
+      f' residuals={recipe.residuals!r} its backward pass starts from codes;'
+      " use a recipe with residuals='high_precision'"
+    )
+    x, w = (_fake_quant.differentiable_once(why, t) for t in (x, w))
+  operands, sites, pulls = [], [], []
   for t, spec, axis, k, amax in zip(
     (rotate(x, 1), rotate(w, 0)),
     (gemm.lhs, gemm.rhs),
@@ -266,22 +282,21 @@ def _forward(call: _Call, x, w, key, tensor_amax):
     tensor_amax,
     strict=False,
   ):
-    operand, pull = t, None
+    operand, site, pull = t, _Site(spec, axis), None
     amax = None if gemm.hadamard else amax  # a held one is of t unrotated
     if _has_derivative(spec):
       simulate = functools.partial(_simulated, spec, axis, k, amax)
       operand, pull = jax.vjp(simulate, t)
-    elif isinstance(spec, QuantSpec):
-      operand = _quantized(t, spec, axis, k, amax)
-      operand = operand.packed() if saves else operand
-    elif spec is not None:
-      operand = spec(t, axis, k)
-    operands.append(operand)
+      site = _Site(None, axis)
+    elif saves and isinstance(spec, QuantSpec):
+      operand = _quantized(t, spec, axis, k, amax).packed()
+    elif saves and spec is not None:
+      operand, site = _rounded(site, _Operand(t, k, amax)), _Site(None, axis)
+    operands.append(_Operand(operand, k, amax))
+    sites.append(site)
     pulls.append(pull)
-  dtype = jnp.promote_types(x.dtype, w.dtype)
-  y = _product(call, gemm, operands, (1, 0), dtype)
-  saved = tuple(operands) if saves else (x, w)
-  primals = jnp.zeros((), x.dtype), jnp.zeros((), w.dtype)
+  y = _product(call, tuple(sites), dtype, tuple(operands))
+  saved = tuple(operand.array for operand in operands) if saves else (x, w)
   return y, (saved, tuple(pulls), key, tensor_amax, primals)
 
 
@@ -320,35 +335,90 @@ def _gradient(call: _Call, which: int, lhs, rhs, key):
   gemm = call.recipe.gemms[which]
   keys = _keys(key, gemm, which)
   rotate = _rotation(gemm, keys)
-  operands = []
+  operands, sites = [], []
   for (t, spec, axis, amax), k in zip((lhs, rhs), keys, strict=False):
-    if isinstance(t, QArray) and spec is None:
-      operands.append(t)
-      continue
-    if isinstance(t, QArray):
+    if isinstance(t, QArray) and spec is not None:
       t = qarray.dequantize(t)
-    t = rotate(t, axis)
-    if isinstance(spec, QuantSpec):
-      t = _quantized(t, spec, axis, k, None if gemm.hadamard else amax)
-    elif spec is not None:
-      t = _simulated(spec, axis, k, None, t)
-    operands.append(t)
-  return _product(call, gemm, operands, (lhs[2], rhs[2]), jnp.float32)
+    t = t if isinstance(t, QArray) else rotate(t, axis)
+    operands.append(_Operand(t, k, None if gemm.hadamard else amax))
+    sites.append(_Site(spec, axis))
+  return _product(call, tuple(sites), jnp.float32, tuple(operands))
 
 
-def _product(call: _Call, gemm: GemmSpec, operands, axes, dtype) -> jax.Array:
-  """The contraction of arrays, QArrays and quantizations along `axes`."""
-  dims = (((axes[0],), (axes[1],)), ((), ()))
-  a, b = operands
+class _Site(NamedTuple):
+  """How an operand is quantized, and the axis that its product reduces."""
+
+  spec: QuantSpec | Quantizer | None
+  axis: int
+
+
+class _Operand(NamedTuple):
+  """What is quantized, and with what; a QArray is already."""
+
+  array: Any
+  key: Any
+  amax: Any
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
+def _product(call: _Call, sites, dtype, operands) -> jax.Array:
+  """The product of two operands, each quantized as its site says.
+
+  Its derivative, which only second derivatives of `qdot` take, is that of the
+  product of straight-through quantizers.
+  """
+  dims = _dims(sites)
+  a, b = map(_rounded, sites, operands)
   if isinstance(a, jax.Array) and isinstance(b, jax.Array):
     y = _plan_values(a, b, dims, call.precision).run(a, b)
   else:
     y = _dispatch.run(
       'qdot', TABLE, call.implementation, (a, b), dims, call.precision
     )
-  scale = _prescale(gemm.lhs) * _prescale(gemm.rhs)
+  scale = math.prod(_prescale(site.spec) for site in sites)
   y = y if scale == 1 else y * jnp.float32(1 / scale)
   return y.astype(dtype)
+
+
+@_product.defjvp
+def _product_jvp(call: _Call, sites, dtype, primals, tangents):
+  (operands,), (movements,) = primals, tangents
+  moving = [i for i in range(2) if not isinstance(operands[i].array, QArray)]
+
+  def straight(*arrays):
+    values = [_dot.dense(operand.array) for operand in operands]
+    for i, t in zip(moving, arrays, strict=True):
+      (spec, axis), (_, key, amax) = sites[i], operands[i]
+      values[i] = t.astype(jnp.float32)
+      if spec is not None:
+        values[i] = _simulated(spec, axis, key, amax, values[i])
+    return lax.dot_general(
+      values[0],
+      values[1],
+      _dims(sites),
+      precision=call.precision,
+      preferred_element_type=jnp.float32,
+    ).astype(dtype)
+
+  arrays, tangents = (
+    tuple(group[i].array for i in moving) for group in (operands, movements)
+  )
+  y = _product(call, sites, dtype, operands)
+  return y, jax.jvp(straight, arrays, tangents)[1]
+
+
+def _dims(sites) -> DotDims:
+  return ((sites[0].axis,), (sites[1].axis,)), ((), ())
+
+
+def _rounded(site: _Site, operand: _Operand):
+  """An operand of a plan: an array, a QArray, or a quantization to be run."""
+  (spec, axis), (t, key, amax) = site, operand
+  if isinstance(t, QArray) or spec is None:
+    return t
+  if isinstance(spec, QuantSpec):
+    return _quantized(t, spec, axis, key, amax)
+  return spec(t, axis, key)
 
 
 def _plan_values(a, b, dims: DotDims, precision: Precision) -> _dispatch.Plan:

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from lowbit_jax._typing import ArrayLike, DTypeLike, Implementation
 from lowbit_jax.ops import _dispatch, _partition
@@ -46,7 +47,7 @@ class _Call(NamedTuple):
 
 def softmax(
   x: ArrayLike,
-  axis: int = -1,
+  axis: int | tuple[int, ...] = -1,
   *,
   where: ArrayLike | None = None,
   temperature: float | np.floating | jax.Array = 1.0,
@@ -63,11 +64,13 @@ def softmax(
 
   Args:
     x: float32, bfloat16 or float16, of any shape but 0-d.
-    axis: the axis to normalise along.
+    axis: the axis to normalise along, or a tuple of axes.
     where: bool array that broadcasts to the shape of `x`; entries where it is
       false take no part and give 0. None for all true.
     temperature: a positive number; or a float32 scalar array, which may be
       traced and differentiated. `x * (1 / temperature)` is taken in float32.
+      Inside `jit` and other transformations a number is a part of the program,
+      which is compiled for each: give many of them as arrays.
     out_dtype: dtype of the result, of the same three; None for that of `x`.
     algorithm: 'pair' (rescales by powers of two alone; NaN for rows with a
       finite entry beyond 22712), 'online' (for every row), or 'auto', which
@@ -111,7 +114,7 @@ def softmax(
 
 def log_softmax(
   x: ArrayLike,
-  axis: int = -1,
+  axis: int | tuple[int, ...] = -1,
   *,
   where: ArrayLike | None = None,
   temperature: float | np.floating | jax.Array = 1.0,
@@ -120,7 +123,12 @@ def log_softmax(
   exp: str = 'degree5',
   implementation: Implementation = None,
 ) -> jax.Array:
-  """The logarithm of `softmax`, with the error relative to the result.
+  """The logarithm of `softmax`, never positive.
+
+  Accurate to (8 + h) u + 2u ln n + 4u |result| for rows of n entries, with u
+  and h as in `softmax`: the error is relative to the result where that is
+  large, and absolute near zero. Where one entry of a row is live, it is exactly
+  0 unless a kernel takes the row in pieces.
 
   Arguments as in `softmax`. Masked entries and -inf give -inf.
 
@@ -145,7 +153,7 @@ def log_softmax(
 
 def logsumexp(
   x: ArrayLike,
-  axis: int = -1,
+  axis: int | tuple[int, ...] = -1,
   *,
   where: ArrayLike | None = None,
   temperature: float | np.floating | jax.Array = 1.0,
@@ -156,9 +164,14 @@ def logsumexp(
 ) -> jax.Array:
   """log(sum(exp(x / temperature))) over an axis, without overflow.
 
-  Arguments as in `softmax`. The result lacks `axis`; it is -inf where no entry
-  is live or all of them are -inf, NaN where one is NaN, and else +inf where
-  one is +inf.
+  Accurate to (8 + h) u + 2u ln n + 3u |result| for rows of n entries, with u
+  and h as in `softmax`: absolute near zero, where exponentials below and above
+  one cancel. Where one entry of a row is live, it is the result exactly, unless
+  a kernel takes the row in pieces.
+
+  Arguments as in `softmax`. The result lacks the axes; it is -inf where no
+  entry is live or all of them are -inf, NaN where one is NaN, and else +inf
+  where one is +inf.
 
   Examples:
     >>> import jax.numpy as jnp
@@ -185,6 +198,7 @@ def _run(
   if not isinstance(temperature, numbers.Real):
     x, out_dtype = _divided(x, temperature, out_dtype)
     temperature = 1.0
+  shape = jnp.shape(x)
   x, where, call = operands(
     kind,
     x,
@@ -194,17 +208,24 @@ def _run(
     out_dtype=out_dtype,
     **options,
   )
-  if x.size == 0:
-    return _of_nothing(x, call)
   if where is not None:
     where = jnp.broadcast_to(where, x.shape)
-  return _compiled(x, where, call)
+  if x.size == 0:
+    y = _of_nothing(x, call)
+  elif call.scale == 1.0 or isinstance(x, Tracer):
+    y = _compiled(x, where, call)
+  else:
+    # Outside of other programs an operand, lest every number compile its own.
+    y = _scaled(x, where, np.float32(call.scale), call._replace(scale=1.0))
+  if isinstance(axis, tuple) and kind != 'logsumexp':
+    y = _apart(y, shape, _checked_axes(axis, shape))
+  return y
 
 
 def operands(
   kind: str,
   x: ArrayLike | jax.ShapeDtypeStruct,
-  axis: int = -1,
+  axis: int | tuple[int, ...] = -1,
   *,
   where: ArrayLike | None = None,
   temperature: float | numbers.Real | jax.Array = 1.0,
@@ -213,9 +234,18 @@ def operands(
   exp: str = 'degree5',
   implementation: Implementation = None,
 ) -> tuple[Any, Any, _Call]:
-  """Checked arguments of the plans: (x, where, call)."""
-  x = _checked_array(x)
-  axis = _checked_axis(axis, x.shape)
+  """Checked arguments of the plans: (x, where, call).
+
+  Several axes are one axis of x, the last.
+  """
+  array = _checked_array(x)
+  mask = _checked_mask(where, array.shape)
+  if isinstance(axis, tuple):
+    axes = _checked_axes(axis, array.shape)
+    array, mask = _together(array, mask, axes)
+    row_axis = len(array.shape) - 1
+  else:
+    row_axis = _checked_axis(axis, array.shape)
   if algorithm not in forms.ALGORITHMS:
     raise ValueError(f'{algorithm=} is not one of {forms.ALGORITHMS}')
   if exp not in exponential.EXPONENTIALS:
@@ -226,12 +256,12 @@ def operands(
     )
   if isinstance(implementation, list):
     implementation = tuple(implementation)
-  out_dtype = x.dtype if out_dtype is None else out_dtype
+  out_dtype = array.dtype if out_dtype is None else out_dtype
   dtype = _checked_dtype('out_dtype', out_dtype)
   is_number = isinstance(temperature, numbers.Real)
   scale = _checked_scale(temperature) if is_number else 1.0
-  call = _Call(kind, axis, scale, algorithm, exp, dtype, implementation)
-  return x, _checked_mask(where, x.shape), call
+  call = _Call(kind, row_axis, scale, algorithm, exp, dtype, implementation)
+  return array, mask, call
 
 
 def _plan_xla(x, where, call: _Call) -> _dispatch.Plan:
@@ -281,7 +311,7 @@ def _apply_jvp(call: _Call, primals, tangents):
   if call.scale != 1.0:
     dx = dx * call.scale
   if where is not None:
-    dx = jnp.where(where, dx, 0.0)
+    dx = _live(where, dx)
   wide = call._replace(out_dtype=jnp.dtype(jnp.float32))
 
   if call.kind == 'logsumexp':
@@ -298,12 +328,24 @@ def _apply_jvp(call: _Call, primals, tangents):
     y = jnp.exp(out) if is_log else out
     tangent = dx - jnp.sum(y * dx, call.axis, keepdims=True)
     tangent = tangent if is_log else y * tangent
-    if is_log and where is not None:
-      tangent = jnp.where(where, tangent, 0.0)
+    if where is not None:
+      # Of the result too: a cotangent of NaN there must not reach the row.
+      tangent = _live(where, tangent)
   return out.astype(call.out_dtype), tangent.astype(call.out_dtype)
 
 
+@functools.partial(jax.checkpoint, prevent_cse=False)
+def _live(where, t):
+  """t, and 0 where it is masked; saves the mask alone."""
+  return jnp.where(where, t, 0.0)
+
+
 _compiled = jax.jit(_apply, static_argnums=2, inline=True)
+
+
+@functools.partial(jax.jit, static_argnums=3)
+def _scaled(x, where, scale, call: _Call):
+  return _apply(x.astype(jnp.float32) * scale, where, call)
 
 
 def _last_axis(run, x, where, *, call: _Call):
@@ -388,7 +430,7 @@ def _checked_axis(axis, shape) -> int:
     index = operator.index(axis)
   except TypeError as error:
     raise TypeError(
-      f'{axis=} must be one integer; merge axes with reshape first'
+      f'{axis=} must be an integer, or a tuple of them'
     ) from error
   if not -len(shape) <= index < len(shape):
     raise ValueError(
@@ -396,6 +438,37 @@ def _checked_axis(axis, shape) -> int:
       f' {-len(shape)} ... {len(shape) - 1}'
     )
   return index % len(shape)
+
+
+def _checked_axes(axes: tuple, shape) -> tuple[int, ...]:
+  checked = tuple(_checked_axis(axis, shape) for axis in axes)
+  if not axes or len(set(checked)) < len(axes):
+    raise ValueError(
+      f'axis={axes} must name one axis or more of x.shape={shape}, none twice'
+    )
+  return checked
+
+
+def _together(x, where, axes: tuple[int, ...]):
+  """x and its mask with these axes as one, behind the others."""
+  kept = [d for d in range(x.ndim) if d not in axes]
+  columns = math.prod(x.shape[d] for d in axes)
+  matrix = (*(x.shape[d] for d in kept), columns)
+
+  def merged(t):
+    if isinstance(t, jax.ShapeDtypeStruct):
+      return jax.ShapeDtypeStruct(matrix, t.dtype)
+    t = jnp.broadcast_to(t, x.shape)
+    return t.transpose(*kept, *axes).reshape(matrix)
+
+  return merged(x), None if where is None else merged(where)
+
+
+def _apart(y, shape, axes: tuple[int, ...]):
+  """The inverse of `_together`, of a result of the shape of x."""
+  order = [d for d in range(len(shape)) if d not in axes] + list(axes)
+  y = y.reshape([shape[d] for d in order])
+  return y.transpose([order.index(d) for d in range(len(shape))])
 
 
 def _checked_mask(where, shape):

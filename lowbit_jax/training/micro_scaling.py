@@ -40,7 +40,8 @@ For S_p = S_d and s_q = 1 / S_d this is, in either form, the published
 
 Q' = q' = 1 and Z = |x_k| give the absmax-aware straight-through estimator, with
 exact scales dx_k = g_k + (sign(x_k) / F) sum_j g_j (Q(v_j) - v_j) and
-dx_i = g_i elsewhere; dZ = 0 gives the plain one, dx = g.
+dx_i = g_i elsewhere; dZ = 0 gives the plain one, dx = g. The plain one has
+derivatives of any order, all others raise at the second.
 
 Surrogates are in `lowbit_jax.training.surrogates`.
 
@@ -62,6 +63,7 @@ from lowbit_jax._typing import ArrayLike, Key
 from lowbit_jax.formats import BlockFormat, FloatFormat
 from lowbit_jax.numerics import _rounding, _scaling
 from lowbit_jax.numerics._codec import as_float_array, spec
+from lowbit_jax.ops._fake_quant import differentiable_once
 from lowbit_jax.training.surrogates import (
   SURROGATES as SURROGATES,
   Dge as Dge,
@@ -263,8 +265,9 @@ class MicroScaling:
     Raises:
       TypeError, ValueError: for dtypes, axes and keys that do not fit.
 
-    The derivative is stated in `lowbit_jax.training.micro_scaling`; it has
-    reverse mode only.
+    The derivative is stated in `lowbit_jax.training.micro_scaling`, in forward
+    and reverse mode. With the defaults, straight through, it is of any order;
+    where slopes depend on x, second derivatives raise NotImplementedError.
     """
     if self.needs_key and key is None:
       raise ValueError(f'{self.rounding=} needs key=jax.random.key(seed)')
@@ -326,14 +329,31 @@ class _Forward(NamedTuple):
   scales: _Scales
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
 def _quantize(x, key, quantizer: MicroScaling, axes):
   return _run(x, key, quantizer, axes)[0]
 
 
-def _forward(x, key, quantizer, axes):
+@_quantize.defjvp
+def _quantize_jvp(quantizer: MicroScaling, axes, primals, tangents):
+  x, key = primals
+  dx = tangents[0]
+  if quantizer._is_plain:
+    return _quantize(x, key, quantizer, axes), dx
+  x = differentiable_once(
+    f'{quantizer} has no second derivative: its slopes depend on x; use one'
+    " with step_grad=Identity(), payload='rounded', stat_grad='ignore' and"
+    " tensor_scale_grad='ignore'",
+    x,
+  )
   y, saved = _run(x, key, quantizer, axes)
-  return y, None if quantizer._is_plain else saved
+
+  def push(saved, dx):
+    pull = functools.partial(_pulled, quantizer, axes, saved)
+    return jax.linear_transpose(pull, dx)(dx)[0]
+
+  # Saved are the values of the forward pass, not what follows from them.
+  return y, jax.checkpoint(push, prevent_cse=False)(saved, dx)
 
 
 def _run(x, key, quantizer: MicroScaling, axes):
@@ -424,9 +444,8 @@ def _round_elements(v, key, quantizer: MicroScaling, shape, axes):
   return codec.decode(codec.encode(v, element, rule), element)
 
 
-def _backward(quantizer: MicroScaling, axes, saved, g):
-  if saved is None:
-    return g, None
+def _pulled(quantizer: MicroScaling, axes, saved: _Forward, g):
+  """The cotangent of x for that of y, g."""
   blocks = core.split(g.astype(jnp.float32), quantizer._format, axes)
   view, f = blocks.view, saved
   slope = quantizer._slopes[0].slope(
@@ -438,10 +457,9 @@ def _backward(quantizer: MicroScaling, axes, saved, g):
   dx = view * slope * ratio
   if quantizer._scale_has_gradient:
     dx = dx + _through_scales(quantizer, f, blocks, slope, ratio)
-  return core.restore(dx, blocks, g.dtype), None
+  return core.restore(dx, blocks, g.dtype)
 
 
-_quantize.defvjp(_forward, _backward)
 _compiled = jax.jit(_quantize, static_argnums=(2, 3), inline=True)
 
 

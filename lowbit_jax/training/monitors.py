@@ -119,7 +119,9 @@ def _forward(recipe, y, x, w, key, tensor_amax, probe):
 
 def _backward(recipe, residual, dy):
   x, w, key, tensor_amax = residual
-  share = lost(x, w, dy, recipe, key=key, tensor_amax=tensor_amax)
+  # Shares count elements, which has no derivative.
+  x, w, dy_now = jax.lax.stop_gradient((x, w, dy))
+  share = lost(x, w, dy_now, recipe, key=key, tensor_amax=tensor_amax)
   none = jax.tree.map(jnp.zeros_like, (x, w, tensor_amax))
   return dy, *none[:2], None, none[2], share
 

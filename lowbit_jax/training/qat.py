@@ -85,7 +85,8 @@ class Lsq:
     """
     x = as_float_array(x).astype(jnp.float32)
     keep = self.axis is not None
-    mean = jnp.mean(jnp.abs(x), axis=self.axis, keepdims=keep)
+    n = x.size if self.axis is None else x.shape[self.axis]
+    mean = jnp.sum(jnp.abs(x), axis=self.axis, keepdims=keep) / max(n, 1)
     step = jnp.maximum(2 * mean / math.sqrt(self.range[1]), LEAST_STEP)
     if self.parameter == 'log':
       return {'log_step': jnp.log(step)}

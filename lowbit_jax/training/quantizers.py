@@ -160,12 +160,13 @@ class Sign(_Deterministic):
   ) -> jax.Array:
     del key
     x, dtype = _widened(x)
-    sign = jnp.where(x >= 0, jnp.float32(1), jnp.float32(-1))
+    # NaN is neither, and stays.
+    sign = jnp.where(x >= 0, jnp.float32(1), jnp.where(x < 0, -1, x))
     inside = jnp.abs(x) <= 1
     if self.scale == 'one':
       return _masked(sign, x, inside).astype(dtype)
     alpha = jnp.mean(jnp.abs(x), axis=axis, keepdims=True)
-    slope = 1 / x.shape[axis] + alpha * inside
+    slope = 1 / max(x.shape[axis], 1) + alpha * inside
     return _with_slope(alpha * sign, x, slope).astype(dtype)
 
 
@@ -288,6 +289,8 @@ class OutlierCompensated:
     self, x: ArrayLike, axis: int = -1, key: Key | None = None
   ) -> jax.Array:
     x, dtype = _widened(x)
+    if x.size == 0:  # nothing has no quantile
+      return apply(self.inner, x, axis, key).astype(dtype)
     t = lax.stop_gradient(jnp.quantile(jnp.abs(x), self.quantile))
     outside = jnp.abs(x) > t
     clamped = jnp.where(outside, lax.stop_gradient(jnp.sign(x) * t), x)

@@ -278,8 +278,8 @@ def s2ft_dot(
     y, (..., N), in the promoted dtype of the operands.
 
   Derivative: of `x` and `slice_`, and of `rounded_x` by its own rule; none of
-  `frozen`. Reverse mode only. Saved for it: `slice_`, `frozen`, and
-  x[..., a:b] (sink) or x (source).
+  `frozen`. Reverse mode; gradients differentiate in both modes. Saved for it:
+  `slice_`, `frozen`, and x[..., a:b] (sink) or x (source).
   """
   _check_kind(kind)
   x, slice_ = jnp.asarray(x), jnp.asarray(slice_)
@@ -454,6 +454,8 @@ def _frozen_dot(x, frozen):
 
 
 def _frozen_forward(x, frozen):
+  # What is frozen has no derivative of second order either.
+  frozen = jax.tree.map(lax.stop_gradient, frozen)
   # The empty array carries the dtype of x.
   return ops.dot(x, frozen), (frozen, jnp.zeros((0,), x.dtype))
 

@@ -6,6 +6,8 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 
 T = TypeVar('T')
 
@@ -53,6 +55,9 @@ class Transform(Protocol):
 def pytree(cls: type[T]) -> type[T]:
   """Makes a frozen dataclass a pytree; fields marked `static` are metadata.
 
+  Two are equal if their metadata and the bits of their leaves are; traced
+  leaves equal themselves alone. The hash is that of types and metadata.
+
   Unflattening does not run ``__post_init__``, whose checks are for users:
   JAX also rebuilds trees around masks, shapes and other placeholders.
   """
@@ -74,10 +79,29 @@ def pytree(cls: type[T]) -> type[T]:
   def flatten(t):
     return [getattr(t, k) for k in leaves], tuple(getattr(t, k) for k in static)
 
+  def equals(t, other):
+    if type(other) is not cls:
+      return NotImplemented
+    mine, others = map(jax.tree.flatten, (t, other))
+    return mine[1] == others[1] and all(map(_same, mine[0], others[0]))
+
   jax.tree_util.register_pytree_with_keys(
     cls, flatten_with_keys, unflatten, flatten
   )
+  dataclass.__eq__ = equals
+  dataclass.__hash__ = lambda t: hash((cls, jax.tree.structure(t)))
   return cls
+
+
+def _same(a: Any, b: Any) -> bool:
+  if a is b:
+    return True
+  if any(isinstance(leaf, Tracer) for leaf in (a, b)):
+    return False
+  if not all(isinstance(leaf, jax.Array | np.ndarray) for leaf in (a, b)):
+    return a == b
+  a, b = np.asarray(a), np.asarray(b)
+  return (a.shape, a.dtype) == (b.shape, b.dtype) and a.tobytes() == b.tobytes()
 
 
 def check_axis(axis: int) -> int:

@@ -793,10 +793,111 @@ class TransformTest(parameterized.TestCase):
     b = jax.jit(jax.grad(f))(x)
     np.testing.assert_allclose(a, b, rtol=1e-6)
 
-  def test_forward_mode_is_refused_loudly(self):
-    x = jnp.asarray(data())
-    with self.assertRaisesRegex(TypeError, 'forward-mode|jvp'):
-      jax.jvp(lambda x: lowbit_jax.fake_quant(x, formats.mxfp4), (x,), (x,))
+
+class HigherOrderTest(parameterized.TestCase):
+  """Derivatives of x + stop_gradient(fake_quant(x) - x) and its like, with the
+  slopes of every estimator held fixed."""
+
+  def test_forward_over_reverse(self):
+    self.check(('clipped', 'lsq'), 'forward')
+
+  def test_reverse_over_reverse(self):
+    self.check(('identity', 'absmax'), 'reverse')
+
+  @parameterized.parameters('forward', 'reverse')
+  @pytest.mark.slow
+  def test_every_estimator(self, mode):
+    self.check(('identity', 'clipped', 'trust', 'absmax', 'lsq'), mode)
+
+  def check(self, backwards, mode):
+    """Derivatives of a gradient, and of the loss itself in forward mode."""
+    x, t, c = (data((2, 64), seed=i) for i in range(3))
+    fmt = formats.mxfp4
+    u = 2 * x
+    s = scales_of(quantize(u, fmt)).astype(np.float32)
+    y = round_trip(u, fmt)
+    # E2M1 reaches 6, and its numbers are at most 2 apart.
+    inside = np.abs(u) <= 6 * s
+    trusted = np.abs(u - y) <= s
+    blocks = u.reshape(2, 2, 32)
+    amax = np.abs(blocks).max(-1, keepdims=True)
+    peak = np.where(np.abs(blocks) == amax, np.sign(blocks), 0)
+    peak *= 6 * (s.reshape(blocks.shape) / amax) ** 2
+    error = ((y - u) / s).reshape(blocks.shape)
+    step = np.where(inside, (y - u) / s, np.sign(u) * 6) / np.sqrt(32 * 6)
+
+    def absmax(u):
+      b = u.reshape(blocks.shape)
+      move = error * jnp.sum(peak * b, -1, keepdims=True)
+      return (b + move).reshape(u.shape)
+
+    def lsq(u, scale):
+      return jnp.where(inside, u, 0) + step * jnp.repeat(scale, 32, -1)
+
+    linear = {
+      'identity': lambda u: u,
+      'clipped': lambda u: jnp.where(inside, u, 0),
+      'trust': lambda u: jnp.where(trusted, u, 0),
+      'absmax': absmax,
+      'lsq': lsq,
+    }
+
+    def estimators(backward):
+      if backward == 'lsq':
+        fake = functools.partial(lowbit_jax.fake_quant_with, fmt=fmt)
+        given = (u, s[:, ::32])
+      else:
+        fake = functools.partial(lowbit_jax.fake_quant, fmt=fmt)
+        given = (u,)
+      move = linear[backward]
+      return (
+        lambda *u: fake(*u, backward=backward),
+        lambda *u: y + (move(*u) - move(*given)),
+      )
+
+    def derivatives(f, point, tangent):
+      def loss(x, *scale):
+        return jnp.sum(c * f(2 * x, *scale) ** 3)
+
+      gradient = jax.grad(loss, range(len(point)))
+      if mode == 'forward':
+        both = lambda *point: (loss(*point), gradient(*point))
+        return jax.jvp(both, point, tangent)[1]
+      return jax.vjp(gradient, *point)[1](tangent)
+
+    @jax.jit
+    def everything(x, scale, t):
+      out = {}
+      for backward in backwards:
+        point, tangent = (x,), (t,)
+        if backward == 'lsq':
+          point, tangent = (x, scale), (t, 0.1 * scale)
+        out[backward] = [
+          derivatives(f, point, tangent) for f in estimators(backward)
+        ]
+      return out
+
+    results = everything(x, jnp.asarray(s[:, ::32]), t)
+    for backward, (got, want) in results.items():
+      for a, b in zip(*map(jax.tree.leaves, (got, want)), strict=True):
+        largest = np.abs(b).max()
+        self.assertGreater(largest, 1, backward)
+        np.testing.assert_allclose(a, b, 1e-4, 1e-5 * largest, err_msg=backward)
+
+  @parameterized.parameters(
+    ('identity', 0), ('clipped', 1), ('trust', 1), ('absmax', 8)
+  )
+  def test_what_is_saved(self, backward, per_element):
+    """Masks take a byte for each element, absmax two numbers."""
+    x = jax.ShapeDtypeStruct((4, 64), jnp.float32)
+
+    def pull(x):
+      f = functools.partial(lowbit_jax.fake_quant, fmt=formats.mxfp4)
+      return jax.vjp(lambda x: f(x, backward=backward), x)[1]
+
+    saved = jax.tree.leaves(jax.eval_shape(pull, x))
+    size = sum(t.size * t.dtype.itemsize for t in saved)
+    self.assertEqual(size, per_element * 4 * 64)
 
 
 if __name__ == '__main__':

@@ -191,6 +191,14 @@ class DefinitionTest(parameterized.TestCase):
     bound = (M + N + 8) * U * size
     np.testing.assert_array_less(np.abs(dx - want), bound)
 
+  def test_no_tokens(self):
+    """An expert that nobody visits."""
+    recipe = Recipe('test', center=True, principal=2)
+    x, _, dy = (t[:0] for t in operands())
+    _, dx, dw = run(recipe, x, operands()[1], dy)
+    self.assertEqual(dx.shape, x.shape)
+    np.testing.assert_array_equal(dw, 0)
+
   def test_centering_helps_where_the_mean_is_large(self):
     self.assert_centering_helps(CENTERED)
 
@@ -519,6 +527,58 @@ class DerivativeTest(parameterized.TestCase):
 
     _, dx, _ = run(recipe, x, w, dy)
     np.testing.assert_allclose(dx, jax.jit(pulled)(x), atol=3e-4)
+
+  def test_of_a_gradient_penalty(self):
+    """That of the same products of x + stop_gradient(q(x) - x)."""
+    spec = QuantSpec(formats.get('int8_tensor'))
+    gemm = GemmSpec(spec, spec)
+    x, w = data(8, 16), data(16, 4, seed=1)
+
+    def straight(t, axis):
+      q = lowbit.fake_quant(jax.lax.stop_gradient(t), spec.fmt, axis=axis)
+      return t + jax.lax.stop_gradient(q - t)
+
+    def forward(x, w):
+      return straight(x, 1) @ straight(w, 0), (x, w)
+
+    def backward(saved, dy):
+      x, w = saved
+      dx = straight(dy, 1) @ straight(w, 1).T
+      return dx, straight(x, 0).T @ straight(dy, 0)
+
+    composed = jax.custom_vjp(lambda x, w: forward(x, w)[0])
+    composed.defvjp(forward, backward)
+    recipe = Recipe('test', gemm, gemm, gemm)
+
+    def second(dot, x, w):
+      gradient = jax.grad(lambda x, w: jnp.sum(dot(x, w) ** 3), (0, 1))
+
+      def penalty(x, w):
+        return sum(jnp.sum(g**2) for g in gradient(x, w))
+
+      return jax.grad(penalty, (0, 1))(x, w)
+
+    @jax.jit
+    def both(x, w):
+      low = functools.partial(lowbit.qdot, recipe=recipe)
+      return second(low, x, w), second(composed, x, w)
+
+    for got, want in zip(*both(x, w), strict=True):
+      largest = np.abs(want).max()
+      self.assertGreater(largest, 1)
+      np.testing.assert_allclose(got, want, atol=1e-5 * largest)
+
+  @parameterized.parameters('jetfire_int8', 'tetrajet')
+  def test_of_saved_codes_has_none_itself(self, name):
+    recipe = recipes.get(name)
+
+    def gradient(w):
+      f = functools.partial(lowbit.qdot, recipe=recipe, key=KEY)
+      return jax.grad(lambda w: jnp.sum(f(data(32, 32), w) ** 2))(w)
+
+    w = data(32, 32, seed=1)
+    with self.assertRaisesRegex(NotImplementedError, f"'{name}'.*residuals="):
+      jax.eval_shape(lambda w: jax.jvp(gradient, (w,), (w,)), w)
 
   def test_any_hashable_function_quantizes(self):
     recipe = Recipe('test', GemmSpec(_Halved(), None))

@@ -118,6 +118,32 @@ class AccuracyTest(Accuracy):
     )
     self.assertLessEqual(error, 12)
 
+  def test_logarithms_of_few_entries(self):
+    """One to four live entries: alone, equal, near, and far from each other."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=SHORT).astype(np.float32)
+    x *= np.float32(10.0) ** rng.integers(-8, 4, (len(x), 1))
+    x[3::5] = x[3::5, :1]
+    x[:6, 0] = 5, 1e-7, -1e-7, 88.7, 1e-30, -22712
+    live = np.arange(4) < 1 + np.arange(len(x))[:, None] % 4
+    live[:6] = np.arange(4) < 1
+    x[~live] = -INF
+    h = reference.chain(4)
+    for algorithm in 'auto', 'online':
+      for kind, slack in ('log_softmax', 4), ('logsumexp', 3):
+        y = np.asarray(OPS[kind](x, algorithm=algorithm))
+        with np.errstate(divide='ignore', invalid='ignore'):
+          want = rows.exact(kind, x)
+        y, want = (t if t.ndim == 1 else t[live] for t in (y, want))
+        bound = (8 + h + 2 * np.log(4) + slack * np.abs(want)) * rows.U
+        np.testing.assert_array_less(np.abs(y - want), bound)
+        alone = live.sum(-1) == 1
+        if kind == 'logsumexp':
+          np.testing.assert_array_equal(y[alone], x[alone, 0])
+        else:
+          self.assertLessEqual(y.max(), 0)
+          np.testing.assert_array_equal(y[want == 0], 0)
+
   def test_certified_exponential_is_more_accurate(self):
     x = rows.draw('wide', WIDE)
     want = rows.exact('softmax', x)
@@ -190,6 +216,33 @@ class AccuracyTest(Accuracy):
       lambda x, t: op(x, temperature=t), half, jnp.float32(0.7)
     )
     self.assertEqual(y.dtype, jnp.bfloat16)
+
+  def test_numbers_share_a_program(self):
+    x = rows.draw('wide', WIDE)
+    sizes = []
+    for temperature in (0.5, 0.25, 3.0):
+      lowbit.softmax(x, temperature=temperature, algorithm='pair')
+      sizes.append(_softmax._scaled._cache_size())
+    self.assertEqual(sizes[0], sizes[2])
+
+  @parameterized.parameters(*forms.KINDS)
+  def test_several_axes(self, kind):
+    x = rows.draw('wide', (2, 3, 4))
+    where = x[:, :1] > 0
+    f = functools.partial(OPS[kind], algorithm='pair')
+    got = f(x, (0, -1), where=where)
+    order = (1, 0, 2)
+    whole = np.broadcast_to(where, x.shape)
+    x, whole = (t.transpose(order).reshape(3, 8) for t in (x, whole))
+    want = f(x, where=whole)
+    if kind != 'logsumexp':
+      want = want.reshape(3, 2, 4).transpose(order)
+    np.testing.assert_array_equal(got, want)
+
+  def test_several_axes_of_shapes(self):
+    x, where = (jax.ShapeDtypeStruct((2, 3, 4), t) for t in (np.float32, bool))
+    choice = lowbit.select_implementation('softmax', x, (0, 2), where=where)
+    self.assertEqual(choice.implementation, 'xla')
 
   def test_gradient_of_temperature(self):
     x = rows.draw('normal', (8,))
@@ -420,6 +473,20 @@ class DerivativeTest(parameterized.TestCase):
     self.assertTrue(np.isfinite(g).all())
     self.assertGreater(np.abs(g).max(), 0.1)
 
+  @parameterized.parameters('softmax', 'log_softmax')
+  def test_cotangents_of_masked_places_reach_nothing(self, kind):
+    x, g = rows.draw('normal', MASKED), rows.draw('normal', MASKED)
+    where = x > 0
+
+    @jax.jit
+    def pulled(x, where, g):
+      return jax.vjp(lambda x: OPS[kind](x, where=where), x)[1](g)[0]
+
+    want = pulled(x, where, np.where(where, g, 0))
+    for poison in NAN, INF:
+      got = pulled(x, where, np.where(where, g, np.float32(poison)))
+      np.testing.assert_array_equal(got, want)
+
 
 class TransformTest(parameterized.TestCase):
   def test_vmap(self):
@@ -635,7 +702,8 @@ ERRORS = (
   ('int', {'x': np.ones(3, int)}, TypeError, ('x.dtype=int', 'cast')),
   ('complex', {'x': np.ones(3, np.complex64)}, TypeError, ('complex64',)),
   ('axis', {'axis': 2}, ValueError, ('axis=2', r'\(2, 3\)')),
-  ('axes', {'axis': (0, 1)}, TypeError, (r'axis=\(0, 1\)', 'reshape')),
+  ('axes', {'axis': (0, -2)}, ValueError, (r'axis=\(0, -2\)', 'none twice')),
+  ('no_axes', {'axis': ()}, ValueError, (r'axis=\(\)', 'one axis or more')),
   ('where_dtype', {'where': np.ones((2, 3))}, TypeError, ('float', 'bool')),
   (
     'where_shape',

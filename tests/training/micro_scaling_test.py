@@ -279,6 +279,46 @@ class ReferenceTest(parameterized.TestCase):
     np.testing.assert_allclose(y, want, rtol=1e-6)
     np.testing.assert_allclose(dx, want_dx, rtol=1e-4, atol=1e-5)
 
+  def test_plain_estimator_differentiates_again(self):
+    """As x + stop_gradient(f(x) - x)."""
+    x, t = normal((2, 16)), normal((2, 16), seed=1)
+
+    def gradient(x):
+      return jax.grad(lambda x: jnp.sum(MicroScaling()(x) ** 3))(x)
+
+    f, both = (
+      jax.jit(MicroScaling()),
+      jax.jit(
+        lambda x, t: (
+          jax.jvp(gradient, (x,), (t,))[1],
+          jax.vjp(gradient, x)[1](t)[0],
+        )
+      ),
+    )
+    for got in both(x, t):
+      np.testing.assert_allclose(got, 6 * f(x) * t, rtol=1e-5)
+
+  @pytest.mark.slow
+  def test_forward_mode_is_the_transpose(self):
+    how = MicroScaling(step_grad='dge', stat_grad='absmax')
+    x, t, g = (normal((2, 16), seed=i) for i in range(3))
+
+    @jax.jit
+    def products(x, t, g):
+      forward = jax.jvp(how, (x,), (t,))[1]
+      return jnp.vdot(forward, g), jnp.vdot(jax.vjp(how, x)[1](g)[0], t)
+
+    a, b = products(x, t, g)
+    np.testing.assert_allclose(a, b, rtol=1e-4)
+
+  def test_slopes_that_depend_on_x_have_no_derivative(self):
+    for options in ({'step_grad': 'dge'}, {'stat_grad': 'absmax'}):
+      f = MicroScaling(**options)
+      gradient = jax.grad(lambda x, f=f: jnp.sum(f(x) ** 2))
+      x = normal((1, 16))
+      with self.assertRaisesRegex(NotImplementedError, 'step_grad=Identity'):
+        jax.eval_shape(lambda x, g=gradient: jax.jvp(g, (x,), (x,)), x)
+
   def test_padding_takes_no_part(self):
     self._check_padding_takes_no_part('softsoftmax')
 

@@ -52,6 +52,8 @@ class LsqTest(parameterized.TestCase):
   def test_initial_step(self):
     for lsq in (Lsq(3), Lsq(3, parameter='clipped')):
       self.assertAlmostEqual(float(lsq.step(lsq.init(W))), 0.5850, places=4)
+      nothing = lsq.init(np.zeros((0, 4), np.float32))
+      self.assertLess(float(lsq.step(nothing)), 1e-7)
 
   def test_one_step_per_output(self):
     w = np.random.default_rng(0).standard_normal((16, 3)).astype(np.float32)

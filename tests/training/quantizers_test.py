@@ -105,6 +105,31 @@ class EveryQuantizerTest(parameterized.TestCase):
         self.assertTrue(np.isfinite(np.asarray(leaf, np.float32)).all())
 
   @parameterized.parameters(*((q,) for q in EVERY))
+  @pytest.mark.slow
+  def test_nan_is_never_hidden(self, quantizer):
+    x = normal().copy()
+    x[2, 5] = np.nan
+    key = KEY if quantizer.needs_key else None
+    y, _ = quickly_pulled_back(quantizer, x, x, key)
+    self.assertTrue(np.isnan(y[2, 5]))
+
+  @parameterized.parameters(Sign('mean'), OutlierCompensated(Sign()))
+  def test_empty_axes(self, quantizer):
+    self.check_empty_axes(quantizer)
+
+  @parameterized.parameters(*((q,) for q in EVERY))
+  @pytest.mark.slow
+  def test_empty_axes_of_every_quantizer(self, quantizer):
+    self.check_empty_axes(quantizer)
+
+  def check_empty_axes(self, quantizer):
+    key = KEY if quantizer.needs_key else None
+    for shape in ((0, 64), (64, 0)):
+      x = np.zeros(shape, np.float32)
+      for y in quickly_pulled_back(quantizer, x, x, key):
+        self.assertEqual(y.shape, shape)
+
+  @parameterized.parameters(*((q,) for q in EVERY))
   def test_axis_is_the_axis_of_the_blocks(self, quantizer):
     if quantizer.needs_key:
       return  # random bits follow the layout
@@ -197,10 +222,10 @@ class DoReFaTest(parameterized.TestCase):
 
 class SignTest(absltest.TestCase):
   def test_binary_connect(self):
-    x = np.float32([-2, -1, -0.1, 0, 0.5, 1.5])
-    y, dx = pulled_back(Sign(), x, np.full(6, 2, np.float32))
-    np.testing.assert_array_equal(y, [-1, -1, -1, 1, 1, 1])
-    np.testing.assert_array_equal(dx, [0, 2, 2, 2, 2, 0])
+    x = np.float32([-2, -1, -0.1, 0, 0.5, 1.5, np.nan])
+    y, dx = pulled_back(Sign(), x, np.full(7, 2, np.float32))
+    np.testing.assert_array_equal(y, [-1, -1, -1, 1, 1, 1, np.nan])
+    np.testing.assert_array_equal(dx, [0, 2, 2, 2, 2, 0, 0])
 
   def test_xnor(self):
     w = np.float32([[0.5, -2.0], [-0.1, 0.4]])  # 2 inputs, 2 outputs

@@ -4,6 +4,7 @@ u = 2^-24; bounds are those of the docstrings.
 """
 
 import functools
+import pickle
 
 import jax
 import jax.numpy as jnp
@@ -280,6 +281,31 @@ class QuickTestCase(parameterized.TestCase):
 
 
 class LawsTest(QuickTestCase):
+  def test_equal_values_are_equal(self):
+    for name in ('hadamard', 'affine', 'chain'):
+      t = _make(name)
+      copy = pickle.loads(pickle.dumps(t))
+      self.assertEqual(copy, t)
+      self.assertEqual(hash(copy), hash(t))
+      self.assertNotEqual(
+        t, jax.tree.map(lambda leaf: leaf + 1, _make('affine'))
+      )
+    self.assertEqual(tr.Hadamard(32), tr.Hadamard(32))
+    self.assertNotEqual(tr.Hadamard(32), tr.Hadamard(32, -2))
+    self.assertNotEqual(tr.Hadamard(2, signs=np.ones(2)), tr.Hadamard(2))
+
+  def test_equal_transforms_share_a_program(self):
+    traces = []
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def f(t, x):
+      traces.append(t)
+      return t.apply(x)
+
+    for _ in range(2):
+      f(tr.Hadamard(2), np.ones(2, np.float32))
+    self.assertLen(traces, 1)
+
   """What every transform promises."""
 
   @parameterized.parameters(*FEW)

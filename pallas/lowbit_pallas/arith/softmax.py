@@ -41,6 +41,7 @@ from lowbit_pallas.arith.exponential import (
   exact_factor,
   exp_difference,
   masked,
+  scaled_exp,
 )
 
 _INF = float('inf')
@@ -61,14 +62,29 @@ def identity(shape: tuple[int, ...]) -> Pair:
   )
 
 
-def row_pair(m: jax.Array, n: jax.Array) -> Pair:
-  """The sum of a row as a pair with M near 1, which has a small logarithm.
+def row_peak(
+  m: jax.Array, n: jax.Array, top: jax.Array, exp: str = 'degree5'
+) -> Peak:
+  """The sum of a row relative to its largest entry, for its logarithm.
+
+    A = top,   s = M / (exp(top) 2^-E),   s >= 1
+
+  The exponential of the largest entry is rounded in M as it is here, so that a
+  row of one live entry has s = 1 exactly, and ln s = 0. Otherwise s is within
+  (8 + h) u, relative.
 
   Args:
     m: the sum of the `scaled_exp` of the row.
     n: its `row_exponent`.
+    top: its largest live entry.
+    exp: one of EXPONENTIALS, that of the sum.
+
+  Returns:
+    Peak of the same shape; NaN and infinity stay in the total, and a row whose
+    entries are all -inf has the total 0.
   """
-  return Pair(0.5 * m, n + 1.0)
+  s = jnp.maximum(m / scaled_exp(top, n, exp), 1.0)
+  return Peak(top, jnp.where((m > 0.0) & (m < _INF), s, m))
 
 
 def merge(a: Pair, b: Pair) -> Pair:
@@ -153,8 +169,9 @@ def logsumexp(total: Pair) -> jax.Array:
   """ln(M 2^E) = ((ln M + E P3) + E P2) + E P1.
 
   E P1 and E P2 are exact, so the error is that of ln M, (4 + h) u and the
-  rounding of the logarithm, plus two roundings of the result. A zero total
-  gives -inf, an infinite one +inf.
+  rounding of the logarithm, plus two roundings of the result: absolute near
+  zero, where the two parts cancel. A zero total gives -inf, an infinite one
+  +inf.
 
   Args:
     total: Pair, `reduce` of the pairs of a row.
@@ -172,10 +189,11 @@ def log_normalise(
   """The log softmax (x_i - E ln 2) - ln M.
 
   E ln 2 is subtracted in the same three parts as in `ext_exp`, of which the
-  first two lose nothing where x_i is near E ln 2: the error is relative to
-  the result, not to x_i. Forming logsumexp first would lose |x_i| u.
+  first two lose nothing where x_i is near E ln 2: no error is relative to x_i.
+  Forming logsumexp first would lose |x_i| u.
 
-  Error: (5 + h) u for M, 2u |ln M| for its logarithm and 4u |result|.
+  Error: (5 + h) u for M, 2u |ln M| for its logarithm and 4u |result|: absolute
+  near zero. The result is never positive.
 
   Args:
     x: the inputs, ``(..., k, ...)``.
@@ -192,6 +210,7 @@ def log_normalise(
   log_m = jnp.where(total.m < _INF, jnp.log(total.m), _NAN)
   centred = ((x - n * LN2[0]) - n * LN2[1]) - n * LN2[2]
   y = centred - _spread(log_m, x.shape, axis)
+  y = jnp.where(y > 0.0, 0.0, y)
   return y if where is None else jnp.where(where, y, -_INF)
 
 
@@ -323,7 +342,11 @@ def online_normalise(
 
 
 def online_logsumexp(state: Peak) -> jax.Array:
-  """A + ln s; -inf for a zero total, +inf for an infinite one."""
+  """A + ln s; -inf for a zero total, +inf for an infinite one.
+
+  Error: that of s, 2u |ln s| for its logarithm and u |result|; none for a row
+  of one live entry.
+  """
   return state.peak + jnp.log(state.total)
 
 

@@ -52,7 +52,9 @@ def run(
 
   Error of a softmax above 2^-120: (8 + h) u relative where multiply-add is
   fused, (10 + h) u for online rows, plus one rounding to `out_dtype`; h is
-  `chain(columns)` and u = 2^-24.
+  `chain(columns)` and u = 2^-24. Of its logarithm: (8 + h) u absolute and 4u
+  |result|; of a logsumexp: (8 + h) u, 2u ln(columns) and u |result|. Rows of
+  one live entry have the logarithm 0, exactly, and that entry as logsumexp.
   """
   out_dtype = x.dtype if out_dtype is None else out_dtype
 
@@ -62,13 +64,13 @@ def run(
 
   if algorithm == 'online':
     return _online(kind, wide(x), where).astype(out_dtype)
-  terms, m, n = _pair(wide(x), where, exp)
+  terms, m, n, top = _pair(wide(x), where, exp)
   if kind == 'softmax':
     y = _normalised(terms, m, where)
   elif kind == 'log_softmax':
-    y = sm.log_normalise(wide(x), sm.row_pair(m, n), where)
+    y = sm.online_log_normalise(wide(x), sm.row_peak(m, n, top, exp), where)
   else:
-    y = sm.logsumexp(sm.row_pair(m, n))
+    y = sm.online_logsumexp(sm.row_peak(m, n, top, exp))
   y = y.astype(out_dtype)
   if algorithm == 'pair':
     return y
@@ -82,15 +84,16 @@ def run(
 
 
 def _pair(x, where, exp):
-  """The scaled exponentials of rows, their sums M and exponents E.
+  """The scaled exponentials of rows, their sums M, exponents E and maxima.
 
   The maximum comes first, so that no entry has an exponent of its own: XLA
   makes one loop of the exponentials, and one of their sum.
   """
   x = x if where is None else jnp.where(where, x, -jnp.inf)
-  n = exponential.row_exponent(jnp.max(x, -1))
+  top = jnp.max(x, -1)
+  n = exponential.row_exponent(top)
   terms = exponential.scaled_exp(x, n[..., None], exp)
-  return terms, _sum(terms), n
+  return terms, _sum(terms), n, top
 
 
 def _normalised(terms, total, where):

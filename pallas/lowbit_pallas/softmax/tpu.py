@@ -250,15 +250,16 @@ def _whole_kernel(x_ref, *refs, static: _Static):
 
   # The sum joins the lanes, and divides what was kept.
   m = _sum_of_lanes(second_ref[...], static.tile)
-  total = sm.row_pair(m, n)
-  log_sum_ref[...] = sm.logsumexp(total)
+  total = sm.row_peak(m, n, top)
+  log_sum_ref[...] = sm.online_logsumexp(total)
   if static.kind == 'softmax':
     inverse = jnp.where(m < jnp.inf, 1.0 / m, jnp.nan)
     second_ref[...] = _to_lanes(inverse)
     _write_quotients(source, terms_ref, second_ref, y_ref, static)
   elif static.kind == 'log_softmax':
-    first_ref[...], second_ref[...] = map(_to_lanes, (total.n, total.m))
-    _write_block(source, (first_ref, second_ref), y_ref, 0, static)
+    first_ref[...], second_ref[...] = map(_to_lanes, total)
+    relative = static._replace(form=forms.ONLINE)
+    _write_block(source, (first_ref, second_ref), y_ref, 0, relative)
 
 
 def _to_lanes(v):
