@@ -115,7 +115,7 @@ def qdot(
   Examples:
     >>> import jax, jax.numpy as jnp
     >>> import lowbit_jax as lowbit
-    >>> from lowbit_jax.recipe import GemmSpec, Quantizer, QuantSpec, Recipe
+    >>> from lowbit_jax.recipe import GemmSpec, QuantSpec, Recipe
     >>> spec = QuantSpec(lowbit.formats.mxfp8_e4m3, 'rceil')
     >>> gemm = GemmSpec(spec, spec)
     >>> recipe = Recipe('mxfp8', gemm, gemm, gemm)
