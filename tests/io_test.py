@@ -88,7 +88,11 @@ class IoTest(parameterized.TestCase):
 
   def test_round_trip(self):
     numbered = {'layers': {0: {10: np.ones(3)}, 2: {}}}
-    before = {**tree(), **numbered, 'scalar': np.float64(1.5)}
+    # Blocks of 32 through the axes (16, 4) together.
+    spanned = stored(formats.mxfp4, (3, 64), np.random.RandomState(0))
+    spanned = qarray.replace(spanned, merged=(4,))
+    before = {**tree(), **numbered, 'spanned': spanned}
+    before['scalar'] = np.float64(1.5)
     io.save(self.path, before)
     after = io.load(self.path)
     self.assertEqual(list(after['layers']), [0, 2])
@@ -399,6 +403,7 @@ class DamageTest(parameterized.TestCase):
     ('pad', [1.5, 0], 'pad='),
     ('pad', [29, 0], 'pad='),
     ('axis', [0, 1], 'must count from the end'),
+    ('merged', [4], 'merged='),
     ('dtype', 'object', "unknown dtype 'object'"),
     ('dtype', 'int8', 'real floating-point'),
   )

@@ -212,6 +212,7 @@ def _describe_qarray(q: QArray, arrays: list, where: str) -> dict:
     'axis': q.axis,
     'pad': q.pad,
     'dtype': q.dtype.name,
+    'merged': q.merged,
     'leaves': leaves,
   }
 
@@ -380,6 +381,9 @@ def _restore_qarray(node: dict, archive: _Archive, where: str) -> QArray:
     for n, leaf in leaves.items()
   }
   axis = _field(node, 'axis', where, int, list)
+  merged = []  # Version 1 knew blocks along one axis only.
+  if archive.version > 1:
+    merged = _field(node, 'merged', where, list)
   with _at(where):
     q = QArray(
       **arrays,
@@ -387,6 +391,7 @@ def _restore_qarray(node: dict, archive: _Archive, where: str) -> QArray:
       axis=tuple(axis) if isinstance(axis, list) else axis,
       pad=tuple(_field(node, 'pad', where, list)),
       dtype=_dtype(node, where),
+      merged=tuple(merged),
     )
     return qarray.validate(q)
 
@@ -459,20 +464,16 @@ def _library_version() -> str:
 
 
 def _serialize_static(static) -> bytes:
-  fmt, axis, pad, dtype = static
-  description = [formats.to_dict(fmt), axis, pad, np.dtype(dtype).name]
+  fmt, axis, pad, dtype, merged = static
+  description = [formats.to_dict(fmt), axis, pad, np.dtype(dtype).name, merged]
   return json.dumps(description).encode()
 
 
 def _deserialize_static(data: bytes):
-  fmt, axis, pad, dtype = json.loads(data)
+  fmt, axis, pad, dtype, merged = json.loads(data)
   axis = tuple(axis) if isinstance(axis, list) else axis
-  return (
-    formats.from_dict(fmt),
-    axis,
-    tuple(pad),
-    np.dtype(getattr(ml_dtypes, dtype, dtype)),
-  )
+  dtype = np.dtype(getattr(ml_dtypes, dtype, dtype))
+  return formats.from_dict(fmt), axis, tuple(pad), dtype, tuple(merged)
 
 
 jax.export.register_pytree_node_serialization(
