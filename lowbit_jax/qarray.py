@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lowbit_jax import formats
 from lowbit_jax._typing import ArrayLike, Axis, DTypeLike, Shape
 from lowbit_jax.formats import BlockFormat, IntFormat
 from lowbit_jax.numerics import _packing, _scaling
@@ -76,17 +77,21 @@ class QArray:
 
   Invariants, in the order in which `lowbit_jax.qarray.validate` checks them:
 
-  1. Leaves have equal rank: codes, and scale, tensor_scale and zero_point where
+  1. Elements have at most 8 bits, as have scales that are not float32 or
+     bfloat16. `axis` names the axes of a block, counted from the end. `pad` has
+     an entry for each of them, fewer elements than are kept together (whole
+     blocks and bytes). `dtype` is a real floating-point type.
+  2. Leaves have equal rank: codes, and scale, tensor_scale and zero_point where
      the format has them; absent ones are None.
-  2. `codes` is uint8. Codes of b bits are packed along the first block axis,
+  3. `codes` is uint8. Codes of b bits are packed along the first block axis,
      little end first, so this axis has b / 8 of the padded logical size.
-  3. Along a block axis `scale` has one entry per block; along others it has the
+  4. Along a block axis `scale` has one entry per block; along others it has the
      size of the array. `zero_point` (uint8) has the shape of `scale`.
      `tensor_scale` (float32) has size 1 along every axis, except that along
      leading axes of a stack, as vmap(quantize) makes, it has their size.
-  4. Scales of at most 8 bits are uint8 codes, others float32 or bfloat16
+  5. Scales of at most 8 bits are uint8 codes, others float32 or bfloat16
      numbers.
-  5. x = (element - zero_point) * scale * tensor_scale, without the absent ones.
+  6. x = (element - zero_point) * scale * tensor_scale, without the absent ones.
 
   Attributes:
     codes: packed element codes, uint8.
@@ -301,18 +306,27 @@ replace = dataclasses.replace
 
 
 def validate(q: QArray) -> QArray:
-  """Checks the invariants of `QArray` and returns `q`."""
+  """Checks the invariants of `QArray` and returns `q`.
+
+  Raises:
+    TypeError: for a field or leaf of another type.
+    ValueError: for one with another value or shape.
+  """
   # Axes that blocks span together multiply to the one of the leaves.
   if q.merged:
-    whole, size = flat(q), math.prod(q.merged)
-    known = all(isinstance(n, int) and n > 0 for n in q.merged)
-    if q.fmt.is_tile or not known or whole.shape[q.axes[0]] % size:
+    whole = validate(flat(q))
+    known = isinstance(q.merged, tuple) and all(
+      type(n) is int and n > 0 for n in q.merged
+    )
+    if (
+      not known or q.fmt.is_tile or whole.shape[q.axes[0]] % math.prod(q.merged)
+    ):
       raise ValueError(
         f'merged={q.merged} must be sizes of axes that divide the axis'
         f' {q.axes[0]} of {whole.shape}, in a format without tiles'
       )
-    validate(whole)
     return q
+  _check_static(q)
   # Leaves are there as the format has them, with equal rank.
   fmt, ndim = q.fmt, q.ndim
   present = {
@@ -337,10 +351,10 @@ def validate(q: QArray) -> QArray:
   padded = list(q.shape)
   for k, (axis, pad) in enumerate(zip(q.axes, q.pad, strict=True)):
     padded[axis] += pad
-    if padded[axis] % alignment(q, k):
+    if padded[axis] < pad or padded[axis] % alignment(q, k):
       raise ValueError(
         f'codes.shape={q.codes.shape} holds {padded[axis]} elements along axis'
-        f' {axis}, no multiple of {alignment(q, k)} as {fmt} needs'
+        f' {axis} for {pad=}, no multiple of {alignment(q, k)} as {fmt} needs'
       )
   # Scales and zero points: one per block.
   expected = scale_shape(padded, fmt, q.axes)
@@ -356,6 +370,38 @@ def validate(q: QArray) -> QArray:
     float32 = np.dtype(np.float32)
     _check_leaf('tensor_scale', q.tensor_scale, expected, float32, fmt)
   return q
+
+
+def _check_static(q: QArray) -> None:
+  """Checks fmt, axis, pad and dtype."""
+  fmt = q.fmt
+  if not isinstance(fmt, BlockFormat):
+    raise TypeError(f'{fmt=} of a QArray must be a BlockFormat')
+  if fmt.element.bits > 8:
+    raise ValueError(f'{fmt} has elements of {fmt.element.bits} bits, not 1..8')
+  stored = (None, formats.float32, formats.bfloat16)
+  if fmt.scale not in stored and not _scaling.is_coded(fmt.scale):
+    raise ValueError(
+      f'{fmt} has scales of {fmt.scale}; a QArray stores scales of at most 8'
+      ' bits, float32 and bfloat16'
+    )
+  if block_axes(fmt, q.axis, q.ndim) != q.axes:
+    raise ValueError(f'axis={q.axis} must count from the end')
+  good = isinstance(q.pad, tuple) and len(q.pad) == len(q.axes)
+  for k, pad in enumerate(q.pad if good else ()):
+    good = good and type(pad) is int and 0 <= pad < alignment(q, k)
+  if not good:
+    raise ValueError(
+      f'pad={q.pad} must be a tuple with an int for each axis of axis={q.axis},'
+      f' from 0 to below the elements that {fmt} keeps together,'
+      f' {[alignment(q, k) for k in range(len(q.axes))]}'
+    )
+  if not isinstance(q.dtype, np.dtype) or not jnp.issubdtype(
+    q.dtype, jnp.floating
+  ):
+    raise TypeError(
+      f'dtype={q.dtype} of a QArray must be a real floating-point dtype'
+    )
 
 
 def _check_leaf(name: str, leaf, shape, dtype: np.dtype, fmt) -> None:

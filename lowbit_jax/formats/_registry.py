@@ -84,13 +84,27 @@ def to_dict(fmt: Format) -> dict:
 
 
 def from_dict(description: dict) -> Any:
-  """The inverse of `to_dict`; needs no registry."""
+  """The inverse of `to_dict`; needs no registry.
+
+  Raises:
+    TypeError: for a field of another type.
+    ValueError: for fields or a kind that no format has, and for numbers that no
+      format can have.
+  """
   kinds = (FloatFormat, IntFormat, CodebookFormat, BlockFormat)
   classes = {c.__name__: c for c in kinds}
+  if not isinstance(description, dict):
+    raise TypeError(f'{description=} of a format must be a dict')
   fields = dict(description)
   kind = fields.pop('kind', None)
-  if kind not in classes:
+  if not isinstance(kind, str) or kind not in classes:
     raise ValueError(f'{kind=} of a format is not one of {sorted(classes)}')
+  known = dataclasses.fields(classes[kind])
+  needed = {f.name for f in known if f.default is dataclasses.MISSING}
+  if not needed <= fields.keys() <= {f.name for f in known}:
+    raise ValueError(
+      f'a {kind} has the fields {[f.name for f in known]}, got {list(fields)}'
+    )
   for name, v in fields.items():
     if isinstance(v, dict):
       fields[name] = from_dict(v)

@@ -9,6 +9,8 @@ static arguments of `jax.jit` and static metadata of a pytree.
 import dataclasses
 import functools
 import math
+import typing
+from typing import Any
 
 import numpy as np
 
@@ -18,6 +20,31 @@ SPECIALS = ('none', 'fn', 'ieee', 'fnuz')
 def _require(condition: bool, message: str) -> None:
   if not condition:
     raise ValueError(message)
+
+
+def _check_types(fmt: Any) -> None:
+  """Raises TypeError for a field whose value is not what it is annotated as."""
+  for field in dataclasses.fields(fmt):
+    value = getattr(fmt, field.name)
+    expected: Any = field.type
+    if typing.get_origin(expected) is tuple:
+      kind = typing.get_args(expected)[0]
+      good = isinstance(value, tuple) and all(_is_a(v, kind) for v in value)
+    else:
+      good = _is_a(value, expected)
+    if not good:
+      wanted = expected.__name__ if isinstance(expected, type) else expected
+      raise TypeError(
+        f'{field.name}={value!r} of a {type(fmt).__name__} must be of type'
+        f' {wanted}'
+      )
+
+
+def _is_a(value: object, expected: Any) -> bool:
+  """isinstance, except that a bool is no int and an int is a float."""
+  if isinstance(value, bool):
+    return expected is bool
+  return isinstance(value, int | float if expected is float else expected)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,14 +117,25 @@ class FloatFormat(ElementFormat):
   zero: bool = True
 
   def __post_init__(self) -> None:
-    _require(self.exponent_bits >= 1, f'{self.exponent_bits=} must be >= 1')
-    _require(self.mantissa_bits >= 0, f'{self.mantissa_bits=} must be >= 0')
+    _check_types(self)
+    _require(
+      1 <= self.exponent_bits <= 11, f'{self.exponent_bits=} must be in 1..11'
+    )
+    _require(
+      0 <= self.mantissa_bits <= 52, f'{self.mantissa_bits=} must be in 0..52'
+    )
     _require(
       self.special in SPECIALS, f'{self.special=} is not one of {SPECIALS}'
     )
     _require(
       self.signed or self.special != 'fnuz',
       "special='fnuz' puts NaN on the sign bit and needs signed=True",
+    )
+    # Decode tables are float64.
+    largest = (self.code_max >> self.mantissa_bits) - self.bias
+    _require(
+      self.emin - self.mantissa_bits >= -1074 and largest <= 1023,
+      f'{self.bias=} leaves the range of float64',
     )
 
   @property
@@ -206,7 +244,12 @@ class IntFormat(ElementFormat):
   fraction_bits: int = 0
 
   def __post_init__(self) -> None:
+    _check_types(self)
     _require(1 <= self.width <= 8, f'{self.width=} must be in 1..8')
+    _require(
+      abs(self.fraction_bits) <= 1000,
+      f'{self.fraction_bits=} must be in -1000..1000',
+    )
     _require(
       not (self.signed and self.width < 2), 'a signed integer needs width >= 2'
     )
@@ -247,14 +290,16 @@ class CodebookFormat(ElementFormat):
   table: tuple[float, ...]
 
   def __post_init__(self) -> None:
+    _check_types(self)
     size = len(self.table)
     _require(
       2 <= size <= 256 and size & (size - 1) == 0,
       f'len(table)={size} must be a power of two in 2..256',
     )
     _require(
-      all(a < b for a, b in zip(self.table, self.table[1:], strict=False)),
-      'table must be strictly ascending',
+      all(a < b for a, b in zip(self.table, self.table[1:], strict=False))
+      and all(math.isfinite(v) for v in (self.table[0], self.table[-1])),
+      'table must be finite and strictly ascending',
     )
 
   @property
@@ -298,9 +343,10 @@ class BlockFormat:
     _require(
       isinstance(self.block, tuple)
       and 1 <= len(self.block) <= 2
-      and all(isinstance(b, int) and b >= 0 for b in self.block),
+      and all(_is_a(b, int) and b >= 0 for b in self.block),
       f'{self.block=} must be a tuple of one or two sizes, 0 for a whole axis',
     )
+    _check_types(self)
     _require(
       not self.zero_point
       or (isinstance(self.element, IntFormat) and not self.element.signed),

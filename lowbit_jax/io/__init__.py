@@ -1,7 +1,9 @@
 """Files: trees of arrays and QArrays, saved and loaded with their formats.
 
+- `DamagedFileError`: A file does not hold what was written to it.
 - `load`: Reads a tree that `save` wrote.
 - `save`: Writes a tree to a file, atomically.
 """
 
+from lowbit_jax._files import DamagedFileError as DamagedFileError
 from lowbit_jax.io._native import load as load, save as save
