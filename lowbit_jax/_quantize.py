@@ -411,13 +411,19 @@ def _absmean(blocks: Blocks, amax, fmt: BlockFormat):
 def _mean_magnitude(x, amax, axes, share: ArrayLike):
   """sum |x| * share over `axes`, kept with size 1; `amax` are bits of max |x|.
 
-  Large numbers are summed in units of 2^64, since the sum may overflow.
+  Blocks of large numbers, whose sum may overflow, are summed in units of 2^64.
   """
   is_large = amax >= 191 << 23
-  unit, inverse = jnp.float32(2.0**64), jnp.float32(2.0**-64)
-  terms = jnp.abs(x) * jnp.where(is_large, inverse, 1)
-  mean = jnp.sum(terms, axis=axes, keepdims=True) * share
-  return mean * jnp.where(is_large, unit, 1)
+
+  def mean(unit):
+    terms = jnp.abs(x) if unit is None else jnp.abs(x) * (1 / unit)
+    return jnp.sum(terms, axis=axes, keepdims=True) * share
+
+  def careful():
+    unit = jnp.where(is_large, jnp.float32(2.0**64), 1)
+    return mean(unit) * unit
+
+  return jax.lax.cond(jnp.any(is_large), careful, lambda: mean(None))
 
 
 def block_counts(blocks: Blocks) -> np.ndarray:
