@@ -85,6 +85,22 @@ class Blocks(NamedTuple):
     view = self.view.shape
     return tuple(n for i, n in enumerate(view) if i not in self.inner)
 
+  def positions(self) -> list[tuple[int, int, int]]:
+    """(axis of the array, its padding, its inner axis in the view), sorted:
+    `inner` is in the order of positions, `axes` in that of the caller."""
+    pads = sorted(zip(self.axes, self.pad, strict=True))
+    return [(a, p, i) for (a, p), i in zip(pads, self.inner, strict=True)]
+
+  def without_padding(self, x: jax.Array) -> jax.Array:
+    """`x` in the shape of the view, with zeros in place of padding."""
+    for axis, pad, inner in self.positions():
+      if pad:
+        shape = [1] * x.ndim
+        shape[inner - 1 : inner + 1] = x.shape[inner - 1 : inner + 1]
+        index = jnp.arange(self.shape[axis], dtype=jnp.int32).reshape(shape)
+        x = jnp.where(index < self.shape[axis] - pad, x, 0)
+    return x
+
   def expand(self, leaf: ArrayLike) -> jax.Array:
     """Gives a per-block array the axes of the view."""
     return jnp.expand_dims(leaf, self.inner)
@@ -337,9 +353,10 @@ def _tensor_scale(blocks, amax, fmt, rule, given):
       return scale
     return jnp.where(jnp.any(amax >= fb.INF), math.nan, scale)
   if rule == 'absmean':
-    mean = jnp.sum(jnp.abs(blocks.view)) / max(blocks.size, 1)
-    bad = jnp.any(amax >= fb.INF)
-    return jnp.where(bad, math.nan, mean).reshape(ones)
+    top = jnp.max(amax, initial=0)
+    mean = _mean_magnitude(blocks.view, top, None, 1 / max(blocks.size, 1))
+    mean = jnp.where(top < fb.MIN_NORMAL, 0, _scaling.bounded(mean, fmt))
+    return jnp.where(top >= fb.INF, math.nan, mean).reshape(ones)
   if fmt.scale is None:
     top = jnp.max(amax, initial=0)
     scale = _scaling.tensor_scale_from(top, fmt)
@@ -360,10 +377,16 @@ def _minmax(blocks: Blocks, amax, fmt: BlockFormat):
   top = fmt.element.code_max
   high = jnp.max(x, axis=blocks.inner, keepdims=True, initial=0)
   low = jnp.min(x, axis=blocks.inner, keepdims=True, initial=0)
+  # Rounding the zero point and the scale moves the ends of the range, which
+  # must not pass the largest float32.
+  slack = 1 / top + 2.0 ** (1 - fmt.scale.mantissa_bits)
+  limit = float(np.finfo(np.float32).max) * (1 - slack)
+  high, low = jnp.minimum(high, limit), jnp.maximum(low, -limit)
   bad = amax >= fb.INF
   step = jnp.float32(1 / top)
   span = high - low
   scale = jnp.where(jnp.isinf(span), high * step - low * step, span * step)
+  scale = jnp.maximum(scale, jnp.float32(_scaling.SMALLEST))
   scale = jnp.where(bad | (amax < fb.MIN_NORMAL), 0, scale)
   dtype = jnp.dtype(fmt.scale.name)
   scale = scale.astype(dtype)
@@ -378,19 +401,36 @@ def _minmax(blocks: Blocks, amax, fmt: BlockFormat):
 def _absmean(blocks: Blocks, amax, fmt: BlockFormat):
   """Mean magnitude of each block (BitNet b1.58)."""
   assert fmt.scale is not None
-  total = jnp.sum(jnp.abs(blocks.view), axis=blocks.inner, keepdims=True)
-  mean = total * blocks.expand(1 / jnp.maximum(block_counts(blocks), 1))
+  share = blocks.expand(1 / jnp.maximum(block_counts(blocks), 1))
+  mean = _mean_magnitude(blocks.view, amax, blocks.inner, share)
+  mean = jnp.where(amax < fb.MIN_NORMAL, 0, _scaling.bounded(mean, fmt))
   scale = jnp.where(amax >= fb.INF, math.nan, mean)
   return _scaling.from_values(scale, fmt.scale)
+
+
+def _mean_magnitude(x, amax, axes, share: ArrayLike):
+  """sum |x| * share over `axes`, kept with size 1; `amax` are bits of max |x|.
+
+  Blocks of large numbers, whose sum may overflow, are summed in units of 2^64.
+  """
+  is_large = amax >= 191 << 23
+
+  def mean(unit):
+    terms = jnp.abs(x) if unit is None else jnp.abs(x) * (1 / unit)
+    return jnp.sum(terms, axis=axes, keepdims=True) * share
+
+  def careful():
+    unit = jnp.where(is_large, jnp.float32(2.0**64), 1)
+    return mean(unit) * unit
+
+  return jax.lax.cond(jnp.any(is_large), careful, lambda: mean(None))
 
 
 def block_counts(blocks: Blocks) -> np.ndarray:
   """Elements of each block that are not padding, in `scale_shape`."""
   ones = np.ones([1] * len(blocks.shape), np.float32)
   view = blocks.view.shape
-  # `inner` is in the order of positions, `axes` in that of the caller.
-  pads = sorted(zip(blocks.axes, blocks.pad, strict=True))
-  for (axis, pad), inner in zip(pads, blocks.inner, strict=True):
+  for axis, pad, inner in blocks.positions():
     count, size = view[inner - 1], view[inner]
     n = blocks.shape[axis] - pad
     sizes = np.clip(n - size * np.arange(count), 0, size).astype(np.float32)
@@ -423,7 +463,8 @@ def _squared_error(blocks: Blocks, fmt: BlockFormat, scale, tensor_scale):
   y = _scaled(blocks.view, blocks, fmt, scale, tensor_scale)
   codes = codec.encode(y, spec(fmt.element))
   y = _decode(codes, fmt, Scales(scale, tensor_scale, None), None, blocks)
-  return sum_of_squares(y - blocks.view, blocks.inner)
+  error = blocks.without_padding(y - blocks.view)
+  return sum_of_squares(error, blocks.inner)
 
 
 def sum_of_squares(x: jax.Array, axes: int | Sequence[int]) -> jax.Array:

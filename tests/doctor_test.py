@@ -15,6 +15,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 import lowbit_jax
 from lowbit_jax import doctor, formats
+from lowbit_jax.doctor import _measure
 
 SHAPE = (16, 128)
 
@@ -192,6 +193,17 @@ class AdviceTest(parameterized.TestCase):
     row = doctor.report(q, reference=x)['array']
     self.assertIn('tensor-scale', row.rules)
     self.assertIn('rho < 1', row.advice)
+    q = quantize(x, formats.nvfp4, tensor_scale=0 * scale)
+    row = doctor.report(q, reference=x)['array']
+    self.assertIn('inf times what it covers', row.advice)
+
+  def test_tiny_and_huge_numbers(self):
+    row = advice(np.full(SHAPE, 1e-36), formats.nvfp4)
+    self.assertGreater(row.measures.qsnr_db, 20)
+    row = advice(np.full(SHAPE, 3e38), formats.mxfp4)
+    self.assertGreater(row.measures.qsnr_db, 10)
+    self.assertNotIn('nan', row.advice)
+    self.assertEqual(_measure.qsnr_db([1, 3e38], [1, math.inf]), -math.inf)
 
   def test_outliers(self):
     row = advice(gaussian() ** 3, formats.mxint4)

@@ -81,8 +81,8 @@ MUTANTS = (
   Mutant(
     'ops', 'a clipped gradient passes at one end of the range',
     'lowbit_jax/ops/_fake_quant.py',
-    'return (x >= low) & (x <= high)',
-    'return x >= low',
+    'return (x >= low - slack) & (x <= high + slack)',
+    'return x >= low - slack',
     'tests/ops/fake_quant_test.py::EquationTest',
   ),
   Mutant(

@@ -83,9 +83,10 @@ def _lost_blocks(case: Case, limit: float) -> str | None:
 def _tensor_scale(case: Case, limit: float) -> str | None:
   if not case.m.rho[0] < limit:
     return None
+  excess = 1 / case.m.rho[0] if case.m.rho[0] else math.inf
   return (
     'the tensor scale is too small: a block maximum is'
-    f' {1 / case.m.rho[0]:.3g} times what it covers (rho < 1) and saturates;'
+    f' {excess:.3g} times what it covers (rho < 1) and saturates;'
     ' compute the tensor scale from this tensor'
   )
 

@@ -192,13 +192,16 @@ def _decode(q: QArray):
 
 
 def qsnr_db(x: ArrayLike, y: ArrayLike) -> float:
-  """10 log10(sum x^2 / sum (x - y)^2) where both are finite."""
+  """10 log10(sum x^2 / sum (x - y)^2) where x is finite and y is not NaN.
+
+  -Inf where a finite x became Inf.
+  """
   x = np.ravel(np.asarray(jnp.asarray(x).astype(jnp.float32)))
   y = np.ravel(np.asarray(y))
   signal = noise = 0.0
   for i in range(0, x.size, TILE):
     a, b = (v[i : i + TILE].astype(np.float64) for v in (x, y))
-    finite = np.isfinite(a) & np.isfinite(b)
+    finite = np.isfinite(a) & ~np.isnan(b)
     signal += float(np.square(a[finite]).sum())
     noise += float(np.square(a[finite] - b[finite]).sum())
   return _decibel(signal, noise)
@@ -265,6 +268,8 @@ def _nonfinite(x) -> dict:
 def _decibel(signal: float, noise: float) -> float:
   if signal == 0:
     return NAN
+  if math.isinf(noise):
+    return -math.inf
   return math.inf if noise == 0 else 10 * math.log10(signal / noise)
 
 

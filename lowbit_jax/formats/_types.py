@@ -323,8 +323,9 @@ class BlockFormat:
     element: format of the elements.
     block: elements per block along each block axis; one entry for blocks along
       one axis, two for tiles. 0 stands for the whole axis.
-    scale: format of the block scale, None for no block scale. Formats of at
-      most 8 bits are stored as codes, float32 and bfloat16 as themselves.
+    scale: format of the block scale, with a NaN; None for no block scale.
+      Formats of at most 8 bits are stored as codes, float32 and bfloat16 as
+      themselves.
     tensor_scale: whether one float32 scale covers the whole tensor.
     zero_point: whether each block also has an unsigned integer zero point z,
       so that x ~ (element - z) * scale.
@@ -355,6 +356,11 @@ class BlockFormat:
     _require(
       not self.zero_point or self.scale is not None,
       'zero_point needs a block scale',
+    )
+    _require(
+      self.scale is None or self.scale.nan_code is not None,
+      f'scale={self.scale} has no NaN, which marks blocks that hold NaN or Inf;'
+      " use a format with special='fn' or 'ieee', such as e4m3fn or ue5m3",
     )
 
   @property

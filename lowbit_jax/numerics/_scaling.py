@@ -20,6 +20,7 @@ from lowbit_pallas.arith import bits as fb, block, codec, scale as exact
 block_max = exact.block_max
 magnitude_bits = exact.magnitude_bits
 reciprocal = exact.reciprocal
+SMALLEST = exact.SMALLEST
 
 EXPONENT_RULES = (*exact.EXPONENT_RULES, 'mse')
 FLOAT_RULES = ('absmax', 'absmean', 'sweep')
@@ -76,14 +77,20 @@ def tensor_scale_from(
   It maps the maximum to the largest product of element and block scale, or to
   that of the largest element and the block scale `target`; with block scales in
   the order of operations of TransformerEngine, 1 / (top / amax) with two
-  roundings, so that codes agree bit for bit.
+  roundings, so that codes agree bit for bit. At least 2^-126, and at most what
+  keeps every product finite.
   """
   amax = fb.from_bits(amax_bits)
   live = amax_bits >= fb.MIN_NORMAL
+  largest = fmt.element.max
   if fmt.scale is None:
-    return jnp.where(live, amax * jnp.float32(1 / fmt.element.max), 1.0)
-  top = jnp.float32(fmt.element.max * (target or fmt.scale.max))
-  return jnp.where(live, reciprocal(top / jnp.where(live, amax, 1.0)), 1.0)
+    scale = amax * jnp.float32(1 / largest)
+  else:
+    top = jnp.float32(largest * (target or fmt.scale.max))
+    scale = reciprocal(top / jnp.where(live, amax, 1.0))
+    largest *= fmt.scale.max
+  scale = jnp.clip(scale, exact.SMALLEST, exact.largest_scale(largest))
+  return jnp.where(live, scale, 1.0)
 
 
 def candidates(
@@ -114,8 +121,9 @@ def candidates(
     codes = [code]
     if rule == 'mse':
       live = (code < exact.NAN_CODE) & (amax_bits >= fb.MIN_NORMAL)
+      top = exact.largest_exponent_code(element.emax)
       for step in (1, -1):
-        neighbour = jnp.clip(code + step, 0, 254)
+        neighbour = jnp.clip(code + step, 0, top)
         codes.append(jnp.where(live, neighbour, code))
     return [c.astype(jnp.uint8) for c in codes]
 
@@ -139,10 +147,19 @@ def candidates(
     ]
   dtype = jnp.dtype(fmt.scale.name)
   fractions = SWEEP_FRACTIONS if rule == 'sweep' else (1.0,)
-  return [
-    jnp.where(bad, math.nan, scale * jnp.float32(f)).astype(dtype)
-    for f in fractions
-  ]
+  top = exact.largest_scale(element.max, fmt.scale.mantissa_bits)
+  scales = [jnp.minimum(scale * jnp.float32(f), top) for f in fractions]
+  return [jnp.where(bad, math.nan, s).astype(dtype) for s in scales]
+
+
+def bounded(scale: jax.Array, fmt: BlockFormat) -> jax.Array:
+  """Positive float32 scales as near as they may come to `scale`.
+
+  At least 2^-126, and at most what keeps the largest element finite.
+  """
+  mantissa_bits = 23 if fmt.scale is None else fmt.scale.mantissa_bits
+  top = exact.largest_scale(fmt.element.max, mantissa_bits)
+  return jnp.clip(scale, exact.SMALLEST, top)
 
 
 def from_values(scale: jax.Array, fmt: FloatFormat) -> jax.Array:

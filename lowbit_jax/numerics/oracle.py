@@ -384,13 +384,17 @@ def block_amax(block: Sequence[Number]) -> float:
 
 
 def exponent_scale_code(amax: float, element: ElementFormat, rule: str) -> int:
-  """E8M0 code of the block scale: 255 if amax is NaN, 0 for a zero block."""
+  """E8M0 code of the block scale: 255 if amax is NaN, 0 for a zero block.
+
+  Clamped from above so that the largest element times the scale is finite.
+  """
   if amax != amax:
     return E8M0_NAN
   if amax == 0:
     return 0
   k = shared_exponent(amax, element, rule)
-  return min(max(k, -E8M0_BIAS), E8M0_BIAS) + E8M0_BIAS
+  top = min(E8M0_BIAS, E8M0_BIAS - floor_log2(Fraction(element.max)))
+  return min(max(k, -E8M0_BIAS), top) + E8M0_BIAS
 
 
 # Scales that are numbers.
@@ -416,16 +420,36 @@ def block_scale(
 
   amax * (1 / element.max), and with a tensor scale amax * (1 / tensor_scale *
   1 / element.max), rounded to the scale format, where codes saturate. NaN, or
-  its code, if amax is NaN.
+  its code, if amax is NaN. Scales of blocks that are not zero are at least
+  2^-126, or 2^-125 / tensor_scale before rounding, and without a tensor scale
+  at most `largest_scale`.
   """
   assert fmt.scale is not None
   factor = reciprocal(fmt.element.max)
+  least = float(FLOAT32_MIN_NORMAL)
   if tensor_scale is not None:
-    factor = multiply(inverse_scale(tensor_scale), factor)
+    inverse = inverse_scale(tensor_scale)
+    factor, least = multiply(inverse, factor), multiply(inverse, 2 * least)
   scale = multiply(amax, factor)
+  if amax > 0:
+    scale = max(scale, least)
+    if tensor_scale is None:
+      bits = min(fmt.scale.mantissa_bits, FLOAT32.mantissa_bits)
+      scale = min(scale, largest_scale(fmt.element.max, bits))
   if fmt.scale.bits <= 8:
     return encode(scale, fmt.scale)
   return round_scale(scale, fmt.scale)
+
+
+def largest_scale(
+  largest: float, mantissa_bits: int = FLOAT32.mantissa_bits
+) -> float:
+  """The largest scale of so many mantissa bits for which largest * scale, and
+  the scale, are finite float32."""
+  top = Fraction(FLOAT32.max)
+  scale = min(top / Fraction(largest), top)
+  unit = power_of_two(floor_log2(scale) - mantissa_bits)
+  return float(scale // unit * unit)
 
 
 def round_scale(scale: float, fmt: FloatFormat) -> float:
@@ -450,17 +474,23 @@ def tensor_scale(values: Sequence[Number], fmt: BlockFormat) -> float:
 
   With a block scale (NVFP4), as TransformerEngine computes it: 1 / (M / A) with
   M = element.max * scale.max and A the largest finite |x|. Without one:
-  A * (1 / element.max), NaN if any value is not finite. 1 if A = 0.
+  A * (1 / element.max), NaN if any value is not finite. 1 if A = 0. At least
+  2^-126, and at most `largest_scale` of the largest product.
   """
   if fmt.scale is not None:
     values = [x for x in values if is_finite(x)]
   amax = block_amax(values)
   if amax == 0:
     return 1.0
+  if amax != amax:
+    return amax
+  largest = fmt.element.max
   if fmt.scale is None:
-    return multiply(amax, reciprocal(fmt.element.max))
-  largest = Fraction(fmt.element.max) * Fraction(fmt.scale.max)
-  return reciprocal(to_float32(largest / Fraction(amax)))
+    scale = multiply(amax, reciprocal(largest))
+  else:
+    largest *= fmt.scale.max
+    scale = reciprocal(to_float32(Fraction(largest) / Fraction(amax)))
+  return min(max(scale, float(FLOAT32_MIN_NORMAL)), largest_scale(largest))
 
 
 # Blocks.
@@ -579,9 +609,11 @@ def _zeros(values, fmt) -> tuple[int, ...]:
 def _quantize_zero_point(values, fmt, rounder) -> Block:
   if not all(is_finite(x) for x in values):
     return Block((0,) * len(values), math.nan, zero_point=0)
-  low = min(0.0, *map(float, values))
-  high = max(0.0, *map(float, values))
   levels = fmt.element.code_max
+  slack = 1 / levels + 2.0 ** (1 - fmt.scale.mantissa_bits)
+  limit = to_float32(FLOAT32.max * (1 - slack))
+  low = max(min(0.0, *map(float, values)), -limit)
+  high = min(max(0.0, *map(float, values)), limit)
   step = reciprocal(levels)
   span = to_float32(Fraction(high) - Fraction(low))
   if is_finite(span):
@@ -590,6 +622,8 @@ def _quantize_zero_point(values, fmt, rounder) -> Block:
     scale = to_float32(
       Fraction(multiply(high, step)) - Fraction(multiply(low, step))
     )
+  if high != low:
+    scale = max(scale, float(FLOAT32_MIN_NORMAL))
   scale = round_scale(scale, fmt.scale)
   r = inverse_scale(scale)
   zero_point = round_to_integer(Fraction(_product(-low, r)))

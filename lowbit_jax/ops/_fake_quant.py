@@ -52,7 +52,9 @@ def fake_quant(
   element, `backward` is one of
 
     identity  dx = g
-    clipped   dx = g where |x| <= F s, else 0: no gradient where x saturated
+    clipped   dx = g where |x| <= F s, else 0: no gradient where x saturated.
+              The rounding of s, and of a zero point, to its format counts as
+              the identity: it clips no block maximum
     trust     dx = g where |x - y| <= T s, else 0, with T half of the largest
               distance of neighbouring elements: the error is explained by
               rounding (the trust estimator of QuEST)
@@ -211,10 +213,10 @@ def _fake_with(x, scale, extras: Extras, zero_point, options: Options):
   y = job.values()
   slopes = _Slopes()
   if backward == 'lsq':
-    mask = _whole_mask(job, y, 'clipped')
+    mask = _whole_mask(job, y, 'clipped', held=True)
     slopes = _Slopes(mask, of_scale=_lsq_slope(job, y))
   elif backward != 'identity':
-    slopes = _Slopes(_whole_mask(job, y, backward))
+    slopes = _Slopes(_whole_mask(job, y, backward, held=True))
   y = core.restore(y, job.blocks, x.dtype)
   return _straight(y, x, scale if backward == 'lsq' else None, slopes, options)
 
@@ -304,15 +306,15 @@ def _is_zero(tangent) -> bool:
   return tangent is None or is_symbol
 
 
-def _whole_mask(job: core.Job, y, backward: str):
+def _whole_mask(job: core.Job, y, backward: str, held: bool = False):
   """`_mask` in the shape of the array."""
-  return core.restore(_mask(job, y, backward), job.blocks, bool)
+  return core.restore(_mask(job, y, backward, held), job.blocks, bool)
 
 
-def _scale_value(job: core.Job):
-  """The whole scale in float32, in the axes of the view."""
+def _scale_value(job: core.Job, number: float = 1.0):
+  """`number` times the whole scale in float32, in the axes of the view."""
   scale, tensor_scale, _ = job.scales
-  s = jnp.float32(1)
+  s = jnp.float32(number)
   if scale is not None:
     assert job.fmt.scale is not None
     for factor in _scaling.factors(scale, job.fmt.scale):
@@ -324,22 +326,38 @@ def _scale_value(job: core.Job):
 
 def _range(job: core.Job):
   """Smallest and largest value that the scales can represent."""
-  s, element = _scale_value(job), job.fmt.element
-  low = -element.max if element.is_signed else 0.0
-  zero = job.scales.zero_point
+  element, zero = job.fmt.element, job.scales.zero_point
   if zero is None:
-    return low * s, element.max * s
-  zero = zero.astype(jnp.float32)
+    low = -element.max if element.is_signed else 0.0
+    return _scale_value(job, low), _scale_value(job, element.max)
+  s, zero = _scale_value(job), zero.astype(jnp.float32)
   return -zero * s, (element.max - zero) * s
 
 
-def _mask(job: core.Job, y, backward: str):
+def _mask(job: core.Job, y, backward: str, held: bool = False):
+  """Where the gradient passes; `held` if the scales do not follow from x."""
   x = job.blocks.view
   if backward == 'clipped':
     low, high = _range(job)
-    return (x >= low) & (x <= high)
+    slack = jnp.abs(x) * _scale_slack(job.fmt, held)
+    if job.fmt.zero_point and not held:
+      slack = slack + _scale_value(job, 0.5)
+    return (x >= low - slack) & (x <= high + slack)
   trust = _largest_step(job.fmt) / 2
-  return jnp.abs(x - y) <= trust * _scale_value(job)
+  return jnp.abs(x - y) <= _scale_value(job, trust)
+
+
+def _scale_slack(fmt: BlockFormat, held: bool) -> float:
+  """The share of x by which rounding may move the ends of the range.
+
+  Four roundings of float32 lie between a block maximum and F s, and where the
+  scale follows from it, the rounding of the scale to its format. Powers of two
+  are chosen by a rule, and exact.
+  """
+  if fmt.has_exponent_scale:
+    return 0.0
+  bits = 23 if fmt.scale is None else fmt.scale.mantissa_bits
+  return 2.0**-21 + (0.0 if held else 2.0 ** -(bits + 1))
 
 
 def _scale_axes(fmt: BlockFormat, blocks: core.Blocks) -> tuple[int, ...]:
@@ -374,7 +392,7 @@ def _lsq_slope(job: core.Job, y):
   tensor = job.scales.tensor_scale
   outer = 1.0 if tensor is None else blocks.expand(tensor)
   inverse = _scaling.reciprocal(_scale_value(job))
-  inside = _mask(job, y, 'clipped')
+  inside = _mask(job, y, 'clipped', held=True)
   slope = jnp.where(inside, (y - x) * inverse, y * inverse)
   n = np.maximum(core.block_counts(blocks), 1)
   return slope * outer / blocks.expand(np.sqrt(n * job.fmt.element.max))

@@ -97,7 +97,8 @@ TENSOR_SCALE_GRADS = ('ignore', 'absmax', 'full')
 ROUNDINGS = ('nearest_even', 'stochastic')
 STAT_GRADS = ('ignore', 'absmax', 'hardsoftmax', 'softsoftmax')
 
-_TOP = 2.0**127
+# Of 1 / S in the encode form, so that S is no less than the smallest scale.
+_TOP = 1 / _scaling.SMALLEST
 
 
 @dataclasses.dataclass(frozen=True)
@@ -290,7 +291,8 @@ class MicroScaling:
   @property
   def _format(self) -> BlockFormat:
     block = self.block if isinstance(self.block, tuple) else (self.block,)
-    return BlockFormat('micro_scaling', self.element, block, self.scale)
+    # The geometry of blocks; scales are computed here.
+    return BlockFormat('micro_scaling', self.element, block, formats.float32)
 
   @property
   def _target(self) -> float:
@@ -412,10 +414,11 @@ def _scales(z, t, key, quantizer: MicroScaling) -> _Scales:
   exact = z * jnp.float32(1 / largest)
   if quantizer.scale_form == 'decode':
     # u = S / t, S_d = t u_q
-    factor = jnp.float32(1 / largest)
+    factor, least = jnp.float32(1 / largest), jnp.float32(_scaling.SMALLEST)
     if t is not None:
-      factor = _scaling.reciprocal(t) * factor
-    u = z * factor
+      outer = _scaling.reciprocal(t)
+      factor, least = outer * factor, outer * (2 * least)
+    u = jnp.where(z > 0, jnp.maximum(z * factor, least), 0)
     u_q = _stored(u, quantizer, key)
     decode = u_q if t is None else u_q * t
     inverse = _scaling.reciprocal(decode)
@@ -538,7 +541,7 @@ def _tensor_scale(top, quantizer: MicroScaling):
   live = top >= jnp.float32(2.0**-126)
   full = jnp.float32(quantizer.element.max * quantizer._target)
   scale = _scaling.reciprocal(full / jnp.where(live, top, 1))
-  return jnp.where(live, scale, 1)
+  return jnp.where(live, jnp.maximum(scale, _scaling.SMALLEST), 1)
 
 
 def _stored(u, quantizer: MicroScaling, key):

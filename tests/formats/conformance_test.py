@@ -179,6 +179,11 @@ def assert_codes(x, got, want):
 
 
 class TableTest(parameterized.TestCase):
+  def test_scales_that_cannot_mark_poisoned_blocks_are_refused(self):
+    for scale in (formats.e2m1, formats.minifloat(4, 0, 'ieee')):
+      with self.assertRaisesRegex(ValueError, f'scale={scale} has no NaN.*fn'):
+        formats.BlockFormat('mine', formats.e2m1, (16,), scale)
+
   @parameterized.parameters(*TABLE)
   def test_numbers(self, name, bits, bias, largest, normal, subnormal, count):
     fmt = formats.get(name)

@@ -95,7 +95,8 @@ SCALES = (
   (480.0, (133, 134, 134, 134), (127, 127, 128, 128), 135),
   (512.0, (134, 134, 134, 134), (128, 128, 128, 128), 136),
   (2.0**-126, (0, 0, 0, 0), (0, 0, 0, 0), 1),
-  (3.4e38, (252, None, 253, 253), (246, None, 247, 247), 254),
+  # Here others give one more by rceil and ceil, and Inf in decoding.
+  (3.4e38, (252, None, 252, 252), (246, None, 246, 246), 254),
 )
 # Scale codes of A and B by floor, even, rceil, ceil.
 SCALES_OF_AB = (

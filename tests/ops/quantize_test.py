@@ -281,6 +281,54 @@ class SaturationTest(parameterized.TestCase):
     _, y = round_trip(-block, name, rule)
     self.assertEqual(y[0, 7], -want)
 
+  @parameterized.parameters(*KINDS)
+  def test_normal_numbers_survive(self, name):
+    self.check_small(name)
+
+  @parameterized.parameters(*MORE_KINDS)
+  @pytest.mark.slow
+  def test_normal_numbers_of_more_kinds_survive(self, name):
+    self.check_small(name)
+
+  def check_small(self, name):
+    # Errors are those of rounding, and of results below the smallest number.
+    fmt = formats.get(name)
+    values = fmt.element.values()
+    step = np.diff(np.unique(values[np.isfinite(values)])).max()
+    share = step / 2 / fmt.element.max
+    if fmt.zero_point:
+      share *= 4  # twice the range, and the rounding of the zero point
+    # A maximum that saturates, and scales that are rounded to E4M3.
+    share = max(share, fmt.has_exponent_scale / 4) * 1.07
+    x = np.sign(data()) * np.random.RandomState(1).uniform(1, 2, SHAPE)
+    for e in (-126, -124, -119, -115):
+      small = np.ldexp(x, e).astype(np.float32)
+      _, y = round_trip(small, name)
+      error = np.abs(y.astype(np.float64) - small).max()
+      self.assertLessEqual(error, share * 2.0 ** (e + 1) + 2.0**-126, e)
+
+  @parameterized.parameters(*((n, None) for n in KINDS), ('mxfp4', 'rceil'))
+  def test_finite_numbers_stay_finite(self, name, rule):
+    self.check_large(name, rule)
+
+  @parameterized.parameters(
+    ('mxfp4', 'ceil'), ('mxfp4', 'even'), ('mxfp4', 'mse'),
+    ('int4_g32', 'absmean'), ('int4_g32', 'sweep'), ('nvfp4', 'sweep'),
+    *((n, None) for n in MORE_KINDS),
+  )  # fmt: skip
+  @pytest.mark.slow
+  def test_finite_numbers_of_more_kinds_stay_finite(self, name, rule):
+    self.check_large(name, rule)
+
+  def check_large(self, name, rule):
+    top = np.finfo(np.float32).max
+    x = np.sign(data()) * np.random.RandomState(1).uniform(0.5, 1, SHAPE) * top
+    x[::2] = np.abs(x[::2])
+    x[:, ::7] = np.sign(x[:, ::7]) * top
+    _, y = round_trip(x.astype(np.float32), name, rule)
+    self.assertTrue(np.isfinite(y).all())
+    self.assertLess(np.abs(y.astype(np.float64) - x).max(), 0.51 * float(top))
+
   def check_clipping(self, name):
     fmt = formats.get(name)
     if fmt.zero_point:
@@ -351,6 +399,20 @@ class ScaleRuleTest(parameterized.TestCase):
     self.assertTrue((least <= plain * (1 + 1e-5)).all())
     if rule != 'rceil':  # e4m3 with rceil leaves nothing to find
       self.assertLess(least.sum(), 0.999 * plain.sum())
+
+  def test_padding_does_not_count_in_a_search(self):
+    # A table without zero, so that padding has an error.
+    table = formats.CodebookFormat('thirds', (-1.0, -1 / 3, 1 / 3, 1.0))
+    fmt = formats.BlockFormat('thirds', table, (32,), formats.e8m0)
+    x = np.random.RandomState(4).standard_normal((8, 9)).astype(np.float32)
+    _, y = _round_trip(x, fmt, scale_rule='mse')
+    errors = []
+    for k in np.frexp(np.abs(x).max(1))[1][:, None] + np.arange(-2, 1):
+      values = np.float64(table.table) * 2.0 ** k[:, None]
+      error = np.abs(x[len(errors)][:, None] - values[:, None]).min(-1)
+      errors.append(np.square(error).sum(1).min())
+    error = np.square(np.asarray(y, np.float64) - x).sum(1)
+    np.testing.assert_allclose(error, errors, rtol=1e-5)
 
   @parameterized.parameters(('mxfp4', 'floor'), ('nvfp4', 'absmax'))
   def test_searching_rules_never_lose(self, name, rule):

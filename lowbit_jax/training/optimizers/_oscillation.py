@@ -184,12 +184,17 @@ def grid_neighbours(
   w = jax.lax.stop_gradient(w)
   q = ops.quantize(w, fmt, axis=axis, scale_rule=scale_rule)
   nearest = qarray.dequantize(q, jnp.float32)
-  rest = w.astype(jnp.float32) - nearest
   codes = numerics.unpack(q.codes, fmt.element.bits, q.axes[0])
   widths = zip(codes.shape, q.shape, strict=True)
-  side = jnp.sign(jnp.pad(rest, [(0, full - n) for full, n in widths]))
+  widths = [(0, full - n) for full, n in widths]
+  # Comparisons, because a compiler may fuse a difference with the product in
+  # `nearest` into one rounding, whose sign is that of the rounding error.
+  value = w.astype(jnp.float32)
+  above, below = (
+    jnp.pad(m, widths) for m in (value > nearest, value < nearest)
+  )
   up, down = (jnp.asarray(t)[codes] for t in _next_codes(fmt.element))
-  codes = jnp.where(side > 0, up, jnp.where(side < 0, down, codes))
+  codes = jnp.where(above, up, jnp.where(below, down, codes))
   codes = numerics.pack(codes, fmt.element.bits, q.axes[0])
   other = qarray.dequantize(qarray.replace(q, codes=codes), jnp.float32)
   return nearest.astype(w.dtype), other.astype(w.dtype)

@@ -106,14 +106,22 @@ def absmax(
 ) -> jax.Array:
   """max |x| / largest / tensor_scale in float32, 0 for poison and subnormals.
 
-  Multiplications by 1 / largest and by 1 / tensor_scale, in this order.
+  Multiplications by 1 / largest and by 1 / tensor_scale, in this order. At
+  least 2^-126, because blocks with a smaller scale would be flushed to zero;
+  with a tensor scale 2^-125 / tensor_scale, as the code may be rounded down.
+  Without a tensor scale at most what keeps `largest` finite.
   """
-  amax = jnp.where(amax_bits >= fb.INF, 0, fb.from_bits(amax_bits))
-  amax = jnp.where(amax_bits < fb.MIN_NORMAL, 0, amax)
+  live = (amax_bits >= fb.MIN_NORMAL) & (amax_bits < fb.INF)
+  amax = fb.from_bits(jnp.where(live, amax_bits, 0))
   factor = jnp.float32(1 / largest)
-  if tensor_scale is not None:
-    factor = exact.reciprocal(tensor_scale) * factor
-  return amax * factor
+  if tensor_scale is None:
+    top = exact.largest_scale(largest)
+    scale = jnp.clip(amax * factor, exact.SMALLEST, top)
+  else:
+    inverse = exact.reciprocal(tensor_scale)
+    least = inverse * jnp.float32(2 * exact.SMALLEST)
+    scale = jnp.maximum(amax * (inverse * factor), least)
+  return jnp.where(live, scale, 0.0)
 
 
 def inverse_factors(

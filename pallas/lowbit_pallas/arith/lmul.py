@@ -100,7 +100,8 @@ def multiply(
 
   Args:
     x, y: int32 codes; those of float32 are bit patterns.
-    f: the format, with subnormals and signed zeros.
+    f: the format, with subnormals and signed zeros; with or without NaN, but
+      with one where there are infinities.
     reading: 'integer' or 'formula'.
     offset: the last term of the sum, in units of 2^-mantissa_bits; None for
       the 2^-l(m) of the paper.
@@ -130,7 +131,7 @@ def multiply(
   width = _width(f)
   sign = ((x ^ y) >> width) << width
   total = total | sign
-  return jnp.where(is_nan, f.nan_code, total)  # pyright: ignore[reportArgumentType]
+  return total if f.nan_code is None else jnp.where(is_nan, f.nan_code, total)
 
 
 def _excess(carried):

@@ -14,9 +14,14 @@ from fractions import Fraction
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from lowbit_pallas.arith import bits as fb
+
+# Float scales are 0 or at least this: hardware that flushes subnormals would
+# make zeros of a smaller one, and of its block.
+SMALLEST = 2.0**-126
 
 EXPONENT_RULES = ('floor', 'ceil', 'even', 'rceil', 'round')
 NAN_CODE = 255
@@ -67,6 +72,24 @@ def _reduce_max(b, axis: int):
   return jnp.max(b, axis=axis, keepdims=True, initial=0)
 
 
+def largest_scale(largest: float, mantissa_bits: int = 23) -> float:
+  """The largest scale whose product with `largest` is a finite float32.
+
+  Args:
+    largest: the largest element, or product of elements and inner scales.
+    mantissa_bits: of the scale.
+  """
+  top = float(np.finfo(np.float32).max)
+  scale = min(top / largest, top)
+  unit = 2.0 ** (math.frexp(scale)[1] - 1 - mantissa_bits)
+  return math.floor(scale / unit) * unit
+
+
+def largest_exponent_code(emax: int) -> int:
+  """The largest E8M0 code for which elements of exponent `emax` are finite."""
+  return min(254, 254 - emax)
+
+
 def exponent_code(
   amax_bits: jax.Array, rule: str, emax: int, max_value: float, m: int
 ) -> jax.Array:
@@ -83,7 +106,9 @@ def exponent_code(
     m: mantissa bits of the element, for 'even'.
 
   Returns:
-    int32 in [0, 255]; 0 for zero blocks (amax < 2^-126), 255 for Inf or NaN.
+    int32 in [0, 254 - emax], so that every number of the block is finite: where
+    another rule asks for more, the scale of 'floor', and the maximum saturates.
+    0 for zero blocks (amax < 2^-126), 255 for Inf or NaN.
   """
   fraction = amax_bits & 0x7FFFFF
   e = amax_bits >> 23
@@ -106,7 +131,7 @@ def exponent_code(
     code = e - emax + up.astype(jnp.int32) - down.astype(jnp.int32)
   else:
     raise ValueError(f'{rule=} is not one of {EXPONENT_RULES}')
-  code = jnp.clip(code, 0, 254)
+  code = jnp.clip(code, 0, largest_exponent_code(emax))
   code = jnp.where(amax_bits < fb.MIN_NORMAL, 0, code)
   return jnp.where(amax_bits >= fb.INF, NAN_CODE, code)
 

@@ -246,6 +246,8 @@ class TpuTest(Softmax):
       (jax.ShapeDtypeStruct((2, 3), 'int32'), 'x.dtype=int32'),
     ):
       self.assertRegex(str(tpu.why_not(x)), words)
+    x = jax.ShapeDtypeStruct((8, 128), 'bfloat16')
+    self.assertIn('multiple of 16', tpu.why_not(x, config=tpu.Config(8, 128)))
     with self.assertRaisesRegex(NotImplementedError, 'x.dtype=int32'):
       tpu.run(jnp.ones((2, 3), jnp.int32))
 
