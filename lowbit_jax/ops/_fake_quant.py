@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lowbit_jax import _quantize as core
+from lowbit_jax import _explicit, _quantize as core
 from lowbit_jax._typing import ArrayLike, Axis, Key, Origin
 from lowbit_jax.formats import BlockFormat
 from lowbit_jax.numerics import _rounding, _scaling
@@ -197,7 +197,13 @@ def _fake_backward(options, residual, g):
 
 
 _fake.defvjp(_fake_forward, _fake_backward)
-compiled = jax.jit(_fake, static_argnums=2, inline=True)
+
+
+@functools.partial(jax.jit, static_argnums=2, inline=True)
+def compiled(x: jax.Array, extras: Extras, options: Options) -> jax.Array:
+  """The fake quantization of an array whose arguments are checked."""
+  run = functools.partial(_fake, options=options)
+  return _explicit.automatic(run, _explicit.as_first, x, extras)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -240,7 +246,13 @@ def _fake_with_backward(options, residual, g):
 
 
 _fake_with.defvjp(_fake_with_forward, _fake_with_backward)
-_compiled_with = jax.jit(_fake_with, static_argnums=4, inline=True)
+
+
+@functools.partial(jax.jit, static_argnums=4, inline=True)
+def _compiled_with(x, scale, extras: Extras, zero_point, options: Options):
+  run = functools.partial(_fake_with, options=options)
+  operands = x, scale, extras, zero_point
+  return _explicit.automatic(run, _explicit.as_first, *operands)
 
 
 def _masked(g, mask):

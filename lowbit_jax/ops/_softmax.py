@@ -22,7 +22,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 
+from lowbit_jax import _explicit
 from lowbit_jax._typing import ArrayLike, DTypeLike, Implementation
 from lowbit_jax.ops import _dispatch, _partition
 from lowbit_pallas import _support
@@ -303,7 +305,17 @@ def _apply_jvp(call: _Call, primals, tangents):
   return out.astype(call.out_dtype), tangent.astype(call.out_dtype)
 
 
-_compiled = jax.jit(_apply, static_argnums=2, inline=True)
+@functools.partial(jax.jit, static_argnums=2, inline=True)
+def _compiled(x, where, call: _Call) -> jax.Array:
+  def specs(result, x, where):
+    del result, where
+    parts = _explicit.parts(x)
+    if call.kind == 'logsumexp':
+      parts.pop(call.axis)
+    return PartitionSpec(*parts)
+
+  run = functools.partial(_apply, call=call)
+  return _explicit.automatic(run, specs, x, where)
 
 
 def _last_axis(run, x, where, *, call: _Call):
