@@ -237,7 +237,8 @@ def from_data(
   elif fmt.scale is not None and rule == 'absmean':
     scale = _absmean(blocks, amax, fmt)
   elif fmt.scale is not None:
-    options = _scaling.candidates(amax, fmt, rule, tensor_scale)
+    outer = None if tensor_scale is None else blocks.expand(tensor_scale)
+    options = _scaling.candidates(amax, fmt, rule, outer)
     scale = _best(blocks, fmt, options, tensor_scale)
   scales = Scales(scale, tensor_scale, zero_point)
   return Job(blocks, fmt, scales, elements, rounding)
@@ -318,7 +319,7 @@ def _once(factor):
   division in it. This one is by 1, because nothing is less than -Inf, and of
   integers, which is exact on every device.
   """
-  one = jnp.where(factor < -math.inf, 2, 1)
+  one = jnp.where(factor < -math.inf, jnp.int32(2), jnp.int32(1))
   return fb.from_bits(jax.lax.div(fb.to_bits(factor), one))
 
 

@@ -7,7 +7,6 @@ a mixed tree is split before differentiation and joined inside the loss:
     grads = jax.grad(lambda t: loss(combine(t, frozen)))(trainable)
 """
 
-import math
 from typing import Any
 
 import jax
@@ -15,9 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from lowbit_jax import qarray
+from lowbit_jax import _explicit, qarray
 from lowbit_jax._typing import PyTree
-from lowbit_jax.numerics import _packing
 from lowbit_jax.qarray import QArray, is_qarray
 
 
@@ -145,15 +143,10 @@ def _leaf_shardings(q: QArray, sharding) -> QArray:
   for k, axis in enumerate(q.axes):
     _check_shards(q, k, axis, parts[axis], mesh)
 
-  def place(leaf):
-    own = [
-      None if leaf.shape[d] == 1 and q.shape[d] != 1 else part
-      for d, part in enumerate(parts)
-    ]
-    own = PartitionSpec(*own)
-    return own if mesh is None else NamedSharding(mesh, own)
-
-  return jax.tree.map(place, q)
+  specs = qarray.leaf_specs(q, parts)
+  if mesh is None:
+    return specs
+  return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
 
 
 def _merged_shardings(q: QArray, mesh, parts) -> QArray:
@@ -182,15 +175,11 @@ def _check_shards(q: QArray, k: int, axis: int, part, mesh) -> None:
     )
   if mesh is None:
     return
-  names = part if isinstance(part, tuple) else (part,)
-  shards = math.prod(mesh.shape[n] for n in names)
-  unit = max(q.fmt.block[k], 1)
-  if k == 0:
-    unit = math.lcm(unit, _packing.codes_per_group(q.fmt.element.bits))
-  if q.shape[axis] % (shards * unit):
+  shards = _explicit.shards(part, mesh.shape)
+  if qarray.cuts(q, k, shards):
     raise ValueError(
       f'{shards} shards of axis {axis}, of size {q.shape[axis]}, would cut'
-      f' blocks of {unit} elements of {q.fmt}'
+      f' blocks of {qarray.alignment(q, k)} elements of {q.fmt}'
     )
 
 

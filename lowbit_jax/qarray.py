@@ -16,8 +16,9 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 
-from lowbit_jax import formats
+from lowbit_jax import _explicit, formats
 from lowbit_jax._typing import ArrayLike, Axis, DTypeLike, Shape
 from lowbit_jax.formats import BlockFormat, IntFormat
 from lowbit_jax.numerics import _packing, _scaling
@@ -529,7 +530,13 @@ def merge(x: Any, axes: tuple[int, ...] | None) -> Any:
   shape = (*x.shape[:first], size, *x.shape[end:])
   if isinstance(x, jax.ShapeDtypeStruct):
     return jax.ShapeDtypeStruct(shape, x.dtype)
-  return x.reshape(shape)
+
+  def specs(merged, x):
+    del merged
+    split = _explicit.parts(x)
+    return PartitionSpec(*split[: first + 1], *split[end:])
+
+  return _explicit.automatic(lambda x: x.reshape(shape), specs, x)
 
 
 def padding(
@@ -639,10 +646,20 @@ def dequantize(
         ' numerics.dither(key, shape) of the whole array, indexed and'
         ' transposed as q was'
       )
-  return _dequantize(q, dtype, dither)
+  return _compiled(q, dtype, dither)
 
 
 @functools.partial(jax.jit, static_argnums=1, inline=True)
+def _compiled(q: QArray, dtype: np.dtype, dither) -> jax.Array:
+  def run(q, dither):
+    return _dequantize(q, dtype, dither)
+
+  def specs(x, q, dither):
+    return PartitionSpec(*parts(q))
+
+  return _explicit.automatic(run, specs, q, dither)
+
+
 def _dequantize(q: QArray, dtype: np.dtype, dither) -> jax.Array:
   if q.merged:
     if dither is not None:
@@ -670,6 +687,35 @@ def _dequantize(q: QArray, dtype: np.dtype, dither) -> jax.Array:
   if q.tensor_scale is not None:
     y = y * per_block(q.tensor_scale)
   return unpadded(y.reshape(x.shape), q.axes, q.pad).astype(dtype)
+
+
+def parts(q: QArray) -> list[Any]:
+  """What splits each axis of the array, as `_explicit.parts` of an array."""
+  out = _explicit.parts(q.codes)
+  end = len(out) + q.axes[0] + 1
+  return [*out[:end], *[None] * len(q.merged), *out[end:]]
+
+
+def leaf_specs(q: QArray, parts: Sequence[Any]) -> QArray:
+  """The PartitionSpec of every leaf, where it is.
+
+  Args:
+    q: a QArray; shapes will do.
+    parts: what splits each axis of the array.
+  """
+
+  def place(leaf):
+    is_whole = [a == 1 != n for a, n in zip(leaf.shape, q.shape, strict=True)]
+    own = zip(is_whole, parts, strict=True)
+    return PartitionSpec(*(None if whole else part for whole, part in own))
+
+  return jax.tree.map(place, q)
+
+
+def cuts(q: QArray, k: int, shards: int) -> bool:
+  """Whether so many shards of block axis number `k` would cut a block or a
+  byte."""
+  return q.shape[q.axes[k]] % (shards * alignment(q, k)) != 0
 
 
 def _with_axes(q: QArray, axes: Sequence[int]) -> QArray:

@@ -1,9 +1,12 @@
 """Table look-up that decodes only what it looks up."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
-from lowbit_jax import qarray
+from lowbit_jax import _explicit, qarray
 from lowbit_jax._typing import ArrayLike, DTypeLike, Key
 from lowbit_jax.nn import _dot
 from lowbit_jax.qarray import QArray
@@ -31,11 +34,8 @@ def take_rows(
     An array of shape `(*ids.shape, features)`.
   """
   if isinstance(table, QArray):
-    if table.axes != (-1,) or table.merged:
-      return jnp.take(qarray.dequantize(table, dtype), ids, axis=0)
-    row = jnp.take(jnp.arange(table.shape[0]), ids, fill_value=-1)
-    rows = qarray.dequantize(table[jnp.maximum(row, 0)], dtype)
-    return jnp.where(row[..., None] < 0, jnp.nan, rows)
+    run = functools.partial(_decoded_rows, dtype=dtype)
+    return _explicit.automatic(run, _rows_and_features, table, jnp.asarray(ids))
   if spec is None:
     rows = jnp.take(table, ids, axis=0)
   elif spec.fmt.tensor_scale or spec.fmt.is_tile:
@@ -44,6 +44,19 @@ def take_rows(
   else:
     rows = _dot.fake_quant(jnp.take(table, ids, axis=0), spec, -1, key)
   return rows if dtype is None else rows.astype(dtype)
+
+
+def _decoded_rows(table: QArray, ids, dtype) -> jax.Array:
+  if table.axes != (-1,) or table.merged:
+    return jnp.take(qarray.dequantize(table, dtype), ids, axis=0)
+  row = jnp.take(jnp.arange(table.shape[0]), ids, fill_value=-1)
+  rows = qarray.dequantize(table[jnp.maximum(row, 0)], dtype)
+  return jnp.where(row[..., None] < 0, jnp.nan, rows)
+
+
+def _rows_and_features(rows, table: QArray, ids) -> PartitionSpec:
+  del rows
+  return PartitionSpec(*_explicit.parts(ids), qarray.parts(table)[-1])
 
 
 def attend(

@@ -5,6 +5,7 @@ from typing import overload
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lowbit_jax._typing import ArrayLike, DTypeLike, Key, Origin
 from lowbit_jax.formats import (
@@ -41,6 +42,12 @@ def as_float_array(x: ArrayLike, name: str = 'x') -> jax.Array:
       f' {", ".join(FLOAT_DTYPES)}: cast it with {name}.astype(jnp.float32)'
     )
   return x
+
+
+def promoted(x: DTypeLike, y: DTypeLike) -> np.dtype:
+  """The promoted dtype, also where JAX is told to promote nothing."""
+  with jax.numpy_dtype_promotion('standard'):
+    return jnp.promote_types(x, y)
 
 
 def check_element(element: object) -> ElementFormat:

@@ -17,8 +17,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import PartitionSpec
 
+from lowbit_jax import _explicit
 from lowbit_jax._typing import DotDims, DTypeLike, Implementation, Precision
+from lowbit_jax.numerics._codec import promoted
 from lowbit_jax.ops import _dispatch, _dot_kernels, _operand
 from lowbit_jax.ops._operand import Operand, dense
 
@@ -61,7 +64,9 @@ def dot(
       none does, NotImplementedError says why.
 
   Returns:
-    The product, accumulated in float32 (or int32 and then float32).
+    The product, accumulated in float32 (or int32 and then float32). With a
+    QArray it is split, on explicit mesh axes, as the axes that are not
+    contracted; two arrays follow the rules of JAX.
 
   Examples:
     >>> import jax.numpy as jnp
@@ -100,12 +105,20 @@ def dot_general(
     preferred_element_type: dtype of the result; None for the promoted dtype.
     implementation: as in `dot`.
 
+  Returns:
+    The product, see `dot`.
+
+  Raises:
+    TypeError: for float64 beside a QArray; also for operands that are neither
+      QArrays nor float arrays.
+    ValueError: for dimension numbers that do not fit.
+
   Derivative: that of the product of the dequantized operands, with respect to
   arrays and to the float scales of QArrays; forward and reverse mode.
   """
   dtype = preferred_element_type
   if dtype is None:
-    dtype = jnp.promote_types(
+    dtype = promoted(
       *(_operand.checked(x, s).dtype for x, s in ((lhs, 'lhs'), (rhs, 'rhs')))
     )
   left, right, dims, _ = dot_general_operands(lhs, rhs, dimension_numbers)
@@ -214,7 +227,25 @@ def _compiled(lhs, rhs, call: _Call):
       call.precision,
     )
 
-  return product(lhs, rhs, call.dims, call.precision, contract)
+  def run(lhs, rhs):
+    return product(lhs, rhs, call.dims, call.precision, contract)
+
+  specs = functools.partial(_free_parts, call.dims)
+  return _explicit.automatic(run, specs, lhs, rhs)
+
+
+def _free_parts(dims: DotDims, result, lhs: Operand, rhs: Operand):
+  """The spec of a product: axes that are not contracted stay split."""
+  del result
+  contracted, batch = dims
+  out = []
+  for i, x in enumerate((lhs, rhs)):
+    parts = _operand.parts(x)
+    if not i:
+      out += [parts[d] for d in batch[i]]
+    away = (*contracted[i], *batch[i])
+    out += [part for d, part in enumerate(parts) if d not in away]
+  return PartitionSpec(*out)
 
 
 def dot_operands(
@@ -243,6 +274,7 @@ def dot_general_operands(
 ) -> PlanArguments:
   """Arguments of the plan of a `dot_general`."""
   left, right = _operand.checked(lhs, 'lhs'), _operand.checked(rhs, 'rhs')
+  _check_widths(left, right)
   dims = _check_dims(left, right, dimension_numbers)
   return *_operand.joined(left, right, dims), precision
 
@@ -257,6 +289,17 @@ def einsum_operands(
   left, right = _operand.checked(lhs, 'lhs'), _operand.checked(rhs, 'rhs')
   dims = einsum_dims(subscripts, left.ndim, right.ndim)[0]
   return dot_general_operands(left, right, dims)
+
+
+def _check_widths(lhs, rhs) -> None:
+  """Refuses float64 beside stored operands, whose products are in float32."""
+  for side, x, other in (('lhs', lhs, rhs), ('rhs', rhs, lhs)):
+    if x.dtype == jnp.float64 and not _operand.is_stored(x):
+      if _operand.is_stored(other):
+        raise TypeError(
+          f'{side} has dtype float64; products with quantized operands are in'
+          f' float32: cast it with {side}.astype(jnp.float32)'
+        )
 
 
 def _check_dims(lhs, rhs, dimension_numbers) -> DotDims:

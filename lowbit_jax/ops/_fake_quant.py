@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from lowbit_jax import _quantize as core
+from lowbit_jax import _explicit, _quantize as core
 from lowbit_jax._typing import ArrayLike, Axis, Key, Origin
 from lowbit_jax.formats import BlockFormat
 from lowbit_jax.numerics import _rounding, _scaling
@@ -200,7 +200,11 @@ def _fake(x, extras: Extras, options: Options):
   return _straight(y, x, None, slopes, options)
 
 
-compiled = jax.jit(_fake, static_argnums=2, inline=True)
+@functools.partial(jax.jit, static_argnums=2, inline=True)
+def compiled(x: jax.Array, extras: Extras, options: Options) -> jax.Array:
+  """The fake quantization of an array whose arguments are checked."""
+  run = functools.partial(_fake, options=options)
+  return _explicit.automatic(run, _explicit.as_first, x, extras)
 
 
 def _fake_with(x, scale, extras: Extras, zero_point, options: Options):
@@ -221,7 +225,11 @@ def _fake_with(x, scale, extras: Extras, zero_point, options: Options):
   return _straight(y, x, scale if backward == 'lsq' else None, slopes, options)
 
 
-_compiled_with = jax.jit(_fake_with, static_argnums=4, inline=True)
+@functools.partial(jax.jit, static_argnums=4, inline=True)
+def _compiled_with(x, scale, extras: Extras, zero_point, options: Options):
+  run = functools.partial(_fake_with, options=options)
+  operands = x, scale, extras, zero_point
+  return _explicit.automatic(run, _explicit.as_first, *operands)
 
 
 def _fixed(tree):

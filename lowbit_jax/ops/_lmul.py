@@ -16,10 +16,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import PartitionSpec
 
+from lowbit_jax import _explicit
 from lowbit_jax._typing import ArrayLike
 from lowbit_jax.formats import FloatFormat, bfloat16, e4m3fn, e5m2, float32
-from lowbit_jax.numerics._codec import as_float_array
+from lowbit_jax.numerics._codec import as_float_array, promoted
 from lowbit_jax.ops._softmax import softmax
 from lowbit_pallas.arith import lmul as arith
 
@@ -208,11 +210,6 @@ def lmul_attention(
   return jnp.swapaxes(out, 1, 2).astype(query.dtype)
 
 
-def _promoted(x, y):
-  """The promoted dtype, also where JAX is told to promote nothing."""
-  return x.dtype if x.dtype == y.dtype else jnp.dtype(jnp.float32)
-
-
 def _codes(x, options: _Options):
   assert options.fmt is not None and options.mantissa_bits is not None
   f = _LAYOUTS[options.fmt]
@@ -232,12 +229,12 @@ def _products(x, y, options: _Options):
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
 def _elements(x, y, options: _Options):
   out = _products(_codes(x, options), _codes(y, options), options)
-  return out.astype(_promoted(x, y))
+  return out.astype(promoted(x.dtype, y.dtype))
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
 def _dot(x, y, options: _Options):
-  dtype = _promoted(x, y)
+  dtype = promoted(x.dtype, y.dtype)
   batch = jnp.broadcast_shapes(x.shape[:-2], y.shape[:-2])
   shape = (*batch, x.shape[-2], y.shape[-1])
   depth = x.shape[-1]
@@ -283,7 +280,18 @@ _dot.defjvp(
   _straight_through(_dot, functools.partial(jnp.matmul, precision='highest'))
 )
 _compiled_elements = jax.jit(_elements, static_argnums=2, inline=True)
-_compiled_dot = jax.jit(_dot, static_argnums=2, inline=True)
+
+
+@functools.partial(jax.jit, static_argnums=2, inline=True)
+def _compiled_dot(x, y, options: _Options):
+  def specs(result, x, y):
+    rows, columns = _explicit.parts(x), _explicit.parts(y)
+    batch = result.ndim - 2
+    longer = rows if x.ndim >= y.ndim else columns
+    return PartitionSpec(*longer[:batch], rows[-2], columns[-1])
+
+  run = functools.partial(_dot, options=options)
+  return _explicit.automatic(run, specs, x, y)
 
 
 def _checked_broadcast(x: tuple, y: tuple) -> None:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lowbit_jax import qarray
+from lowbit_jax import _explicit, qarray
 from lowbit_jax._typing import ArrayLike, DotDims, Shape
 from lowbit_jax.ops import _prepack
 from lowbit_jax.ops._prepack import Prepacked
@@ -151,6 +151,13 @@ def dense(x: Any) -> jax.Array:
   """An operand in float32."""
   x = unpacked(x)
   return qarray.dequantize(x, jnp.float32) if isinstance(x, QArray) else x
+
+
+def parts(x: Any) -> list[Any]:
+  """What splits each axis of an operand, as `_explicit.parts` of an array."""
+  if not is_stored(x):
+    return _explicit.parts(x)
+  return qarray.parts(x) if isinstance(x, QArray) else [None] * x.ndim
 
 
 def moving(x: Any, tangent: Any) -> Any:

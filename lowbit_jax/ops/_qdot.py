@@ -24,8 +24,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import PartitionSpec
 
-from lowbit_jax import _quantize as core, qarray
+from lowbit_jax import _explicit, _quantize as core, qarray
 from lowbit_jax._typing import (
   ArrayLike,
   DotDims,
@@ -34,7 +35,7 @@ from lowbit_jax._typing import (
   Precision,
 )
 from lowbit_jax.numerics import _rounding
-from lowbit_jax.numerics._codec import as_float_array
+from lowbit_jax.numerics._codec import as_float_array, promoted
 from lowbit_jax.ops import _dispatch, _dot, _dot_xla, _fake_quant, specs
 from lowbit_jax.qarray import QArray
 from lowbit_jax.recipe import GemmSpec, Quantizer, QuantSpec, Recipe
@@ -100,7 +101,8 @@ def qdot(
     implementation: as in `dot`.
 
   Returns:
-    (..., N) in the promoted dtype of x and w.
+    (..., N) in the promoted dtype of x and w. On explicit mesh axes it is split
+    as the axes of x and w that are not contracted.
 
   The derivative is the one at the top of this module, in reverse mode.
   Differentiated again, once more or more often and in both modes, quantizers
@@ -133,18 +135,26 @@ def qdot(
     implementation = tuple(implementation)
   call = _Call(recipe, precision, implementation)
   key = key if recipe.needs_key else None
+  run = functools.partial(_linear, call)
+  return _explicit.automatic(run, _specs, x, w, key, tuple(tensor_amax))
+
+
+def _linear(call: _Call, x, w, key, tensor_amax):
+  """The layer: the quantized product, and what is apart from it."""
   rows = x.reshape(-1, x.shape[-1])
-  product = functools.partial(
-    _compiled, call, w=w, key=key, tensor_amax=tuple(tensor_amax)
-  )
-  rest, terms = apart(rows, recipe)
-  y = product(rest)
+  rest, terms = apart(rows, call.recipe)
+  y = _compiled(call, rest, w=w, key=key, tensor_amax=tensor_amax)
   for term in terms:
     exact = w.astype(jnp.float32)
     for factor in reversed(term):
-      exact = jnp.matmul(factor, exact, precision=precision)
+      exact = jnp.matmul(factor, exact, precision=call.precision)
     y = (y + exact).astype(y.dtype)
   return y.reshape(*x.shape[:-1], w.shape[1])
+
+
+def _specs(result, x, w, *rest) -> PartitionSpec:
+  del result, rest
+  return PartitionSpec(*_explicit.parts(x)[:-1], _explicit.parts(w)[1])
 
 
 def apart(
@@ -264,7 +274,7 @@ def _forward(call: _Call, x, w, key, tensor_amax):
   keys = _keys(key, gemm, _FWD)
   rotate = _rotation(gemm, keys)
   saves = recipe.residuals != 'high_precision'
-  dtype = jnp.promote_types(x.dtype, w.dtype)
+  dtype = promoted(x.dtype, w.dtype)
   primals = jnp.zeros((), x.dtype), jnp.zeros((), w.dtype)
   if saves:
     why = (
@@ -427,7 +437,7 @@ def _plan_values(a, b, dims: DotDims, precision: Precision) -> _dispatch.Plan:
 
   def run(a, b):
     (a, outer_a), (b, outer_b) = _values(a), _values(b)
-    common = jnp.promote_types(a.dtype, b.dtype)
+    common = promoted(a.dtype, b.dtype)
     y = lax.dot_general(
       a.astype(common),
       b.astype(common),

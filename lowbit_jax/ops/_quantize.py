@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lowbit_jax import _quantize as core, qarray
+from lowbit_jax import _explicit, _quantize as core, qarray
 from lowbit_jax._typing import (
   ArrayLike,
   Axis,
@@ -101,7 +101,8 @@ def quantize(
   Returns:
     A QArray of the shape and dtype of `x`. A block that holds NaN or Inf is
     NaN, others are not affected; a block below 2^-126 is zero. Elements beyond
-    the range saturate.
+    the range saturate. On explicit mesh axes it is split as `x`, along block
+    axes only where every shard is a QArray without padding.
 
   Raises:
     TypeError, ValueError: for formats, dtypes, axes, rules and keys that do
@@ -262,9 +263,24 @@ def quantize_with(
 
 @functools.partial(jax.jit, static_argnums=2, inline=True)
 def _quantize(x, extras: Extras, options: Options) -> QArray:
-  return _dispatch.run(
-    'quantize', TABLE, options.implementation, (x, extras), options
-  )
+  def run(x, extras):
+    return _dispatch.run(
+      'quantize', TABLE, options.implementation, (x, extras), options
+    )
+
+  return _explicit.automatic(run, _specs, x, extras)
+
+
+def _specs(q: QArray, x, *rest) -> QArray:
+  """Specs of the leaves: split as x is, where shards are whole QArrays."""
+  del rest
+  sizes = jax.typeof(x).sharding.mesh.shape
+  parts = _explicit.parts(x)
+  for k, axis in enumerate(q.axes):
+    shards = _explicit.shards(parts[axis], sizes)
+    if shards > 1 and (q.pad[k] or qarray.cuts(q, k, shards)):
+      parts[axis] = None
+  return qarray.leaf_specs(q, parts)
 
 
 def _plan_xla(x, extras: Extras, options: Options) -> _dispatch.Plan:
@@ -296,9 +312,12 @@ TABLE = {
 
 @functools.partial(jax.jit, static_argnums=3, inline=True)
 def _quantize_with(x, scales, extras: Extras, options: Options) -> QArray:
-  rounding = rounding_of(options, extras)
-  job = core.from_scales(x, options.fmt, options.axes, scales, rounding)
-  return core.pack(job, x.dtype)
+  def run(x, scales, extras):
+    rounding = rounding_of(options, extras)
+    job = core.from_scales(x, options.fmt, options.axes, scales, rounding)
+    return core.pack(job, x.dtype)
+
+  return _explicit.automatic(run, _specs, x, scales, extras)
 
 
 def split_origin(origin: Origin | None) -> tuple[tuple, tuple[int, ...] | None]:

@@ -23,7 +23,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
+from jax.sharding import PartitionSpec
 
+from lowbit_jax import _explicit
 from lowbit_jax._typing import ArrayLike, DTypeLike, Implementation
 from lowbit_jax.ops import _dispatch, _partition
 from lowbit_pallas import _support
@@ -340,12 +342,22 @@ def _live(where, t):
   return jnp.where(where, t, 0.0)
 
 
-_compiled = jax.jit(_apply, static_argnums=2, inline=True)
+@functools.partial(jax.jit, static_argnums=2, inline=True)
+def _compiled(x, where, call: _Call) -> jax.Array:
+  def specs(result, x, where):
+    del result, where
+    parts = _explicit.parts(x)
+    if call.kind == 'logsumexp':
+      parts.pop(call.axis)
+    return PartitionSpec(*parts)
+
+  run = functools.partial(_apply, call=call)
+  return _explicit.automatic(run, specs, x, where)
 
 
 @functools.partial(jax.jit, static_argnums=3)
 def _scaled(x, where, scale, call: _Call):
-  return _apply(x.astype(jnp.float32) * scale, where, call)
+  return _compiled(x.astype(jnp.float32) * scale, where, call)
 
 
 def _last_axis(run, x, where, *, call: _Call):

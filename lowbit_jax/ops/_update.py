@@ -6,8 +6,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 
-from lowbit_jax import qarray
+from lowbit_jax import _explicit, qarray
 from lowbit_jax._typing import ArrayLike, Key
 from lowbit_jax.ops._quantize import quantize
 from lowbit_jax.qarray import QArray
@@ -88,6 +89,10 @@ def update_slice(
     tensor_scale=q.tensor_scale,
   )
 
+  return _explicit.automatic(_with_part, _as_leaves, q, new, start)
+
+
+def _with_part(q: QArray, new: QArray, start) -> QArray:
   def put(old, part):
     """The part of a leaf, at the same fraction of each axis."""
     if old is None:
@@ -95,6 +100,7 @@ def update_slice(
     at = list(start)
     for axis in q.axes:
       at[axis] = start[axis] * old.shape[axis] // max(_padded(q, axis), 1)
+    at = [jnp.asarray(i, jnp.int32) for i in at]  # of one dtype
     return jax.lax.dynamic_update_slice(old, part, at)
 
   return qarray.replace(
@@ -103,6 +109,11 @@ def update_slice(
     scale=put(q.scale, new.scale),
     zero_point=put(q.zero_point, new.zero_point),
   )
+
+
+def _as_leaves(result: QArray, q: QArray, *rest) -> QArray:
+  del result, rest
+  return jax.tree.map(lambda leaf: PartitionSpec(*_explicit.parts(leaf)), q)
 
 
 def _padded(q: QArray, axis: int) -> int:

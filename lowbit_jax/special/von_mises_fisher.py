@@ -57,6 +57,9 @@ def log_prob(x: ArrayLike, mean: ArrayLike, kappa: ArrayLike) -> jax.Array:
       ' axis, the dimension p'
     )
   _broadcast(x=x.shape[:-1], mean=mean.shape[:-1], kappa=kappa.shape)
+  rank = max(x.ndim, mean.ndim, kappa.ndim + 1)
+  x, mean = (lax.broadcast_to_rank(a, rank) for a in (x, mean))
+  kappa = lax.broadcast_to_rank(kappa, rank - 1)
   cosine = jnp.sum(x * mean, -1)
   return kappa * cosine - _bessel.log_0f1(p / 2 - 1, kappa) - _log_area(p)
 
@@ -143,6 +146,7 @@ def sample(
       f' {natural}, broadcast to'
     )
   mean, kappa = lax.stop_gradient((mean, kappa))
+  mean = lax.broadcast_to_rank(mean, len(shape) + 1)
   along_key, across_key = jax.random.split(key)
   below = _one_minus_cosine(along_key, jnp.broadcast_to(kappa, shape), p)
   normal = jax.random.normal(across_key, (*shape, p), mean.dtype)

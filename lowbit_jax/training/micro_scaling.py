@@ -530,7 +530,9 @@ def _scores(x, quantizer: MicroScaling, blocks):
   shape = list(blocks.shape)
   for axis, pad in zip(blocks.axes, blocks.pad, strict=True):
     shape[axis] -= pad
-  inside = core.split(jnp.ones(shape), quantizer._format, blocks.axes).view
+  inside = core.split(
+    jnp.ones(shape, jnp.float32), quantizer._format, blocks.axes
+  ).view
   # Whole blocks of padding keep finite scores.
   inside = (inside > 0) | ~jnp.any(inside > 0, blocks.inner, keepdims=True)
   return jnp.where(inside, scores, -jnp.inf)

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lowbit_jax import _quantize as core, formats
+from lowbit_jax import _explicit, _quantize as core, formats
 from lowbit_jax._typing import ArrayLike, Key
 from lowbit_jax.numerics import _rounding, _scaling
 from lowbit_jax.numerics._codec import as_float_array, round_to
@@ -166,7 +166,7 @@ class Sign(_Deterministic):
     if self.scale == 'one':
       return _masked(sign, x, inside).astype(dtype)
     alpha = jnp.mean(jnp.abs(x), axis=axis, keepdims=True)
-    slope = 1 / max(x.shape[axis], 1) + alpha * inside
+    slope = 1 / max(x.shape[axis], 1) + jnp.where(inside, alpha, 0)
     return _with_slope(alpha * sign, x, slope).astype(dtype)
 
 
@@ -291,11 +291,15 @@ class OutlierCompensated:
     x, dtype = _widened(x)
     if x.size == 0:  # nothing has no quantile
       return apply(self.inner, x, axis, key).astype(dtype)
-    t = lax.stop_gradient(jnp.quantile(jnp.abs(x), self.quantile))
+    t = _explicit.automatic(self._threshold, _explicit.of_scalar, x)
+    t = lax.stop_gradient(t)
     outside = jnp.abs(x) > t
     clamped = jnp.where(outside, lax.stop_gradient(jnp.sign(x) * t), x)
     y = apply(self.inner, clamped, axis, key)
     return (y + jnp.where(outside, x - clamped, 0)).astype(dtype)
+
+  def _threshold(self, x) -> jax.Array:
+    return jnp.quantile(jnp.abs(x), jnp.float32(self.quantile))
 
 
 @dataclasses.dataclass(frozen=True)

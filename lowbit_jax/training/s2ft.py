@@ -52,6 +52,7 @@ from jax import lax
 from lowbit_jax import ops, qarray
 from lowbit_jax._typing import Key, PyTree
 from lowbit_jax.formats import BlockFormat
+from lowbit_jax.numerics._codec import promoted
 from lowbit_jax.qarray import QArray
 
 KINDS = ('sink', 'source')
@@ -302,7 +303,7 @@ def s2ft_dot(
   if kind == 'sink':
     return y + _slice_dot(x[..., start:stop], slice_)
   part = _slice_dot(x, slice_)
-  dtype = jnp.promote_types(y.dtype, part.dtype)
+  dtype = promoted(y.dtype, part.dtype)
   return y.astype(dtype).at[..., start:stop].add(part.astype(dtype))
 
 
@@ -472,7 +473,7 @@ _frozen_dot.defvjp(_frozen_forward, _frozen_backward)
 @jax.custom_vjp
 def _slice_dot(x, d):
   """x D; sums are in float32."""
-  dtype = jnp.promote_types(x.dtype, d.dtype)
+  dtype = promoted(x.dtype, d.dtype)
   return jnp.dot(x, d, preferred_element_type=jnp.float32).astype(dtype)
 
 
@@ -483,7 +484,7 @@ def _slice_forward(x, d):
 def _slice_backward(residuals, dy):
   x, d = residuals
   wide = jnp.float32
-  common = jnp.promote_types(x.dtype, dy.dtype)
+  common = promoted(x.dtype, dy.dtype)
   dx = jnp.dot(dy, d.T, preferred_element_type=wide)
   leading = tuple(range(x.ndim - 1))
   dd = lax.dot_general(

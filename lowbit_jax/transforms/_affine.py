@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from lowbit_jax import _explicit
 from lowbit_jax.transforms import _base
 
 
@@ -89,12 +90,16 @@ class BlockAffine:
         f'shape ({count}, {block}, {block}) or ({block}, {block})'
       )
     compute = _base.compute_dtype(x)
-    matrix = derive(jnp.asarray(self.matrix).astype(compute))
-    rows = jnp.moveaxis(x.astype(compute), axis, -1)
-    blocks = rows.reshape(*rows.shape[:-1], count, block)
-    spec = '...ki,kij->...kj' if matrix.ndim == 3 else '...ki,ij->...kj'
-    y = jnp.einsum(spec, blocks, matrix, precision=lax.Precision.HIGHEST)
-    return jnp.moveaxis(y.reshape(rows.shape), -1, axis).astype(x.dtype)
+
+    def multiply(x, matrix):
+      matrix = derive(jnp.asarray(matrix).astype(compute))
+      rows = jnp.moveaxis(x.astype(compute), axis, -1)
+      blocks = rows.reshape(*rows.shape[:-1], count, block)
+      spec = '...ki,kij->...kj' if matrix.ndim == 3 else '...ki,ij->...kj'
+      y = jnp.einsum(spec, blocks, matrix, precision=lax.Precision.HIGHEST)
+      return jnp.moveaxis(y.reshape(rows.shape), -1, axis).astype(x.dtype)
+
+    return _explicit.automatic(multiply, _explicit.as_first, x, self.matrix)
 
 
 def _check_square(matrix):

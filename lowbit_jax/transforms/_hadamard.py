@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from lowbit_jax import _explicit
 from lowbit_jax._typing import Key
 from lowbit_jax.transforms import _base
 from lowbit_pallas.arith import hadamard as _core
@@ -63,11 +64,19 @@ class Hadamard:
 
   def _rotate(self, x, axis):
     n = self._check(x, axis)
-    return _core.hadamard(self._flip(x, n, axis), self.block, axis)
+
+    def rotate(x, t):
+      return _core.hadamard(t._flip(x, n, axis), t.block, axis)
+
+    return _explicit.automatic(rotate, _explicit.as_first, x, self)
 
   def _rotate_back(self, x, axis):
     n = self._check(x, axis)
-    return self._flip(_core.hadamard(x, self.block, axis), n, axis)
+
+    def rotate_back(x, t):
+      return t._flip(_core.hadamard(x, t.block, axis), n, axis)
+
+    return _explicit.automatic(rotate_back, _explicit.as_first, x, self)
 
   def _check(self, x, axis):
     n = _base.check_operand(x, axis)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lowbit_jax import _explicit
 from lowbit_jax.transforms import _base
 
 
@@ -75,7 +76,11 @@ def _take(x, order, axis):
       f'order of shape {order.shape} does not fit {axis=} of length {n} of an '
       f'array of shape {x.shape}; it must have shape ({n},)'
     )
-  return jnp.take(x, order, axis=axis)
+
+  def take(x, order):
+    return jnp.take(x, order, axis=axis)
+
+  return _explicit.automatic(take, _explicit.as_first, x, order)
 
 
 def _check_host_order(order):

@@ -141,7 +141,7 @@ def q_ema(
     del extra_args
     _check_params('q_ema', params)
     count = increment(state.steps)
-    beta = jnp.where(count > start, decay, 0.0)
+    beta = jnp.where(count > start, jnp.float32(decay), 0)
 
     def mean(ema, w, u):
       new = _applied(w, u).astype(jnp.float32)

@@ -4,12 +4,14 @@ The polar factor of X = U S V^T is U V^T. With A = X X^T on the smaller side,
 X <- a X + (b A + c A^2) X maps each singular value s to a s + b s^3 + c s^5.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from lowbit_jax import _explicit
 from lowbit_jax._typing import Key, Shape
 from lowbit_jax.training.optimizers._common import check_steps
 
@@ -84,6 +86,11 @@ def newton_schulz(
   _check_matrices(x)
   rule = _coefficients(coefficients)
   check_steps('steps', steps, 0)
+  run = functools.partial(_newton_schulz, rule=rule, steps=steps)
+  return _explicit.automatic(run, _explicit.as_first, x)
+
+
+def _newton_schulz(x, rule: NewtonSchulz, steps: int) -> jax.Array:
   tall = x.shape[-2] > x.shape[-1]
   if tall:
     x = x.mT
@@ -136,19 +143,28 @@ def randomized_polar(
   check_steps('rank', rank)
   check_steps('oversample', oversample, 0)
   check_steps('power_iterations', power_iterations, 0)
+  k = sketch_size(x.shape, rank, oversample)
+  if sketch not in ('gaussian', 'columns'):
+    raise ValueError(f"sketch={sketch!r} is not one of ('gaussian', 'columns')")
+
+  def run(x, key):
+    return _randomized(x, key, k, power_iterations, coefficients, steps, sketch)
+
+  return _explicit.automatic(run, _explicit.as_first, x, key)
+
+
+def _randomized(x, key, k, power_iterations, coefficients, steps, sketch):
   a = x.astype(jnp.float32)
   wide = x.shape[-2] < x.shape[-1]
   if wide:
     a = a.mT
   *batch, n = a.shape[:-2] + a.shape[-1:]
-  k = sketch_size(x.shape, rank, oversample)
   if sketch == 'gaussian':
     y = a @ jax.random.normal(key, (*batch, n, k), a.dtype)
-  elif sketch == 'columns':
-    order = jnp.argsort(jax.random.uniform(key, (*batch, 1, n)), axis=-1)
-    y = jnp.take_along_axis(a, order[..., :k], axis=-1)
   else:
-    raise ValueError(f"sketch={sketch!r} is not one of ('gaussian', 'columns')")
+    draws = jax.random.uniform(key, (*batch, 1, n), jnp.float32)
+    order = jnp.argsort(draws, axis=-1)
+    y = jnp.take_along_axis(a, order[..., :k], axis=-1)
   for _ in range(power_iterations):
     y = a @ (a.mT @ y)
   q, _ = jnp.linalg.qr(y)

@@ -486,8 +486,8 @@ def binade(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 def guarded_log(x: jax.Array, y: jax.Array) -> jax.Array:
   """The logarithm `y` of positive normal x, and the limits elsewhere."""
   y = jnp.where(x < _INF, y, x)
-  low = jnp.where(x > -_MIN_NORMAL, -_INF, jnp.full_like(x, float('nan')))
-  return jnp.where(x < _MIN_NORMAL, low, y)
+  y = jnp.where(x < _MIN_NORMAL, -_INF, y)
+  return jnp.where(x > -_MIN_NORMAL, y, float('nan'))
 
 
 def reduce_pio2(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:

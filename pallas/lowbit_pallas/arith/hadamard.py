@@ -157,7 +157,8 @@ def random_signs(
   """
   index = jnp.arange(size, dtype=jnp.uint32)
   bits = hashing.random_bits(key_words, index)
-  return jnp.where(bits >> 31, -1.0, 1.0).astype(dtype)
+  signs = jnp.where(bits >> 31, jnp.float32(-1), jnp.float32(1))
+  return signs.astype(dtype)
 
 
 def _radices(block: int) -> tuple[int, ...]:

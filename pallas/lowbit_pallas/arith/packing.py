@@ -213,8 +213,10 @@ def _unpack_minor(packed, bits: int):
     words, per_word = _bitcast_groups(packed, 4, jnp.uint32), 32 // bits
   else:
     words, per_word = packed.astype(jnp.uint32), 8 // bits
-  shifts = lax.iota(jnp.uint32, per_word) * bits
-  codes = (words[..., None] >> shifts) & ((1 << bits) - 1)
+  words = words[..., None]
+  shape = (1,) * (words.ndim - 1) + (per_word,)
+  shifts = lax.broadcasted_iota(jnp.uint32, shape, words.ndim - 1) * bits
+  codes = (words >> shifts) & ((1 << bits) - 1)
   return codes.reshape(*lead, unpacked_size(n, bits))
 
 
