@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from lowbit_jax import formats, qarray
-from lowbit_jax._typing import Axis
+from lowbit_jax._typing import Axis, Shape
 from lowbit_jax.formats import BlockFormat
 
 _ATTENTION = {'query': (-3,), 'key': (-3,), 'value': (-3,), 'out': (-3, -2)}
@@ -76,7 +76,7 @@ def _is_attention(parents, leaves) -> bool:
   return len(own) == 1
 
 
-def block_axis(layout: Layout, fmt: BlockFormat, shape) -> Axis:
+def block_axis(layout: Layout, fmt: BlockFormat, shape: Shape) -> Axis:
   """The `axis` of `quantize` for a weight.
 
   Args:
