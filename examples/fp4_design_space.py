@@ -553,12 +553,12 @@ def work() -> None:
       )
   parsed = map(parse, values['settings'])
   settings = {_label(changed): changed for changed in parsed}
-  workdir = pathlib.Path(_WORKDIR.value)
-  run(values['tasks'], settings, values['seeds'], values['steps'], workdir)
+  with command.own_directory(_WORKDIR.value) as workdir:
+    run(values['tasks'], settings, values['seeds'], values['steps'], workdir)
 
 
 def main(argv: Sequence[str]) -> int:
-  errors = byte_lm.ConfigError, CheckpointError, FileNotFoundError, ImportError
+  errors = byte_lm.ConfigError, CheckpointError, ImportError
   return command.main(argv, work, errors)
 
 

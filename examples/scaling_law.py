@@ -529,20 +529,21 @@ def sweep_from_flags() -> Sweep:
   settings = make_settings(
     widths, steps, values['formats'], blocks, values['seeds']
   )
-  return Sweep(
+  sweep = Sweep(
     settings,
     _CONTEXT.value,
     _BATCH.value,
     _LEARNING_RATE.value,
     _EVAL_WINDOWS.value,
   )
+  for setting in settings:
+    sweep.config(setting)  # refuses bad values before the first run
+  return sweep
 
 
 def run(sweep: Sweep, workdir: pathlib.Path) -> None:
   """Trains what is missing and writes the results."""
   started = time.perf_counter()
-  for setting in sweep.settings:
-    sweep.config(setting)  # refuses bad values before the first run
   corpus = data.load_corpus()
   losses = run_sweep(sweep, corpus, workdir / 'runs')
   records = [make_record(sweep, s, loss) for s, loss in losses.items()]
@@ -562,12 +563,14 @@ def run(sweep: Sweep, workdir: pathlib.Path) -> None:
   print(f'\ntotal time {time.perf_counter() - started:.0f} s')
 
 
+def work() -> None:
+  sweep = sweep_from_flags()
+  with command.own_directory(_WORKDIR.value) as workdir:
+    run(sweep, workdir)
+
+
 def main(argv: Sequence[str]) -> int:
-  return command.main(
-    argv,
-    lambda: run(sweep_from_flags(), pathlib.Path(_WORKDIR.value)),
-    (byte_lm.ConfigError, CheckpointError, FileNotFoundError),
-  )
+  return command.main(argv, work, (byte_lm.ConfigError, CheckpointError))
 
 
 if __name__ == '__main__':

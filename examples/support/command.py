@@ -1,18 +1,27 @@
 """What the `main` of every example does around its work."""
 
+import contextlib
 import pathlib
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import tqdm
 from absl import app, logging
 
+from lowbit_jax import _files, _results
+
+
+class Terminated(KeyboardInterrupt):
+  """SIGTERM, which what was started has to end on like on Ctrl-C."""
+
 
 def main(
   argv: Sequence[str],
   work: Callable[[], None],
-  errors: tuple[type[Exception], ...],
+  errors: tuple[type[Exception], ...] = (),
 ) -> int:
   """Works, and returns the status of the process.
 
@@ -20,18 +29,57 @@ def main(
     argv: what absl leaves of the command line.
     work: what the script does.
     errors: those whose message tells the user what to do, without a traceback.
+      Damaged files and refusals of the system (a full disk, a folder that
+      cannot be written) always count.
   """
   if len(argv) > 1:
     raise app.UsageError(f'Unexpected argument {argv[1]!r}; use flags.')
   logging.set_verbosity(logging.FATAL)
   try:
-    work()
-  except errors as error:
-    print(f'{pathlib.Path(argv[0]).stem}: {error}', file=sys.stderr)
-    return 1
+    with _terminable():
+      work()
+  except (_files.DamagedFileError, *errors) as error:
+    return _failed(argv, error)
+  except OSError as error:
+    message = error.strerror or error
+    where = f': {error.filename}' if error.filename else ''
+    return _failed(argv, f'{message}{where}')
+  except Terminated:
+    return 128 + signal.SIGTERM
   except KeyboardInterrupt:
-    return 130
+    return 128 + signal.SIGINT
   return 0
+
+
+def _failed(argv: Sequence[str], message: Any) -> int:
+  print(f'{pathlib.Path(argv[0]).stem}: {message}', file=sys.stderr)
+  return 1
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+  """Turns SIGTERM into an exception, so that `finally` blocks run."""
+  if threading.current_thread() is not threading.main_thread():
+    yield
+    return
+
+  def terminated(number, frame):
+    raise Terminated
+
+  previous = signal.signal(signal.SIGTERM, terminated)
+  try:
+    yield
+  finally:
+    signal.signal(signal.SIGTERM, previous)
+
+
+@contextlib.contextmanager
+def own_directory(path: str | pathlib.Path) -> Iterator[pathlib.Path]:
+  """The directory, made if it does not exist, for this process alone."""
+  path = pathlib.Path(path)
+  path.mkdir(parents=True, exist_ok=True)
+  with _results.lock(path, 'wait for it, or give another --workdir'):
+    yield path
 
 
 def progress(*args: Any, **options: Any) -> tqdm.tqdm:
