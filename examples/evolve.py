@@ -23,6 +23,7 @@ import functools
 import os
 import pathlib
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -239,13 +240,22 @@ def _progress(state, log, finished) -> None:
 def started(count: int) -> Iterator[list[subprocess.Popen]]:
   """Islands 1 ... count - 1, as this script in processes of their own.
 
-  None of them outlives the block. What they write is whole at any time, so
-  they need no warning.
+  None of them outlives the block, or this process if SIGTERM ends it. What they
+  write is whole at any time, so they need no warning.
   """
   command = [sys.executable, os.path.abspath(__file__), *sys.argv[1:]]
   command += [f'--parent={os.getpid()}']
+  others: list[subprocess.Popen] = []
+
+  def terminated(number, frame):
+    for other in others:
+      other.kill()
+    signal.signal(number, signal.SIG_DFL)
+    signal.raise_signal(number)
+
+  previous = signal.signal(signal.SIGTERM, terminated)
   with contextlib.ExitStack() as stack:
-    others = []
+    stack.callback(signal.signal, signal.SIGTERM, previous)
     for i in range(1, count):
       other = subprocess.Popen(
         [*command, f'--island={i}'], stdin=subprocess.DEVNULL

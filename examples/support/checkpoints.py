@@ -31,7 +31,6 @@ _SEAL_KIND = 'checkpoint files 2'
 _KEPT = 2
 _DELETED = '.deleted-'  # of a step that is no longer one
 _UNFINISHED = '.orbax-checkpoint-tmp'
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class CheckpointError(Exception):
@@ -39,23 +38,21 @@ class CheckpointError(Exception):
 
 
 @contextlib.contextmanager
-def _deferred_signals():
-  """Holds Ctrl-C and SIGTERM back until the end of the block."""
+def _deferred_interrupt():
+  """Holds Ctrl-C back until the end of the block."""
   if threading.current_thread() is not threading.main_thread():
     yield
     return
   received = []
-  previous = {
-    number: signal.signal(number, lambda number, _: received.append(number))
-    for number in _SIGNALS
-  }
+  previous = signal.signal(
+    signal.SIGINT, lambda number, frame: received.append(number)
+  )
   try:
     yield
   finally:
-    for number, handler in previous.items():
-      signal.signal(number, handler)
-  for number in received:
-    signal.raise_signal(number)
+    signal.signal(signal.SIGINT, previous)
+  if received:
+    raise KeyboardInterrupt
 
 
 def _digest(state: Any) -> str:
@@ -248,7 +245,7 @@ class Checkpoints:
       state=ocp.args.StandardSave(state),
       info=ocp.args.JsonSave({'kind': _KIND, 'digest': _digest(state)}),
     )
-    with _deferred_signals():
+    with _deferred_interrupt():
       try:
         self._manager.save(step, args=items, force=True)
       except Exception as error:  # Orbax and TensorStore raise many types.

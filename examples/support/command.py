@@ -2,9 +2,7 @@
 
 import contextlib
 import pathlib
-import signal
 import sys
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -12,10 +10,6 @@ import tqdm
 from absl import app, logging
 
 from lowbit_jax import _files, _results
-
-
-class Terminated(KeyboardInterrupt):
-  """SIGTERM, which what was started has to end on like on Ctrl-C."""
 
 
 def main(
@@ -36,41 +30,21 @@ def main(
     raise app.UsageError(f'Unexpected argument {argv[1]!r}; use flags.')
   logging.set_verbosity(logging.FATAL)
   try:
-    with _terminable():
-      work()
+    work()
   except (_files.DamagedFileError, *errors) as error:
     return _failed(argv, error)
   except OSError as error:
     message = error.strerror or error
     where = f': {error.filename}' if error.filename else ''
     return _failed(argv, f'{message}{where}')
-  except Terminated:
-    return 128 + signal.SIGTERM
   except KeyboardInterrupt:
-    return 128 + signal.SIGINT
+    return 130
   return 0
 
 
 def _failed(argv: Sequence[str], message: Any) -> int:
   print(f'{pathlib.Path(argv[0]).stem}: {message}', file=sys.stderr)
   return 1
-
-
-@contextlib.contextmanager
-def _terminable() -> Iterator[None]:
-  """Turns SIGTERM into an exception, so that `finally` blocks run."""
-  if threading.current_thread() is not threading.main_thread():
-    yield
-    return
-
-  def terminated(number, frame):
-    raise Terminated
-
-  previous = signal.signal(signal.SIGTERM, terminated)
-  try:
-    yield
-  finally:
-    signal.signal(signal.SIGTERM, previous)
 
 
 @contextlib.contextmanager

@@ -7,7 +7,6 @@ import functools
 import json
 import os
 import pathlib
-import signal
 import socket
 import subprocess
 import sys
@@ -377,19 +376,6 @@ class RefusalTest(absltest.TestCase):
     with mock.patch.object(os, 'replace', side_effect=full):
       self.check('No space left on device', workdir='full')
     self.assertEqual(os.listdir(self.directory / 'full' / 'checkpoints'), [])
-
-  def test_termination(self):
-    def killed(*args, **options):
-      signal.raise_signal(signal.SIGTERM)
-
-    previous = signal.getsignal(signal.SIGTERM)
-    with mock.patch.object(trainer, 'train', killed):
-      code, out = scripts.run(
-        script, *ScriptTest.FLAGS, f'--workdir={self.directory / "out"}'
-      )
-    self.assertEqual(code, 143)
-    self.assertIn('interrupted: nothing was saved yet', out)
-    self.assertEqual(signal.getsignal(signal.SIGTERM), previous)
 
 
 class ScriptTest(absltest.TestCase):
