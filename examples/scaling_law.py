@@ -517,6 +517,9 @@ def sweep_from_flags() -> Sweep:
   }
   if _QUICK.value:
     values = _QUICK_SWEEP
+  for name, value in values.items():
+    if not value:
+      raise byte_lm.ConfigError(f'--{name} names nothing.')
   try:
     widths, steps, blocks = (
       [int(text) for text in values[name]]
@@ -547,8 +550,13 @@ def run(sweep: Sweep, workdir: pathlib.Path) -> None:
   corpus = data.load_corpus()
   losses = run_sweep(sweep, corpus, workdir / 'runs')
   records = [make_record(sweep, s, loss) for s, loss in losses.items()]
-  fitted = laws.fit(records, starts=8)
-  samples = laws.bootstrap(records, fitted, resamples=_RESAMPLES, seed=0)
+  try:
+    fitted = laws.fit(records, starts=8)
+    samples = laws.bootstrap(records, fitted, resamples=_RESAMPLES, seed=0)
+  except ValueError as error:
+    raise byte_lm.ConfigError(
+      f'the law cannot be fitted to these runs, which are kept: {error}.'
+    ) from error
   lines = make_table(sweep, losses, fitted, samples)
   print_table(lines)
   print_fit(fitted, samples)
