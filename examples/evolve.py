@@ -526,7 +526,7 @@ def work() -> None:
 
 
 def main(argv: Sequence[str]) -> int:
-  return command.main(argv, work, (UserError, ValueError, FileExistsError))
+  return command.main(argv, work, (UserError, ValueError, ImportError))
 
 
 if __name__ == '__main__':
