@@ -24,7 +24,6 @@ WORKDIR/forward_only.md.
 import contextlib
 import dataclasses
 import itertools
-import json
 import pathlib
 import time
 from collections.abc import Iterator, Sequence
@@ -36,7 +35,7 @@ from absl import app, flags
 from lowbit_jax.recipe import GemmSpec, QuantSpec, Recipe
 from lowbit_jax.training import linen as low, optimizers, recipes
 from models import byte_lm
-from support import command, data, report, trainer
+from support import command, data, report, runs, trainer
 from support.checkpoints import CheckpointError, Checkpoints
 
 _RECIPES = flags.DEFINE_list(
@@ -76,50 +75,54 @@ def _settings(recipe: str, optimizer: str, seed: int) -> trainer.Settings:
   )
 
 
-def _path(run: trainer.Settings, suffix: str = '') -> pathlib.Path:
+def _name(run: trainer.Settings) -> str:
   steps, seed = run.model.steps, run.model.seed
   exempt = f'-last{run.exempt_last}' if run.exempt_last else ''
-  name = f'{run.recipe}-{run.optimizer}-{steps}-{seed}{exempt}{suffix}'
-  return pathlib.Path(_WORKDIR.value) / name
+  return f'{run.recipe}-{run.optimizer}-{steps}-{seed}{exempt}'
 
 
 def _train(run: trainer.Settings, corpus: data.Corpus):
   """The last state and the log; networks in float32 are kept."""
   if run.recipe != 'float32':
     return trainer.train(run, corpus)
-  checkpoints = Checkpoints(_path(run), trainer.identity(run, corpus))
+  path = pathlib.Path(_WORKDIR.value) / _name(run)
+  checkpoints = Checkpoints(path, trainer.identity(run, corpus))
   with contextlib.closing(checkpoints):
     return trainer.train(
       run,
       corpus,
       checkpoints,
       save_every=run.model.steps,
-      log=_path(run, '.csv'),
+      log=path.with_name(f'{path.name}.csv'),
     )
 
 
 def one_run(run: trainer.Settings, corpus: data.Corpus) -> dict:
-  """The finished run from disk, or a new one."""
-  path, identity = _path(run, '.json'), trainer.identity(run, corpus)
-  if path.exists():
-    finished = json.loads(path.read_text())
-    if identity.items() <= finished.items():
-      return finished
+  """What was measured of the run: the finished one on disk, or a new one.
+
+  Raises:
+    DamagedFileError: if the file on disk is damaged; it is left as it is.
+    CheckpointError: if it is of other text or of another recipe of that name.
+  """
+  store = runs.Store(pathlib.Path(_WORKDIR.value), 'measured')
+  name, identity = _name(run), trainer.identity(run, corpus)
+  if measured := store.load(name, identity):
+    return measured
   start = time.process_time()
   state, records = _train(run, corpus)
   own, plain = (
     trainer.evaluate(run, state, corpus, _EVAL_WINDOWS, quantized)
     for quantized in (True, False)
   )
-  finished = identity | {
+  measured = {
     'loss': own.mean(),
     'float32': plain.mean(),
     'training_loss': float(np.mean([r.loss for r in records[-50:]])),
     'cpu_seconds': time.process_time() - start,
     'jax': jax.__version__,
   }
-  report.write_json(path, finished)
-  return finished
+  store.save(name, identity, measured)
+  return measured
 
 
 def _state_bytes(run: trainer.Settings) -> float:
@@ -216,11 +219,36 @@ def compare_forward(
     ]
 
 
-def work() -> None:
-  corpus = data.load_corpus()
+def _seeds() -> list[int]:
+  """The seeds, after every setting that will be run was made once.
+
+  Raises:
+    ConfigError: for values that no run can have.
+  """
+  for flag in (_RECIPES, _OPTIMIZERS, _SEEDS):
+    if not flag.value:
+      raise byte_lm.ConfigError(f'--{flag.name} names nothing')
+  if not all(seed.isdecimal() for seed in _SEEDS.value):
+    raise byte_lm.ConfigError(
+      f'--seeds={",".join(_SEEDS.value)} are not integers from 0 on'
+    )
   seeds = [int(seed) for seed in _SEEDS.value]
-  workdir = pathlib.Path(_WORKDIR.value)
-  workdir.mkdir(parents=True, exist_ok=True)
+  for recipe, optimizer, seed in itertools.product(
+    ('float32', *_RECIPES.value), _OPTIMIZERS.value, seeds
+  ):
+    _settings(recipe, optimizer, seed)
+  return seeds
+
+
+def work() -> None:
+  seeds = _seeds()
+  with command.own_directory(_WORKDIR.value) as workdir:
+    tabulate(seeds, workdir)
+
+
+def tabulate(seeds: Sequence[int], workdir: pathlib.Path) -> None:
+  """Prints the table that the flags ask for, and writes it."""
+  corpus = data.load_corpus()
   print(
     f'{_STEPS.value} steps, {",".join(_OPTIMIZERS.value)}, corpus'
     f' {corpus.digest}, jax {jax.__version__}'

@@ -17,22 +17,23 @@ Under jax.distributed (--coordinator, --processes, --process) every process is
 an island and programs travel in a ring, which is reproducible.
 """
 
-import csv
+import contextlib
 import dataclasses
 import functools
 import os
 import pathlib
 import shlex
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import jax
 import numpy as np
 from absl import app, flags
 
-from lowbit_jax import special
+from lowbit_jax import _results, special
 from lowbit_jax.search import (
   archive as archives,
   certify,
@@ -101,10 +102,14 @@ _COORDINATOR = flags.DEFINE_string(
 _PROCESSES = flags.DEFINE_integer('processes', 1, 'Processes of all hosts.')
 _PROCESS = flags.DEFINE_integer('process', 0, 'Number of this process.')
 _ISLAND = flags.DEFINE_integer('island', 0, 'Number of this island.')
+_PARENT = flags.DEFINE_integer(
+  'parent', None, 'Process that started this island, which ends with it.'
+)
 
 _SAVE_SECONDS = 30.0
 _REPORT_SECONDS = 1.0
 _POLISHED = 3  # of each cost
+_LOG = 'search log 1'
 
 
 class UserError(Exception):
@@ -140,19 +145,23 @@ def search_of_flags() -> evolve.Search:
 
 
 class Log:
-  """The front over time, as CSV; what it says of time outlives a run."""
+  """The front over time, as CSV; what it says of time outlives a run.
+
+  The file has a checksum: one that was edited is refused, one that was deleted
+  starts the time anew.
+  """
 
   def __init__(self, path: pathlib.Path, rows: int):
     self.path = path
-    self.rows = rows
+    self.names = ['seconds', 'cpu_seconds', 'generation', 'fits']
+    self.names += [f'error_{n}' for n in range(rows + 1)]
+    self._lines: list[list[str]] = []
     before = cpu_before = 0.0
     if path.exists():
-      *_, last = csv.reader(path.read_text().splitlines())
-      if last[0] != 'seconds':
-        before, cpu_before = float(last[0]), float(last[1])
-    else:
-      header = ['seconds', 'cpu_seconds', 'generation', 'fits']
-      self._append([*header, *(f'error_{n}' for n in range(rows + 1))])
+      remedy = 'delete it to go on with the search and count its time from 0'
+      found = _results.read_csv(path, _LOG, remedy)
+      self._lines = [list(line.values()) for line in found]
+      before, cpu_before = map(float, self._lines[-1][:2])
     self._start = time.perf_counter() - before
     self._cpu_start = time.process_time() - cpu_before
 
@@ -162,21 +171,18 @@ class Log:
   def write(self, state: evolve.State) -> None:
     errors = [
       f'{archives.best_error(state.archive, n):.4e}'
-      for n in range(self.rows + 1)
+      for n in range(len(self.names) - 4)
     ]
-    self._append(
+    self._lines.append(
       [
         f'{self.elapsed():.1f}',
         f'{time.process_time() - self._cpu_start:.1f}',
-        state.generation,
-        state.fits,
+        str(state.generation),
+        str(state.fits),
         *errors,
       ]
     )
-
-  def _append(self, row) -> None:
-    with open(self.path, 'a', newline='') as f:
-      csv.writer(f).writerow(row)
+    _results.write_csv(self.path, _LOG, self.names, self._lines)
 
 
 def evolve_island(
@@ -184,7 +190,6 @@ def evolve_island(
 ) -> evolve.State:
   """Evolves one island until its budget is spent; saves and exchanges."""
   own = workdir / f'island_{island}'
-  own.mkdir(parents=True, exist_ok=True)
   checkpoint = own / 'checkpoint.npz'
   if checkpoint.exists():
     state = evolve.load(checkpoint, search)
@@ -198,6 +203,8 @@ def evolve_island(
       finished = state.generation >= _GENERATIONS.value
     else:
       finished = log.elapsed() >= 60 * _MINUTES.value
+    if _PARENT.value not in (None, os.getppid()):
+      raise UserError(f'island {island} ends: process {_PARENT.value} is gone')
     if not finished:
       state = evolve.step(search, state)
     if not finished and state.generation % _EXCHANGE.value == 0:
@@ -229,13 +236,34 @@ def _progress(state, log, finished) -> None:
     print(line, flush=True)
 
 
-def start_others(count: int) -> list[subprocess.Popen]:
-  """Islands 1 ... count - 1, as this script in processes of their own."""
+@contextlib.contextmanager
+def started(count: int) -> Iterator[list[subprocess.Popen]]:
+  """Islands 1 ... count - 1, as this script in processes of their own.
+
+  None of them outlives the block, or this process if SIGTERM ends it. What they
+  write is whole at any time, so they need no warning.
+  """
   command = [sys.executable, os.path.abspath(__file__), *sys.argv[1:]]
-  return [
-    subprocess.Popen([*command, f'--island={i}'], stdin=subprocess.DEVNULL)
-    for i in range(1, count)
-  ]
+  command += [f'--parent={os.getpid()}']
+  others: list[subprocess.Popen] = []
+
+  def terminated(number, frame):
+    for other in others:
+      other.kill()
+    signal.signal(number, signal.SIG_DFL)
+    signal.raise_signal(number)
+
+  previous = signal.signal(signal.SIGTERM, terminated)
+  with contextlib.ExitStack() as stack:
+    stack.callback(signal.signal, signal.SIGTERM, previous)
+    for i in range(1, count):
+      other = subprocess.Popen(
+        [*command, f'--island={i}'], stdin=subprocess.DEVNULL
+      )
+      stack.callback(other.wait)
+      stack.callback(other.kill)
+      others.append(other)
+    yield others
 
 
 def merged(search, states) -> evolve.State:
@@ -469,40 +497,36 @@ def publish(search, workdir, target, program) -> None:
 
 def work() -> None:
   workdir = pathlib.Path(_WORKDIR.value)
-  island = _ISLAND.value
-  others: list[subprocess.Popen] = []
-  try:
-    search = search_of_flags()
-    if _COORDINATOR.value:
-      if _GENERATIONS.value is None:
-        raise UserError(
-          '--coordinator needs --generations: all islands of a ring must do'
-          ' the same number'
-        )
-      jax.distributed.initialize(
-        _COORDINATOR.value, _PROCESSES.value, _PROCESS.value
+  search = search_of_flags()
+  island, count = _ISLAND.value, _ISLANDS.value
+  if _COORDINATOR.value:
+    if _GENERATIONS.value is None:
+      raise UserError(
+        '--coordinator needs --generations: all islands of a ring must do'
+        ' the same number'
       )
-      island, count = jax.process_index(), jax.process_count()
-    else:
-      count = _ISLANDS.value
-      if island == 0:
-        others = start_others(count)
-    shared = count > 1 and not _COORDINATOR.value
+    jax.distributed.initialize(
+      _COORDINATOR.value, _PROCESSES.value, _PROCESS.value
+    )
+    island, count = jax.process_index(), jax.process_count()
+  alone = bool(island or _COORDINATOR.value)
+  shared = count > 1 and not _COORDINATOR.value
+  with (
+    command.own_directory(workdir / f'island_{island}'),
+    started(1 if alone else count) as others,
+  ):
     state = evolve_island(search, workdir, island, shared)
-    for other in others:
+    for number, other in enumerate(others, 1):
       if other.wait():
-        raise UserError(f'island {others.index(other) + 1} failed; see above')
+        raise UserError(f'island {number} failed; see above')
     if island == 0:
       paths = [workdir / f'island_{i}' / 'checkpoint.npz' for i in range(count)]
       states = [state, *(evolve.load(path, search) for path in paths[1:])]
       write_results(search, workdir, merged(search, states))
-  finally:
-    for other in others:
-      other.terminate()
 
 
 def main(argv: Sequence[str]) -> int:
-  return command.main(argv, work, (UserError, ValueError, FileExistsError))
+  return command.main(argv, work, (UserError, ValueError, ImportError))
 
 
 if __name__ == '__main__':

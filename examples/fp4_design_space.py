@@ -276,7 +276,8 @@ def overhead(changed: dict[str, str]) -> Overhead:
 
 
 def _optimizer(name: str, learning_rate: float, steps: int):
-  schedule = loop.cosine(learning_rate, steps, max(1, steps // 10))
+  warmup = min(max(1, steps // 10), steps - 1)
+  schedule = loop.cosine(learning_rate, steps, warmup)
   if name == 'stable_spam':
     return optimizers.stable_spam(schedule)
   return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule))
@@ -546,6 +547,8 @@ def work() -> None:
       'seeds': _SEEDS.value,
       'steps': _STEPS.value,
     }
+  if not values['tasks']:
+    raise byte_lm.ConfigError('--tasks names nothing.')
   for task in values['tasks']:
     if task not in tasks.TASKS:
       raise byte_lm.ConfigError(
@@ -553,12 +556,12 @@ def work() -> None:
       )
   parsed = map(parse, values['settings'])
   settings = {_label(changed): changed for changed in parsed}
-  workdir = pathlib.Path(_WORKDIR.value)
-  run(values['tasks'], settings, values['seeds'], values['steps'], workdir)
+  with command.own_directory(_WORKDIR.value) as workdir:
+    run(values['tasks'], settings, values['seeds'], values['steps'], workdir)
 
 
 def main(argv: Sequence[str]) -> int:
-  errors = byte_lm.ConfigError, CheckpointError, FileNotFoundError, ImportError
+  errors = byte_lm.ConfigError, CheckpointError, ImportError
   return command.main(argv, work, errors)
 
 

@@ -217,17 +217,13 @@ def run(
 
 
 def work() -> None:
-  run(
-    _CONFIG(),
-    pathlib.Path(_WORKDIR.value),
-    _PAIRS.value,
-    _EVAL_WINDOWS.value,
-    data.load_corpus(),
-  )
+  config = _CONFIG()
+  with command.own_directory(_WORKDIR.value) as workdir:
+    run(config, workdir, _PAIRS.value, _EVAL_WINDOWS.value, data.load_corpus())
 
 
 def main(argv: Sequence[str]) -> int:
-  return command.main(argv, work, (CheckpointError,))
+  return command.main(argv, work, (byte_lm.ConfigError, CheckpointError))
 
 
 if __name__ == '__main__':

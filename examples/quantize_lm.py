@@ -334,7 +334,9 @@ def run(config: byte_lm.Config, workdir: pathlib.Path) -> None:
 
 
 def work() -> None:
-  run(_CONFIG(), pathlib.Path(_WORKDIR.value))
+  config = _CONFIG()
+  with command.own_directory(_WORKDIR.value) as workdir:
+    run(config, workdir)
 
 
 def main(argv: Sequence[str]) -> int:

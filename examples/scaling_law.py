@@ -517,6 +517,9 @@ def sweep_from_flags() -> Sweep:
   }
   if _QUICK.value:
     values = _QUICK_SWEEP
+  for name, value in values.items():
+    if not value:
+      raise byte_lm.ConfigError(f'--{name} names nothing.')
   try:
     widths, steps, blocks = (
       [int(text) for text in values[name]]
@@ -529,25 +532,31 @@ def sweep_from_flags() -> Sweep:
   settings = make_settings(
     widths, steps, values['formats'], blocks, values['seeds']
   )
-  return Sweep(
+  sweep = Sweep(
     settings,
     _CONTEXT.value,
     _BATCH.value,
     _LEARNING_RATE.value,
     _EVAL_WINDOWS.value,
   )
+  for setting in settings:
+    sweep.config(setting)  # refuses bad values before the first run
+  return sweep
 
 
 def run(sweep: Sweep, workdir: pathlib.Path) -> None:
   """Trains what is missing and writes the results."""
   started = time.perf_counter()
-  for setting in sweep.settings:
-    sweep.config(setting)  # refuses bad values before the first run
   corpus = data.load_corpus()
   losses = run_sweep(sweep, corpus, workdir / 'runs')
   records = [make_record(sweep, s, loss) for s, loss in losses.items()]
-  fitted = laws.fit(records, starts=8)
-  samples = laws.bootstrap(records, fitted, resamples=_RESAMPLES, seed=0)
+  try:
+    fitted = laws.fit(records, starts=8)
+    samples = laws.bootstrap(records, fitted, resamples=_RESAMPLES, seed=0)
+  except ValueError as error:
+    raise byte_lm.ConfigError(
+      f'the law cannot be fitted to these runs, which are kept: {error}.'
+    ) from error
   lines = make_table(sweep, losses, fitted, samples)
   print_table(lines)
   print_fit(fitted, samples)
@@ -562,12 +571,14 @@ def run(sweep: Sweep, workdir: pathlib.Path) -> None:
   print(f'\ntotal time {time.perf_counter() - started:.0f} s')
 
 
+def work() -> None:
+  sweep = sweep_from_flags()
+  with command.own_directory(_WORKDIR.value) as workdir:
+    run(sweep, workdir)
+
+
 def main(argv: Sequence[str]) -> int:
-  return command.main(
-    argv,
-    lambda: run(sweep_from_flags(), pathlib.Path(_WORKDIR.value)),
-    (byte_lm.ConfigError, CheckpointError, FileNotFoundError),
-  )
+  return command.main(argv, work, (byte_lm.ConfigError, CheckpointError))
 
 
 if __name__ == '__main__':

@@ -30,6 +30,7 @@ and how many elements of activations x, weights w and cotangents dy the formats
 of the recipe clip or flush to zero: the largest share over the layers.
 """
 
+import contextlib
 import pathlib
 import sys
 import time
@@ -180,7 +181,11 @@ def work() -> None:
     jax.distributed.initialize(
       _COORDINATOR.value, _PROCESSES.value, _PROCESS.value
     )
-  train(settings(), pathlib.Path(_WORKDIR.value))
+  run = settings()
+  with contextlib.ExitStack() as stack:
+    if jax.process_index() == 0:
+      stack.enter_context(command.own_directory(_WORKDIR.value))
+    train(run, pathlib.Path(_WORKDIR.value))
 
 
 def main(argv: Sequence[str]) -> int:

@@ -1,8 +1,10 @@
 """What `import lowbit_jax` loads, and what it must not load."""
 
+import ast
 import functools
 import os
 import pathlib
+import re
 import subprocess
 import sys
 import tomllib
@@ -12,6 +14,11 @@ from absl.testing import absltest, parameterized
 import lowbit_jax
 
 _ROOT = pathlib.Path(__file__).resolve().parents[1]
+_ROOTS = {
+  'absl': 'absl-py',
+  'orbax': 'orbax-checkpoint',
+  'sklearn': 'scikit-learn',
+}  # distributions by the module that they hold, where the names differ
 _NEVER = ('chex', 'flax', 'optax', 'orbax', 'jax.experimental.pallas')
 
 
@@ -42,6 +49,54 @@ def _library() -> tuple[frozenset[str], ...]:
     'import flax',
     'import optax',
   )
+
+
+@functools.cache
+def _imported(folder: str) -> set[str]:
+  """Distributions that the files of a folder import, now or when called."""
+  own = {path.stem for path in (_ROOT / 'examples').iterdir()}
+  own |= {'lowbit_jax', 'lowbit_pallas'}
+  names = set()
+  for path in (_ROOT / folder).rglob('*.py'):
+    for node in ast.walk(ast.parse(path.read_text('utf-8'))):
+      if isinstance(node, ast.Import):
+        names |= {alias.name.split('.')[0] for alias in node.names}
+      elif isinstance(node, ast.ImportFrom) and node.module:
+        names.add(node.module.split('.')[0])
+  names -= own | sys.stdlib_module_names
+  return {_ROOTS.get(name, name) for name in names}
+
+
+def _declared(*extras: str) -> set[str]:
+  """Distributions that the project and some of its extras require."""
+  project = tomllib.loads((_ROOT / 'pyproject.toml').read_text())['project']
+  lists = {'': project['dependencies']} | project['optional-dependencies']
+  result = set()
+  for extra in ('', *extras):
+    for line in lists[extra]:
+      name, inner = re.fullmatch(
+        r'([\w-]+)(?:\[(.*?)\])?.*', line, re.DOTALL
+      ).groups()
+      if name == project['name']:
+        result |= _declared(*inner.split(','))
+      else:
+        result.add(name)
+  return result
+
+
+class DeclarationTest(absltest.TestCase):
+  def test_what_is_imported_is_declared(self):
+    library = _imported('lowbit_jax') | _imported('pallas')
+    self.assertContainsSubset(library, _declared('search'))
+    self.assertContainsSubset(
+      library | _imported('examples'), _declared('examples')
+    )
+
+  def test_what_is_required_is_imported(self):
+    used = _imported('lowbit_jax') | _imported('pallas')
+    used |= _imported('examples')
+    # Of jaxlib, which JAX loads, the version is set.
+    self.assertContainsSubset(_declared('search') - {'jaxlib'}, used)
 
 
 class ImportTest(parameterized.TestCase):

@@ -289,6 +289,13 @@ MUTANTS = (
     'tests/io_test.py',
   ),
   Mutant(
+    'results', 'a file that was changed is trusted',
+    'lowbit_jax/_results.py',
+    'encode() != mark[2]',
+    "encode() == b''",
+    'tests/results_test.py',
+  ),
+  Mutant(
     'io', 'numbers of another dtype are taken for those of the file',
     'lowbit_jax/io/_native.py',
     'return array.astype(_stored(dtype), copy=False).view(dtype)',

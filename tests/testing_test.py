@@ -127,6 +127,22 @@ class AssertsTest(parameterized.TestCase):
     with self.assertRaisesRegex(AssertionError, 'a QArray'):
       testing.assert_bits_equal(x, q)
 
+  def test_trees(self):
+    q = quantizer(formats.nvfp4)(np.ones((4, 64), np.float32))
+    other = quantizer(formats.mxfp4)(np.ones((4, 64), np.float32))
+    tree = {'b': np.zeros(2), 'w': [q]}
+    equal = testing.assert_trees_bits_equal
+    equal(tree, tree)
+    for message, want in (
+      (r"m\['b'\]: 1 of 2 differ", {'b': np.array([0, -0.0]), 'w': [q]}),
+      (r"\['b'\]: shape", {'b': np.zeros((2, 1)), 'w': [q]}),
+      (r"\['w'\]\[0\]: fmt is nvfp4, want mxfp4", tree | {'w': [other]}),
+      ('structs', tree | {'w': (q,)}),
+      ('structs', {'w': [q]}),
+    ):
+      with self.assertRaisesRegex(AssertionError, message):
+        equal(tree, want, 'm')
+
   def test_ulp(self):
     a = np.float32([1, 2, np.nan, 0])
     b = a.copy()

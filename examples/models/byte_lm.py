@@ -53,6 +53,8 @@ class Config:
         raise ConfigError(
           f'{name} must be at least 1, got {getattr(self, name)}.'
         )
+    if not 0 <= self.seed < 1 << 63:
+      raise ConfigError(f'seed={self.seed} must be from 0 to 2^63 - 1.')
     if self.width % (2 * self.heads):
       raise ConfigError(
         f'width={self.width} must be a multiple of 2 * heads '

@@ -3,13 +3,15 @@
 A directory belongs to one run: a manifest names the run (its configuration),
 each checkpoint carries the digests of its content and of its files. A directory
 or checkpoint that does not match is reported, and neither overwritten nor
-deleted.
+deleted. A process may be killed at any point: the newest checkpoint that was
+complete is the one that the next process goes on from.
 """
 
 import contextlib
 import hashlib
 import json
 import pathlib
+import shutil
 import signal
 import threading
 from collections.abc import Mapping
@@ -19,12 +21,16 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from support import report
+from lowbit_jax import _files, _results
 
 _MANIFEST = 'run.json'
 _SEAL = 'files.json'
 _KIND = 'lowbit_jax example checkpoints, version 1'
+_MANIFEST_KIND = 'checkpoints 2'
+_SEAL_KIND = 'checkpoint files 2'
 _KEPT = 2
+_DELETED = '.deleted-'  # of a step that is no longer one
+_UNFINISHED = '.orbax-checkpoint-tmp'
 
 
 class CheckpointError(Exception):
@@ -62,12 +68,18 @@ def _digest(state: Any) -> str:
 
 def _file_digests(directory: pathlib.Path) -> dict[str, str]:
   """Returns the SHA-256 of each file under a directory, except the seal."""
+  paths = [
+    path
+    for path in sorted(directory.rglob('*'))
+    if path.is_file()
+    and path.name != _SEAL
+    and not _results.is_left_over(path.name)
+  ]
   return {
     path.relative_to(directory).as_posix(): hashlib.sha256(
       path.read_bytes()
     ).hexdigest()
-    for path in sorted(directory.rglob('*'))
-    if path.is_file() and path.name != _SEAL
+    for path in paths
   }
 
 
@@ -82,24 +94,16 @@ def _read_manifest(directory: pathlib.Path) -> dict[str, Any] | None:
     )
   manifest = directory / _MANIFEST
   if not manifest.exists():
-    foreign = sorted(entry.name for entry in directory.iterdir())
+    names = sorted(entry.name for entry in directory.iterdir())
+    foreign = [name for name in names if not _results.is_left_over(name)]
     if foreign:
       raise CheckpointError(
         f'{directory} holds files of something else ("{foreign[0]}", and no '
         f'{_MANIFEST}). It was left as it is: give another --workdir.'
       )
     return None
-  try:
-    content = json.loads(manifest.read_text())
-    if content['kind'] != _KIND:
-      raise ValueError(content['kind'])
-    return dict(content['run'])
-  except (ValueError, KeyError, TypeError, OSError) as error:
-    raise CheckpointError(
-      f'{manifest} is damaged or was written by something else. It was left '
-      f'as it is: move {directory} away to train anew, or give another '
-      '--workdir.'
-    ) from error
+  remedy = f'move {directory} away to train anew, or give another --workdir'
+  return _results.read_json(manifest, _MANIFEST_KIND, remedy)['run']
 
 
 def differences(found: Mapping[str, Any], run: Mapping[str, Any]) -> str:
@@ -121,7 +125,9 @@ class Checkpoints:
       with other values is refused.
 
   Raises:
-    CheckpointError: if the directory is damaged or belongs to another run.
+    DamagedFileError: if the manifest or a checkpoint is damaged. An older
+      checkpoint from which files are missing is no error: it is ignored.
+    CheckpointError: if the directory belongs to another run.
   """
 
   def __init__(self, directory: str | pathlib.Path, run: dict[str, Any]):
@@ -130,67 +136,104 @@ class Checkpoints:
     found = _read_manifest(self._directory)
     if found is None:
       self._directory.mkdir(parents=True, exist_ok=True)
-      manifest = {'kind': _KIND, 'run': run}
-      report.write_json(self._directory / _MANIFEST, manifest)
+      manifest = self._directory / _MANIFEST
+      _results.write_json(manifest, _MANIFEST_KIND, {'run': run})
     elif changed := differences(found, run):
       raise CheckpointError(
         f'{directory} belongs to another run ({changed}). It was left as it '
         'is: repeat the flags of that run, or give another --workdir.'
       )
-    for step in self.steps():
-      self._check_files(step)
+    self._sweep()
     self._manager = ocp.CheckpointManager(
       self._directory.absolute(),
       options=ocp.CheckpointManagerOptions(
-        max_to_keep=_KEPT, create=False, enable_async_checkpointing=False
+        max_to_keep=None, create=False, enable_async_checkpointing=False
       ),
     )
+    self._steps: list[int] = []
     try:
-      for step in self.steps():
-        self._read_info(step)
-    except CheckpointError:
+      self._check_steps()
+    except _files.DamagedFileError:
       self.close()
       raise
 
   def steps(self) -> list[int]:
-    """Returns the steps that are on disk, in rising order."""
-    return sorted(
+    """Returns the steps whose checkpoints are complete, in rising order."""
+    return list(self._steps)
+
+  def _path(self, step: int) -> pathlib.Path:
+    return self._directory / str(step)
+
+  def _sweep(self) -> None:
+    """Removes what processes that were killed left behind."""
+    if jax.process_index() == 0:
+      for entry in self._directory.iterdir():
+        if entry.name.startswith(_DELETED) or _UNFINISHED in entry.name:
+          shutil.rmtree(entry)
+
+  def _check_steps(self) -> None:
+    found = sorted(
       int(entry.name)
       for entry in self._directory.iterdir()
-      if entry.name.isdecimal()
+      if entry.name.isdecimal() and entry.is_dir()
     )
+    for step in found:
+      lost, changed = self._faults(step)
+      if changed or (lost and step == found[-1]):
+        raise self._damaged(step, changed or lost)
+      if not lost:  # else of a deletion that was interrupted
+        self._steps.append(step)
 
-  def _damaged(self, step: int) -> CheckpointError:
-    path = self._directory / str(step)
-    earlier = [kept for kept in self.steps() if kept < step]
+  def _damaged(self, step: int, fault: str) -> _files.DamagedFileError:
+    earlier = [kept for kept in self._steps if kept < step]
     start = f'step {earlier[-1]}' if earlier else 'the start'
-    return CheckpointError(
-      f'The checkpoint {path} is damaged or was written by something else. '
-      f'It was left as it is: move it away to go on from {start}, or give '
-      'another --workdir.'
+    return _files.DamagedFileError(
+      self._path(step),
+      fault,
+      f'it was left as it is: move it away to go on from {start}, or give '
+      'another --workdir',
     )
 
-  def _check_files(self, step: int) -> None:
-    path = self._directory / str(step)
+  def _faults(self, step: int) -> tuple[str, str]:
+    """What a checkpoint lacks, and what else is wrong with it."""
+    path = self._path(step)
     try:
-      sealed = json.loads((path / _SEAL).read_text())
+      sealed = _results.read_json(path / _SEAL, _SEAL_KIND, '')['files']
     except FileNotFoundError:  # Killed before sealing: the digest decides.
-      return
-    except (ValueError, OSError) as error:
-      raise self._damaged(step) from error
-    if sealed != _file_digests(path):
-      raise self._damaged(step)
+      return self._faults_of_unsealed(step)
+    except _files.DamagedFileError:
+      return '', f'{_SEAL} was changed'
+    found = _file_digests(path)
+    changed = [name for name in found if found[name] != sealed.get(name)]
+    lost = sorted(sealed.keys() - found.keys())
+    return (
+      f'{lost[0]} is missing' if lost else '',
+      f'{changed[0]} was changed' if changed else '',
+    )
+
+  def _faults_of_unsealed(self, step: int) -> tuple[str, str]:
+    try:
+      self._read_info(step)
+    except FileNotFoundError:
+      return 'files are missing', ''
+    except ValueError as error:
+      return '', str(error)
+    return '', ''
 
   def _restore(self, step: int, **items: Any) -> Any:
+    """The items of a step; ValueError or FileNotFoundError where damaged."""
     try:
       return self._manager.restore(step, args=ocp.args.Composite(**items))
+    except FileNotFoundError:
+      raise
     except Exception as error:  # Orbax and TensorStore raise many types.
-      raise self._damaged(step) from error
+      raise ValueError('it cannot be read') from error
 
   def _read_info(self, step: int) -> str:
+    """The digest of the state of a step, '' for none; errors of `_restore`."""
     info = self._restore(step, info=ocp.args.JsonRestore())['info']
     if not isinstance(info, dict) or info.get('kind') != _KIND:
-      raise self._damaged(step)
+      raise ValueError('it was written by something else')
     return info.get('digest', '')
 
   def save(self, step: int, state: Any) -> None:
@@ -203,9 +246,30 @@ class Checkpoints:
       info=ocp.args.JsonSave({'kind': _KIND, 'digest': _digest(state)}),
     )
     with _deferred_interrupt():
-      self._manager.save(step, args=items, force=True)
-      path = self._directory / str(step)
-      report.write_json(path / _SEAL, _file_digests(path))
+      try:
+        self._manager.save(step, args=items, force=True)
+      except Exception as error:  # Orbax and TensorStore raise many types.
+        raise CheckpointError(
+          f'{self._path(step)} cannot be written. What was saved before is '
+          f'whole. {error}'
+        ) from error
+      if jax.process_index() == 0:
+        self._seal(step)
+      self._steps.append(step)
+      while len(self._steps) > _KEPT:
+        self._delete(self._steps.pop(0))
+
+  def _seal(self, step: int) -> None:
+    path = self._path(step)
+    content = {'files': _file_digests(path)}
+    _results.write_json(path / _SEAL, _SEAL_KIND, content)
+
+  def _delete(self, step: int) -> None:
+    """Renames a step first, so that a kill leaves all of it or none."""
+    if jax.process_index() == 0:
+      path = self._directory / f'{_DELETED}{step}'
+      self._path(step).rename(path)
+      shutil.rmtree(path)
 
   def restore(self, template: Any, shardings: Any = None) -> tuple[int, Any]:
     """Reads the newest checkpoint.
@@ -218,22 +282,26 @@ class Checkpoints:
       The number of steps done and the state; (0, None) if there is none.
 
     Raises:
-      CheckpointError: if the newest checkpoint is damaged.
+      DamagedFileError: if the newest checkpoint is damaged.
     """
-    steps = self.steps()
-    if not steps:
+    if not self._steps:
       return 0, None
-    step = steps[-1]
+    step = self._steps[-1]
     if shardings is None:
       device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
       shardings = jax.tree.map(lambda _: device, template)
     target = jax.tree.map(
       lambda leaf, sharding: leaf.update(sharding=sharding), template, shardings
     )
-    restored = self._restore(step, state=ocp.args.StandardRestore(target))
-    state = restored['state']
-    if _digest(state) != self._read_info(step):
-      raise self._damaged(step)
+    try:
+      state = self._restore(step, state=ocp.args.StandardRestore(target))
+      state = state['state']
+      if _digest(state) != self._read_info(step):
+        raise ValueError('its numbers were changed')
+    except (FileNotFoundError, ValueError) as error:
+      raise self._damaged(step, str(error)) from error
+    if not (self._path(step) / _SEAL).exists() and jax.process_index() == 0:
+      self._seal(step)
     return step, state
 
   def close(self) -> None:

@@ -65,18 +65,27 @@ def _windows(data: np.ndarray, starts: np.ndarray, length: int) -> np.ndarray:
   return data[starts[:, None] + np.arange(length)].astype(np.int32)
 
 
+def _last(data: np.ndarray, context: int) -> int:
+  """Where the last window of `context` + 1 bytes starts."""
+  if len(data) <= context:
+    raise byte_lm.ConfigError(
+      f'context={context} must be less than the {len(data)} bytes of the text.'
+    )
+  return len(data) - context - 1
+
+
 def train_batch(
   corpus: Corpus, config: byte_lm.Config, step: int
 ) -> np.ndarray:
   """Returns the int32 (batch, context + 1) windows of a step."""
   rng = np.random.Generator(np.random.Philox(key=[config.seed, step]))
-  last = len(corpus.train) - config.context - 1
+  last = _last(corpus.train, config.context)
   starts = rng.integers(0, last, config.batch, endpoint=True)
   return _windows(corpus.train, starts, config.context + 1)
 
 
 def held_out_windows(corpus: Corpus, context: int, count: int) -> np.ndarray:
   """Returns int32 (count, context + 1) windows spread evenly over the text."""
-  last = len(corpus.held_out) - context - 1
+  last = _last(corpus.held_out, context)
   starts = np.linspace(0, last, count).astype(np.int64)
   return _windows(corpus.held_out, starts, context + 1)

@@ -1,16 +1,15 @@
 """Tables and plots of the examples, written whole or not at all."""
 
-import contextlib
 import csv
 import importlib.util
 import io
 import json
 import math
 import os
-import pathlib
-import tempfile
 from collections.abc import Sequence
 from typing import Any, NamedTuple
+
+from lowbit_jax import _files
 
 
 class Row(NamedTuple):
@@ -54,19 +53,8 @@ def format_row(row: Row) -> str:
 
 def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
   """Writes a file so that readers see the old content or all of the new."""
-  path = pathlib.Path(path)
-  descriptor, temporary = tempfile.mkstemp(
-    dir=path.parent, prefix=f'.{path.name}.'
-  )
-  try:
-    with os.fdopen(descriptor, 'wb') as file:
-      file.write(data)
-    os.chmod(temporary, 0o644)
-    os.replace(temporary, path)
-  except BaseException:
-    with contextlib.suppress(FileNotFoundError):
-      os.unlink(temporary)
-    raise
+  with _files.replacing(path) as file:
+    file.write(data)
 
 
 def write_json(path: str | os.PathLike[str], content: Any) -> None:
@@ -75,23 +63,17 @@ def write_json(path: str | os.PathLike[str], content: Any) -> None:
   write_atomically(path, text.encode())
 
 
-def write_csv(
-  path: str | os.PathLike[str], rows: Sequence[Any], exact: bool = False
-) -> None:
-  """Saves named tuples of one type as a CSV file with a header line.
+def write_csv(path: str | os.PathLike[str], rows: Sequence[Any]) -> None:
+  """Saves named tuples of one type, at least one, as CSV with a header line.
 
-  Args:
-    path: file to write.
-    rows: at least one.
-    exact: whether floats keep all digits, not seven.
+  Floats have seven digits.
   """
   text = io.StringIO()
   writer = csv.writer(text, lineterminator='\n')
   writer.writerow(rows[0]._fields)
   for row in rows:
     writer.writerow(
-      f'{value:.7g}' if isinstance(value, float) and not exact else value
-      for value in row
+      f'{value:.7g}' if isinstance(value, float) else value for value in row
     )
   write_atomically(path, text.getvalue().encode())
 

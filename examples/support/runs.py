@@ -1,30 +1,31 @@
 """Finished runs of a sweep, which an interruption does not lose."""
 
-import json
 import pathlib
 import sys
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any, TypeVar
 
-import jax
 import numpy as np
 
-from support import checkpoints, command, report
+from lowbit_jax import _results
+from support import checkpoints, command
 
 Key = TypeVar('Key', bound=Hashable)
+_REMEDY = 'move it away to repeat the run, or give another --workdir'
 
 
 class Store:
-  """Finished runs, a JSON file each, written whole or not at all.
+  """Finished runs, a JSON file with a checksum each.
 
   Args:
     directory: where they are; made if it does not exist.
-    result: what a file calls the result of its run, a float or list of floats.
+    result: what a file calls the result of its run, a JSON value.
   """
 
   def __init__(self, directory: pathlib.Path, result: str):
     self.directory = directory
     self._result = result
+    self._kind = f'run with {result} 1'
     directory.mkdir(parents=True, exist_ok=True)
 
   def load(self, name: str, run: Mapping[str, Any]) -> Any:
@@ -35,30 +36,23 @@ class Store:
       run: what decides the result, as JSON values.
 
     Raises:
-      CheckpointError: where the file is damaged or belongs to another sweep.
+      DamagedFileError: where the file is damaged; it is left as it is.
+      CheckpointError: where it belongs to another sweep.
     """
     path = self.directory / f'{name}.json'
     if not path.exists():
       return None
-    try:
-      content = json.loads(path.read_text())
-      found = dict(content['run'])
-      result = jax.tree.map(float, content[self._result])
-    except (ValueError, KeyError, TypeError, OSError) as error:
-      raise checkpoints.CheckpointError(
-        f'{path} is damaged or was written by something else. It was left as '
-        'it is: move it away to repeat the run, or give another --workdir.'
-      ) from error
-    if changed := checkpoints.differences(found, run):
+    content = _results.read_json(path, self._kind, _REMEDY)
+    if changed := checkpoints.differences(content['run'], run):
       raise checkpoints.CheckpointError(
         f'{path} belongs to another sweep ({changed}). It was left as it is: '
         'repeat the flags of that sweep, or give another --workdir.'
       )
-    return result
+    return content[self._result]
 
   def save(self, name: str, run: Mapping[str, Any], result: Any) -> None:
     content = {'run': run, self._result: result}
-    report.write_json(self.directory / f'{name}.json', content)
+    _results.write_json(self.directory / f'{name}.json', self._kind, content)
 
 
 def complete(

@@ -6,13 +6,13 @@ state and the batch, and a batch one of (seed, step), so an interrupted run that
 goes on ends in the same bits as one that was not interrupted.
 """
 
-import csv
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import math
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -21,6 +21,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 
+from lowbit_jax import _files, _results
 from lowbit_jax.recipe import Policy
 from lowbit_jax.training import (
   linen as low,
@@ -34,6 +35,7 @@ from support import data, loop, report
 from support.checkpoints import Checkpoints
 
 AXES = ('data', 'fsdp', 'model')
+_LOG = 'training log 1'
 # Columns of these lie on 'model' and of the others their rows, so that each
 # block of a layer pair needs one reduction.
 _COLUMNS = ('qkv', 'up', 'head')
@@ -65,7 +67,10 @@ class Settings:
   recompute: bool = True
 
   def __post_init__(self):
-    recipes.get(self.recipe)
+    try:
+      recipes.get(self.recipe)
+    except ValueError as error:
+      raise byte_lm.ConfigError(str(error)) from error
     if self.optimizer not in OPTIMIZERS:
       raise byte_lm.ConfigError(
         f'optimizer={self.optimizer!r} is not one of {", ".join(OPTIMIZERS)}'
@@ -74,9 +79,15 @@ class Settings:
       raise byte_lm.ConfigError(
         f'accumulate={self.accumulate} must divide batch={self.model.batch}'
       )
-    if self.scan and (self.exempt_first or self.exempt_last):
+    exempt = self.exempt_first + self.exempt_last
+    if self.scan and exempt:
       raise byte_lm.ConfigError(
         'scan makes all blocks alike: drop exempt_first and exempt_last'
+      )
+    if exempt > self.model.blocks:
+      raise byte_lm.ConfigError(
+        f'exempt_first={self.exempt_first} and exempt_last={self.exempt_last}'
+        f' are more than blocks={self.model.blocks}'
       )
 
 
@@ -410,18 +421,22 @@ def train(
     mesh: devices; None for one.
     save_every: steps between checkpoints; the last step is always saved.
     monitor_every: steps between measures of what the recipe loses, 0 for none.
-    log: CSV file that goes with the checkpoints.
+    log: CSV file that goes with the checkpoints. It has a checksum: one that
+      was edited is refused.
 
   Returns:
     The last state and the log.
 
   Raises:
+    ConfigError: if the recipe cannot train a model of these sizes.
+    DamagedFileError: if the newest checkpoint or the log is damaged.
     NonFiniteError: if a loss or gradient is not finite. The state before is
       that of the last checkpoint.
   """
   config = settings.model
   mesh = make_mesh(f'data={jax.device_count()}') if mesh is None else mesh
-  shapes = jax.eval_shape(lambda: init(settings))
+  with _refusals(settings):
+    shapes = jax.eval_shape(lambda: init(settings))
   shardings = state_shardings(shapes, mesh)
   start, state = 0, None
   if checkpoints is not None:
@@ -439,11 +454,12 @@ def train(
 
   def step(state, index):
     nonlocal shown
-    windows = put_batch(data.train_batch(corpus, config, index), mesh)
     measured = {}
-    if monitor is not None and index % monitor_every == 0:
-      measured = shown = _summary(monitor(state, windows))
-    state, metrics = compiled(index)(state, windows)
+    with _refusals(settings):
+      windows = put_batch(data.train_batch(corpus, config, index), mesh)
+      if monitor is not None and index % monitor_every == 0:
+        measured = shown = _summary(monitor(state, windows))
+      state, metrics = compiled(index)(state, windows)
     _check_finite(metrics, names, index)
     loss, norm = float(metrics.loss), float(metrics.gradient_norm)
     records.append(Record(index, loss, norm, **measured))
@@ -458,6 +474,20 @@ def train(
     state, start, config.steps, step, settings.recipe, save, save_every
   )
   return state, records
+
+
+@contextlib.contextmanager
+def _refusals(settings: Settings) -> Iterator[None]:
+  """What the library refuses while it traces a model of these settings."""
+  try:
+    yield
+  except byte_lm.ConfigError:
+    raise
+  except (NotImplementedError, ValueError) as error:
+    raise byte_lm.ConfigError(
+      f'recipe={settings.recipe!r} cannot train with these settings: {error};'
+      ' choose other sizes or another recipe'
+    ) from error
 
 
 def _compiled_steps(settings, mesh, shardings) -> Callable[[int], Callable]:
@@ -547,25 +577,34 @@ def identity(settings: Settings, corpus: data.Corpus) -> dict[str, Any]:
 
 
 def _read_log(path: pathlib.Path | None, start: int) -> list[Record]:
-  """The records before `start`; later ones are of steps that are repeated."""
+  """The records before `start`; later ones are of steps that are repeated.
+
+  Where the log was deleted they start later than with step 0.
+
+  Raises:
+    DamagedFileError: if the log is damaged, or older than the checkpoint.
+  """
   if path is None or start == 0 or not path.exists():
     return []
-  with path.open(newline='') as file:
-    rows = list(csv.DictReader(file))
+  remedy = f'delete it to go on with a log that starts at step {start}'
   records = [
     Record(
       int(row.pop('step')),
       **{name: float(value) for name, value in row.items() if value},
     )
-    for row in rows
+    for row in _results.read_csv(path, _LOG, remedy)
   ]
-  return [record for record in records if record.step < start]
+  kept = [record for record in records if record.step < start]
+  if kept and kept[-1].step != start - 1:
+    fault = f'it ends before step {start - 1}, where the checkpoint is'
+    raise _files.DamagedFileError(path, fault, remedy)
+  return kept
 
 
 def _write_log(path: pathlib.Path | None, records: list[Record]) -> None:
   if path is None or jax.process_index() > 0:
     return
-  report.write_csv(path, records, exact=True)
+  _results.write_csv(path, _LOG, Record._fields, records)
 
 
 def write_curve(path: pathlib.Path, records: list[Record], title: str) -> None:

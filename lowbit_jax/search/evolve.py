@@ -13,13 +13,12 @@ import functools
 import itertools
 import json
 import os
-import zipfile
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from lowbit_jax import _files
+from lowbit_jax import _results
 from lowbit_jax._typing import PathLike
 from lowbit_jax.search import (
   archive as archives,
@@ -37,17 +36,7 @@ from lowbit_jax.search.targets import Target
 OBJECTIVES = ('operations', 'ulp', 'time')
 SELECTIONS = ('archive', 'nsga2', 'random')
 
-# Errors of reading a file that was cut or changed.
-DAMAGE = (
-  EOFError,
-  KeyError,
-  OSError,
-  TypeError,
-  ValueError,
-  zipfile.BadZipFile,
-)
-
-_VERSION = 1
+_KIND = 'search 2'
 _DENSE = 300
 _REFITS = 6  # of one structure, over the whole run
 _KEPT_STARTS = 2  # of those from inherited constants
@@ -497,14 +486,13 @@ def save(path: PathLike, search: Search, state: State) -> None:
   """
   if os.path.exists(path):
     try:
-      _read(path, search, ())
+      _read(path, search)
     except ValueError as error:
       raise FileExistsError(
         f'path={os.fspath(path)!r} exists and is not a checkpoint of this'
         f' search ({error}); choose another'
       ) from error
   arrays = {
-    'version': np.array(_VERSION),
     'search': np.array(identity(search)),
     'counts': np.array([state.generation, state.fits]),
     'rng': np.array(json.dumps(state.rng)),
@@ -519,8 +507,7 @@ def save(path: PathLike, search: Search, state: State) -> None:
   ):
     stored = archives.to_arrays(items, search.rows, search.constants)
     arrays |= {f'{name}_{key}': value for key, value in stored.items()}
-  with _files.replacing(path) as f:
-    np.savez_compressed(f, **arrays)
+  _results.write_npz(path, _KIND, arrays)
 
 
 def load(path: PathLike, search: Search) -> State:
@@ -528,9 +515,10 @@ def load(path: PathLike, search: Search) -> State:
 
   Raises:
     FileNotFoundError: if there is no such file.
-    ValueError: if it is damaged or belongs to another search.
+    ValueError: if it is damaged, which its checksum says, or belongs to
+      another search.
   """
-  arrays = _read(path, search, None)
+  arrays = _read(path, search)
   items = {
     name: archives.from_arrays(
       {
@@ -555,22 +543,11 @@ def load(path: PathLike, search: Search) -> State:
   )
 
 
-def _read(path, search, names) -> dict[str, np.ndarray]:
-  """Arrays of these names, or all, of a checkpoint of this search."""
+def _read(path, search) -> dict[str, np.ndarray]:
+  """The arrays of a checkpoint of this search."""
   path = os.fspath(path)
-  try:
-    with open(path, 'rb') as f, np.load(f, allow_pickle=False) as file:
-      version, saved = int(file['version']), str(file['search'])
-      arrays = {k: file[k] for k in (file.files if names is None else names)}
-    if version != _VERSION:
-      raise ValueError(f'its version is {version}, not {_VERSION}')
-  except FileNotFoundError:
-    raise
-  except DAMAGE as error:
-    raise ValueError(
-      f'path={path!r} is a damaged checkpoint ({error}); delete it to start'
-      ' again'
-    ) from error
+  arrays = _results.read_npz(path, _KIND, 'delete it to start again')
+  saved = str(arrays['search'])
   if saved != identity(search):
     raise ValueError(
       f'path={path!r} belongs to another search: {_difference(saved, search)};'

@@ -13,11 +13,12 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from lowbit_jax import _files
+from lowbit_jax import _results
 from lowbit_jax._typing import PathLike
 from lowbit_jax.search import archive as archives, evolve
 from lowbit_jax.search.archive import Entry
 
+_KIND = 'island 1'
 _TOP = 4  # programs of a bucket that travel
 _SENT = 256  # the most of all buckets
 
@@ -56,8 +57,8 @@ def directory(
 ) -> evolve.State:
   """Writes a snapshot of this island and adds those of others to the state.
 
-  A snapshot is written completely or not at all. Files that are not snapshots
-  of this search are ignored.
+  A snapshot is written completely or not at all. Files that are damaged, cannot
+  be read, or are not snapshots of this search are ignored.
 
   Args:
     search: the same for all islands.
@@ -70,8 +71,7 @@ def directory(
   sent |= archives.to_arrays(emigrants(state), search.rows, search.constants)
   sent['search'] = np.array(evolve.identity(search))
   snapshot = path / f'island_{island}.npz'
-  with _files.replacing(snapshot) as f:
-    np.savez(f, **sent)
+  _results.write_npz(snapshot, _KIND, sent)
   for other in sorted(path.glob('island_*.npz')):
     if other != snapshot:
       state = evolve.merge(search, state, _read(other, search))
@@ -80,10 +80,9 @@ def directory(
 
 def _read(path, search) -> list[Entry]:
   try:
-    with open(path, 'rb') as f, np.load(f, allow_pickle=False) as file:
-      arrays = dict(file)
-    if str(arrays['search']) != evolve.identity(search):
-      return []
-    return archives.from_arrays(arrays)
-  except evolve.DAMAGE:
+    arrays = _results.read_npz(path, _KIND, 'delete it')
+  except (OSError, ValueError):
     return []
+  if str(arrays['search']) != evolve.identity(search):
+    return []
+  return archives.from_arrays(arrays)

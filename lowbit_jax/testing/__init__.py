@@ -3,7 +3,7 @@
 A kernel passes `check_quantizer` and `check_dot` if it computes what the
 formats define; `quantizer_mutants`, `stochastic_mutants` and `dot_mutants` hold
 implementations with one planted fault each, which a suite must reject. Nothing
-here needs more than NumPy and JAX.
+here needs more than NumPy, JAX and chex.
 
 `SHAPES` are products of every kind, `SMALL_SHAPES` those for tests and
 `LARGE_SHAPES` those for benchmarks.
@@ -11,6 +11,8 @@ here needs more than NumPy and JAX.
 - `MatmulShape`: (m, k) times (k, n).
 - `assert_bits_equal`: Asserts that two arrays, or two QArrays, are the same
   bits.
+- `assert_trees_bits_equal`: Asserts that two trees have one structure and
+  leaves of the same bits.
 - `assert_within_ulp`: Asserts that at most `ulp - 1` floats lie between the two
   arrays.
 - `check_dot`: Asserts that a product agrees with float64 up to float32
@@ -33,6 +35,7 @@ here needs more than NumPy and JAX.
 
 from lowbit_jax.testing._asserts import (
   assert_bits_equal as assert_bits_equal,
+  assert_trees_bits_equal as assert_trees_bits_equal,
   assert_within_ulp as assert_within_ulp,
 )
 from lowbit_jax.testing._blocks import quantizer_cases as quantizer_cases

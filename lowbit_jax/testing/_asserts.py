@@ -1,9 +1,11 @@
 """Comparisons that say where, and in which bits, two arrays differ."""
 
+import chex
+import jax
 import numpy as np
 
 from lowbit_jax import numerics
-from lowbit_jax._typing import ArrayLike
+from lowbit_jax._typing import ArrayLike, PyTree
 from lowbit_jax.qarray import LEAVES, QArray, is_qarray
 
 
@@ -51,6 +53,38 @@ def assert_bits_equal(
     f'{prefix}{count} of {different.size} differ, first at {at}:'
     f' {_show(actual, a, at)}, want {_show(expected, b, at)}'
   )
+
+
+def assert_trees_bits_equal(
+  actual: PyTree, expected: PyTree, message: str = '', *, any_nan: bool = False
+) -> None:
+  """Asserts that two trees have one structure and leaves of the same bits.
+
+  Args:
+    actual: a tree of arrays and QArrays.
+    expected: what it should be.
+    message: put before the report.
+    any_nan: whether NaNs with different payloads count as equal.
+
+  Raises:
+    AssertionError: with what differs in the structures, or the path of the
+      first leaf that differs and the report of `assert_bits_equal`.
+
+  Examples:
+    >>> import numpy as np
+    >>> assert_trees_bits_equal({'w': np.ones(2)}, {'w': np.zeros(2)})
+    Traceback (most recent call last):
+    AssertionError: ['w']: 2 of 2 differ, first at (0,): ...
+  """
+  flat, structure = jax.tree_util.tree_flatten_with_path(
+    actual, is_leaf=is_qarray
+  )
+  leaves, other = jax.tree.flatten(expected, is_leaf=is_qarray)
+  if structure != other:
+    chex.assert_trees_all_equal_structs(actual, expected)
+  for (path, leaf), want in zip(flat, leaves, strict=True):
+    where = f'{message}{jax.tree_util.keystr(path)}'
+    assert_bits_equal(leaf, want, where, any_nan=any_nan)
 
 
 def assert_within_ulp(

@@ -1,7 +1,6 @@
 """Comparison of recipes: its tables, and what it keeps."""
 
 import dataclasses
-import json
 import pathlib
 import tempfile
 from unittest import mock
@@ -10,8 +9,10 @@ import jax
 import numpy as np
 from absl.testing import absltest
 
+from lowbit_jax import _files
 from models import byte_lm
 from support import data, trainer
+from support.checkpoints import CheckpointError
 from tests.examples import scripts
 
 script = scripts.load('compare_recipes')
@@ -120,12 +121,35 @@ class CompareTest(absltest.TestCase):
       first = script.one_run(run, _corpus())
       self.assertEqual(script.one_run(run, _corpus()), first)
       self.assertEqual(trained.call_count, 1)
-      script.one_run(run, _corpus()._replace(digest='other'))
-      self.assertEqual(trained.call_count, 2)
+      with self.assertRaisesRegex(CheckpointError, 'corpus: test there, other'):
+        script.one_run(run, _corpus()._replace(digest='other'))
+      path = self.workdir / 'mxfp8-adamw-3-0.json'
+      path.write_text(path.read_text().replace('"loss": 1.5', '"loss": 1.0'))
+      with self.assertRaisesRegex(_files.DamagedFileError, 'repeat the run'):
+        script.one_run(run, _corpus())
+      self.assertEqual(trained.call_count, 1)
     self.assertEqual(first['loss'], 1.5)
     self.assertEqual(first['training_loss'], 1.5)
-    path = self.workdir / 'mxfp8-adamw-3-0.json'
-    self.assertEqual(json.loads(path.read_text())['corpus'], 'other')
+
+
+class FlagsTest(absltest.TestCase):
+  def test_settings_that_no_run_can_have(self):
+    directory = self.enter_context(tempfile.TemporaryDirectory())
+    workdir = pathlib.Path(directory) / 'out'
+    for flag, message in (
+      ('--seeds=0,x', '--seeds=0,x are not integers'),
+      ('--seeds=-1', '--seeds=-1 are not integers'),
+      ('--seeds=', '--seeds names nothing'),
+      ('--recipes=', '--recipes names nothing'),
+      ('--recipes=mxfp9', "'mxfp9' is not one of"),
+      ('--optimizers=sgd', "'sgd' is not one of"),
+      ('--steps=0', 'steps must be at least 1'),
+      ('--exempt_last=9', 'exempt_last=9 are more than blocks=6'),
+    ):
+      code, out = scripts.run(script, f'--workdir={workdir}', flag)
+      self.assertEqual(code, 1, out)
+      self.assertIn(message, out)
+    self.assertFalse(workdir.exists())
 
 
 if __name__ == '__main__':

@@ -1,18 +1,23 @@
 """Tests of examples/evolve.py at toy size."""
 
+import contextlib
 import csv
 import json
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 from unittest import mock
 
 import numpy as np
 import pytest
 from absl.testing import absltest
 
+from lowbit_jax import _results
+from lowbit_jax._files import DamagedFileError
 from lowbit_jax.search import certify, emit, evolve, targets
 from tests.examples import scripts
 
@@ -24,7 +29,7 @@ _TOY = (
 )  # fmt: skip
 
 
-def _run(directory, *flags):
+def _start(directory, *flags):
   names = ('PATH', 'HOME', 'TMPDIR')
   kept = {n: v for n, v in os.environ.items() if n in names or 'JAX_' in n}
   environment = kept | {
@@ -33,14 +38,19 @@ def _run(directory, *flags):
     'PYTHONPATH': f'{_ROOT}:{_ROOT / "pallas"}',
   }
   script = str(_ROOT / 'examples' / 'evolve.py')
-  process = subprocess.run(
+  return subprocess.Popen(
     [sys.executable, script, *_TOY, f'--workdir={directory}', *flags],
     env=environment,
-    capture_output=True,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.STDOUT,
     text=True,
-    timeout=600,
   )
-  return process.returncode, process.stdout + process.stderr
+
+
+def _run(directory, *flags):
+  process = _start(directory, *flags)
+  out, _ = process.communicate(timeout=600)
+  return process.returncode, out
 
 
 class EvolveTest(absltest.TestCase):
@@ -59,7 +69,7 @@ class EvolveTest(absltest.TestCase):
       (evolve, '_SCREEN', (32, 24)),
       (evolve, '_STARTS', 8),
       (evolve, '_STEPS', 24),  # as in `_SCREEN`: one program fits all
-      (script, 'start_others', lambda count: []),
+      (script, 'started', lambda count: contextlib.nullcontext([])),
       (targets, 'core_reference', lambda target: np.exp2),
     )
     for owner, name, value in changes:
@@ -123,6 +133,76 @@ class EvolveTest(absltest.TestCase):
         code, out = scripts.run(script, *own, flag)
         self.assertEqual(code, 1, out)
         self.assertIn(message, out)
+
+  def test_other_islands_end_with_the_first(self):
+    sleep = [sys.executable, '-c', 'import time; time.sleep(600)']
+    start = subprocess.Popen
+
+    def started(arguments, **options):
+      self.assertEqual(arguments[-1], f'--island={len(others) + 1}')
+      others.append(start(sleep, **options))
+      return others[-1]
+
+    def end(number):
+      for other in others:
+        other.wait()  # killed
+      raise SystemExit(number)
+
+    self.enterContext(mock.patch.object(subprocess, 'Popen', started))
+    previous = signal.getsignal(signal.SIGTERM)
+    for error in (SystemExit, KeyboardInterrupt, ValueError):
+      others = []
+      with self.assertRaises(error), script.started(3):
+        if error is SystemExit:
+          with mock.patch.object(signal, 'raise_signal', end):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(10)  # in which the signal arrives
+        raise error
+      self.assertEqual([other.poll() for other in others], [-9, -9])
+      self.assertEqual(signal.getsignal(signal.SIGTERM), previous)
+
+  def test_island_without_its_parent_ends(self):
+    with tempfile.TemporaryDirectory() as directory:
+      flags = (*_TOY, f'--workdir={directory}', '--island=1', '--parent=1')
+      with (
+        mock.patch.object(evolve, 'init'),
+        mock.patch.object(os, 'getppid', return_value=2),
+      ):
+        code, out = scripts.run(script, *flags)
+    self.assertEqual(code, 1, out)
+    self.assertIn('island 1 ends: process 1 is gone', out)
+
+  @pytest.mark.slow
+  def test_no_island_outlives_a_signal(self):
+    for number, status in ((signal.SIGTERM, -15), (signal.SIGKILL, -9)):
+      with tempfile.TemporaryDirectory() as directory:
+        island = pathlib.Path(directory) / 'island_1'
+        process = _start(directory, '--minutes=10')
+        while process.poll() is None and not (island / '.lock').exists():
+          time.sleep(0.1)
+        process.send_signal(number)
+        process.communicate(timeout=300)  # until both have ended
+        self.assertEqual(process.returncode, status)
+        with _results.lock(island, 'wait'):
+          pass
+
+  def test_log_goes_on_or_is_refused(self):
+    with tempfile.TemporaryDirectory() as directory:
+      path = pathlib.Path(directory) / 'log.csv'
+      state = mock.Mock(archive={}, generation=3, fits=7)
+      log = script.Log(path, 2)
+      log._start -= 50
+      log.write(state)
+      log = script.Log(path, 2)
+      self.assertGreaterEqual(log.elapsed(), 50)
+      log.write(state)
+      rows = list(csv.DictReader(path.read_text().splitlines()))
+      self.assertEqual([row['fits'] for row in rows], ['7', '7'])
+      self.assertEqual(rows[0]['error_2'], 'inf')
+      for text in ('', path.read_text()[:-5], '\0' * 9):
+        path.write_text(text)
+        with self.assertRaisesRegex(DamagedFileError, 'count its time from 0'):
+          script.Log(path, 2)
 
   @pytest.mark.slow
   def test_bad_flag_ends_the_process(self):

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from absl.testing import absltest, parameterized
 
+from lowbit_jax import testing
 from models import byte_lm
 from support import data, tasks
 from tests.examples import scripts
@@ -108,10 +109,8 @@ class TasksTest(parameterized.TestCase):
     before = float(loss(params, task.held_out()))
     (after,) = study.train_seeds(task, None, 1, 60)
     self.assertLess(after, 0.9 * before)
-    jax.tree.map(np.testing.assert_array_equal, params, task.init(0))
-    jax.tree.map(
-      np.testing.assert_array_equal, task.batches(1, 2), task.batches(1, 2)
-    )
+    testing.assert_trees_bits_equal(params, task.init(0))
+    testing.assert_trees_bits_equal(task.batches(1, 2), task.batches(1, 2))
 
   def test_language_model_goes_through_the_linear_layer(self):
     text = np.random.default_rng(0).integers(0, 256, 4096).astype(np.uint8)
@@ -195,9 +194,13 @@ class ScriptTest(absltest.TestCase):
     self.assertEqual(self._table(), rows)
     self.assertEqual(json.loads(record.read_text())['losses'], losses)
 
-    status, out = self._run('--settings=hadamard=some')
-    self.assertEqual(status, 1)
-    self.assertIn('none, fwd, bwd, all, wgrad', out)
+    for flag, message in (
+      ('--settings=hadamard=some', 'none, fwd, bwd, all, wgrad'),
+      ('--tasks=', '--tasks names nothing'),
+    ):
+      status, out = self._run(flag)
+      self.assertEqual(status, 1)
+      self.assertIn(message, out)
 
   def _table(self):
     with open(self.workdir / 'table.csv', newline='') as file:

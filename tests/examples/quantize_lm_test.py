@@ -2,8 +2,10 @@
 
 import contextlib
 import csv
+import errno
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +19,7 @@ import orbax.checkpoint as ocp
 import pytest
 from absl.testing import absltest, parameterized
 
+from lowbit_jax._files import DamagedFileError
 from models import byte_lm
 from support import data, loop, report, timing
 from support.checkpoints import CheckpointError, Checkpoints
@@ -146,6 +149,36 @@ class ResumeTest(absltest.TestCase):
     _assert_same_bits(expected, reused)
 
 
+class Killed(BaseException):
+  pass
+
+
+_CHANGES = ('mkdir', 'remove', 'rename', 'replace', 'rmdir', 'unlink')
+
+
+def _die_at(n: int, work) -> bool:
+  """Whether `work` made more than n changes of files: no later one happens."""
+  count = 0
+
+  def mortal(change):
+    def call(*args, **options):
+      nonlocal count
+      count += 1
+      if count > n:
+        raise Killed
+      return change(*args, **options)
+
+    return call
+
+  changes = {name: mortal(getattr(os, name)) for name in _CHANGES}
+  with mock.patch.multiple(os, **changes):
+    try:
+      work()
+    except (Killed, CheckpointError):  # Orbax wraps what its threads raise.
+      return True
+  return False
+
+
 class CheckpointsTest(parameterized.TestCase):
   def setUp(self):
     super().setUp()
@@ -166,9 +199,13 @@ class CheckpointsTest(parameterized.TestCase):
 
   def _assert_refused_untouched(self, pattern, run=None):
     before = _contents(self.directory)
-    with self.assertRaisesRegex(CheckpointError, pattern):
+    with self.assertRaisesRegex((CheckpointError, DamagedFileError), pattern):
       self._restore(run)
     self.assertEqual(_contents(self.directory), before)
+
+  def _remove(self, *names):
+    for name in names:
+      (self.directory / name).unlink()
 
   def test_round_trip_keeps_the_newest_two(self):
     self._save(1, 2, 3)
@@ -206,21 +243,77 @@ class CheckpointsTest(parameterized.TestCase):
       flipped = content[:half] + b'?' + content[half + 1 :]
       for damage in {content[:half], flipped} - {content}:
         (self.directory / name).write_bytes(damage)
-        self._assert_refused_untouched('2 is damaged.*go on from step 1')
+        self._assert_refused_untouched("2' is damaged.*go on from step 1")
       (self.directory / name).write_bytes(content)
     self.assertEqual(self._restore()[0], 2)
 
   def test_missing_file_is_noticed(self):
     self._save(1)
-    (self.directory / '1' / 'state' / '_METADATA').unlink()
-    self._assert_refused_untouched('1 is damaged.*go on from the start')
+    self._remove('1/state/_METADATA')
+    self._assert_refused_untouched("1' is damaged.*go on from the start")
 
   def test_checkpoint_without_seal_is_still_checked(self):
     self._save(1, 2)
-    (self.directory / '2' / 'files.json').unlink()
-    self.assertEqual(self._restore()[0], 2)
+    self._remove('2/files.json')
+    self.assertEqual(self._restore()[0], 2)  # and sealed now
     (self.directory / '2' / 'info' / 'metadata').write_text('{')
-    self._assert_refused_untouched('2 is damaged')
+    self._assert_refused_untouched("2' is damaged: info/metadata was changed")
+    self._remove('2/files.json')
+    self._assert_refused_untouched("2' is damaged")
+
+  def test_newest_whole_checkpoint_is_taken(self):
+    self._save(1, 2)
+    self._remove('1/info/metadata')
+    self.assertEqual(self._restore()[0], 2)
+    self._remove('1/files.json')
+    self.assertEqual(self._restore()[0], 2)
+    self._remove('2/info/metadata')
+    self._assert_refused_untouched("2' is damaged.*go on from the start")
+    shutil.rmtree(self.directory / '2')
+    self._assert_refused_untouched("1' is damaged.*go on from the start")
+
+  def check_kills(self, points):
+    """A process that dies at its n-th change of the directory, for some n."""
+    self._save(1, 2)
+    pristine = self.directory.with_name('pristine')
+    self.directory.rename(pristine)
+    for n in points:
+      shutil.rmtree(self.directory, ignore_errors=True)
+      shutil.copytree(pristine, self.directory)
+      died = _die_at(n, lambda: self._save(3))
+      step, state = self._restore()
+      self.assertIn(step, (2, 3) if died else (3,))
+      np.testing.assert_array_equal(state['w'], self.state['w'])
+      self._save(4)
+      self.assertEqual(self._restore()[0], 4)
+      names = {path.name for path in self.directory.iterdir()}
+      self.assertEqual(names, {'run.json', str(step), '4'})
+    return died
+
+  def test_kills_while_saving(self):
+    self.check_kills((5, 10, 11, 13))
+
+  @pytest.mark.slow
+  def test_all_kills_while_saving(self):
+    self.assertFalse(self.check_kills(range(60)))
+
+  def test_kills_at_the_start(self):
+    for n in range(8):
+      shutil.rmtree(self.directory, ignore_errors=True)
+      died = _die_at(n, lambda: Checkpoints(self.directory, _RUN).close())
+      self.assertEqual(self._restore(), (0, None))
+    self.assertFalse(died)
+
+  def test_full_disk(self):
+    self._save(1)
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    with contextlib.closing(Checkpoints(self.directory, _RUN)) as checkpoints:
+      with (
+        mock.patch.object(checkpoints._manager, 'save', side_effect=full),
+        self.assertRaisesRegex(CheckpointError, 'No space left on device'),
+      ):
+        checkpoints.save(2, self.state)
+    self.assertEqual(self._restore()[0], 1)
 
   def test_changed_values_are_noticed(self):
     self._save(1)
@@ -236,7 +329,7 @@ class CheckpointsTest(parameterized.TestCase):
       ),
     )
     manager.close()
-    self._assert_refused_untouched('2 is damaged.*go on from step 1')
+    self._assert_refused_untouched("2' is damaged.*go on from step 1")
 
   def test_other_run_is_refused(self):
     self._save(1)
@@ -246,7 +339,7 @@ class CheckpointsTest(parameterized.TestCase):
   def test_damaged_manifest_is_refused(self, text):
     self._save(1)
     (self.directory / 'run.json').write_bytes(text.encode('latin-1'))
-    self._assert_refused_untouched('run.json is damaged')
+    self._assert_refused_untouched("run.json' is damaged.*another --workdir")
 
   def test_other_files_are_refused(self):
     self.directory.mkdir()
@@ -262,7 +355,7 @@ class CheckpointsTest(parameterized.TestCase):
     self._save(1)
     with ocp.CheckpointManager(self.directory) as manager:
       manager.save(5, args=ocp.args.StandardSave(self.state))
-    self._assert_refused_untouched('5 is damaged or was written by something')
+    self._assert_refused_untouched("5' is damaged")
 
   @parameterized.parameters(({'kind': 'other'},), (['kind'],))
   def test_older_step_of_another_kind_is_refused(self, info):
@@ -275,7 +368,7 @@ class CheckpointsTest(parameterized.TestCase):
         ),
         force=True,
       )
-    self._assert_refused_untouched('1 is damaged or was written by something')
+    self._assert_refused_untouched("1' is damaged.*something else")
 
   def test_file_in_place_of_directory_is_refused(self):
     self.directory.write_text('')

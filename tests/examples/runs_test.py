@@ -9,6 +9,7 @@ import tempfile
 import numpy as np
 from absl.testing import absltest
 
+from lowbit_jax import _files
 from support import runs
 from support.checkpoints import CheckpointError
 
@@ -40,10 +41,14 @@ class StoreTest(absltest.TestCase):
       self.store.load('base', _RUN | {'seeds': 3})
     (path,) = self.directory.iterdir()
     whole = path.read_text()
-    for text in (whole[:20], '[]', '{"losses": [1.0]}', '{"run": {}}'):
+    other = whole.replace('0.25', '0.75')
+    for text in (whole[:20], '[]', '{"losses": [1.0]}', '{"run": {}}', other):
       path.write_text(text)
-      with self.assertRaisesRegex(CheckpointError, 'is damaged'):
+      with self.assertRaisesRegex(_files.DamagedFileError, 'repeat the run'):
         self.store.load('base', _RUN)
+    runs.Store(self.directory, 'loss').save('base', _RUN, 0.5)
+    with self.assertRaisesRegex(_files.DamagedFileError, 'holds'):
+      self.store.load('base', _RUN)
 
   def test_trains_what_is_missing_and_keeps_it(self):
     plan = {i: (f'run{i}', {'seed': i}) for i in range(3)}

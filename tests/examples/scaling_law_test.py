@@ -174,6 +174,22 @@ class SignsTest(parameterized.TestCase):
 
 
 class ScriptTest(absltest.TestCase):
+  def test_refusals(self):
+    workdir = _new_directory(self)
+    losses = {s: 1.0 for s in _sweep().settings}
+    for flag, message in (
+      ('--widths=', '--widths names nothing'),
+      ('--steps=a', 'lists of integers'),
+      ('--steps=2', 'records has 4 entries; the law has 8 constants'),
+    ):
+      with (
+        mock.patch.object(data, 'load_corpus', _toy_corpus),
+        mock.patch.object(scaling_law, 'run_sweep', return_value=losses),
+      ):
+        status, out = scripts.run(scaling_law, f'--workdir={workdir}', flag)
+      self.assertEqual(status, 1, out)
+      self.assertIn(message, out)
+
   def test_table_and_plot(self):
     workdir = _new_directory(self)
     flags = (

@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import errno
 import functools
 import json
 import os
@@ -18,7 +19,8 @@ import numpy as np
 import pytest
 from absl.testing import absltest, parameterized
 
-from lowbit_jax import formats
+from lowbit_jax import _results, formats
+from lowbit_jax._files import DamagedFileError
 from lowbit_jax.recipe import GemmSpec, QuantSpec, Recipe
 from lowbit_jax.training import optimizers, recipes
 from models import byte_lm
@@ -299,6 +301,81 @@ class MonitorTest(absltest.TestCase):
       trainer._postfix(2.5, records[0].monitored),
       {'loss': '2.500', 'snr': '7.5dB', 'flushed': '25.0%'},
     )
+
+
+class LogTest(absltest.TestCase):
+  def setUp(self):
+    super().setUp()
+    directory = self.enterContext(tempfile.TemporaryDirectory())
+    self.path = pathlib.Path(directory) / 'log.csv'
+    self.records = [trainer.Record(i, 2.5 - i, 1.0) for i in range(6)]
+
+  def test_damage_is_refused(self):
+    trainer._write_log(self.path, self.records)
+    whole = self.path.read_text()
+    header, *rows = whole.splitlines(keepends=True)
+    for lines in (
+      [],
+      [header],
+      [header, *rows[:3]],
+      [header, *rows[:3], *rows[4:]],
+      [header, rows[0], *rows],
+      [header, rows[1], rows[0], *rows[2:]],
+      [header, *rows, '6,0.5,1.0'],
+      [whole.replace('1.5', '1.25')],
+      [whole.replace(',', ';')],
+    ):
+      self.path.write_text(''.join(lines))
+      with self.assertRaisesRegex(DamagedFileError, 'starts at step 6'):
+        trainer._read_log(self.path, 6)
+
+  def test_log_of_an_earlier_time_is_refused(self):
+    trainer._write_log(self.path, self.records[:4])
+    with self.assertRaisesRegex(DamagedFileError, 'ends before step 5'):
+      trainer._read_log(self.path, 6)
+
+  def test_deleted_log_starts_late(self):
+    self.assertEqual(trainer._read_log(self.path, 3), [])
+    trainer._write_log(self.path, self.records[3:])
+    self.assertEqual(trainer._read_log(self.path, 5), self.records[3:5])
+    self.assertEqual(trainer._read_log(self.path, 2), [])
+
+
+class RefusalTest(absltest.TestCase):
+  """What a user can ask for and not get ends without a traceback."""
+
+  def setUp(self):
+    super().setUp()
+    directory = self.enterContext(tempfile.TemporaryDirectory())
+    self.directory = pathlib.Path(directory)
+    self.enterContext(mock.patch.object(data, 'load_corpus', corpus))
+    self.enterContext(
+      mock.patch.object(trainer, 'make_mesh', return_value=one_device())
+    )
+
+  def check(self, message, *flags, workdir='out'):
+    own = f'--workdir={self.directory / workdir}'
+    code, out = scripts.run(script, *ScriptTest.FLAGS, own, *flags)
+    self.assertEqual(code, 1, out)
+    self.assertRegex(out, f'^train_lm: .*{message}')
+
+  def test_flags(self):
+    self.check('exempt_last=9 are more than', '--blocks=2', '--exempt_last=9')
+    message = "recipe='quest' cannot train.*128 does not divide.*other sizes"
+    self.check(message, '--width=32', '--recipe=quest')
+    self.check('seed=9223372036854775808 must', f'--seed={1 << 63}')
+
+  def test_work_folders(self):
+    (self.directory / 'file').write_text('')
+    self.check('File exists: .*file', workdir='file')
+    self.check('Not a directory: .*file', workdir='file/out')
+    with _results.lock(self.directory, 'wait'):
+      message = f'in use by process {os.getpid()}; wait.*--workdir'
+      self.check(message, workdir='')
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), 'run.json')
+    with mock.patch.object(os, 'replace', side_effect=full):
+      self.check('No space left on device', workdir='full')
+    self.assertEqual(os.listdir(self.directory / 'full' / 'checkpoints'), [])
 
 
 class ScriptTest(absltest.TestCase):

@@ -11,7 +11,7 @@ from flax import errors as flax_errors, linen as flax_linen
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 import lowbit_jax as lowbit
-from lowbit_jax import QArray, formats, nn
+from lowbit_jax import QArray, formats, nn, testing
 from lowbit_jax.nn._view import ArrayView
 from lowbit_jax.recipe import QuantSpec
 
@@ -496,7 +496,7 @@ class FakeQuantTest(parameterized.TestCase):
     key = jax.random.key(0)
     ours = jax.jit(nn.linen.Dense(8, rhs=self.RHS).init)(key, self.x)
     theirs = jax.jit(flax_linen.Dense(8).init)(key, self.x)
-    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+    testing.assert_trees_bits_equal(ours, theirs)
 
   def test_modules_compare_and_hash(self):
     make = lambda: nn.linen.Dense(8, lhs=self.LHS, rhs=self.RHS)

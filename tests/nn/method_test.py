@@ -7,7 +7,7 @@ from absl.testing import absltest
 from flax import nnx as flax_nnx
 
 import lowbit_jax as lowbit
-from lowbit_jax import formats, nn
+from lowbit_jax import formats, nn, testing
 
 FMT = formats.mxfp4
 
@@ -23,11 +23,6 @@ def _halves(path, w, fmt, axis):
   return lowbit.quantize_with(w, scale - 1, fmt, axis=axis)
 
 
-def _assert_equal(got, want):
-  assert jax.tree.structure(got) == jax.tree.structure(want)
-  jax.tree.map(np.testing.assert_array_equal, got, want)
-
-
 class MethodTest(absltest.TestCase):
   def test_its_result_is_stored(self):
     w, seen = _rand(64, 8), []
@@ -39,7 +34,9 @@ class MethodTest(absltest.TestCase):
     params = {'Dense_0': {'kernel': w}, 'norm': {'scale': _rand(64)}}
     q = nn.quantize_params(params, None, FMT, method=method)
     self.assertEqual(seen, [('Dense_0/kernel', (64, 8), FMT, -2)])
-    _assert_equal(q['Dense_0']['kernel'], _halves('', w, FMT, -2))
+    testing.assert_trees_bits_equal(
+      q['Dense_0']['kernel'], _halves('', w, FMT, -2)
+    )
     np.testing.assert_array_equal(q['norm']['scale'], params['norm']['scale'])
 
   def test_stacked_layers_come_one_by_one(self):
@@ -57,13 +54,15 @@ class MethodTest(absltest.TestCase):
       seen, [(f'layers/conv/kernel/{i}', (64, 8)) for i in range(3)]
     )
     want = jax.vmap(lambda w: _halves('', w, FMT, -2))(w[0])
-    _assert_equal(q, want)
+    testing.assert_trees_bits_equal(q, want)
 
   def test_modules_of_nnx(self):
     model = flax_nnx.Linear(64, 8, rngs=flax_nnx.Rngs(0))
     w = model.kernel.get_raw_value()
     nn.nnx.quantize(model, None, FMT, method=_halves)
-    _assert_equal(model.kernel.get_raw_value(), _halves('', w, FMT, -2))
+    testing.assert_trees_bits_equal(
+      model.kernel.get_raw_value(), _halves('', w, FMT, -2)
+    )
 
   def test_results_that_do_not_stand_for_the_leaf_are_refused(self):
     params = {'kernel': _rand(64, 8)}

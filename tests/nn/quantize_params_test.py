@@ -14,7 +14,7 @@ from flax import linen as flax_linen, nnx as flax_nnx
 from flax.core import freeze, meta
 
 import lowbit_jax as lowbit
-from lowbit_jax import QArray, formats, nn
+from lowbit_jax import QArray, formats, nn, testing
 
 IS_Q = dict(is_leaf=lambda x: isinstance(x, QArray))
 
@@ -275,8 +275,7 @@ class ContainerTest(absltest.TestCase):
     path = os.path.join(directory, 'model.lowbit')
     lowbit.io.save(path, q)
     loaded = lowbit.io.load(path)
-    self.assertEqual(jax.tree.structure(loaded), jax.tree.structure(q))
-    jax.tree.map(np.testing.assert_array_equal, loaded, q)
+    testing.assert_trees_bits_equal(loaded, q)
 
 
 class OptaxTest(absltest.TestCase):

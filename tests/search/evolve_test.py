@@ -355,9 +355,15 @@ class EvolveTest(parameterized.TestCase):
       with self.assertRaisesRegex(FileExistsError, 'seed 0 -> 1'):
         evolve.save(path, dataclasses.replace(search, seed=1), state)
       data = pathlib.Path(path).read_bytes()
-      for damaged in (data[: len(data) // 2], b'', b'text'):
+      flips = np.random.default_rng(0).integers(len(data), size=60)
+      for damaged in (
+        data[: len(data) // 2],
+        b'',
+        b'text',
+        *(data[:i] + bytes([data[i] ^ 4]) + data[i + 1 :] for i in flips),
+      ):
         pathlib.Path(path).write_bytes(damaged)
-        with self.assertRaisesRegex(ValueError, 'damaged checkpoint'):
+        with self.assertRaisesRegex(ValueError, 'damaged.*delete it'):
           evolve.load(path, search)
 
 
@@ -473,7 +479,15 @@ class IslandsTest(absltest.TestCase):
         best = archives.best_error(together.archive, entry.cost)
         self.assertLessEqual(best, entry.error * (1 + 1e-6))
       path = pathlib.Path(directory, 'island_0.npz')
-      path.write_bytes(path.read_bytes()[:100])
+      data = path.read_bytes()
+      place = len(data) // 3
+      flipped = data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :]
+      for damaged in (data[:100], flipped):
+        path.write_bytes(damaged)
+        again = islands.directory(search, states[1], directory, 1)
+        self.assertEqual(again.archive, states[1].archive)
+      path.unlink()
+      path.mkdir()
       again = islands.directory(search, states[1], directory, 1)
       self.assertEqual(again.archive, states[1].archive)
 
