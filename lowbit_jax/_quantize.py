@@ -6,7 +6,7 @@ merge blocks, pack. The public functions and their derivatives are in
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lowbit_jax import qarray
-from lowbit_jax._typing import ArrayLike, DTypeLike, Key, Origin
+from lowbit_jax._typing import ArrayLike, DTypeLike, Key, Origin, ScaleRule
 from lowbit_jax.formats import BlockFormat, ElementFormat
 from lowbit_jax.numerics import _packing, _rounding, _scaling
 from lowbit_jax.numerics._codec import as_float_array, dither_step, spec
@@ -219,7 +219,7 @@ def from_data(
   x: jax.Array,
   fmt: BlockFormat,
   axes: tuple[int, ...],
-  rule: str,
+  rule: ScaleRule,
   rounding: Rounding,
   tensor_scale: ArrayLike | None = None,
 ) -> Job:
@@ -234,6 +234,8 @@ def from_data(
   scale, zero_point = None, None
   if fmt.zero_point:
     scale, zero_point = _minmax(blocks, amax, fmt)
+  elif fmt.scale is not None and callable(rule):
+    scale = _by_function(blocks, amax, fmt, rule, tensor_scale)
   elif fmt.scale is not None and rule == 'absmean':
     scale = _absmean(blocks, amax, fmt)
   elif fmt.scale is not None:
@@ -353,6 +355,10 @@ def _tensor_scale(blocks, amax, fmt, rule, given):
     if fmt.scale is not None:
       return scale
     return jnp.where(jnp.any(amax >= fb.INF), math.nan, scale)
+  if callable(rule) and fmt.scale is None:
+    top = jnp.max(amax, initial=0)
+    scale = _rule_values(blocks, rule, tuple(range(blocks.view.ndim)))
+    return jnp.where(top >= fb.INF, math.nan, scale).reshape(ones)
   if rule == 'absmean':
     top = jnp.max(amax, initial=0)
     mean = _mean_magnitude(blocks.view, top, None, 1 / max(blocks.size, 1))
@@ -407,6 +413,39 @@ def _absmean(blocks: Blocks, amax, fmt: BlockFormat):
   mean = jnp.where(amax < fb.MIN_NORMAL, 0, _scaling.bounded(mean, fmt))
   scale = jnp.where(amax >= fb.INF, math.nan, mean)
   return _scaling.from_values(scale, fmt.scale)
+
+
+def _by_function(blocks: Blocks, amax, fmt: BlockFormat, rule, tensor_scale):
+  """The scale that a user's function gives each block, as it is stored."""
+  assert fmt.scale is not None
+  scale = _rule_values(blocks, rule, blocks.inner)
+  if tensor_scale is not None:
+    scale = scale * blocks.expand(_scaling.reciprocal(tensor_scale))
+  scale = jnp.where(scale > 0, jnp.maximum(scale, _scaling.SMALLEST), scale)
+  return _scaling.from_values(
+    jnp.where(amax >= fb.INF, math.nan, scale), fmt.scale
+  )
+
+
+def _rule_values(blocks: Blocks, rule: Callable, inner: tuple[int, ...]):
+  """rule(blocks, mask), with axes of size 1 in place of `inner`."""
+  view = blocks.view
+  outer = [d for d in range(view.ndim) if d not in inner]
+  lead = tuple(view.shape[d] for d in outer)
+
+  def rows(x):
+    return x.transpose(*outer, *inner).reshape(*lead, -1)
+
+  mask = blocks.without_padding(jnp.ones(view.shape, jnp.float32)) > 0
+  x, mask = rows(view), rows(mask)
+  scale = jnp.asarray(rule(x, mask))
+  if scale.shape != lead or not jnp.issubdtype(scale.dtype, jnp.floating):
+    raise ValueError(
+      f'scale_rule={rule!r} made {scale.dtype}{list(scale.shape)} of blocks'
+      f' {x.shape}; it must return one float for each, such as'
+      ' jnp.max(x, axis=-1)'
+    )
+  return jnp.expand_dims(scale.astype(jnp.float32), inner)
 
 
 def _mean_magnitude(x, amax, axes, share: ArrayLike):

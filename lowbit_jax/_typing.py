@@ -1,7 +1,7 @@
 """Types that arguments share, by the names that annotations use."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -18,4 +18,5 @@ OutSharding = NamedSharding | PartitionSpec | None
 PathLike = str | os.PathLike[str]
 Precision = jax.lax.PrecisionLike
 PyTree = Any
+ScaleRule = str | Callable[[jax.Array, jax.Array], jax.Array]
 Shape = Sequence[int]

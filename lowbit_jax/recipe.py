@@ -19,7 +19,7 @@ from typing import Any, Protocol
 
 import jax
 
-from lowbit_jax._typing import Key
+from lowbit_jax._typing import Key, ScaleRule
 from lowbit_jax.formats import BlockFormat
 from lowbit_jax.numerics import _rounding, _scaling
 from lowbit_pallas.arith.codec import RANDOM_BITS
@@ -148,7 +148,7 @@ class QuantSpec:
   """
 
   fmt: BlockFormat
-  scale_rule: str | None = None
+  scale_rule: ScaleRule | None = None
   rounding: str = 'nearest_even'
   backward: str = 'identity'
   random_bits: int = RANDOM_BITS

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from lowbit_jax import formats, ops, qarray, transforms
 from lowbit_jax._quantize import check_array
-from lowbit_jax._typing import Axis
+from lowbit_jax._typing import Axis, ScaleRule
 from lowbit_jax.doctor import _measure
 from lowbit_jax.doctor._measure import Measures
 from lowbit_jax.formats import BlockFormat, IntFormat
@@ -47,7 +47,7 @@ class Case(NamedTuple):
 
   path: str
   fmt: BlockFormat
-  scale_rule: str | None
+  scale_rule: ScaleRule | None
   axis: Any
   m: Measures
   x: Any
@@ -56,7 +56,7 @@ class Case(NamedTuple):
     self,
     fmt: BlockFormat | None = None,
     axis: Axis = None,
-    scale_rule: str | None = None,
+    scale_rule: ScaleRule | None = None,
     transform: Any = None,
   ) -> float:
     """QSNR in dB that another choice has more than this one."""

@@ -11,7 +11,7 @@ import numpy as np
 from lowbit_jax import _sites, qarray
 from lowbit_jax._quantize import check_array, check_format
 from lowbit_jax._tree import path_name
-from lowbit_jax._typing import PyTree
+from lowbit_jax._typing import PyTree, ScaleRule
 from lowbit_jax.doctor import _advice, _alternatives, _measure
 from lowbit_jax.doctor._table import Report, Row
 from lowbit_jax.formats import BlockFormat
@@ -31,7 +31,7 @@ def report(
   fmt: BlockFormat | None = None,
   *,
   select: Callable[[str, Any], bool] | None = None,
-  scale_rule: str | None = None,
+  scale_rule: ScaleRule | None = None,
   axis: Axis = None,
   reference: PyTree = None,
 ) -> Report:

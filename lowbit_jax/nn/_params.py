@@ -13,7 +13,7 @@ from flax.core import meta
 
 from lowbit_jax import _quantize as core, _sites, ops, qarray
 from lowbit_jax._tree import path_name
-from lowbit_jax._typing import Axis, PyTree
+from lowbit_jax._typing import Axis, PyTree, ScaleRule
 from lowbit_jax.formats import BlockFormat
 from lowbit_jax.numerics import _scaling
 from lowbit_jax.qarray import QArray
@@ -32,7 +32,7 @@ def quantize_params(
   *,
   axis: Axis | Callable[[str, Any], Axis] = None,
   stacked: str | Callable[[str, Any], bool] | None = None,
-  scale_rule: str | None = None,
+  scale_rule: ScaleRule | None = None,
   method: Method | None = None,
 ) -> PyTree:
   """A parameter tree with QArrays in place of the selected leaves.
@@ -128,7 +128,7 @@ class Choice(NamedTuple):
   fmt: Any
   axis: Any
   stacked: Any
-  scale_rule: str | None
+  scale_rule: ScaleRule | None
   method: Method | None
 
   def quantize(

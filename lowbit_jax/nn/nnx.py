@@ -24,7 +24,14 @@ from flax.nnx.nn import dtypes as flax_dtypes
 from jax import lax
 
 from lowbit_jax import _sites
-from lowbit_jax._typing import Axis, DotDims, DTypeLike, OutSharding, Precision
+from lowbit_jax._typing import (
+  Axis,
+  DotDims,
+  DTypeLike,
+  OutSharding,
+  Precision,
+  ScaleRule,
+)
 from lowbit_jax.formats import BlockFormat
 from lowbit_jax.nn import _dot, _embed, _params
 from lowbit_jax.nn._frozen import (
@@ -41,7 +48,7 @@ def quantize(
   fmt: BlockFormat | Callable[[str, Any], BlockFormat | None],
   *,
   axis: Axis | Callable[[str, Any], Axis] = None,
-  scale_rule: str | None = None,
+  scale_rule: ScaleRule | None = None,
   method: _params.Method | None = None,
 ) -> flax_nnx.Module:
   """Replaces the selected parameters of a model by `QuantizedParam`s, in place.

@@ -13,6 +13,7 @@ import math
 import jax
 import jax.numpy as jnp
 
+from lowbit_jax._typing import ScaleRule
 from lowbit_jax.formats import BlockFormat, FloatFormat
 from lowbit_jax.numerics._codec import spec
 from lowbit_pallas.arith import bits as fb, block, codec, scale as exact
@@ -52,10 +53,18 @@ def scale_rules(fmt: BlockFormat) -> tuple[str, ...]:
   return tuple(r for r in CODED_RULES if six or r != 'four_over_six')
 
 
-def check_scale_rule(fmt: BlockFormat, rule: str | None) -> str:
+def check_scale_rule(fmt: BlockFormat, rule: ScaleRule | None) -> ScaleRule:
   """The rule to use: `rule`, or the format's own default for None."""
   if rule is None:
     rule = fmt.scale_rule
+  if callable(rule):
+    hash(rule)
+    if fmt.zero_point:
+      raise ValueError(
+        f'scale_rule={rule!r}: a function gives scales, and {fmt} has zero'
+        f' points too; compute both and use quantize_with'
+      )
+    return rule
   if rule not in scale_rules(fmt):
     raise ValueError(
       f'scale_rule={rule!r} does not fit {fmt.name}; its rules are'

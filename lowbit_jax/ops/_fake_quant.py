@@ -12,7 +12,7 @@ import numpy as np
 from jax import lax
 
 from lowbit_jax import _explicit, _quantize as core
-from lowbit_jax._typing import ArrayLike, Axis, Key, Origin
+from lowbit_jax._typing import ArrayLike, Axis, Key, Origin, ScaleRule
 from lowbit_jax.formats import BlockFormat
 from lowbit_jax.numerics import _rounding, _scaling
 from lowbit_jax.numerics._codec import as_float_array
@@ -36,7 +36,7 @@ def fake_quant(
   fmt: BlockFormat,
   *,
   axis: Axis = None,
-  scale_rule: str | None = None,
+  scale_rule: ScaleRule | None = None,
   rounding: str = 'nearest_even',
   key: Key | None = None,
   random_bits: int = RANDOM_BITS,
@@ -85,7 +85,7 @@ def fake_quant(
     raise ValueError(f'backward={backward!r} is not one of {BACKWARDS}{hint}')
   x, shape, axes = prepare(x, fmt, axis, rounding, key, random_bits)
   rule = _scaling.check_scale_rule(fmt, scale_rule)
-  if backward == 'absmax' and rule in ('minmax', 'absmean'):
+  if backward == 'absmax' and (callable(rule) or rule in ('minmax', 'absmean')):
     raise ValueError(
       f"backward='absmax' differentiates a scale that follows the largest"
       f' magnitude; that of scale_rule={rule!r} does not: use another backward'

@@ -18,6 +18,7 @@ from lowbit_jax._typing import (
   Implementation,
   Key,
   Origin,
+  ScaleRule,
   Shape,
 )
 from lowbit_jax.formats import BlockFormat
@@ -33,7 +34,7 @@ class Options(NamedTuple):
 
   fmt: BlockFormat
   axes: tuple[int, ...]
-  rule: str
+  rule: ScaleRule
   rounding: str
   random_bits: int
   full_shape: tuple[int, ...] | None
@@ -57,7 +58,7 @@ def quantize(
   fmt: BlockFormat,
   *,
   axis: Axis = None,
-  scale_rule: str | None = None,
+  scale_rule: ScaleRule | None = None,
   rounding: str = 'nearest_even',
   key: Key | None = None,
   random_bits: int = RANDOM_BITS,
@@ -82,7 +83,12 @@ def quantize(
     scale_rule: how scales follow from the data; None for the format's own.
       Powers of two: 'floor', 'ceil', 'even', 'rceil', 'round', 'mse'. Float
       scales: 'absmax', 'absmean', 'sweep'. NVFP4: 'absmax', 'four_over_six',
-      'sweep'. Zero points: 'minmax'.
+      'sweep'. Zero points: 'minmax'. Or a hashable function `(x, mask)` of
+      the blocks, float32 (..., n) with zeros in place of padding, and of a mask
+      of this shape that is False there, to the float scale of each block
+      (...): it is rounded to the scale format, after a division by the tensor
+      scale where there is one. Without block scales it gets all elements as one
+      block.
     rounding: 'nearest_even', 'toward_zero', 'stochastic', or 'dithered' for
       integer elements (subtractive: give the key to `dequantize` as well).
     key: PRNG key for 'stochastic' and 'dithered'.
@@ -138,7 +144,7 @@ def operands(
   fmt: BlockFormat,
   *,
   axis: Axis = None,
-  scale_rule: str | None = None,
+  scale_rule: ScaleRule | None = None,
   rounding: str = 'nearest_even',
   key: Key | None = None,
   random_bits: int = RANDOM_BITS,

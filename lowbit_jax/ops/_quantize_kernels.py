@@ -58,6 +58,8 @@ def plan(
 
 def _why_not(x, extras, options) -> str | None:
   fmt = options.fmt
+  if callable(options.rule):
+    return f'scale_rule={options.rule!r} is a function'
   if options.axes != (-1,):
     return f'blocks lie along axes {options.axes}, not along the last one'
   if fmt.scale is None or fmt.zero_point or not fmt.block[0]:

@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from lowbit_jax import _explicit, qarray
-from lowbit_jax._typing import ArrayLike, Key
+from lowbit_jax._typing import ArrayLike, Key, ScaleRule
 from lowbit_jax.ops._quantize import quantize
 from lowbit_jax.qarray import QArray
 from lowbit_pallas.arith.codec import RANDOM_BITS
@@ -20,7 +20,7 @@ def update_slice(
   x: ArrayLike,
   start: Sequence[Any],
   *,
-  scale_rule: str | None = None,
+  scale_rule: ScaleRule | None = None,
   rounding: str = 'nearest_even',
   key: Key | None = None,
   random_bits: int = RANDOM_BITS,

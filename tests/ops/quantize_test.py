@@ -745,6 +745,56 @@ class TowardZeroTest(parameterized.TestCase):
     self.check_toward_zero(name)
 
 
+def largest(x, mask):
+  """The rule 'absmax' of E2M1, whose largest number is 6."""
+  del mask
+  return jnp.max(jnp.abs(x), axis=-1) * jnp.float32(1 / 6)
+
+
+def mean(x, mask):
+  return jnp.sum(jnp.abs(x), axis=-1) / jnp.sum(mask, axis=-1, dtype=x.dtype)
+
+
+class FunctionRuleTest(parameterized.TestCase):
+  @parameterized.parameters(
+    formats.nvfp4,
+    formats.BlockFormat('own', formats.get('e2m1'), (32,), formats.float32),
+    formats.per_tensor(formats.get('e2m1')),
+  )
+  def test_is_the_rule_of_the_same_name(self, fmt):
+    x = data()[:6, :70]
+    got = quantize(x, fmt, scale_rule=largest)
+    want = quantize(x, fmt, scale_rule='absmax')
+    # Two roundings in another order: a last place of a float scale.
+    np.testing.assert_allclose(dequantize(got), dequantize(want), 2e-7)
+
+  def test_padding_is_masked_and_poison_stays(self):
+    x = np.abs(data()[:2, :40])
+    x[1, 3] = np.nan
+    fmt = formats.get('int8_g32')
+    q = quantize(x, fmt, scale_rule=mean, axis=-1)
+    want = [x[0, :32].mean(), x[0, 32:].mean()]
+    np.testing.assert_allclose(q.scale[0], want, 1e-6)
+    np.testing.assert_array_equal(np.isnan(q.scale), [[0, 0], [1, 0]])
+    tiles = formats.get('fp8_128x128')
+    q = quantize(x[:1], tiles, scale_rule=mean)
+    np.testing.assert_allclose(q.scale, [[x[0].mean()]], 1e-6)
+
+  def test_refusals(self):
+    for fmt, rule, message in (
+      (formats.get('uint4_g32'), mean, 'quantize_with'),
+      (formats.mxfp4, lambda x, mask: jnp.max(x), 'one float for each'),
+      (formats.mxfp4, lambda x, mask: jnp.argmax(x, -1), 'one float for each'),
+    ):
+      with self.assertRaisesRegex(ValueError, message):
+        jax.eval_shape(
+          lambda x, fmt=fmt, rule=rule: lowbit_jax.quantize(
+            x, fmt, scale_rule=rule
+          ),
+          ONES,
+        )
+
+
 class DitheredTest(parameterized.TestCase):
   def check_error(self, name):
     fmt = formats.get(name)
