@@ -234,11 +234,13 @@ def from_data(
   scale, zero_point = None, None
   if fmt.zero_point:
     scale, zero_point = _minmax(blocks, amax, fmt)
-  elif fmt.scale is not None and callable(rule):
+  elif fmt.scale is None:
+    pass
+  elif callable(rule):
     scale = _by_function(blocks, amax, fmt, rule, tensor_scale)
-  elif fmt.scale is not None and rule == 'absmean':
+  elif rule == 'absmean':
     scale = _absmean(blocks, amax, fmt)
-  elif fmt.scale is not None:
+  else:
     outer = None if tensor_scale is None else blocks.expand(tensor_scale)
     options = _scaling.candidates(amax, fmt, rule, outer)
     scale = _best(blocks, fmt, options, tensor_scale)

@@ -22,7 +22,7 @@ class QuantizedParam(nnx.Variable):
   def set_value(self, value: Any, **kwargs: Any) -> None:
     super().set_value(_with_sharding(self.get_raw_value(), value), **kwargs)
 
-  def replace(self, *args: Any, **kwargs: Any) -> 'QuantizedParam':
+  def replace(self, *args: Any, **kwargs: Any) -> Any:
     old = self.get_raw_value()
     args = tuple(_with_sharding(old, value) for value in args)
     return super().replace(*args, **kwargs)

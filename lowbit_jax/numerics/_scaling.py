@@ -9,6 +9,7 @@ E4M3, ...), float32 or bfloat16 numbers otherwise.
 """
 
 import math
+from typing import overload
 
 import jax
 import jax.numpy as jnp
@@ -53,6 +54,10 @@ def scale_rules(fmt: BlockFormat) -> tuple[str, ...]:
   return tuple(r for r in CODED_RULES if six or r != 'four_over_six')
 
 
+@overload
+def check_scale_rule(fmt: BlockFormat, rule: str | None) -> str: ...
+@overload
+def check_scale_rule(fmt: BlockFormat, rule: ScaleRule | None) -> ScaleRule: ...
 def check_scale_rule(fmt: BlockFormat, rule: ScaleRule | None) -> ScaleRule:
   """The rule to use: `rule`, or the format's own default for None."""
   if rule is None:

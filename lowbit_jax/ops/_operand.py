@@ -97,12 +97,11 @@ def joined(lhs: Any, rhs: Any, dims: DotDims) -> tuple[Any, Any, DotDims]:
       continue
     axes = tuple(a + q.ndim for a in qarray.merged_axes(q))
     n, start = len(axes), _position(axes, contracted[side])
-    partner: tuple[int, ...] = ()
-    if start is not None:
-      partner = contracted[1 - side][start : start + n]
-    if start is None or not _can_join(other, partner):
+    facing = contracted[1 - side]
+    if start is None or not _can_join(other, facing[start : start + n]):
       operands[side] = _densified(q)
       continue
+    partner = facing[start : start + n]
     for own, group in ((side, axes), (1 - side, partner)):
       operands[own] = _flattened(operands[own], group)
       new = _numbers_after(group[0], n)
