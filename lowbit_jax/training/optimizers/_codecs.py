@@ -12,7 +12,7 @@ from fractions import Fraction
 import jax
 import jax.numpy as jnp
 
-from lowbit_jax import _quantize as core, ops, qarray
+from lowbit_jax import _quantize as core, _serialization, ops, qarray
 from lowbit_jax.formats import (
   BlockFormat,
   CodebookFormat,
@@ -104,6 +104,9 @@ class RankOne:
   array: QArray
   maxima: tuple[jax.Array, ...]
 
+
+_serialization.know(Companded, ('array', 'power'))
+_serialization.know(RankOne, ('array', 'maxima'))
 
 Encoded = QArray | Companded | RankOne
 

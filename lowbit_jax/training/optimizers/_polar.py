@@ -11,7 +11,11 @@ import jax
 import jax.numpy as jnp
 
 from lowbit_jax._typing import Key, Shape
-from lowbit_jax.training.optimizers._common import check_steps
+from lowbit_jax.training.optimizers._common import (
+  check_steps,
+  safe_norm,
+  wide,
+)
 
 Triple = tuple[float, float, float]
 
@@ -71,7 +75,8 @@ def newton_schulz(
   X <- a X + (b A + c A^2) X with A = X X^T, of the smaller side.
 
   Args:
-    x: (..., m, n) float; computed in its dtype, so not in less than bfloat16.
+    x: (..., m, n) float of any magnitude. The norm is computed in float32, the
+      steps in the dtype of `x`, so not in less than bfloat16.
     coefficients: 'cubic', 'quintic_theory', 'quintic_empirical',
       'polar_express', one triple (a, b, c), several of them, or a
       `NewtonSchulz`.
@@ -79,7 +84,7 @@ def newton_schulz(
 
   Returns:
     An array of the shape and dtype of `x`: U f(S) V^T with f the composition of
-    the steps.
+    the steps. Zeros give zeros.
   """
   _check_matrices(x)
   rule = _coefficients(coefficients)
@@ -87,13 +92,19 @@ def newton_schulz(
   tall = x.shape[-2] > x.shape[-1]
   if tall:
     x = x.mT
-  norm = jnp.linalg.norm(x, axis=(-2, -1), keepdims=True)
-  x = x / (rule.margin * norm + rule.eps).astype(x.dtype)
+  x = _normalized(x, rule.margin, rule.eps)
   for i in range(steps):
     a, b, c = rule.triples[min(i, len(rule.triples) - 1)]
     square = x @ x.mT
     x = a * x + (b * square + c * square @ square) @ x
   return x.mT if tall else x
+
+
+def _normalized(x, margin: float, eps: float):
+  """X / (margin ||X||_F + eps) for any magnitude, in the dtype of X."""
+  y = wide(x)
+  scale, norm = safe_norm(y, (-2, -1))
+  return (y * scale / (margin * norm + eps * scale)).astype(x.dtype)
 
 
 def randomized_polar(
@@ -114,7 +125,7 @@ def randomized_polar(
   O = Q polar(B), of rank at most k.
 
   Args:
-    x: (..., m, n), float32 or less; computed in float32.
+    x: (..., m, n) float of any magnitude; computed in at least float32.
     key: PRNG key of the sketch.
     rank: r, at least 1. k is at most the smaller side, where O is the whole
       polar factor.
@@ -136,24 +147,26 @@ def randomized_polar(
   check_steps('rank', rank)
   check_steps('oversample', oversample, 0)
   check_steps('power_iterations', power_iterations, 0)
-  a = x.astype(jnp.float32)
-  wide = x.shape[-2] < x.shape[-1]
-  if wide:
+  a = wide(x)
+  is_wide = x.shape[-2] < x.shape[-1]
+  if is_wide:
     a = a.mT
   *batch, n = a.shape[:-2] + a.shape[-1:]
   k = sketch_size(x.shape, rank, oversample)
+  # The power iterations would cube the magnitude of A; any multiple will do.
+  unit = _normalized(a, 1.0, float(jnp.finfo(a.dtype).tiny))
   if sketch == 'gaussian':
-    y = a @ jax.random.normal(key, (*batch, n, k), a.dtype)
+    y = unit @ jax.random.normal(key, (*batch, n, k), a.dtype)
   elif sketch == 'columns':
     order = jnp.argsort(jax.random.uniform(key, (*batch, 1, n)), axis=-1)
-    y = jnp.take_along_axis(a, order[..., :k], axis=-1)
+    y = jnp.take_along_axis(unit, order[..., :k], axis=-1)
   else:
     raise ValueError(f"sketch={sketch!r} is not one of ('gaussian', 'columns')")
   for _ in range(power_iterations):
-    y = a @ (a.mT @ y)
+    y = unit @ (unit.mT @ y)
   q, _ = jnp.linalg.qr(y)
   o = q @ newton_schulz(q.mT @ a, coefficients, steps)
-  return (o.mT if wide else o).astype(x.dtype)
+  return (o.mT if is_wide else o).astype(x.dtype)
 
 
 def sketch_size(shape: Shape, rank: int, oversample: int) -> int:
