@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax import core
 
 from lowbit_jax import qarray
 from lowbit_jax._tree import path_name
@@ -237,7 +238,7 @@ def check_range(
   name: str, value: float | jax.Array, low: float, high: float
 ) -> None:
   """Raises ValueError for a number outside [low, high), if it is known."""
-  if not isinstance(value, jax.core.Tracer) and not low <= value < high:
+  if not isinstance(value, core.Tracer) and not low <= value < high:
     raise ValueError(f'{name}={value!r} must be in [{low}, {high})')
 
 
