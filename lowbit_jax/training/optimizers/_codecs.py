@@ -25,6 +25,7 @@ from lowbit_jax.formats import (
 )
 from lowbit_jax.numerics import _scaling
 from lowbit_jax.qarray import QArray
+from lowbit_jax.training.optimizers._common import has_codes
 from lowbit_pallas.arith import bits as fb
 
 FIRST = ('lin8', 'dyn8', 'e4m3', 'e5m2', 'coat', 'lin4', 'de4')
@@ -113,7 +114,7 @@ Encoded = QArray | Companded | RankOne
 
 def is_encoded(x: object) -> bool:
   """Whether `x` is an encoded leaf; the `is_leaf` of tree functions."""
-  return isinstance(x, QArray | Companded | RankOne)
+  return has_codes(x) or isinstance(x, Companded | RankOne)
 
 
 @dataclasses.dataclass(frozen=True)

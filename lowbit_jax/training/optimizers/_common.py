@@ -12,7 +12,7 @@ from jax import core
 from lowbit_jax import qarray
 from lowbit_jax._tree import path_name
 from lowbit_jax._typing import PyTree
-from lowbit_jax.qarray import is_qarray
+from lowbit_jax.qarray import QArray
 
 _EMBEDDING = re.compile(r'(?<!un)embed|(^|[/_])w[tp]e($|/)', re.IGNORECASE)
 _HEAD = re.compile(
@@ -166,12 +166,12 @@ def widened(tree: PyTree) -> PyTree:
   """
 
   def apply(x):
-    if is_qarray(x):
+    if has_codes(x):
       dtype = jnp.promote_types(x.dtype, jnp.float32)
       return qarray.replace(x, dtype=dtype)
     return wide(x)
 
-  return jax.tree.map(apply, tree, is_leaf=is_qarray)
+  return jax.tree.map(apply, tree, is_leaf=has_codes)
 
 
 def cast_like(tree: PyTree, like: PyTree) -> PyTree:
@@ -229,6 +229,15 @@ def safe_norm(
   return scale, jnp.sqrt(jnp.sum(squares, axis=axis, keepdims=True))
 
 
+def has_codes(x: object) -> bool:
+  """Whether `x` is a QArray, and not only the scales of one.
+
+  `lowbit_jax.partition(scales=True)` makes those; they are trained like any
+  other float array.
+  """
+  return isinstance(x, QArray) and hasattr(x.codes, 'dtype')
+
+
 def increment(steps: jax.Array) -> jax.Array:
   """steps + 1, or the largest int32."""
   return jnp.asarray(optax.safe_increment(steps))
@@ -255,9 +264,9 @@ def check_steps(name: str, value: int, least: int = 1) -> None:
 
 def check_dense(name: str, tree: PyTree) -> None:
   """Raises TypeError for QArrays, whose codes no optimizer can change."""
-  found, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_qarray)
+  found, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=has_codes)
   for path, x in found:
-    if is_qarray(x):
+    if has_codes(x):
       raise TypeError(
         f'{name} holds a QArray at {path_name(path) or "its root"!r}, and steps'
         ' are not added to codes: give the trainable tree of'

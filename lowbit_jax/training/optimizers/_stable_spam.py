@@ -70,7 +70,7 @@ def adaclip(theta: float = 0.999) -> optax.GradientTransformation:
     del params
     check_dense('updates', updates)
     count = increment(state.steps)
-    top = jax.tree.map(lambda g: jnp.max(jnp.abs(wide(g)), initial=0), updates)
+    top = jax.tree.map(_largest, updates)
     peak = optax.tree.update_moment(top, state.peak, theta, 1)
     limit = optax.tree.bias_correction(peak, theta, count)
 
@@ -214,6 +214,11 @@ def stable_spam(
     optax.add_decayed_weights(weight_decay, mask),
     optax.scale_by_learning_rate(learning_rate),
   )
+
+
+def _largest(g):
+  """max |g|."""
+  return jnp.max(jnp.abs(wide(g)), initial=0).astype(jnp.float32)
 
 
 def _norm(g):

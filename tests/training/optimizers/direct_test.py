@@ -144,6 +144,16 @@ class ApplyUpdatesTest(parameterized.TestCase):
     self.assertIs(new['w'], q)
     np.testing.assert_array_equal(new['b'], 0)
 
+  def test_scales_alone_are_trained(self):
+    w = np.ones((4, 64), np.float32)
+    params = {'w': quantize(w, formats.int4_g32)}
+    trainable, _ = lowbit_jax.partition(params, scales=True)
+    tx = optimizers.dynamic_loss_scale(optimizers.adamw(0.1, min_size=0))
+    state = jax.eval_shape(tx.init, trainable)
+    updates, new = jax.eval_shape(tx.update, trainable, state, trainable)
+    self.assertEqual(jax.tree.structure(new), jax.tree.structure(state))
+    self.assertEqual(updates['w'].scale.shape, params['w'].scale.shape)
+
   def test_codes_are_not_updated(self):
     q = quantize(weights(), formats.int4_g32)
     params = {'w': q, 'b': np.ones(3, np.float32)}
