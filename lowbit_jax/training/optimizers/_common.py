@@ -12,7 +12,7 @@ from jax import core
 from lowbit_jax import qarray
 from lowbit_jax._tree import path_name
 from lowbit_jax._typing import PyTree
-from lowbit_jax.qarray import QArray
+from lowbit_jax.qarray import QArray, is_qarray
 
 _EMBEDDING = re.compile(r'(?<!un)embed|(^|[/_])w[tp]e($|/)', re.IGNORECASE)
 _HEAD = re.compile(
@@ -39,7 +39,9 @@ def is_head(path: str, leaf: Any = None) -> bool:
 def is_boxed(x: object) -> bool:
   """Whether `x` is a variable of NNX or a box of Linen around an array."""
   # By their methods: importing Flax takes a while.
-  return hasattr(type(x), 'get_raw_value') or hasattr(type(x), 'replace_boxed')
+  return not is_qarray(x) and (
+    hasattr(type(x), 'get_raw_value') or hasattr(type(x), 'replace_boxed')
+  )
 
 
 def content(x: Any) -> Any:
@@ -51,11 +53,11 @@ def content(x: Any) -> Any:
 
 def reboxed(like: Any, value: Any) -> Any:
   """`value` in the variables and boxes around `like`."""
-  if hasattr(type(like), 'get_raw_value'):
+  if not is_boxed(like):
+    return value
+  if hasattr(like, 'get_raw_value'):
     return like.replace(reboxed(like.get_raw_value(), value))
-  if hasattr(type(like), 'replace_boxed'):
-    return like.replace_boxed(reboxed(like.value, value))
-  return value
+  return like.replace_boxed(reboxed(like.value, value))
 
 
 def _stops(x: object) -> bool:
