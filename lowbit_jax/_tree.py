@@ -5,6 +5,12 @@ a mixed tree is split before differentiation and joined inside the loss:
 
     trainable, frozen = partition(params)
     grads = jax.grad(lambda t: loss(combine(t, frozen)))(trainable)
+    updates, state = tx.update(grads, state, trainable)
+    trainable = optax.apply_updates(trainable, updates)
+
+Gradients and updates keep their holes: joined with `frozen` they would be codes
+that are added to codes. `training.optimizers.apply_updates(params, updates)`
+updates the whole tree.
 """
 
 from typing import Any
@@ -58,7 +64,10 @@ def partition(tree: PyTree, *, scales: bool = False) -> tuple[PyTree, PyTree]:
 
 
 def combine(*trees: PyTree) -> PyTree:
-  """Joins trees of one structure, taking the first entry that is not None."""
+  """Joins trees of one structure, taking the first entry that is not None.
+
+  For parameters; gradients and updates are not joined with what is frozen.
+  """
 
   def pick(*xs):
     xs = [x for x in xs if x is not None]

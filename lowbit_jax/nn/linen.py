@@ -27,10 +27,13 @@ import jax.numpy as jnp
 from flax import linen as flax_linen
 from flax.linen import module as flax_module
 
+from lowbit_jax import _serialization
 from lowbit_jax._typing import DotDims, DTypeLike, Precision
 from lowbit_jax.nn import _dot, _embed
 from lowbit_jax.nn._view import ArrayView, Viewed, unview
 from lowbit_jax.recipe import QuantSpec
+
+_serialization.know_all()
 
 RNG = 'quant'
 

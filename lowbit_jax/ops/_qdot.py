@@ -9,9 +9,10 @@ With x (M, K), w (K, N) and Q_s the quantizer of site s of a `Recipe`,
 each quantizer in blocks along the axis that its product reduces. With
 `Recipe.center` and `Recipe.principal`, x here is what `apart` leaves of it. A
 Hadamard rotation R of both operands along that axis cancels before rounding,
-(a R)(R^T b) = a b. Products accumulate in float32; tensor scales and the
-inverse of prescales multiply the float32 result, so that operands stay exact in
-bfloat16.
+(a R)(R^T b) = a b; an axis that its blocks do not divide is padded with zeros,
+which are cut off behind R^T. Products accumulate in float32; tensor scales and
+the inverse of prescales multiply the float32 result, so that operands stay
+exact in bfloat16.
 
 Where a kernel takes the operands it gets them packed; elsewhere they are
 rounded in place, which gives the same numbers without the packing.
@@ -89,7 +90,8 @@ def qdot(
 
   Args:
     x: activations (..., K), float16, bfloat16 or float32. Leading axes count as
-      one axis of tokens M, which blocks and rotations pad with zeros.
+      one axis of tokens M. Blocks and rotations pad M, K and N with zeros, up
+      to whole ones.
     w: weight (K, N).
     recipe: what is done to the six operands.
     key: PRNG key, if the recipe draws random bits. Give each call its own, and
@@ -110,8 +112,7 @@ def qdot(
   quantized. Recipes that save codes (`Recipe.residuals`) raise instead.
 
   Raises:
-    ValueError: for shapes that do not fit, a missing key, or an axis that a
-      rotation does not divide.
+    ValueError: for shapes that do not fit, or a missing key.
     NotImplementedError: for second derivatives where codes are saved.
 
   Examples:
@@ -252,16 +253,6 @@ def _check(x, w, recipe: Recipe, key) -> None:
       f'recipe {recipe.name!r} draws random bits: pass key=jax.random.key(..),'
       ' folded with the step and the layer'
     )
-  for name, gemm, size in (
-    ('fwd', recipe.fwd, w.shape[0]),
-    ('dgrad', recipe.dgrad, w.shape[1]),
-  ):
-    if gemm.hadamard and size % gemm.hadamard:
-      raise ValueError(
-        f'{name}.hadamard={gemm.hadamard} does not divide the axis of size'
-        f' {size} that the product reduces; use a power of two that divides'
-        f' {size & -size}'
-      )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -275,7 +266,7 @@ def _forward(call: _Call, x, w, key, tensor_amax):
   rotate = _rotation(gemm, keys)
   saves = recipe.residuals != 'high_precision'
   dtype = promoted(x.dtype, w.dtype)
-  primals = jnp.zeros((), x.dtype), jnp.zeros((), w.dtype)
+  primals = x[:0], w[:, :0]  # Their dtypes, and the size K.
   if saves:
     why = (
       f'recipe {recipe.name!r} has no second derivative: with'
@@ -332,6 +323,7 @@ def _backward(call: _Call, residual, dy):
       (g,) = pull(g.astype(primal.dtype))
     if pull is not None or is_rotated:
       g = rotate(g, axis, inverse=True)
+      g = lax.slice_in_dim(g, 0, primal.shape[axis], axis=axis)
     out.append(g.astype(primal.dtype))
   return *out, None, (None, None)
 

@@ -31,8 +31,10 @@ class Lsq:
     dx_hat/dx = 1 for -Q_n < v < Q_p, else 0
     dx_hat/ds = -Q_n for v <= -Q_n, Q_p for v >= Q_p, else round(v) - v
 
-  and ds times 1 / sqrt(n Q_p), n elements per step. Q_n = 2^(bits-1) and
-  Q_p = Q_n - 1, or 0 and 2^bits - 1 without sign.
+  and ds times 1 / sqrt(n Q_p), n elements per step. Q_n = Q_p = 2^(bits-1) - 1,
+  or 0 and 2^bits - 1 without sign: the numbers that `quantize_with` encodes
+  with the step s as scale. (The source has Q_n = 2^(bits-1), a number more,
+  which symmetric integer formats have not.)
 
   Attributes:
     bits: 2 to 16, or 1 without sign.
@@ -71,7 +73,8 @@ class Lsq:
     """Q_n and Q_p."""
     if not self.signed:
       return 0, 2**self.bits - 1
-    return 2 ** (self.bits - 1), 2 ** (self.bits - 1) - 1
+    top = 2 ** (self.bits - 1) - 1
+    return top, top
 
   def init(self, x: ArrayLike) -> dict[str, jax.Array]:
     """The step 2 mean |x| / sqrt(Q_p) of the source.

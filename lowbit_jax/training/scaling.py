@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lowbit_jax import ops
+from lowbit_jax import _serialization, ops
 from lowbit_jax._typing import Key, PyTree
 from lowbit_jax.recipe import QuantSpec, Recipe, TensorScaling
 
@@ -77,6 +77,11 @@ class ScaleState:
     )
 
 
+_serialization.know(
+  ScaleState, ('history', 'amax', 'count', 'seen'), ('scaling',)
+)
+
+
 class DotScales(NamedTuple):
   """States of the tensor scales of one product; None for current scales."""
 
@@ -85,10 +90,14 @@ class DotScales(NamedTuple):
 
 
 def init(scaling: TensorScaling) -> ScaleState:
-  """The state before the first step."""
-  zero = jnp.zeros((), jnp.float32)
-  history = jnp.zeros((scaling.window,), jnp.float32)
-  return ScaleState(history, zero, jnp.zeros((), jnp.int32), zero, scaling)
+  """The state before the first step, each leaf in a buffer of its own."""
+  _serialization.know_all()
+
+  def zeros(*shape):
+    return jnp.zeros(shape, jnp.float32)
+
+  count = jnp.zeros((), jnp.int32)
+  return ScaleState(zeros(scaling.window), zeros(), count, zeros(), scaling)
 
 
 def init_dot(recipe: Recipe) -> DotScales:

@@ -8,6 +8,8 @@ import numpy as np
 import optax
 from absl.testing import absltest, parameterized
 
+import lowbit_jax as lowbit
+from lowbit_jax import formats
 from lowbit_jax.training import qat
 from lowbit_jax.training.qat import Lsq, Pact
 
@@ -41,13 +43,33 @@ class LsqTest(parameterized.TestCase):
     params = self.params(lsq, 0.2)
     (ds,) = map(np.asarray, jax.tree.leaves(jacobian(lsq, params, W)))
     ds = ds / 0.2 if parameter == 'log' else ds  # d log s = ds / s
-    want = np.array([-4, 0.1, 0.25, 0.45, -0.3, 3])
+    want = np.array([-3, 0.1, 0.25, 0.45, -0.3, 3])
     scale = 1 / np.sqrt(6 * 3)
     self.assertAlmostEqual(scale, 0.2357, places=4)
     np.testing.assert_allclose(ds, want * scale, rtol=2e-5)
     y, _, dw = pulled_back(lsq, params, W, np.ones_like(W))
-    np.testing.assert_allclose(y, [-0.8, -0.4, 0, 0.2, 0.2, 0.6], rtol=1e-6)
+    np.testing.assert_allclose(y, [-0.6, -0.4, 0, 0.2, 0.2, 0.6], rtol=1e-6)
     np.testing.assert_array_equal(dw, [0, 1, 1, 1, 1, 0])
+
+  def test_levels_are_those_of_the_packed_weight(self):
+    w = np.random.default_rng(2).standard_normal((64, 4)).astype(np.float32)
+    pairs = [(Lsq(b, axis=-2), f'int{b}') for b in (2, 3, 8)]
+    pairs.append((Lsq(4, signed=False, axis=-2), 'uint4'))
+
+    @jax.jit
+    def both(w):
+      out = []
+      for lsq, name in pairs:
+        element = formats.IntFormat(name, lsq.bits, signed=lsq.signed)
+        fmt = formats.BlockFormat(name, element, (64,), formats.float32)
+        params = {'log_step': jnp.full((1, 4), -1.5)}  # saturates both ends
+        packed = lowbit.quantize_with(w, lsq.step(params), fmt, axis=-2)
+        out.append((lsq(params, w), lowbit.dequantize(packed)))
+      return out
+
+    for trained, packed in both(w):
+      # The step of the trained one is not rounded by a reciprocal.
+      np.testing.assert_allclose(packed, trained, rtol=1e-6)
 
   def test_initial_step(self):
     for lsq in (Lsq(3), Lsq(3, parameter='clipped')):
@@ -99,8 +121,8 @@ class LsqTest(parameterized.TestCase):
     for _ in range(60):
       updates, state = optimizer.update(gradient(params), state)
       params = optax.apply_updates(params, updates)
-    # The best step of 3 bits for a Gaussian has an error of .037.
-    self.assertLess(float(error(params)), 0.045)
+    # The best step of seven levels has an error of .0450 for these numbers.
+    self.assertLess(float(error(params)), 0.046)
     self.assertGreater(float(before), 0.09)
 
   def test_dtype_is_kept(self):

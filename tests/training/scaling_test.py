@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl.testing import absltest, parameterized
+from flax import serialization
 
 import lowbit_jax as lowbit
 from lowbit_jax import formats
@@ -36,6 +37,28 @@ def held(every: int, seen) -> list[float]:
     if i % every == 0 and 0 < amax < math.inf:
       current = amax
   return out
+
+
+class InitTest(absltest.TestCase):
+  def setUp(self):
+    super().setUp()
+    self.states = scaling.init_dot(recipes.get('fp8_delayed'))
+
+  def test_can_be_donated(self):
+    buffers = [x.unsafe_buffer_pointer() for x in jax.tree.leaves(self.states)]
+    self.assertLen(set(buffers), len(buffers))
+
+  def test_msgpack(self):
+    state = jax.tree.map(lambda x: np.full(x.shape, 3, x.dtype), self.states)
+    written = serialization.to_bytes(state)
+    read = serialization.from_bytes(self.states, written)
+    self.assertEqual(jax.tree.structure(read), jax.tree.structure(state))
+    jax.tree.map(np.testing.assert_array_equal, read, state)
+    other = scaling.init(TensorScaling(window=3))
+    with self.assertRaisesRegex(ValueError, 'window=3'):
+      serialization.from_bytes({'x': other}, serialization.to_bytes(
+        {'x': state.x}
+      ))  # fmt: skip
 
 
 def run(rule: TensorScaling, seen) -> list[float]:

@@ -31,7 +31,8 @@ copies (`direct`), gradient codecs, and loss scaling.
   to its mean.
 - `grid_neighbours`: The two numbers of a block format that enclose each element
   of `w`.
-- `hidden_matrices`: Which leaves Muon takes unless told otherwise.
+- `hidden_matrices`: Which leaves Muon takes unless told otherwise, and as which
+  matrices.
 - `is_embedding`: Whether a path names an embedding: it holds 'embed', 'wte' or
   'wpe'.
 - `is_head`: Whether a path names an output head.
@@ -39,6 +40,7 @@ copies (`direct`), gradient codecs, and loss scaling.
   without 0.
 - `momentum_reset`: Starts a transformation again after every `every` steps.
 - `muon`: Muon for hidden matrices, another optimizer for all other parameters.
+- `muon_table`: What `muon` does with each leaf of a tree, as lines of text.
 - `mup_head_scale`: Multiplies the updates of output heads by base_width / d_in.
 - `mup_normal`: Initializer of hidden matrices for muP: N(0, sigma^2).
 - `newton_schulz`: An approximate polar factor of each matrix.
@@ -89,6 +91,7 @@ from lowbit_jax.training.optimizers._muon import (
   activation_cap as activation_cap,
   hidden_matrices as hidden_matrices,
   muon as muon,
+  muon_table as muon_table,
   mup_head_scale as mup_head_scale,
   mup_normal as mup_normal,
   scale_by_muon as scale_by_muon,

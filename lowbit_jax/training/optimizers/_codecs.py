@@ -12,7 +12,7 @@ from fractions import Fraction
 import jax
 import jax.numpy as jnp
 
-from lowbit_jax import _quantize as core, ops, qarray
+from lowbit_jax import _quantize as core, _serialization, ops, qarray
 from lowbit_jax.formats import (
   BlockFormat,
   CodebookFormat,
@@ -25,6 +25,7 @@ from lowbit_jax.formats import (
 )
 from lowbit_jax.numerics import _scaling
 from lowbit_jax.qarray import QArray
+from lowbit_jax.training.optimizers._common import has_codes
 from lowbit_pallas.arith import bits as fb
 
 FIRST = ('lin8', 'dyn8', 'e4m3', 'e5m2', 'coat', 'lin4', 'de4')
@@ -105,12 +106,15 @@ class RankOne:
   maxima: tuple[jax.Array, ...]
 
 
+_serialization.know(Companded, ('array', 'power'))
+_serialization.know(RankOne, ('array', 'maxima'))
+
 Encoded = QArray | Companded | RankOne
 
 
 def is_encoded(x: object) -> bool:
   """Whether `x` is an encoded leaf; the `is_leaf` of tree functions."""
-  return isinstance(x, QArray | Companded | RankOne)
+  return has_codes(x) or isinstance(x, Companded | RankOne)
 
 
 @dataclasses.dataclass(frozen=True)

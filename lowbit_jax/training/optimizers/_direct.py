@@ -11,6 +11,7 @@ from lowbit_jax import ops, qarray
 from lowbit_jax._tree import path_name
 from lowbit_jax._typing import Key, PyTree
 from lowbit_jax.qarray import QArray, is_qarray
+from lowbit_jax.training.optimizers._common import check_dense
 
 
 def dequantized(params: PyTree) -> PyTree:
@@ -51,6 +52,7 @@ def direct(
     return inner.init(dequantized(params))
 
   def update(updates, state, params=None, **extra_args):
+    check_dense('updates', updates)
     values = None if params is None else dequantized(params)
     return inner.update(updates, state, values, **extra_args)
 
@@ -60,11 +62,20 @@ def direct(
 def apply_updates(
   params: PyTree,
   updates: PyTree,
-  key: Key,
+  key: Key | None = None,
   *,
   scales: Literal['current', 'held'] = 'current',
 ) -> PyTree:
   """w + u, stochastically rounded to the format of w.
+
+  Parameters without an update, None in its place, stay as they are: with the
+  `trainable` tree of `lowbit_jax.partition`, whose holes are None,
+
+    updates, state = tx.update(grads, state, trainable)
+    params = apply_updates(params, updates)
+
+  leaves the QArrays alone. (`optax.apply_updates` would add codes to codes if
+  the holes were filled by `lowbit_jax.combine`.)
 
   The mean over keys is w + u exactly (to 2^-24 of a step) where nothing
   saturates. With 'current' float32 scales and E8M0 scales, which take the rule
@@ -72,26 +83,39 @@ def apply_updates(
 
   Args:
     params: tree of QArrays and float arrays; the latter are added to as usual.
-    updates: tree of float arrays of the shapes of the parameters.
-    key: PRNG key, a new one for every step. Each leaf draws its own numbers,
-      according to its path.
+    updates: tree of float arrays of the shapes of the parameters, or None.
+    key: PRNG key, a new one for every step, where a QArray has an update. Each
+      leaf draws its own numbers, according to its path.
     scales: 'current' for new scales from w + u, 'held' for those that w has:
       then a code changes with probability |u| / step and weights cannot leave
       the range of their block, nor a block of zeros leave zero.
 
   Returns:
     A tree like `params`, with QArrays of the same formats and layouts.
+
+  Raises:
+    TypeError: for a QArray among the updates.
+    ValueError: for shapes that do not agree, or a missing key.
   """
   if scales not in ('current', 'held'):
     raise ValueError(f"scales={scales!r} is not one of ('current', 'held')")
 
+  check_dense('updates', updates)
+
   def apply(path, w, u):
+    if u is None:
+      return w
     if not is_qarray(w):
       return optax.apply_updates(w, u)
     if jnp.shape(u) != w.shape:
       raise ValueError(
         f'updates of {path_name(path)} have shape {jnp.shape(u)}, the parameter'
         f' has {w.shape}; take gradients at dequantized(params)'
+      )
+    if key is None:
+      raise ValueError(
+        f'{path_name(path)} is a QArray, whose update is rounded'
+        ' stochastically: pass key=, a new one in every step'
       )
     leaf_key = jax.random.fold_in(key, zlib.crc32(path_name(path).encode()))
     return _rounded(w, u, leaf_key, scales)

@@ -10,7 +10,14 @@ import jax.numpy as jnp
 import optax
 
 from lowbit_jax._typing import PyTree
-from lowbit_jax.training.optimizers._common import check_steps
+from lowbit_jax.training.optimizers._common import (
+  check_dense,
+  check_steps,
+  widened,
+)
+
+# Smaller ones vanish in float16.
+_SMALLEST = 2.0**-24
 
 
 class LossScaleState(NamedTuple):
@@ -27,6 +34,7 @@ def dynamic_loss_scale(
   initial: float = 2.0**15,
   period: int = 2000,
   factor: float = 2.0,
+  smallest: float = 1.0,
   largest: float = 2.0**24,
 ) -> optax.GradientTransformationExtraArgs:
   """Wraps an optimizer that is given gradients of the scaled loss.
@@ -37,10 +45,14 @@ def dynamic_loss_scale(
   step that is not finite, which is skipped.
 
   Args:
-    inner: the whole optimizer; it sees float32 gradients of the loss itself.
+    inner: the whole optimizer; it sees gradients of the loss itself, and
+      parameters, in at least float32.
     initial: first scale, a power of two so that scaling is exact.
     period: finite steps after which the scale grows.
-    factor: by which it grows and shrinks; it stays between 1 and `largest`.
+    factor: by which it grows and shrinks; it stays between `smallest` and
+      `largest`.
+    smallest: at least 2^-24; below 1 for losses whose gradients overflow as
+      they are, which would otherwise be skipped for ever.
     largest: see `factor`.
 
   Returns:
@@ -50,9 +62,15 @@ def dynamic_loss_scale(
   check_steps('period', period)
   if not factor > 1:
     raise ValueError(f'factor={factor!r} must be larger than 1, such as 2.0')
-  if not 1 <= initial <= largest:
+  if not smallest >= _SMALLEST:
     raise ValueError(
-      f'initial={initial!r} must be between 1 and largest={largest!r}'
+      f'smallest={smallest!r} must be at least 2^-24: float16 has no smaller'
+      ' numbers'
+    )
+  if not smallest <= initial <= largest:
+    raise ValueError(
+      f'initial={initial!r} must be between smallest={smallest!r} and'
+      f' largest={largest!r}'
     )
   inner = optax.with_extra_args_support(inner)
 
@@ -60,21 +78,24 @@ def dynamic_loss_scale(
     return LossScaleState(
       jnp.asarray(initial, jnp.float32),
       jnp.zeros([], jnp.int32),
-      inner.init(params),
+      inner.init(widened(params)),
     )
 
   def update(updates, state, params=None, **extra_args):
+    check_dense('updates', updates)
     scale = state.loss_scale
     finite = all_finite(updates)
     # Not in float16, where the quotient may underflow again.
-    grads = jax.tree.map(lambda g: g.astype(jnp.float32) / scale, updates)
-    updates, new = inner.update(grads, state.inner, params, **extra_args)
+    grads = jax.tree.map(lambda g: g / scale, widened(updates))
+    updates, new = inner.update(
+      grads, state.inner, widened(params), **extra_args
+    )
     updates = jax.tree.map(lambda u: jnp.where(finite, u, 0), updates)
     new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state.inner)
     steps = jnp.where(finite, state.finite_steps + 1, 0)
     grows = steps >= period
     up = jnp.minimum(scale * factor, largest)
-    down = jnp.maximum(scale / factor, 1)
+    down = jnp.maximum(scale / factor, smallest)
     scale = jnp.where(finite, jnp.where(grows, up, scale), down)
     return updates, LossScaleState(scale, jnp.where(grows, 0, steps), new)
 

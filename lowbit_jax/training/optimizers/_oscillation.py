@@ -19,6 +19,7 @@ from lowbit_jax.ops import specs
 from lowbit_jax.recipe import QuantSpec
 from lowbit_jax.training.optimizers._common import (
   check_range,
+  check_real,
   check_steps,
   increment,
 )
@@ -81,6 +82,8 @@ def deoscillate(
     raise ValueError(f'threshold={threshold!r} must be positive, such as 4')
 
   def init(params):
+    check_real('deoscillate', params)
+
     def zeros():
       return optax.tree.zeros_like(params, dtype=jnp.float32)
 
@@ -132,6 +135,7 @@ def q_ema(
   check_steps('start', start, 0)
 
   def init(params):
+    check_real('q_ema', params)
     ema = optax.tree.cast(params, jnp.float32)
     # A copy, so that parameters can be donated.
     ema = jax.tree.map(lambda x: jnp.array(x, copy=True), ema)

@@ -13,7 +13,11 @@ import jax.numpy as jnp
 
 from lowbit_jax import _explicit
 from lowbit_jax._typing import Key, Shape
-from lowbit_jax.training.optimizers._common import check_steps
+from lowbit_jax.training.optimizers._common import (
+  check_steps,
+  safe_norm,
+  wide,
+)
 
 Triple = tuple[float, float, float]
 
@@ -73,7 +77,8 @@ def newton_schulz(
   X <- a X + (b A + c A^2) X with A = X X^T, of the smaller side.
 
   Args:
-    x: (..., m, n) float; computed in its dtype, so not in less than bfloat16.
+    x: (..., m, n) float of any magnitude. The norm is computed in float32, the
+      steps in the dtype of `x`, so not in less than bfloat16.
     coefficients: 'cubic', 'quintic_theory', 'quintic_empirical',
       'polar_express', one triple (a, b, c), several of them, or a
       `NewtonSchulz`.
@@ -81,7 +86,7 @@ def newton_schulz(
 
   Returns:
     An array of the shape and dtype of `x`: U f(S) V^T with f the composition of
-    the steps.
+    the steps. Zeros give zeros.
   """
   _check_matrices(x)
   rule = _coefficients(coefficients)
@@ -94,13 +99,19 @@ def _newton_schulz(x, rule: NewtonSchulz, steps: int) -> jax.Array:
   tall = x.shape[-2] > x.shape[-1]
   if tall:
     x = x.mT
-  norm = jnp.linalg.norm(x, axis=(-2, -1), keepdims=True)
-  x = x / (rule.margin * norm + rule.eps).astype(x.dtype)
+  x = _normalized(x, rule.margin, rule.eps)
   for i in range(steps):
     a, b, c = rule.triples[min(i, len(rule.triples) - 1)]
     square = x @ x.mT
     x = a * x + (b * square + c * square @ square) @ x
   return x.mT if tall else x
+
+
+def _normalized(x, margin: float, eps: float):
+  """X / (margin ||X||_F + eps) for any magnitude, in the dtype of X."""
+  y = wide(x)
+  scale, norm = safe_norm(y, (-2, -1))
+  return (y * scale / (margin * norm + eps * scale)).astype(x.dtype)
 
 
 def randomized_polar(
@@ -121,7 +132,7 @@ def randomized_polar(
   O = Q polar(B), of rank at most k.
 
   Args:
-    x: (..., m, n), float32 or less; computed in float32.
+    x: (..., m, n) float of any magnitude; computed in at least float32.
     key: PRNG key of the sketch.
     rank: r, at least 1. k is at most the smaller side, where O is the whole
       polar factor.
@@ -154,22 +165,24 @@ def randomized_polar(
 
 
 def _randomized(x, key, k, power_iterations, coefficients, steps, sketch):
-  a = x.astype(jnp.float32)
-  wide = x.shape[-2] < x.shape[-1]
-  if wide:
+  a = wide(x)
+  is_wide = x.shape[-2] < x.shape[-1]
+  if is_wide:
     a = a.mT
   *batch, n = a.shape[:-2] + a.shape[-1:]
+  # The power iterations would cube the magnitude of A; any multiple will do.
+  unit = _normalized(a, 1.0, float(jnp.finfo(a.dtype).tiny))
   if sketch == 'gaussian':
-    y = a @ jax.random.normal(key, (*batch, n, k), a.dtype)
+    y = unit @ jax.random.normal(key, (*batch, n, k), a.dtype)
   else:
     draws = jax.random.uniform(key, (*batch, 1, n), jnp.float32)
     order = jnp.argsort(draws, axis=-1)
-    y = jnp.take_along_axis(a, order[..., :k], axis=-1)
+    y = jnp.take_along_axis(unit, order[..., :k], axis=-1)
   for _ in range(power_iterations):
-    y = a @ (a.mT @ y)
+    y = unit @ (unit.mT @ y)
   q, _ = jnp.linalg.qr(y)
   o = q @ newton_schulz(q.mT @ a, coefficients, steps)
-  return (o.mT if wide else o).astype(x.dtype)
+  return (o.mT if is_wide else o).astype(x.dtype)
 
 
 def sketch_size(shape: Shape, rank: int, oversample: int) -> int:

@@ -2,26 +2,35 @@
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
+from lowbit_jax import _serialization
 from lowbit_jax._tree import path_name
 from lowbit_jax._typing import PyTree
 from lowbit_jax.formats import BlockFormat
 from lowbit_jax.training.optimizers import _codecs
 from lowbit_jax.training.optimizers._common import (
+  check_dense,
   check_steps,
+  content,
+  in_float32,
   is_embedding,
+  map_moments,
+  reboxed,
 )
 
+MIN_SIZE = 4096
+
 # Fields of the states of optax that hold averages of squares.
-_SECOND = ('nu', 'nu_max', 'sum_of_squares')
+_SECOND = ('nu', 'nu_max', 'sum_of_squares', 'e_g', 'e_x')
 
 Moment = str | BlockFormat | None
+Exclude = Callable[[str, jax.Array], bool] | Literal['embeddings'] | None
 
 
 def quantized_state(
@@ -30,16 +39,18 @@ def quantized_state(
   first: Moment = 'dyn8',
   second: Moment = 'dyn8',
   block: int | None = None,
-  min_size: int = 4096,
-  exclude: Callable[[str, jax.Array], bool] | None = is_embedding,
+  min_size: int = MIN_SIZE,
+  exclude: Exclude = 'embeddings',
 ) -> optax.GradientTransformationExtraArgs:
   """Keeps the moments of an optimizer in few bits: decode, update, encode.
 
-  A leaf of the state of `inner` is encoded if it has the path (below the field
-  of the state) and the shape of a parameter, holds floats, and has at least
-  `min_size` elements. Fields nu, nu_max and sum_of_squares are second moments;
-  all others, such as mu and trace, first moments. The arithmetic of `inner` is
-  that of its own dtypes.
+  A leaf of the state of `inner` is encoded if it is the place of a parameter in
+  a subtree that has the structure of the parameters (parts may be masked), has
+  its shape, holds floats, and has at least `min_size` elements. The name of the
+  field that holds the subtree says what it is: nu, nu_max, sum_of_squares, e_g
+  and e_x are second moments; all others, such as mu and trace, first moments.
+  `inner` computes in float32 (float64 for such parameters) whatever the dtypes
+  of parameters and gradients, and updates have the dtypes of the gradients.
 
   A codec stores x ~ element(code) * scale in blocks of B elements with float32
   scales. Codecs differ in the set of elements and in the scale:
@@ -70,8 +81,8 @@ def quantized_state(
       'dyn8' and 128 with others.
     min_size: leaves with fewer elements are left as they are.
     exclude: predicate of a path such as 'block_0/kernel' and a parameter;
-      leaves where it is true are left as they are. By default embeddings; None
-      for no exception.
+      leaves where it is true are left as they are. 'embeddings' is
+      `is_embedding`; None makes no exception.
 
   Returns:
     A transformation whose state is that of `inner` with quantized leaves:
@@ -95,74 +106,84 @@ def quantized_state(
   check_steps('min_size', min_size, 0)
   if block is not None:
     check_steps('block', block)
+  if isinstance(exclude, str):
+    if exclude != 'embeddings':
+      raise ValueError(
+        f"exclude={exclude!r} must be 'embeddings', None or a function of a"
+        ' path and a parameter'
+      )
+    exclude = is_embedding
   codecs = {}
   for name, value in (('first', first), ('second', second)):
     if value is not None:
       codecs[name] = _codecs.find(value, name == 'second', name, block)
-  inner = optax.with_extra_args_support(inner)
+  inner = in_float32(inner)
 
   def init(params):
-    shapes = _quantized_shapes(params, min_size, exclude)
-    return _encode_first(inner.init(params), shapes, codecs)
+    check_dense('params', params)
+    _serialization.know_all()
+
+    def encode(field, path, param, x):
+      return _encode_first(
+        codecs.get(_role(field)),
+        content(param),
+        x,
+        positive=_role(field) == 'second',
+        is_exempt=exclude is not None
+        and exclude(path_name(path), content(param)),
+        min_size=min_size,
+      )
+
+    return map_moments(encode, params, inner.init(params))
 
   def update(updates, state, params=None, **extra_args):
-    updates, new = inner.update(updates, _decode(state), params, **extra_args)
-    return updates, _encode_again(state, new)
+    decoded = map_moments(_decode, updates, state, is_leaf=_codecs.is_encoded)
+    updates, new = inner.update(updates, decoded, params, **extra_args)
+    return updates, map_moments(
+      _encode_again, updates, state, new, is_leaf=_codecs.is_encoded
+    )
 
   return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _quantized_shapes(params, min_size: int, exclude) -> dict[tuple, tuple]:
-  """The shapes of the parameters whose moments are encoded, by path."""
-  return {
-    path: leaf.shape
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params)
-    if leaf.size >= min_size
-    and leaf.ndim
-    and not (exclude is not None and exclude(path_name(path), leaf))
-  }
+def _encode_first(
+  codec, param, x, *, positive: bool, is_exempt: bool, min_size: int
+):
+  """A leaf of a new state, encoded if it is a moment that is to be."""
+  value = content(x)
+  if (
+    codec is None
+    or is_exempt
+    or not param.ndim
+    or param.size < min_size
+    or jnp.shape(value) != param.shape
+    or not jnp.issubdtype(value.dtype, jnp.floating)
+  ):
+    return x
+  encoded = _codecs.encode(value, codec, positive)
+  # A variable of NNX holds an array: with a pytree in it, `nnx.Optimizer` puts
+  # a dict of its leaves in the place of the pytree.
+  is_variable = hasattr(type(x), 'get_raw_value')
+  return encoded if is_variable else reboxed(x, encoded)
 
 
-def _encode_first(state, shapes: dict[tuple, tuple], codecs: dict):
-  """A new state, with the moments of parameters of these shapes encoded."""
-
-  def encode(path, x):
-    # A moment has the path of its parameter below that of its field.
-    suffixes = (path[i:] for i in range(len(path) + 1))
-    shape = next((shapes[s] for s in suffixes if s in shapes), None)
-    codec = codecs.get(_role(path))
-    if (
-      shape is None
-      or codec is None
-      or jnp.shape(x) != shape
-      or not jnp.issubdtype(x.dtype, jnp.floating)
-    ):
-      return x
-    return _codecs.encode(x, codec, _role(path) == 'second')
-
-  return jax.tree_util.tree_map_with_path(encode, state)
+def _decode(field, path, update, old):
+  """A leaf of a state as floats, in the box that the gradient has."""
+  del field, path
+  encoded = content(old)
+  if not _codecs.is_encoded(encoded):
+    return old
+  return reboxed(update, _codecs.decode(encoded))
 
 
-def _decode(state):
-  """A state with its encoded leaves as floats."""
-  return jax.tree.map(
-    lambda x: _codecs.decode(x) if _codecs.is_encoded(x) else x,
-    state,
-    is_leaf=_codecs.is_encoded,
-  )
-
-
-def _encode_again(old, new):
-  """The state `new`, with the leaves encoded that are encoded in `old`."""
-
-  def encode(path, old, x):
-    if not _codecs.is_encoded(old):
-      return x
-    return _codecs.encode_like(old, x, _role(path) == 'second')
-
-  return jax.tree_util.tree_map_with_path(
-    encode, old, new, is_leaf=_codecs.is_encoded
-  )
+def _encode_again(field, path, update, old, new):
+  """The leaf `new`, encoded if `old` is."""
+  del path, update
+  encoded = content(old)
+  if not _codecs.is_encoded(encoded):
+    return new
+  positive = _role(field) == 'second'
+  return reboxed(old, _codecs.encode_like(encoded, content(new), positive))
 
 
 def adamw(
@@ -176,8 +197,8 @@ def adamw(
   nesterov: bool = False,
   first: Moment = 'dyn8',
   second: Moment = 'dyn8',
-  min_size: int = 4096,
-  exclude: Callable[[str, jax.Array], bool] | None = is_embedding,
+  min_size: int | None = None,
+  exclude: Exclude = 'embeddings',
 ) -> optax.GradientTransformationExtraArgs:
   """AdamW with moments of 8 bits, as `optax.adamw` otherwise.
 
@@ -185,14 +206,15 @@ def adamw(
     learning_rate: a number or a schedule.
     b1: as in `optax.adamw`, as are `b2`, `eps`, `weight_decay`, `mask` and
       `nesterov`.
-    first: as in `quantized_state`, as are `second`, `min_size` and `exclude`.
+    first: as in `quantized_state`, as are `second`, `min_size`, None for its
+      default, and `exclude`.
   """
   return optax.chain(
     quantized_state(
       optax.scale_by_adam(b1, b2, eps, nesterov=nesterov),
       first=first,
       second=second,
-      min_size=min_size,
+      min_size=MIN_SIZE if min_size is None else min_size,
       exclude=exclude,
     ),
     optax.add_decayed_weights(weight_decay, mask),
@@ -201,16 +223,38 @@ def adamw(
 
 
 def adamw_4bit(
-  learning_rate: optax.ScalarOrSchedule, **options: Any
+  learning_rate: optax.ScalarOrSchedule,
+  b1: float = 0.9,
+  b2: float = 0.999,
+  eps: float = 1e-8,
+  weight_decay: float = 1e-4,
+  mask: Any = None,
+  *,
+  nesterov: bool = False,
+  first: Moment = 'de4',
+  second: Moment = 'rank1_lin4',
+  min_size: int | None = None,
+  exclude: Exclude = 'embeddings',
 ) -> optax.GradientTransformationExtraArgs:
   """AdamW with moments of 4 bits: 'de4', and 'rank1_lin4' for the second.
 
   Args:
     learning_rate: a number or a schedule.
-    **options: the other arguments of `adamw`.
+    b1: as in `adamw`, as are all other arguments.
   """
-  options = {'first': 'de4', 'second': 'rank1_lin4'} | options
-  return adamw(learning_rate, **options)
+  return adamw(
+    learning_rate,
+    b1,
+    b2,
+    eps,
+    weight_decay,
+    mask,
+    nesterov=nesterov,
+    first=first,
+    second=second,
+    min_size=min_size,
+    exclude=exclude,
+  )
 
 
 def state_bytes(state: PyTree) -> int:
@@ -221,6 +265,5 @@ def state_bytes(state: PyTree) -> int:
   )
 
 
-def _role(path) -> str:
-  names = {getattr(key, 'name', None) for key in path}
-  return 'second' if names & set(_SECOND) else 'first'
+def _role(field: str | None) -> str:
+  return 'second' if field in _SECOND else 'first'

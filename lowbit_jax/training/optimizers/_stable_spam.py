@@ -11,10 +11,17 @@ import jax.numpy as jnp
 import optax
 
 from lowbit_jax.training.optimizers._common import (
+  check_dense,
   check_range,
   check_steps,
+  in_float32,
   increment,
+  safe_norm,
+  wide,
 )
+
+# Its square is finite in float32.
+_LARGEST_NORM = 2.0**63
 
 
 class AdaClipState(NamedTuple):
@@ -56,18 +63,20 @@ def adaclip(theta: float = 0.999) -> optax.GradientTransformation:
   check_range('theta', theta, 0, 1)
 
   def init(params):
+    check_dense('params', params)
     return AdaClipState(jnp.zeros([], jnp.int32), _scalars(params))
 
   def update(updates, state, params=None):
     del params
+    check_dense('updates', updates)
     count = increment(state.steps)
-    top = jax.tree.map(lambda g: jnp.max(jnp.abs(_wide(g)), initial=0), updates)
+    top = jax.tree.map(_largest, updates)
     peak = optax.tree.update_moment(top, state.peak, theta, 1)
     limit = optax.tree.bias_correction(peak, theta, count)
 
     def clip(g, top, limit):
       scale = limit / jnp.where(top > 0, top, 1)
-      x = _wide(g)
+      x = wide(g)
       return jnp.where(jnp.abs(x) > limit, x * scale, x).astype(g.dtype)
 
     return jax.tree.map(clip, updates, top, limit), AdaClipState(count, peak)
@@ -92,7 +101,8 @@ def adagn(
 
   Returns:
     A transformation with two numbers of state per tensor. A gradient of zeros
-    stays one.
+    stays one. The history counts norms beyond 2^63 as 2^63, so that their
+    squares stay finite.
   """
   if not callable(gamma1):
     check_range('gamma1', gamma1, 0, 1)
@@ -106,17 +116,19 @@ def adagn(
     del params
     decay = gamma1(state.steps) if callable(gamma1) else gamma1
     count = increment(state.steps)
-    n = jax.tree.map(lambda g: jnp.linalg.norm(_wide(g).ravel()), updates)
+    n = jax.tree.map(_norm, updates)
     norm = optax.tree.update_moment(n, state.norm, decay, 1)
     square = optax.tree.update_moment(n, state.square, gamma2, 2)
     m = optax.tree.bias_correction(norm, decay, count)
     v = optax.tree.bias_correction(square, gamma2, count)
 
-    def scale(g, n, m, v):
+    def scale(g, m, v):
+      x = wide(g)
+      power, n = safe_norm(x)
       factor = m / (jnp.sqrt(v) + eps) / jnp.where(n > 0, n, 1)
-      return (_wide(g) * factor).astype(g.dtype)
+      return (x * power * factor).astype(g.dtype)
 
-    updates = jax.tree.map(scale, updates, n, m, v)
+    updates = jax.tree.map(scale, updates, m, v)
     return updates, AdaGNState(count, norm, square)
 
   return optax.GradientTransformation(init, update)
@@ -132,11 +144,12 @@ def momentum_reset(
 
   Args:
     inner: a transformation whose initial state depends on shapes only, such as
-      `optax.scale_by_adam()`. Schedules inside it start again too.
+      `optax.scale_by_adam()`; it computes in at least float32. Schedules inside
+      it start again too.
     every: steps between resets.
   """
   check_steps('every', every)
-  inner = optax.with_extra_args_support(inner)
+  inner = in_float32(inner)
 
   def init(params):
     return MomentumResetState(jnp.zeros([], jnp.int32), inner.init(params))
@@ -165,9 +178,9 @@ def stable_spam(
   gamma1: float = 0.7,
   gamma2: float = 0.9,
   theta: float = 0.999,
-  every: int = 1000,
+  every: int | None = None,
   decay_steps: int | None = None,
-) -> optax.GradientTransformation:
+) -> optax.GradientTransformationExtraArgs:
   """StableSPAM: `adaclip`, `adagn`, and Adam within `momentum_reset`.
 
   Gradients are clipped, then normalized; the moments and the bias correction of
@@ -179,10 +192,11 @@ def stable_spam(
     gamma1: as in `adagn`.
     gamma2: as in `adagn`.
     theta: as in `adaclip`.
-    every: as in `momentum_reset`.
+    every: as in `momentum_reset`; None for 1000.
     decay_steps: None, or the steps T over which `b1` and `gamma1` fall to half
       of their values: both are multiplied by (3 + cos(pi t / T)) / 4.
   """
+  every = 1000 if every is None else every
   adam = optax.scale_by_adam(b1, b2, eps)
   momentum = momentum_reset(adam, every)
   decay = gamma1
@@ -202,8 +216,16 @@ def stable_spam(
   )
 
 
-def _wide(g):
-  return g.astype(jnp.float32)
+def _largest(g):
+  """max |g|."""
+  return jnp.max(jnp.abs(wide(g)), initial=0).astype(jnp.float32)
+
+
+def _norm(g):
+  """||g||, at most `_LARGEST_NORM`."""
+  scale, norm = safe_norm(wide(g))
+  norm = jnp.minimum(norm, _LARGEST_NORM * scale) / scale
+  return norm.reshape(()).astype(jnp.float32)
 
 
 def _scalars(params):

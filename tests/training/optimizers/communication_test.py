@@ -62,6 +62,28 @@ class QSGDTest(parameterized.TestCase):
     error = np.sum((k / levels * norm - g) ** 2) / norm**2
     self.assertLess(error, 1.2 * min(512 / levels**2, 512**0.5 / levels))
 
+  def test_any_magnitude(self):
+    encode = jax.jit(lambda x: optimizers.qsgd_encode(x, jax.random.key(0)))
+    g = np.random.RandomState(1).uniform(0.5, 1, 64).astype(np.float32)
+    usual = encode(g)
+    for power in (-100, 100):
+      q = encode(np.ldexp(g, power))
+      np.testing.assert_array_equal(q.codes, usual.codes)
+      np.testing.assert_array_equal(q.scale, np.ldexp(usual.scale, power))
+    # The norm is beyond float32, or its part below.
+    for top in (np.finfo(np.float32).max, np.float32(2.0**-125)):
+      value = np.float64(lowbit_jax.dequantize(encode(top * g)))
+      self.assertTrue(np.all(np.isfinite(value)))
+      # Rounding is by up to one step, of seven in the largest number or more.
+      step = max(float(encode(top * g).scale[0]), 2.0**-126)
+      self.assertLessEqual(np.abs(value - np.float64(top) * g).max(), step)
+
+  def test_refuses_complex_numbers(self):
+    for tx in (optimizers.qsgd(), optimizers.ef_sign()):
+      g = {'w': jnp.ones(3, jnp.complex64)}
+      with self.assertRaisesRegex(TypeError, 'w is complex64'):
+        tx.update(g, tx.init({'w': jnp.ones(3)}))
+
   def test_seeds_steps_and_leaves_differ(self):
     g = {'a': gradient(), 'b': gradient()}
 
@@ -121,6 +143,11 @@ class EFSignTest(absltest.TestCase):
     np.testing.assert_allclose(sent + state.error, total, atol=1e-4)
     # The rest does not grow: its norm is bounded by that of some gradients.
     self.assertLess(np.linalg.norm(state.error), 20 * np.linalg.norm(g))
+
+  def test_the_mean_does_not_overflow(self):
+    tx = optimizers.ef_sign()
+    g = jnp.full(8, 3e38)
+    np.testing.assert_allclose(tx.update(g, tx.init(g))[0], g, rtol=1e-6)
 
   def test_equation(self):
     tx = optimizers.ef_sign()

@@ -131,6 +131,48 @@ class ApplyUpdatesTest(parameterized.TestCase):
       optimizers.apply_updates(q, weights(), key, scales='new')
     with self.assertRaisesRegex(ValueError, r'w have shape \(3,\)'):
       optimizers.apply_updates({'w': q}, {'w': jnp.ones(3)}, key)
+    with self.assertRaisesRegex(ValueError, 'w is a QArray.*key='):
+      optimizers.apply_updates({'w': q}, {'w': weights()})
+
+  def test_frozen_weights_stay(self):
+    q = quantize(weights(), formats.int4_g32)
+    params = {'w': q, 'b': np.ones(3, np.float32)}
+    trainable, frozen = lowbit_jax.partition(params)
+    tx = optax.sgd(1.0)
+    updates, _ = tx.update(trainable, tx.init(trainable), trainable)
+    new = optimizers.apply_updates(params, updates)
+    self.assertIs(new['w'], q)
+    np.testing.assert_array_equal(new['b'], 0)
+
+  def test_scales_alone_are_trained(self):
+    w = np.ones((4, 64), np.float32)
+    params = {'w': quantize(w, formats.int4_g32)}
+    trainable, _ = lowbit_jax.partition(params, scales=True)
+    tx = optimizers.dynamic_loss_scale(optimizers.adamw(0.1, min_size=0))
+    state = jax.eval_shape(tx.init, trainable)
+    updates, new = jax.eval_shape(tx.update, trainable, state, trainable)
+    self.assertEqual(jax.tree.structure(new), jax.tree.structure(state))
+    self.assertEqual(updates['w'].scale.shape, params['w'].scale.shape)
+
+  def test_codes_are_not_updated(self):
+    q = quantize(weights(), formats.int4_g32)
+    params = {'w': q, 'b': np.ones(3, np.float32)}
+    trainable, frozen = lowbit_jax.partition(params)
+    filled = lowbit_jax.combine(trainable, frozen)
+    with self.assertRaisesRegex(TypeError, "QArray at 'w'.*partition"):
+      optimizers.apply_updates(params, filled)
+    for tx in (
+      optimizers.adamw(1.0), optimizers.muon(1.0), optimizers.stable_spam(1.0),
+      optimizers.ef_sign(), optimizers.qsgd(),
+    ):  # fmt: skip
+      with self.assertRaisesRegex(TypeError, "QArray at 'w'"):
+        jax.eval_shape(lambda: tx.update(filled, tx.init(params), params))
+    for tx in (
+      optimizers.direct(optax.sgd(1.0)),
+      optimizers.dynamic_loss_scale(optax.sgd(1.0)),
+    ):
+      with self.assertRaisesRegex(TypeError, "updates holds a QArray at 'w'"):
+        jax.eval_shape(lambda: tx.update(filled, tx.init(params), params))
 
 
 class DirectTest(absltest.TestCase):

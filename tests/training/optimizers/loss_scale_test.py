@@ -48,6 +48,18 @@ class LossScaleTest(parameterized.TestCase):
     self.assertEqual(self._scales(tx, [1] * 4), [4, 8, 8, 8])
     self.assertEqual(self._scales(tx, [0] * 3), [1, 1, 1])
 
+  def test_scales_below_one(self):
+    tx = optimizers.dynamic_loss_scale(
+      optax.identity(), initial=0.5, smallest=0.125, largest=8.0
+    )
+    self.assertEqual(self._scales(tx, [0] * 4), [0.25, 0.125, 0.125, 0.125])
+
+  def test_complex_gradients_keep_both_parts(self):
+    tx = optimizers.dynamic_loss_scale(optax.identity(), initial=4.0)
+    g = jnp.array([4.0 - 8.0j])
+    out, _ = tx.update(g, tx.init(g))
+    np.testing.assert_array_equal(out, g / 4)
+
   def test_a_step_that_is_not_finite_changes_nothing(self):
     tx = optimizers.dynamic_loss_scale(optax.adam(0.1))
     w = np.ones(3, np.float32)
@@ -101,6 +113,8 @@ class LossScaleTest(parameterized.TestCase):
     (dict(period=0), 'period=0'),
     (dict(factor=1.0), 'factor=1.0'),
     (dict(initial=2.0**30), 'initial=.*largest='),
+    (dict(initial=0.5), 'initial=0.5.*smallest=1.0'),
+    (dict(smallest=2.0**-30), 'smallest='),
   )
   def test_errors(self, options, message):
     with self.assertRaisesRegex(ValueError, message):

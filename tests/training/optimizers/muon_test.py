@@ -133,11 +133,99 @@ class PartsTest(parameterized.TestCase):
     ('logits/kernel', (8, 8), False),
     ('unembed', (8, 8), False),
     ('classifier/kernel', (8, 8), False),
+    ('LayerNorm_0/scale', (12, 8), False),
+    ('blocks/pre_norm/weight', (12, 8), False),
+    ('blocks/LoRA_0/a', (12, 8), False),
+    ('lora_b', (8, 8), True),
+    ('PreNormBlock_0/kernel', (8, 8), True),
+    ('up_bias', (12, 8), False),
+    ('Conv_0/kernel', (3, 8, 8), False),
+    ('kernel', (0, 8), False),
+    ('class_token', (1, 1, 8), False),
   )
   def test_hidden_matrices(self, path, shape, expected):
     leaf = jax.ShapeDtypeStruct(shape, jnp.float32)
     axes = optimizers.hidden_matrices(path, leaf)
     self.assertEqual(axes is not None, expected)
+
+  @parameterized.parameters(
+    ('moe/experts', (4, 8, 16), 1, 2),
+    ('attention/query/kernel', (8, 2, 4), 0, (1, 2)),
+    ('attn/out/kernel', (2, 4, 8), (0, 1), 2),
+    ('out/kernel', (2, 4, 8), 1, 2),
+    ('layers_0/mlp/kernel', (8, 16), 0, 1),
+    ('layers/0/query/kernel', (8, 2, 4), 0, (1, 2)),
+    ('layers/query/kernel', (12, 8, 8), 1, 2),
+    ('layers/query/kernel', (12, 8, 2, 4), 1, (2, 3)),
+    ('ScanBlock_0/MultiHeadDotProductAttention_0/out/kernel',
+     (12, 2, 4, 8), (1, 2), 3),
+    ('decoder/query/kernel', (12, 8, 2, 4), 1, (2, 3)),
+    ('blocks/moe/experts', (12, 4, 8, 16), 2, 3),
+  )  # fmt: skip
+  def test_stacked_and_grouped_matrices(self, path, shape, inner, outer):
+    leaf = jax.ShapeDtypeStruct(shape, jnp.float32)
+    axes = optimizers.hidden_matrices(path, leaf)
+    self.assertEqual(axes, MuonDimensionNumbers(inner, outer))
+
+  def test_a_complex_matrix_is_not_taken(self):
+    leaf = jax.ShapeDtypeStruct((8, 8), jnp.complex64)
+    self.assertIsNone(optimizers.hidden_matrices('kernel', leaf))
+
+  def test_table(self):
+    leaf = jax.ShapeDtypeStruct
+    w = {
+      'attn': {'query': {'kernel': leaf((8, 2, 4), jnp.float32)}},
+      'layers': {
+        'norm': leaf((3, 8), jnp.float32),
+        'up': leaf((3, 8, 16), jnp.float32),
+      },
+    }
+    self.assertEqual(
+      optimizers.muon_table(w).splitlines(),
+      [
+        'attn/query/kernel  (8, 2, 4)   muon, 1 of (8, 8)',
+        'layers/norm        (3, 8)      other',
+        'layers/up          (3, 8, 16)  muon, 3 of (8, 16)',
+      ],
+    )
+    table = optimizers.muon_table(w, lambda path, leaf: None)
+    self.assertEqual(table.count('other'), 3)
+    self.assertEqual(optimizers.muon_table({}), '')
+
+  def test_each_matrix_of_a_stack_has_its_own_factor(self):
+    a, b = (gradients(i, jnp.zeros((8, 24))) for i in range(2))
+    b = 100 * b
+    grads = {
+      'layers': {'kernel': np.stack([a, b]), 'scale': np.ones((2, 8))},
+      'query': {'kernel': a.reshape(8, 4, 6)},
+      'plain': [a, b],
+      'empty': np.zeros((0, 8), np.float32),
+    }
+    tx = optimizers.muon(1.0, dimensions=lambda path, leaf: (
+      MuonDimensionNumbers() if path == 'empty'
+      else optimizers.hidden_matrices(path, leaf)
+    ))  # fmt: skip
+    u, _ = jax.jit(lambda g: tx.update(g, tx.init(g), g))(grads)
+    for i in range(2):
+      np.testing.assert_allclose(
+        u['layers']['kernel'][i], u['plain'][i], atol=1e-5
+      )
+    np.testing.assert_allclose(
+      u['query']['kernel'].reshape(8, 24), u['plain'][0], atol=1e-5
+    )
+    # The first step of AdamW.
+    np.testing.assert_allclose(u['layers']['scale'], -1.0, rtol=1e-5)
+    self.assertEqual(u['empty'].shape, (0, 8))
+
+  def test_dtype_of_the_momentum(self):
+    w = {'w': jax.ShapeDtypeStruct((8, 8), jnp.bfloat16)}
+    for dtype, expected in ((None, 'float32'), ('bfloat16', 'bfloat16')):
+      tx = optimizers.scale_by_muon(mu_dtype=dtype)
+      state = jax.eval_shape(tx.init, w)
+      updates, new = jax.eval_shape(tx.update, w, state)
+      self.assertEqual(updates['w'].dtype, jnp.bfloat16)
+      for s in (state, new):
+        self.assertEqual(s.mu['w'].dtype, jnp.dtype(expected))
 
   def test_other_leaves_are_those_of_adamw(self):
     tx = optimizers.muon(0.02, weight_decay=0.1)
@@ -306,6 +394,8 @@ class MuPTest(parameterized.TestCase):
     )
     np.testing.assert_array_equal(u['embed']['table'], w['embed']['table'])
     np.testing.assert_array_equal(u['down']['kernel'], w['down']['kernel'])
+    empty = {'head': jnp.zeros((0, 4))}
+    self.assertEqual(tx.update(empty, tx.init(empty), empty)[0], empty)
     with self.assertRaisesRegex(ValueError, 'base_width=0'):
       optimizers.mup_head_scale(0)
 

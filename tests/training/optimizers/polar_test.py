@@ -51,6 +51,48 @@ def oracle(x, triples, margin=1.0, eps=1e-8) -> np.ndarray:
   return (u * s) @ vt
 
 
+class MagnitudeTest(absltest.TestCase):
+  def test_magnitudes_do_not_count(self):
+    # Powers of two change no bit: norms neither overflow nor underflow.
+    x = np.random.RandomState(0).uniform(1, 2, (8, 12)).astype(np.float32)
+    powers = {
+      jnp.float32: (-60, 0, 60, 120),
+      jnp.bfloat16: (-60, 0, 60, 120),
+      jnp.float16: (-4, 0, 6, 14),
+    }
+    rule = optimizers.NewtonSchulz(((2.0, -1.5, 0.5),), eps=0.0)
+    polar = functools.partial(
+      optimizers.randomized_polar,
+      key=jax.random.key(0),
+      rank=4,
+      oversample=0,
+      coefficients=rule,
+    )
+
+    @jax.jit
+    def factors(stacks):
+      full = {k: optimizers.newton_schulz(x, rule) for k, x in stacks.items()}
+      zeros = [optimizers.newton_schulz(0 * x[:2]) for x in stacks.values()]
+      return full, zeros, jax.vmap(polar)(stacks['float32'])
+
+    full, zeros, low = factors(
+      {
+        jnp.dtype(dtype).name: np.stack([np.ldexp(x, p) for p in own]).astype(
+          dtype
+        )
+        for dtype, own in powers.items()
+      }
+    )
+    for y in (*full.values(), low):
+      y = np.asarray(y, np.float32)
+      self.assertTrue(np.all(np.isfinite(y)))
+      self.assertGreater(np.abs(y[0]).max(), 0.1)
+      for i in range(1, len(y)):
+        np.testing.assert_array_equal(y[i], y[0])
+    for y in zeros:
+      np.testing.assert_array_equal(np.asarray(y, np.float32), 0)
+
+
 class NewtonSchulzTest(parameterized.TestCase):
   # Ends of the interval of singular values of normal 256 x 512 matrices, found
   # with another draw; their edges vary by about .01 from draw to draw. The

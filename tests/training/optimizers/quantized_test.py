@@ -3,6 +3,7 @@
 import functools
 import pathlib
 import tempfile
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -75,6 +76,13 @@ def params(shape=(64, 128)):
     },
     'embed': {'table': random.randn(*shape).astype(np.float32)},
   }
+
+
+class Pair(NamedTuple):
+  """Parameters with the names of moments."""
+
+  nu: Any
+  mu: Any
 
 
 def gradients(seed: int, like):
@@ -325,6 +333,51 @@ class QuantizedStateTest(parameterized.TestCase):
     self.assertTrue(fmt_m.element.is_signed)
     self.assertFalse(fmt_v.element.is_signed)
 
+  def test_moments_are_told_by_structure(self):
+    # Not by names: a parameter may be called as a moment, and the path of one
+    # may end in that of another.
+    leaf = jax.ShapeDtypeStruct((64, 128), jnp.float32)
+    w = {
+      'a': Pair(leaf, leaf),
+      'b': {'a': Pair(leaf, leaf)},
+      'nu': {'nu': leaf},
+    }
+    excluded = {'b/a/nu', 'a/mu'}
+    tx = optimizers.quantized_state(
+      optax.masked(optax.scale_by_adam(), {'a': True, 'b': True, 'nu': True}),
+      first='e4m3',
+      second='e5m2',
+      exclude=lambda path, leaf: path in excluded,
+    )
+    first = jax.eval_shape(tx.init, w)
+    _, again = jax.eval_shape(tx.update, w, first)
+    for state in (first, again):
+      mu, nu = state.inner_state.mu, state.inner_state.nu
+      for moment, fmt in ((mu, 'e4m3fn'), (nu, 'e5m2')):
+        leaves, _ = jax.tree_util.tree_flatten_with_path(
+          moment, is_leaf=lowbit_jax.qarray.is_qarray
+        )
+        for path, x in leaves:
+          name = lowbit_jax._tree.path_name(path)
+          if name in excluded:
+            self.assertIsInstance(x, jax.ShapeDtypeStruct)
+          else:
+            self.assertEqual(x.fmt.element.name, fmt)
+
+  def test_positive_elements_follow_the_field(self):
+    # E5M2 codes of positive numbers never become zero, those of first moments
+    # do, whatever the parameters are called.
+    tx = optimizers.quantized_state(
+      optax.scale_by_adam(b1=0.0, b2=0.0), first='e5m2', second='e5m2'
+    )
+    g = np.full((64, 128), 1e-12, np.float32)
+    g[:, 0] = 1.0
+    w = Pair(nu=g, mu=g)
+    _, state = jax.jit(lambda w: tx.update(w, tx.init(w)))(w)
+    for name in Pair._fields:
+      np.testing.assert_array_equal(getattr(state.mu, name).codes[:, 1:], 0)
+      np.testing.assert_array_equal(getattr(state.nu, name).codes[:, 1:], 1)
+
   def test_options(self):
     tx = optimizers.quantized_state(
       optax.scale_by_adam(),
@@ -398,7 +451,7 @@ class QuantizedStateTest(parameterized.TestCase):
   def test_update_decodes_and_encodes_more_codecs(self, first, second):
     self._check_update(first, second)
 
-  def test_keeps_dtypes(self):
+  def test_computes_in_float32(self):
     w = jax.ShapeDtypeStruct((64, 128), jnp.bfloat16)
     tx = optimizers.quantized_state(optax.scale_by_adam(), second='rank1_de4')
     state = jax.eval_shape(tx.init, w)
@@ -406,7 +459,7 @@ class QuantizedStateTest(parameterized.TestCase):
     self.assertEqual(updates.dtype, jnp.bfloat16)
     for moment in (state.mu, state.nu):
       decoded = jax.eval_shape(_codecs.decode, moment)
-      self.assertEqual(decoded.dtype, jnp.bfloat16)
+      self.assertEqual(decoded.dtype, jnp.float32)
 
   def _check_scan(self, first, second):
     target = gradients(7, np.zeros((64, 128), np.float32))
@@ -522,6 +575,8 @@ class QuantizedStateTest(parameterized.TestCase):
     (dict(second=8), ValueError, 'second=8'),
     (dict(min_size=-1), ValueError, 'min_size=-1'),
     (dict(block=0), ValueError, 'block=0'),
+    (dict(exclude='heads'), ValueError, "exclude='heads'.*embeddings"),
+    (dict(min_size=jnp.ones((), int)), ValueError, 'static_args'),
   )
   def test_errors_name_the_remedy(self, options, error, message):
     with self.assertRaisesRegex(error, message):

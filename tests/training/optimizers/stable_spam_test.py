@@ -97,6 +97,34 @@ class StableSpamTest(parameterized.TestCase):
     out, _ = tx.update(g, tx.init(g))
     np.testing.assert_array_equal(out, g)
 
+  def test_norms_of_any_magnitude(self):
+    tx = optimizers.adagn()
+    update = jax.jit(tx.update)
+    g = np.random.RandomState(0).randn(4, 4).astype(np.float32)
+    state = tx.init(g)
+    for power in (100, 0):
+      out, state = update(np.ldexp(g, power), state)
+      self.assertTrue(all(np.isfinite(x) for x in jax.tree.leaves(state)))
+      if power:  # m^ = sqrt(v^) in the first step
+        np.testing.assert_allclose(out, g / np.linalg.norm(g), rtol=1e-5)
+    self.assertTrue(np.all(np.asarray(out) * g > 0))
+
+  def test_complex_gradients_keep_both_parts(self):
+    g = np.complex64([3.0 - 4.0j, 0.3j])
+    clip, normalize = optimizers.adaclip(0.5), optimizers.adagn()
+
+    @jax.jit
+    def both(g):
+      _, state = clip.update(g, clip.init(g))
+      clipped, _ = clip.update(2 * g, state)
+      return clipped, normalize.update(g, normalize.init(g))[0]
+
+    clipped, normalized = both(g)
+    # M^ = (.5 2.5 + .5 10) / .75 = 25 / 3
+    expected = np.array([2 * g[0] * (25 / 3) / 10, 2 * g[1]])
+    np.testing.assert_allclose(clipped, expected, rtol=1e-6)
+    np.testing.assert_allclose(normalized, g / np.linalg.norm(g), rtol=1e-5)
+
   def test_keeps_dtypes_of_gradients(self):
     g = jnp.ones((3, 3), jnp.bfloat16)
     tx = optax.chain(optimizers.adaclip(), optimizers.adagn())
