@@ -202,8 +202,8 @@ def _product(
           return leaf
         return lax.dynamic_index_in_dim(leaf, i, keepdims=False)
 
-      operands = jax.tree.map(pick, (x, q), (x_batched, q_batched))
-      return _product(*operands, precision, dtype)
+      one, matrix = jax.tree.map(pick, (x, q), (x_batched, q_batched))
+      return _product(one, matrix, precision, dtype)
 
     return lax.map(member, jnp.arange(size)), True
 

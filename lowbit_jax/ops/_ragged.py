@@ -131,10 +131,10 @@ def operands(
       f'group_sizes.shape={sizes.shape} must be {right.shape[:1]}, one for each'
       f' matrix of rhs.shape={right.shape}'
     )
-  if isinstance(right, QArray) and -3 in right.axes:
+  if isinstance(right, QArray) and (right.merged or -3 in right.axes):
     raise ValueError(
-      f'blocks of rhs lie on axis {right.axis}, along the groups; quantize it'
-      ' with axis=-2'
+      f'blocks of rhs lie on axis {right.axis} or through several axes, not'
+      ' within the columns of one matrix; quantize it with axis=-2'
     )
   return left, right, sizes, precision
 

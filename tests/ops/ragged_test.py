@@ -135,13 +135,18 @@ class RaggedTest(parameterized.TestCase):
     f = lowbit_jax.ragged_dot
     packed = lowbit_jax.prepack(make('mxfp4', K, N), implementation='tpu')
     turned = make('mxfp4', 32, K, N, axis=-3)
+    through = jax.eval_shape(
+      lambda w: lowbit_jax.quantize(w, formats.mxfp4, axis=(-2, -1)),
+      jax.ShapeDtypeStruct((6, K, N), jnp.float32),
+    )
     for error, message, args in (
       (ValueError, r'\(90, 32\).*\(6, 64, 5\)', (x[:, :32], q, SIZES)),
       (ValueError, 'must be .m, k. and', (x, make('mxfp4', K, N), SIZES)),
       (ValueError, r'group_sizes.shape=\(5,\)', (x, q, SIZES[1:])),
       (TypeError, 'group_sizes has dtype float32', (x, q, np.float32(SIZES))),
       (TypeError, 'Prepacked', (x, packed, SIZES)),
-      (ValueError, 'groups', (x, turned, np.zeros(32, int))),
+      (ValueError, 'axis=-2', (x, turned, np.zeros(32, int))),
+      (ValueError, 'axis=-2', (x, through, SIZES)),
     ):
       with self.assertRaisesRegex(error, message):
         f(*args)
