@@ -30,6 +30,8 @@ Submodules that need Flax, or that most programs do not use, load on first use:
   directions.
 - `quantize`: Quantizes an array into packed codes and stored scales.
 - `quantize_with`: Quantizes with given scales: calibrated, learned or held.
+- `ragged_dot`: `lax.ragged_dot` on arrays and QArrays: rows sorted by group
+  times the matrix of their group.
 - `round_to`: The nearest number of the format, as a value.
 - `select_implementation`: What `op(*args, **kwargs)` would run on a platform,
   without running it.
@@ -85,6 +87,7 @@ from lowbit_jax.ops import (
   qdot as qdot,
   quantize as quantize,
   quantize_with as quantize_with,
+  ragged_dot as ragged_dot,
   round_to as round_to,
   select_implementation as select_implementation,
   softmax as softmax,

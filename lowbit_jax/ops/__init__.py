@@ -28,6 +28,8 @@ chosen can be asked with `select_implementation`.
   directions.
 - `quantize`: Quantizes an array into packed codes and stored scales.
 - `quantize_with`: Quantizes with given scales: calibrated, learned or held.
+- `ragged_dot`: `lax.ragged_dot` on arrays and QArrays: rows sorted by group
+  times the matrix of their group.
 - `round_to`: The nearest number of the format, as a value.
 - `select_implementation`: What `op(*args, **kwargs)` would run on a platform,
   without running it.
@@ -66,6 +68,7 @@ from lowbit_jax.ops._quantize import (
   quantize as quantize,
   quantize_with as quantize_with,
 )
+from lowbit_jax.ops._ragged import ragged_dot as ragged_dot
 from lowbit_jax.ops._select import (
   implementations as implementations,
   select_implementation as select_implementation,

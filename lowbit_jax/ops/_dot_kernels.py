@@ -66,6 +66,8 @@ def _plan(implementation: str, lhs, rhs, dims, precision) -> Plan:
   kernel = _support.require('wq_matmul', implementation)
   as_qarray = jax.eval_shape(_operand.unpacked, rhs)
   why = _dot_xla.why_not_tiles(lhs, as_qarray, dims)
+  if dims[1][0]:
+    why = 'it has batch dimensions'
   if why is not None:
     raise NotImplementedError(why)
   module, product = kernel.load(), _Product(kernel, dims)

@@ -5,10 +5,12 @@ Three ways to contract with quantized operands:
   integer   Both operands are integers whose scales are constant along the
             contraction: one int32 product, scales on the result.
   tiles     A weight in blocks along a contracted axis, seen as (k, n): a scan
-            over tiles of k that decodes a tile, uses it and forgets it. For few
-            rows the block sum of products is scaled; for many, the decoded tile
-            is scaled and multiplied. Of a weight with more rows than a tile
-            (TILE_FEW_ROWS, TILE_MANY_ROWS) only one tile exists in float32.
+            over tiles that decodes one, scales and multiplies it, and forgets
+            it. So for any number of rows the same products are summed, and of
+            the weight one tile exists in float32: at most TILE_SIZE elements,
+            or one column of blocks. Members of a batch follow each other.
+            Where the partitioner may split columns or batches they stay
+            together, and a tile is TILE_MANY_ROWS rows of all of them.
   dense     Everything else: dequantize, then one product.
 
 Tensor scales multiply the float32 accumulator in all of them. Packed codes are
@@ -23,24 +25,27 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.custom_batching import custom_vmap
 
 from lowbit_jax import qarray
 from lowbit_jax._typing import DotDims, DTypeLike, Precision
 from lowbit_jax.formats import BlockFormat, FloatFormat, IntFormat
 from lowbit_jax.numerics import _packing, _scaling
 from lowbit_jax.numerics._codec import spec
+from lowbit_jax.ops import _partition
 from lowbit_jax.ops._dispatch import Plan
 from lowbit_jax.ops._operand import Shaped
 from lowbit_jax.qarray import QArray
 from lowbit_pallas.arith import codec, loops
 
-# Rows of x up to which products are summed per block instead of using the
-# matrix unit, rows of the weight in a tile, and rows in one sum where no scale
-# ends it earlier; measured on CPU, see docs/benchmarks.md.
+# Rows of the weight in a tile, for few and for many rows of x, and the elements
+# of a tile that is cut into columns and of the largest one that is not;
+# measured on CPU, see docs/benchmarks.md.
 FEW_ROWS = 4
 TILE_FEW_ROWS = 256
-SUM_ROWS = 128
 TILE_MANY_ROWS = 1024
+COLUMN_TILE_SIZE = 1 << 19
+TILE_SIZE = 1 << 22
 
 
 def plan_dot_general(
@@ -59,10 +64,7 @@ def plan_dot_general(
     )
   why_dense = why_not_tiles(lhs, rhs, dims)
   if why_dense is None:
-    sums = 'block sums' if rows(lhs, dims) <= FEW_ROWS else 'tile products'
-    return Plan(
-      f'scan over tiles of the weight, {sums}', _Tiles(dims, precision)
-    )
+    return Plan('scan over tiles of the weight', _Tiles(dims, precision))
   return Plan(
     f'dequantizes to float32 first: {why_dense}', _Dense(dims, precision)
   )
@@ -105,8 +107,9 @@ class _Integer:
 
   def codes_product(self, lhs, rhs):
     """The int32 product of the codes."""
-    few = rows(lhs, self.dims) <= FEW_ROWS
-    if not few or why_not_tiles(lhs, rhs, self.dims) is not None:
+    is_batched = bool(self.dims[1][0])
+    is_few = _is_few(rows(lhs, self.dims)) and not is_batched
+    if not is_few or why_not_tiles(lhs, rhs, self.dims) is not None:
       return lax.dot_general(
         _int8(lhs), _int8(rhs), self.dims, preferred_element_type=jnp.int32
       )
@@ -116,7 +119,7 @@ class _Integer:
       rhs, scale=None, tensor_scale=None, fmt=_integer_codes(rhs.fmt.element)
     )
     x, codes, shape = as_matrices(_int8(lhs), codes, self.dims)
-    out = _scan_tiles(x.astype(jnp.float32), codes, True, None, jnp.int32)
+    out = _product(x.astype(jnp.float32), codes, None, jnp.int32)
     return out.reshape(shape)
 
 
@@ -125,49 +128,98 @@ class _Tiles:
     self.dims, self.precision = dims, precision
 
   def __call__(self, lhs, rhs):
-    rhs, tensor_scale = without_tensor_scale(rhs)
+    (_, rhs_k), (_, rhs_b) = self.dims
+    tensor_scale = rhs.tensor_scale
     x = _dense(lhs).astype(jnp.float32)
-    x, rhs, shape = as_matrices(x, rhs, self.dims)
-    out = _scan_tiles(x, rhs, x.shape[0] <= FEW_ROWS, self.precision)
-    return times(out.reshape(shape), tensor_scale)
+    w = qarray.replace(rhs, tensor_scale=None)
+    x, w, shape = as_matrices(x, w, self.dims)
+    product = functools.partial(_product, precision=self.precision)
+    out = (jax.vmap(product) if rhs_b else product)(x, w).reshape(shape)
+    if tensor_scale is None:
+      return out
+    # One for each member of the batch, or one for all.
+    rest = [d for d in range(rhs.ndim) if d not in rhs_b]
+    scale = tensor_scale.transpose(*rhs_b, *rest)
+    ones = [1] * (out.ndim - len(rhs_b))
+    return out * scale.reshape(*scale.shape[: len(rhs_b)], *ones)
 
 
 def rows(lhs: Shaped, dims: DotDims) -> int:
   """Elements of the left operand that each weight meets."""
-  contracted = dims[0][0]
-  return math.prod(n for d, n in enumerate(lhs.shape) if d not in contracted)
+  others = (*dims[0][0], *dims[1][0])
+  return math.prod(n for d, n in enumerate(lhs.shape) if d not in others)
+
+
+def _is_few(rows: int) -> bool:
+  """Whether there are few rows; of a symbolic number that is not known."""
+  return isinstance(rows, int) and rows <= FEW_ROWS
 
 
 def as_matrices(
   x: jax.Array, q: QArray, dims: DotDims
 ) -> tuple[jax.Array, QArray, list[int]]:
   """Operands as (m, k) and (k, n) with blocks along k, and the shape of their
-  product."""
+  product; batch dimensions are one axis in front of both."""
+  x_b, q_b = dims[1]
   pairs = zip(*dims[0], strict=True)
   block_axis = q.ndim + q.axes[0]
   x_k, q_k = zip(*sorted(pairs, key=lambda p: p[1] == block_axis), strict=True)
-  x_free = [d for d in range(x.ndim) if d not in x_k]
-  q_free = [d for d in range(q.ndim) if d not in q_k]
-  shape = [x.shape[d] for d in x_free] + [q.shape[d] for d in q_free]
+  x_free = [d for d in range(x.ndim) if d not in (*x_k, *x_b)]
+  q_free = [d for d in range(q.ndim) if d not in (*q_k, *q_b)]
+  shape = [x.shape[d] for d in (*x_b, *x_free)] + [q.shape[d] for d in q_free]
+  batch = [math.prod(shape[: len(x_b)])] if x_b else []
 
   def columns(leaf):
-    leaf = leaf.transpose(*q_k, *q_free)
-    return leaf.reshape(math.prod(leaf.shape[: len(q_k)]), -1)
+    k = math.prod(leaf.shape[d] for d in q_k)
+    return leaf.transpose(*q_b, *q_k, *q_free).reshape(*batch, k, -1)
 
-  x = x.transpose(*x_free, *x_k)
-  x = x.reshape(-1, math.prod(x.shape[len(x_free) :]))
+  k = math.prod(x.shape[d] for d in x_k)
+  x = x.transpose(*x_b, *x_free, *x_k).reshape(*batch, -1, k)
   return x, qarray.replace(jax.tree.map(columns, q), axis=-2), shape
 
 
+def _product(
+  x: jax.Array, q: QArray, precision: Precision, dtype: DTypeLike = jnp.float32
+) -> jax.Array:
+  """x @ dequantize(q) for q of shape (k, n) in blocks along k, accumulated in
+  `dtype`. Under vmap one member of the batch follows the other."""
+  scan = functools.partial(_scan_tiles, precision=precision, dtype=dtype)
+  call = custom_vmap(scan)
+
+  @call.def_vmap
+  def rule(size, in_batched, x, q):
+    x_batched, q_batched = in_batched
+    if not any(jax.tree.leaves(q_batched)):
+      out = _product(x.reshape(-1, x.shape[-1]), q, precision, dtype)
+      return out.reshape(*x.shape[:2], -1), True
+    if not _partition.is_alone():
+      axes = jax.tree.map(lambda b: 0 if b else None, (x_batched, q_batched))
+      return jax.vmap(scan, axes, axis_size=size)(x, q), True
+
+    def member(i):
+      def pick(leaf, batched):
+        if not batched:
+          return leaf
+        return lax.dynamic_index_in_dim(leaf, i, keepdims=False)
+
+      one, matrix = jax.tree.map(pick, (x, q), (x_batched, q_batched))
+      return _product(one, matrix, precision, dtype)
+
+    return lax.map(member, jnp.arange(size)), True
+
+  return call(x, q)
+
+
 class _Tiling(NamedTuple):
-  """How `_scan_tiles` cuts the k rows of a weight.
+  """How `_scan_tiles` cuts a weight (k, n).
 
   Attributes:
-    steps: tiles.
+    steps: tiles along k.
     blocks: blocks of a tile.
     rows: rows of a block in each lane of packed codes.
     group: lanes, the rows that pack together.
     along_k: whether a column has more than one scale.
+    columns: columns of a tile.
   """
 
   steps: int
@@ -175,24 +227,29 @@ class _Tiling(NamedTuple):
   rows: int
   group: int
   along_k: bool
+  columns: int
 
 
 def _tiling(q: QArray, few: bool) -> _Tiling:
   group = _packing.codes_per_group(q.fmt.element.bits)
-  padded = q.shape[0] + q.pad[0]
+  (k, n), (pad,) = q.shape, q.pad
   target = TILE_FEW_ROWS if few else TILE_MANY_ROWS
   along_k = q.scale is not None and q.scale.shape[0] > 1
-  # Without scales along k any block will do: one that sums well.
-  block = q.fmt.block[0] if along_k else _tilerows(padded, group, SUM_ROWS)
-  tile = _tilerows(padded, block, target)
-  return _Tiling(padded // tile, tile // block, block // group, group, along_k)
+  # Without scales along k a tile is one block.
+  block = q.fmt.block[0] if along_k else _tilerows(k + pad, group, target)
+  tile = _tilerows(k + pad, block, target)
+  columns = n
+  if tile * n > TILE_SIZE and _partition.is_alone():
+    columns = min(n, max(64, COLUMN_TILE_SIZE // tile // 64 * 64))
+  return _Tiling(
+    (k + pad) // tile, tile // block, block // group, group, along_k, columns
+  )
 
 
-def _scan_tiles(x, q: QArray, few: bool, precision, dtype=jnp.float32):
-  """x @ dequantize(q) for q of shape (k, n) in blocks along k, accumulated in
-  `dtype`."""
-  steps, blocks, rows, group, along_k = _tiling(q, few)
+def _scan_tiles(x, q: QArray, precision, dtype):
+  """`_product` of one matrix."""
   m, n = x.shape[0], q.shape[1]
+  steps, blocks, rows, group, along_k, columns = _tiling(q, _is_few(m))
 
   # Rows of x by (step, lane, m, block, row): those that meet each lane.
   if q.pad[0]:
@@ -208,42 +265,38 @@ def _scan_tiles(x, q: QArray, few: bool, precision, dtype=jnp.float32):
   scales = jax.tree.map(lambda s: s.reshape(steps, blocks, n), scales)
 
   # One tile after the other, so that one of them is decoded at a time.
-  body = functools.partial(_add_block_sums, q.fmt)
-  if not few:
-    body = functools.partial(_add_tile_products, q.fmt, precision)
-  start = loops.carry(jnp.zeros((m, n), dtype), x, codes, scales)
-  if steps == 1:
-    first = jax.tree.map(lambda leaf: leaf[0], (x, codes, scales))
-    out = body(start, first)[0]
-  else:
-    out = lax.scan(body, start, (x, codes, scales))[0]
+  body = functools.partial(_add_tile_product, q.fmt, precision)
+
+  def of_columns(weight):
+    operands = x, *weight
+    width = weight[0].shape[-1]
+    start = loops.carry(jnp.zeros((m, width), dtype), operands)
+    if steps == 1:
+      return body(start, jax.tree.map(lambda leaf: leaf[0], operands))[0]
+    return lax.scan(body, start, operands)[0]
+
+  def add_columns(out, start):
+    part = jax.tree.map(
+      lambda leaf: lax.dynamic_slice_in_dim(leaf, start, columns, axis=-1),
+      (codes, scales),
+    )
+    part = of_columns(part)
+    return lax.dynamic_update_slice_in_dim(out, part, start, axis=-1), None
+
+  if columns == n:
+    out = of_columns((codes, scales))
+  else:  # slices stay within n: the last begins where it ends with the columns
+    starts = jnp.arange(0, n, columns)
+    out = loops.carry(jnp.zeros((m, n), dtype), x, codes, scales)
+    out = lax.scan(add_columns, out, starts)[0]
   if not along_k:
     for f in _factors(q.scale, q.fmt):
       out = out * f
   return out
 
 
-def _add_block_sums(fmt: BlockFormat, acc, operands):
-  """Products of few rows with a tile: the sum over a block, times its scale."""
-  x, packed, (scale, zero) = operands
-  weights = _lane_values(packed, fmt, x.shape[2:])
-  sums = []
-  for i in range(x.shape[1]):  # a reduction for each row vectorises along n
-    terms = sum(
-      rows[i, ..., None] * w for rows, w in zip(x, weights, strict=True)
-    )
-    partial = jnp.sum(terms, axis=1)  # (block, n)
-    if zero is not None:
-      total = jnp.sum(x[:, i], axis=(0, 2))[:, None]
-      partial = partial - total * zero.astype(jnp.float32)
-    for f in _factors(scale, fmt):
-      partial = partial * f
-    sums.append(jnp.sum(partial, axis=0))
-  return acc + jnp.stack(sums).astype(acc.dtype), None
-
-
-def _add_tile_products(fmt: BlockFormat, precision, acc, operands):
-  """Products of many rows with a tile: each lane is scaled and multiplied."""
+def _add_tile_product(fmt: BlockFormat, precision, acc, operands):
+  """The product of a tile: each lane is decoded, scaled and multiplied."""
   x, packed, (scale, zero) = operands
   _, m, blocks, rows = x.shape
   for lane, w in zip(x, _lane_values(packed, fmt, (blocks, rows)), strict=True):
@@ -251,13 +304,14 @@ def _add_tile_products(fmt: BlockFormat, precision, acc, operands):
       w = w - zero.astype(jnp.float32)[:, None]
     for f in _factors(scale, fmt):
       w = w * f[:, None]
-    acc = acc + lax.dot_general(
+    part = lax.dot_general(
       lane.reshape(m, blocks * rows),
       w.reshape(blocks * rows, -1),
       (((1,), (0,)), ((), ())),
       precision=precision,
       preferred_element_type=jnp.float32,
     )
+    acc = acc + part.astype(acc.dtype)
   return acc, None
 
 
@@ -287,12 +341,10 @@ def _tilerows(k: int, block: int, target: int) -> int:
 
 
 def why_not_tiles(lhs: Shaped, rhs: Shaped, dims: DotDims) -> str | None:
-  (_, rhs_k), (lhs_b, _) = dims
+  (_, rhs_k), (_, rhs_b) = dims
   if not isinstance(rhs, QArray):
     which = 'only the left' if isinstance(lhs, QArray) else 'no'
     return f'{which} operand is quantized'
-  if lhs_b:
-    return 'it has batch dimensions'
   if rhs.fmt.is_tile:
     return 'its blocks are tiles'
   if rhs.ndim + rhs.axes[0] not in rhs_k:
@@ -301,8 +353,10 @@ def why_not_tiles(lhs: Shaped, rhs: Shaped, dims: DotDims) -> str | None:
     return 'blocks are padded and another axis is contracted too'
   if len(rhs_k) > 1 and rhs.fmt.scale is not None and not rhs.fmt.block[0]:
     return 'scales vary along another contracted axis'
-  if rhs.tensor_scale is not None and math.prod(rhs.tensor_scale.shape) != 1:
-    return 'it is a stack of tensors'
+  if rhs.tensor_scale is not None:
+    sizes = enumerate(rhs.tensor_scale.shape)
+    if any(n != 1 for d, n in sizes if d not in rhs_b):
+      return 'it is a stack of tensors'
   group = _packing.codes_per_group(rhs.fmt.element.bits)
   if rhs.fmt.scale is not None and rhs.fmt.block[0] % group:
     return 'packing groups straddle blocks'

@@ -240,7 +240,8 @@ def _dot(x, y, options: _Options):
   depth = x.shape[-1]
   if depth == 0 or 0 in shape:
     return jnp.zeros(shape, dtype)
-  width = min(max(_TILE // math.prod(shape), 1), depth)
+  known = math.prod(n for n in shape if isinstance(n, int))
+  width = min(max(_TILE // known, 1), depth)
   # Slabs of the contracted axis come first; those of zeros add zeros.
   slabs = -(-depth // width)
   left = _slabs(_codes(jnp.swapaxes(x, -1, -2), options), slabs, width)

@@ -5,13 +5,14 @@ import inspect
 from typing import Any
 
 from lowbit_jax._typing import Implementation
-from lowbit_jax.ops import _dispatch, _dot, _quantize, _softmax
+from lowbit_jax.ops import _dispatch, _dot, _quantize, _ragged, _softmax
 
 _OPS = {
   'quantize': (_quantize.TABLE, _quantize.operands),
   'dot': (_dot.TABLE, _dot.dot_operands),
   'dot_general': (_dot.TABLE, _dot.dot_general_operands),
   'einsum': (_dot.TABLE, _dot.einsum_operands),
+  'ragged_dot': (_ragged.TABLE, _ragged.operands),
   **{
     kind: (_softmax.TABLE, functools.partial(_softmax.operands, kind))
     for kind in _softmax.forms.KINDS
@@ -46,13 +47,14 @@ def select_implementation(
                                an axis, or times a Prepacked weight
               xla              everything, by an int32 product, a scan over
                                tiles of the weight, or dequantized operands
+    ragged    xla              everything, one group after the other
     softmax   tpu, mosaic_gpu  rows that fit into the memory of a kernel, with
     and kin                    exp='degree5'
               xla              everything
 
   Args:
-    op: 'quantize', 'dot', 'dot_general', 'einsum', 'softmax', 'log_softmax' or
-      'logsumexp'.
+    op: 'quantize', 'dot', 'dot_general', 'einsum', 'ragged_dot', 'softmax',
+      'log_softmax' or 'logsumexp'.
     *args: its arguments; `jax.ShapeDtypeStruct` leaves will do.
     implementation: as in the operation.
     platform: 'cpu', 'gpu' or 'tpu'; None for that of the default device.
@@ -67,7 +69,7 @@ def select_implementation(
     >>> import lowbit_jax as lowbit
     >>> w = lowbit.quantize(jnp.ones((64, 8)), lowbit.formats.mxfp4, axis=-2)
     >>> lowbit.select_implementation('dot', jnp.ones((1, 64)), w).note
-    'scan over tiles of the weight, block sums'
+    'scan over tiles of the weight'
   """
   table, operands = _op(op)
   try:

@@ -131,6 +131,18 @@ def _attention():
 
 
 class UnmodifiedTest(parameterized.TestCase):
+  def test_a_program_with_packed_weights_serves_every_batch(self):
+    module, _, q, _ = _attention()
+    batch = jax.export.symbolic_shape('b,5,64')
+
+    def f(x):
+      with nn.linen.packed():
+        return module.apply({'params': q}, x)
+
+    x = jax.ShapeDtypeStruct(batch, jnp.float32)
+    (out,) = jax.export.export(jax.jit(f))(x).out_avals
+    self.assertEqual(str(out.shape), str(batch))
+
   @parameterized.named_parameters(
     ('conv', flax_linen.Conv(4, (3,)), (2, 8, 32), -2),
     ('padded', flax_linen.Dense(8), (3, 40), -2),

@@ -1,14 +1,14 @@
 """dot, dot_general and einsum on Array | QArray, and their derivatives.
 
-The oracle is the float64 product of the dequantized operands. A float32 sum of
-k products, each with a few more roundings for scales, is within
-(k + 8) 2^-24 sum |a| |b| of it, in any order of summation.
+The oracle and its bound are in `products`.
 """
 
 import functools
 import itertools
+from unittest import mock
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -16,10 +16,20 @@ from absl.testing import absltest, parameterized
 from jax.sharding import PartitionSpec as P
 
 import lowbit_jax
-from lowbit_jax import QArray, formats, ops, qarray
+from lowbit_jax import formats, ops, qarray
+from lowbit_jax.ops import _dot_xla
 from tests.ops import coarse
+from tests.ops.products import (
+  U,
+  assert_product,
+  codes_of,
+  data,
+  dense,
+  make,
+  one_device,
+  stacked,
+)  # fmt: skip
 
-U = 2.0**-24
 K, N = 300, 5  # ragged in every block, several tiles for few rows
 
 BLOCK_FORMATS, MORE_FORMATS = coarse.split()
@@ -29,117 +39,13 @@ SIMILAR = (
 )  # fmt: skip
 
 
-@functools.cache
-def data(*shape, seed: int = 0) -> np.ndarray:
-  return np.random.RandomState(seed).randn(*shape).astype(np.float32)
-
-
 @functools.partial(jax.jit, static_argnames=('fmt', 'axis'))
 def _quantize(x, fmt, axis):
   return lowbit_jax.quantize(x, fmt, axis=axis)
 
 
-@functools.cache
-def make(name: str, *shape, axis=-2, seed: int = 1) -> QArray:
-  """Random leaves, with values of about one: nothing is quantized."""
-  fmt = formats.get(name)
-  axes = (-2, -1) if fmt.is_tile and len(shape) > 1 else (axis,)
-  random = np.random.RandomState(seed)
-  pad = qarray.padding(shape, fmt, axes)
-  padded = list(shape)
-  for a, n in zip(axes, pad, strict=True):
-    padded[a] += n
-  values = fmt.element.values()
-  values = np.where(np.abs(values) <= fmt.element.max, values, np.nan)
-  codes = random.choice(np.flatnonzero(np.isfinite(values)), padded)
-  scale = zero = tensor = None
-  unit = 2 / fmt.element.max
-  if fmt.tensor_scale:
-    tensor = np.full((1,) * len(shape), 0.3, np.float32)
-    if fmt.scale is None:
-      tensor *= np.float32(unit / 0.3)
-    unit /= 0.3
-  if fmt.scale is not None:
-    blocks = qarray.scale_shape(padded, fmt, axes)
-    scale = random.uniform(unit / 4, unit, blocks).astype(np.float32)
-    if fmt.scale.bits <= 8:
-      table = fmt.scale.values()
-      near = np.flatnonzero((table >= unit / 4) & (table <= unit))
-      scale = random.choice(near, blocks).astype(np.uint8)
-    if fmt.zero_point:
-      zero = random.randint(0, 2**fmt.element.bits, blocks).astype(np.uint8)
-  leaves = scale, tensor, zero
-  leaves = [leaf if leaf is None else jax.device_put(leaf) for leaf in leaves]
-  packed = jax.device_put(pack(codes, fmt.element.bits, axes[0]))
-  axis = axes if len(axes) > 1 else axes[0]
-  return QArray(packed, *leaves, fmt, axis, pad, np.dtype(np.float32))
-
-
-def pack(codes, bits: int, axis: int) -> np.ndarray:
-  """Bytes of codes that follow each other along an axis."""
-  axis %= codes.ndim
-  stream = np.moveaxis(codes[..., None] >> np.arange(bits) & 1, -1, axis + 1)
-  shape = list(codes.shape)
-  shape[axis] *= bits
-  stream = stream.reshape(shape).astype(np.uint8)
-  return np.packbits(stream, axis=axis, bitorder='little')
-
-
-def codes_of(q: QArray) -> np.ndarray:
-  """The inverse of `pack`, with the padding."""
-  axis, bits = q.axes[0] % q.ndim, q.fmt.element.bits
-  stream = np.unpackbits(np.asarray(q.codes), axis=axis, bitorder='little')
-  shape = list(stream.shape)
-  shape[axis : axis + 1] = [-1, bits]
-  stream = np.moveaxis(stream.reshape(shape), axis + 1, -1).astype(int)
-  return stream @ (1 << np.arange(bits))
-
-
-def stacked(*arrays: QArray) -> QArray:
-  """As vmap stacks them: each keeps its tensor scale."""
-  return jax.tree.map(lambda *leaves: np.stack(leaves), *arrays)
-
-
 product = jax.jit(lowbit_jax.dot)
 einsum = jax.jit(lowbit_jax.einsum, static_argnums=0)
-
-
-def dense(x) -> np.ndarray:
-  """Values in float64, those of a QArray by their definition."""
-  if not isinstance(x, QArray):
-    return np.asarray(x, np.float64)
-  fmt, codes = x.fmt, codes_of(x)
-
-  def spread(leaf):
-    for axis, n in enumerate(codes.shape):
-      leaf = np.repeat(leaf, n // leaf.shape[axis], axis)
-    return leaf
-
-  w = fmt.element.values()[codes]
-  if x.zero_point is not None:
-    w = w - spread(np.asarray(x.zero_point))
-  if x.scale is not None:
-    scale = np.asarray(x.scale)
-    scale = fmt.scale.values()[scale] if scale.dtype == np.uint8 else scale
-    w = w * spread(scale.astype(np.float64))
-  if x.tensor_scale is not None:
-    w = w * np.asarray(x.tensor_scale, np.float64)
-  return w[tuple(slice(n) for n in x.shape)]
-
-
-def assert_product(got, spec: str, a, b, extra: float = 0.0):
-  """`got` is the einsum of `a` and `b` within the bound of the module."""
-  a, b = dense(a), dense(b)
-  want = np.einsum(spec, a, b)
-  size = np.einsum(spec, np.abs(a), np.abs(b))
-  inputs, output = spec.split('->')
-  sizes = dict(zip(inputs.replace(',', ''), a.shape + b.shape, strict=True))
-  k = np.prod([n for c, n in sizes.items() if c not in output])
-  got = np.asarray(got, np.float64)
-  assert got.shape == want.shape, (got.shape, want.shape)
-  bound = ((k + 8) * U + extra) * size + 1e-30
-  worst = np.max(np.abs(got - want) / bound, initial=0)
-  assert worst <= 1, f'{worst} times the bound'
 
 
 class DotTest(parameterized.TestCase):
@@ -398,6 +304,82 @@ class DotTest(parameterized.TestCase):
       assert_product(out, 'mk,kn->mn', lhs, rhs)
     assert_product(got[2], 'bmk,bkn->bmn', y, stack)
     assert_product(got[3], 'bmk,bkn->bmn', turned, z)
+
+
+class TileTest(parameterized.TestCase):
+  def test_every_number_of_rows_has_the_same_range(self):
+    """Scales meet the elements first: 448 times x alone would be infinite."""
+    q = make('mxfp8_e4m3', 64, 4)
+    for m in (1, 2, 6):
+      x = 1e37 * data(m, 64)
+      assert_product(product(x, q), 'mk,kn->mn', x, q)
+
+  def test_rows_in_groups_of_a_fixed_size_keep_their_bits(self):
+    q, x = make('nvfp4', K, N), data(16, K)
+
+    @jax.jit
+    def grouped(x):
+      rows = jnp.pad(x, ((0, -len(x) % 4), (0, 0))).reshape(-1, 4, K)
+      return jax.lax.map(lambda r: lowbit_jax.dot(r, q), rows).reshape(-1, N)
+
+    want = np.asarray(grouped(x))
+    for m in (1, 7):
+      np.testing.assert_array_equal(grouped(x[:m])[:m], want[:m])
+
+  @parameterized.parameters('uint4_g32', 'int8_channel')
+  def test_tiles_of_columns(self, name):
+    """The last of them begins within the one before."""
+    x, q = data(2, K), make(name, K, 150)
+    stack = stacked(q, make(name, K, 150, seed=2))
+    y = np.stack([x, data(2, K, seed=3)])
+
+    def both(x, q, y, stack):
+      return lowbit_jax.dot(x, q), jax.vmap(lowbit_jax.dot)(y, stack)
+
+    with one_device(), mock.patch.object(_dot_xla, 'TILE_SIZE', 1 << 12):
+      with mock.patch.object(_dot_xla, 'COLUMN_TILE_SIZE', 1):
+        got, several = jax.jit(both)(x, q, y, stack)
+    assert_product(got, 'mk,kn->mn', x, q)
+    assert_product(several, 'bmk,bkn->bmn', y, stack)
+
+  @parameterized.parameters('einsum', 'vmap', 'dot')
+  def test_one_tile_is_decoded_at_a_time(self, kind):
+    fmt = formats.mxfp4
+    quantize = functools.partial(lowbit_jax.quantize, fmt=fmt, axis=-2)
+    shape = {'dot': (512, 16384)}.get(kind, (16, 512, 1024))
+    w = jax.ShapeDtypeStruct(shape, jnp.float32)
+    q = jax.eval_shape(jax.vmap(quantize) if len(shape) > 2 else quantize, w)
+    x = jax.ShapeDtypeStruct((*shape[:-2], 5, 512), jnp.float32)
+    f = {
+      'einsum': functools.partial(lowbit_jax.einsum, 'ebk,ekn->ebn'),
+      'vmap': jax.vmap(lowbit_jax.dot),
+      'dot': lowbit_jax.dot,
+    }[kind]
+    with one_device():
+      memory = jax.jit(f).lower(x, q).compile().memory_analysis()
+    self.assertLess(memory.temp_size_in_bytes, 2**23)  # the weight: 2^25
+
+
+class SymbolicTest(absltest.TestCase):
+  def test_one_program_serves_every_number_of_rows(self):
+    int8, q, w = formats.int8_channel, make('mxfp4', 64, 4), data(64, 4)
+    codes = _quantize(w, int8, 0)
+
+    def f(x):
+      rows = lowbit_jax.quantize(x, int8)
+      key = jax.random.key(0)
+      noisy = lowbit_jax.quantize(
+        x, formats.mxfp4, rounding='stochastic', key=key
+      )
+      d = lowbit_jax.dot
+      return d(x, q), d(rows, codes), d(noisy, w)
+
+    batch = jax.export.symbolic_shape('b,64')
+    x = jax.ShapeDtypeStruct(batch, jnp.float32)
+    exported = jax.export.export(jax.jit(f))(x)
+    x = data(1, 64)
+    for got, want in zip(exported.call(x), jax.jit(f)(x), strict=True):
+      np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
 
 
 class ExactTest(parameterized.TestCase):
@@ -695,7 +677,7 @@ class SelectTest(parameterized.TestCase):
   def choice(self, *args, op='dot', **kwargs):
     return lowbit_jax.select_implementation(op, *args, **kwargs)
 
-  @parameterized.parameters(((1 << 17) - 1, 'int32'), (1 << 17, 'block sums'))
+  @parameterized.parameters(((1 << 17) - 1, 'int32'), (1 << 17, 'tiles'))
   def test_integer_sums_that_could_overflow_are_not_int32(self, k, how):
     """2^17 products of up to 2^14 reach 2^31."""
     quantize = functools.partial(lowbit_jax.quantize, fmt=formats.int8_channel)
@@ -707,8 +689,7 @@ class SelectTest(parameterized.TestCase):
   def test_notes_say_how(self):
     q = make('mxfp4', 64, 4)
     cases = (
-      ((data(1, 64), q), 'tiles.*block sums'),
-      ((data(6, 64), q), 'tiles.*tile products'),
+      ((data(1, 64), q), 'scan over tiles'),
       (
         (make('int8_channel', 3, 64, axis=-1), make('int8_channel', 64, 4)),
         'int32 product',
@@ -726,11 +707,11 @@ class SelectTest(parameterized.TestCase):
       self.assertEqual(choice.implementation, 'xla')
       self.assertRegex(choice.note, note)
       self.assertEqual(choice.refusals, {})
-    x = data(2, 3, 64)
-    choice = self.choice(
-      'bmk,bkn->bmn', x, make('mxfp4', 2, 64, 4), op='einsum'
-    )
-    self.assertIn('batch', choice.note)
+    stack, dims = make('mxfp4', 2, 64, 4), (((2,), (1,)), ((0,), (0,)))
+    choice = self.choice(data(2, 3, 64), stack, dims, op='dot_general')
+    self.assertIn('scan over tiles', choice.note)
+    with self.assertRaisesRegex(NotImplementedError, 'batch dimensions'):
+      lowbit_jax.dot_general(data(2, 3, 64), stack, dims, implementation='tpu')
 
   @parameterized.parameters(
     ('bd,dhf->bhf', (2, 64), 'mxfp4', (64, 2, 4), -3, 'tiles of the weight'),
@@ -757,12 +738,13 @@ class SelectTest(parameterized.TestCase):
   def test_shapes_are_enough(self):
     x = jax.ShapeDtypeStruct((1, 64), jnp.float32)
     q = jax.eval_shape(lambda q: q, make('mxfp4', 64, 4))
-    self.assertIn('block sums', self.choice(x, q).note)
+    self.assertIn('scan over tiles', self.choice(x, q).note)
     dims = (((1,), (0,)), ((), ()))
-    self.assertIn('block sums', self.choice(x, q, dims, op='dot_general').note)
-    self.assertIn(
-      'block sums', self.choice('mk,kn->mn', x, q, op='einsum').note
-    )
+    for op, args in (
+      ('dot_general', (x, q, dims)),
+      ('einsum', ('mk,kn->mn', x, q)),
+    ):
+      self.assertIn('scan over tiles', self.choice(*args, op=op).note)
 
   def test_names_and_lists(self):
     x, q = data(2, 64), make('mxfp4', 64, 4)

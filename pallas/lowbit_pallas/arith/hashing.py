@@ -82,6 +82,13 @@ def _multiply_wide(a, b: int):
   return a * jnp.uint32(low), upper + a * jnp.uint32(high)
 
 
+def _low_word(n) -> jax.Array:
+  """The low 32 bits of a size, which may be symbolic."""
+  if isinstance(n, int | np.integer):
+    return jnp.uint32(n & 0xFFFFFFFF)
+  return jnp.asarray(n).astype(jnp.uint32)
+
+
 def element_index(
   shape: Sequence[int], origin: Origin | None = None
 ) -> tuple[jax.Array, jax.Array | None]:
@@ -91,6 +98,8 @@ def element_index(
     shape: shape of the array.
     origin: None, or (start, full_shape) where this array is the slice of a
       larger one that begins at `start`; starts may be traced.
+
+  A symbolic size is taken to be below 2**32: the bits of larger arrays repeat.
 
   Returns:
     uint32 arrays of that shape; the high word is None below 2**32 elements.
@@ -103,7 +112,8 @@ def element_index(
     size *= n
   strides.reverse()
   low = jnp.zeros(shape, jnp.uint32)
-  high = jnp.zeros(shape, jnp.uint32) if size > 1 << 32 else None
+  is_large = isinstance(size, int | np.integer) and size > 1 << 32
+  high = jnp.zeros(shape, jnp.uint32) if is_large else None
   for d, stride in enumerate(strides):
     i = lax.broadcasted_iota(jnp.uint32, shape, d)
     offset = start[d]
@@ -111,7 +121,7 @@ def element_index(
       offset = np.uint32(offset)
     i = i + jnp.asarray(offset).astype(jnp.uint32)
     if high is None:
-      low = low + i * jnp.uint32(stride & 0xFFFFFFFF)
+      low = low + i * _low_word(stride)
       continue
     product, upper = _multiply_wide(i, stride)
     low = low + product

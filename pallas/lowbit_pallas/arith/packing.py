@@ -10,6 +10,7 @@ of bytes do not vectorise; other axes are packed slice by slice.
 
 import functools
 import math
+import operator
 from collections.abc import Sequence
 from typing import NamedTuple, TypeVar
 
@@ -192,7 +193,11 @@ def _pack_minor(codes, bits: int):
 def _bitcast_groups(x, k: int, dtype):
   """Reads k neighbouring bytes of the minor axis as one word."""
   x = x.reshape(*x.shape[:-1], x.shape[-1] // k, k)
-  return lax.bitcast_convert_type(x, dtype)
+  if all(isinstance(n, int) for n in x.shape):
+    return lax.bitcast_convert_type(x, dtype)
+  # Of symbolic shapes XLA casts elements of one width only.
+  parts = [x[..., j].astype(dtype) << 8 * j for j in range(k)]
+  return functools.reduce(operator.or_, parts)
 
 
 def _words_of_four(codes, bits: int):
