@@ -67,7 +67,9 @@ def with_dense_operators(cls: _Class) -> _Class:
 
 
 def _dense(x: Any) -> Any:
-  return x.__jax_array__() if hasattr(x, '__jax_array__') else x
+  # Tracers have the attribute too, and it is None.
+  convert = getattr(x, '__jax_array__', None)
+  return x if convert is None else convert()
 
 
 @with_dense_operators

@@ -805,16 +805,16 @@ class AttributeTest(parameterized.TestCase):
 
     # NumPy arrays stay NumPy arrays under jit: they must leave it to q.
     @jax.jit
-    def results(q):
+    def results(q, traced):
       return (
         (x @ q, q @ x, x.T + q, q - x.T, 2 * q, q**2, -q, abs(q), q > 0),
         (x @ dense, dense @ x, x.T + dense, dense - x.T, 2 * dense, dense**2)
         + (-dense, abs(dense), dense > 0),
-        (q + q, dense + dense),
+        (q + q, q.T @ traced, dense + dense, dense.T @ traced),
       )
 
-    got, want, (twice, dense_twice) = results(q)
-    for a, b in zip((*got, twice), (*want, dense_twice), strict=True):
+    got, want, mixed = results(q, x.T)
+    for a, b in zip((*got, *mixed[:2]), (*want, *mixed[2:]), strict=True):
       np.testing.assert_array_equal(a, b)
     np.testing.assert_array_equal(np.abs(q), abs(values(q)))
 

@@ -119,6 +119,8 @@ def _plan_blocks(implementation: str, lhs, rhs, dims) -> Plan | None:
   """A plan with `block_matmul`, None where it is not for these operands."""
   if not (isinstance(lhs, QArray) and isinstance(rhs, QArray)):
     return None
+  if lhs.merged or rhs.merged:
+    return None
   if _support.why_not('block_matmul', implementation) is not None:
     return None
   kernel = _support.require('block_matmul', implementation)

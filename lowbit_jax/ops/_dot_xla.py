@@ -345,6 +345,8 @@ def why_not_tiles(lhs: Shaped, rhs: Shaped, dims: DotDims) -> str | None:
   if not isinstance(rhs, QArray):
     which = 'only the left' if isinstance(lhs, QArray) else 'no'
     return f'{which} operand is quantized'
+  if rhs.merged:
+    return 'its blocks span axes that are not contracted together'
   if rhs.fmt.is_tile:
     return 'its blocks are tiles'
   if rhs.ndim + rhs.axes[0] not in rhs_k:
@@ -370,6 +372,8 @@ def _why_not_integer(lhs, rhs, dims) -> str | None:
   for q, contracted in ((lhs, lhs_k), (rhs, rhs_k)):
     if not isinstance(q, QArray):
       return 'an operand is not quantized'
+    if q.merged:
+      return 'its blocks span axes that are not contracted together'
     element = q.fmt.element
     if not isinstance(element, IntFormat) or not element.signed:
       return f'{element} is not a signed integer'

@@ -87,7 +87,7 @@ def joined(lhs: Any, rhs: Any, dims: DotDims) -> tuple[Any, Any, DotDims]:
 
   Returns:
     Operands and dimension numbers of a product with the same result. A QArray
-    whose blocks span other axes than those that are contracted is dense.
+    whose blocks span other axes than those that are contracted stays as it is.
   """
   operands = [lhs, rhs]
   contracted, batch = (list(map(tuple, part)) for part in dims)
@@ -99,7 +99,6 @@ def joined(lhs: Any, rhs: Any, dims: DotDims) -> tuple[Any, Any, DotDims]:
     n, start = len(axes), _position(axes, contracted[side])
     facing = contracted[1 - side]
     if start is None or not _can_join(other, facing[start : start + n]):
-      operands[side] = _densified(q)
       continue
     partner = facing[start : start + n]
     for own, group in ((side, axes), (1 - side, partner)):
@@ -138,12 +137,6 @@ def _flattened(x: Any, axes: Shape) -> Any:
   if isinstance(x, QArray):
     return qarray.flat(x)
   return qarray.merge(x, tuple(a - x.ndim for a in axes))
-
-
-def _densified(q: QArray) -> Any:
-  if isinstance(q.codes, jax.ShapeDtypeStruct):
-    return jax.ShapeDtypeStruct(q.shape, jnp.float32)
-  return qarray.dequantize(q, jnp.float32)
 
 
 def dense(x: Any) -> jax.Array:

@@ -71,7 +71,10 @@ class SpannedTest(parameterized.TestCase):
         got = einsum(subscripts, x, q)
         np.testing.assert_allclose(got, want, 1e-5, 1e-5)
     choice = lowbit.select_implementation('einsum', 'bhs,hso->bo', self.x, q)
-    self.assertStartsWith(choice.note, 'scan over tiles')
+    self.assertEqual(choice.note, 'scan over tiles of the weight')
+    free = ('bh,hso->bso', self.x[..., 0], q)
+    choice = lowbit.select_implementation('einsum', *free)
+    self.assertIn('not contracted together', choice.note)
 
   def test_stacks_shards_and_gradients(self):
     quantize_one = lambda w: lowbit.quantize(w, formats.mxfp4, axis=(-3, -2))

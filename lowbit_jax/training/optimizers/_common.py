@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import core
 
@@ -222,11 +223,14 @@ def safe_norm(
   """
   top = jnp.max(jnp.abs(x), axis=axis, keepdims=True, initial=0)
   unit = jnp.finfo(top.dtype).maxexp // 128  # 1 in float32
+
+  def power(exponent):
+    return np.asarray(2.0 ** (exponent * unit), top.dtype)
+
   # Not for zeros: XLA takes the square of a constant scale out of the sum.
-  is_small = (top > 0) & (top < 2.0 ** (-50 * unit))
-  small = jnp.where(is_small, 2.0 ** (76 * unit), 1.0)
-  scale = jnp.where(top > 2.0 ** (50 * unit), 2.0 ** (-80 * unit), small)
-  scale = scale.astype(top.dtype)
+  is_small = (top > 0) & (top < power(-50))
+  small = jnp.where(is_small, power(76), power(0))
+  scale = jnp.where(top > power(50), power(-80), small)
   squares = jnp.square(jnp.abs(x * scale))
   return scale, jnp.sqrt(jnp.sum(squares, axis=axis, keepdims=True))
 
