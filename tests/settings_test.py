@@ -125,6 +125,18 @@ def _einsum(x, w):
   return lowbit_jax.einsum('bk,kn->nb', x, _weight(w, formats.mxfp4))
 
 
+def _ragged(x, w):
+  experts = lowbit_jax.quantize(jnp.stack([w, -w]), formats.mxfp4, axis=-2)
+  return lowbit_jax.ragged_dot(x, experts, np.array([1, 3], np.int32))
+
+
+def _spanned(x, w):
+  heads = w.reshape(4, -1, COLUMNS)
+  q = lowbit_jax.quantize(heads, formats.mxfp4, axis=(0, 1))
+  x = x.reshape(ROWS, *heads.shape[:2])
+  return lowbit_jax.einsum('bhs,hso->bo', x, q), lowbit_jax.dequantize(q)
+
+
 def _training_product(recipe, x, w):
   def f(x, w):
     return jnp.sum(lowbit_jax.qdot(x, w, recipe, key=_key()) ** 2)
@@ -262,7 +274,7 @@ CASES: dict[str, Case] = {
       _stochastic, _dithered, _clipped, _absmax, _learned_step, _held_scales,
       _updated, _integer_product, _general_product, _mixed_dtypes, _einsum,
       _held_tensor_scales, _sphere, _by_addition, _views, _transforms,
-      _rotated, _polar,
+      _rotated, _polar, _ragged, _spanned,
     )
   },
 }  # fmt: skip
@@ -288,7 +300,7 @@ SHARDED = (
   'round_trip_mxfp4', 'round_trip_int8_tensor', 'round_trip_mxfp4_32x32',
   'product_mxfp4', 'integer_product', 'softmax_softmax', 'clipped',
   'learned_step', 'held_scales', 'general_product', 'by_addition', 'transforms',
-  'polar',
+  'polar', 'ragged', 'spanned',
 )  # fmt: skip
 # JAX itself refuses to take parts of an axis that is split explicitly.
 NOT_SHARDED = ('parts', 'views', 'sphere')

@@ -14,7 +14,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import PartitionSpec
 
+from lowbit_jax import _explicit
 from lowbit_jax._typing import (
   ArrayLike,
   DTypeLike,
@@ -28,7 +30,7 @@ from lowbit_jax.ops._operand import Operand, Shaped
 from lowbit_jax.qarray import QArray
 from lowbit_pallas.arith import loops
 
-# Rows of a window; measured on CPU for 8 to 1024 rows in 8 to 64 groups.
+# Rows of a window.
 ROWS = 64
 _DIMS = ((1,), (0,)), ((), ())
 
@@ -180,7 +182,18 @@ def _compiled(lhs, rhs, group_sizes, precision, implementation):
       precision,
     )
 
-  return _ragged(lhs, rhs, group_sizes, precision, contract)
+  def run(lhs, rhs, group_sizes):
+    return _ragged(lhs, rhs, group_sizes, precision, contract)
+
+  return _explicit.automatic(run, _free_parts, lhs, rhs, group_sizes)
+
+
+def _free_parts(
+  result, lhs: Operand, rhs: Operand, group_sizes
+) -> PartitionSpec:
+  """The spec of a product: rows and columns stay split."""
+  del result, group_sizes
+  return PartitionSpec(_operand.parts(lhs)[0], _operand.parts(rhs)[2])
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(3, 4))
