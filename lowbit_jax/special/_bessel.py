@@ -202,6 +202,8 @@ def _choose(first, f, g, v, x, in_g=(1.0, 1.0)):
   plan = _PLANS[x.dtype.name]
   at_f = jnp.where(first, v, plan.v_uniform), jnp.where(first, x, 2.0)
   at_g = jnp.where(first, in_g[0], v), jnp.where(first, in_g[1], x)
+  # In float64 XLA of JAX 0.11.2 merges such selections without end.
+  at_f, at_g = lax.optimization_barrier((at_f, at_g))
   return jnp.where(first, f(*at_f), g(*at_g))
 
 
