@@ -16,6 +16,7 @@ rounds once where the program has an fma, and nowhere else. So the two may
 differ in their last digits, and each has a certificate of its own.
 """
 
+import ast
 import ctypes
 import dataclasses
 import functools
@@ -200,7 +201,8 @@ def python(
 
   Raises:
     ValueError: as `function`, or if the certificate is one of another program,
-      or the wrapper is not importable by name.
+      the wrapper is not importable by name, or the target has a name that the
+      code gives to something else.
   """
   whole = _whole(program, target)
   fences = _fences(whole)
@@ -211,19 +213,41 @@ def python(
     lines.append(f'u{i + 1} = ' + (f'_fence({text})' if i in fences else text))
   lines.append(f'return {names[-1] if whole.rows else "x"}')
   summary = _summary(program, target, certificate, 'of float32 arrays')
-  return _PYTHON_SOURCE.format(
-    imports=''.join(f'{line}\n' for line in imports if line != _LAX),
-    constants=''.join(
-      f"_C{i} = float.fromhex('{_hex(c)}')\n"
-      for i, c in enumerate(whole.constants, 1)
-    ),
-    core=''.join(f'  {line}\n' for line in lines),
-    decorator='' if target.derivative is None else '@jax.custom_jvp\n',
-    name=target.name,
-    summary=summary.replace('\\', r'\\').replace('"', r'\"'),
-    expression=expression,
-    rule=_rule(target),
+  constants = ''.join(
+    f"_C{i} = float.fromhex('{_hex(c)}')\n"
+    for i, c in enumerate(whole.constants, 1)
   )
+
+  def source(name):
+    return _PYTHON_SOURCE.format(
+      imports=''.join(f'{line}\n' for line in imports if line != _LAX),
+      constants=constants,
+      core=''.join(f'  {line}\n' for line in lines),
+      decorator='' if target.derivative is None else '@jax.custom_jvp\n',
+      name=name,
+      summary=summary.replace('\\', r'\\').replace('"', r'\"'),
+      expression=expression,
+      rule=_rule(name, target.derivative),
+    )
+
+  _check_name(target.name, source('_function'))
+  return source(target.name)
+
+
+def _check_name(name, source):
+  """The source, of a function by another name, must not use this one."""
+  taken = set()
+  for node in ast.walk(ast.parse(source)):
+    match node:
+      case ast.Name(id=word) | ast.arg(arg=word) | ast.FunctionDef(name=word):
+        taken.add(word)
+      case ast.alias():
+        taken.add(node.asname or node.name)
+  if name in taken:
+    raise ValueError(
+      f'name={name!r} of the target is one that the code uses for something'
+      ' else; choose another by dataclasses.replace(target, name=...)'
+    )
 
 
 _LAX = 'from jax import lax'
@@ -250,19 +274,19 @@ def _core(x):
 {rule}"""
 
 
-def _rule(target) -> str:
-  if target.derivative is None:
+def _rule(name: str, derivative: str | None) -> str:
+  if derivative is None:
     return ''
   slope = textwrap.fill(
-    target.derivative, 76, initial_indent='    ', subsequent_indent='    '
+    derivative, 76, initial_indent='    ', subsequent_indent='    '
   )
   slope = f'(\n{slope}\n  )' if '\n' in slope else slope.strip()
   return f"""
 
-@{target.name}.defjvp
+@{name}.defjvp
 def _jvp(primals, tangents):
   (x,), (t,) = primals, tangents
-  f = {target.name}(x)
+  f = {name}(x)
   slope = {slope}
   return f, slope * t
 """
@@ -382,10 +406,17 @@ def _summary(program, target, certificate, kind) -> str:
     _check_program(program, certificate)
     lo, hi = (float.fromhex(end) for end in certificate.interval)
     environment = certificate.environment
+    size = f'{certificate.max_ulp:.4f} ULP'
+    where = f'for x from {lo:.9g} to {hi:.9g}'
+    if certificate.tier == 'all':
+      error = f'The error is at most {size} {where}: measured on every input,'
+      error += f' {certificate.n_inputs},'
+    else:
+      error = f'The largest error that was found is {size} {where}: measured on'
+      error += f' a sample of {certificate.n_inputs} inputs'
+      error += f' ({certificate.tier}), and no bound for the others,'
     text += [
-      f'The error is at most {certificate.max_ulp:.4f} ULP for x from {lo:.9g}'
-      f' to {hi:.9g}, the largest at {certificate.argmax}; measured on'
-      f' {certificate.n_inputs} inputs ({certificate.tier}), of which'
+      f'{error} the largest at {certificate.argmax};'
       f' {certificate.n_gt_1ulp} exceed 1 ULP.',
       f'Holds for {environment.backend}, {environment.device_kind},'
       f' jaxlib {environment.jaxlib}, {environment.instruction_set}, XLA_FLAGS='

@@ -16,6 +16,7 @@ modes of JAX.
 import ast
 import dataclasses
 import functools
+import keyword
 import math
 from collections.abc import Callable
 from typing import Any
@@ -39,7 +40,7 @@ class Target:
   """A function on an interval.
 
   Attributes:
-    name: of the function, a Python identifier.
+    name: of the function, an ASCII identifier of Python that is no keyword.
     exact: f, from an mpmath number to one. It must follow the precision in
       force: `x.context.exp(x)`, not `math.exp(x)`.
     interval: (lo, hi) of x, finite. If parity is 'even' or 'odd' it must be
@@ -81,8 +82,16 @@ class Target:
   derivative: str | None = None
 
   def __post_init__(self) -> None:
-    if not (isinstance(self.name, str) and self.name.isidentifier()):
-      raise ValueError(f'name={self.name!r} must be a Python identifier')
+    if not (
+      isinstance(self.name, str)
+      and self.name.isascii()
+      and self.name.isidentifier()
+      and not keyword.iskeyword(self.name)
+    ):
+      raise ValueError(
+        f'name={self.name!r} must be an ASCII identifier of Python and no'
+        ' keyword'
+      )
     if not callable(self.exact):
       raise TypeError(f'exact={self.exact!r} must be a function of mpmath mpf')
     _check_interval('interval', self.interval)

@@ -19,9 +19,9 @@ The plan for the domain is that of Plesner, Sorensen and Hauberg, "Accurate
 Computation of the Logarithm of Modified Bessel Functions on GPUs" (ICS 2024),
 with fewer branches.
 
-Error of the logarithm over max(1, |logarithm|), for v and x up to 1e6: below
-1e-14 in float64 and 2e-6 in float32, measured against mpmath; `docs/
-log_bessel.md` has the figures.
+Error of the logarithm over max(1, |logarithm|), for all normal v and x: below
+2e-14 in float64 and 2e-6 in float32, measured against mpmath; `docs/
+log_bessel.md` has the figures. Subnormal arguments count as zero.
 """
 
 import fractions
@@ -38,6 +38,7 @@ from jax.custom_derivatives import SymbolicZero
 from lowbit_jax._typing import ArrayLike
 
 _DTYPES = ('float32', 'float64')
+_LOG_2 = math.log(2)
 
 
 class _Plan(NamedTuple):
@@ -67,7 +68,8 @@ def log_iv(v: ArrayLike, x: ArrayLike) -> jax.Array:
 
   Returns:
     Natural logarithm in the dtype that the arguments promote to, float32 or
-    float64. At x = 0 it is -inf, or 0 for v = 0; NaN where v or x is negative.
+    float64. At x = 0 it is -inf, or 0 for v = 0; NaN, with its derivatives,
+    where v or x is negative.
 
   Raises:
     TypeError: for dtypes other than float32, float64 and integers.
@@ -126,18 +128,30 @@ def iv_ratio(v: ArrayLike, x: ArrayLike) -> jax.Array:
   return _iv_ratio(v, x)
 
 
-def log_0f1(v: ArrayLike, x: ArrayLike) -> jax.Array:
-  """log 0F1(; v + 1; x^2 / 4) = log(Gamma(v + 1) (2 / x)^v I_v(x)).
-
-  It is what remains of log I_v when its behaviour at x = 0 is taken off, and
-  relatively accurate where that would cancel nearly all digits.
+def iv_ratio_below_1(v: ArrayLike, x: ArrayLike) -> jax.Array:
+  """1 - I_{v+1}(x) / I_v(x), to a few units in the last place.
 
   Args:
     v: order, 0 or more.
     x: argument, 0 or more and finite; broadcasts with `v`.
   """
   v, x = _operands(v, x)
-  return _log_0f1(v, x)
+  return _iv_ratio_below_1(v, x)
+
+
+def log_0f1e(v: ArrayLike, x: ArrayLike) -> jax.Array:
+  """log(e^-x 0F1(; v + 1; x^2 / 4)) = log(Gamma(v + 1) (2 / x)^v e^-x I_v(x)).
+
+  It is what remains of log I_v when its behaviour at x = 0 and its growth are
+  taken off, where that would cancel nearly all digits. Its derivative in x is
+  -`iv_ratio_below_1`.
+
+  Args:
+    v: order, 0 or more.
+    x: argument, 0 or more and finite; broadcasts with `v`.
+  """
+  v, x = _operands(v, x)
+  return _log_0f1e(v, x)
 
 
 def _operands(v, x):
@@ -188,12 +202,43 @@ def _choose(first, f, g, v, x, in_g=(1.0, 1.0)):
   plan = _PLANS[x.dtype.name]
   at_f = jnp.where(first, v, plan.v_uniform), jnp.where(first, x, 2.0)
   at_g = jnp.where(first, in_g[0], v), jnp.where(first, in_g[1], x)
+  # In float64 XLA of JAX 0.11.2 merges such selections without end.
+  at_f, at_g = lax.optimization_barrier((at_f, at_g))
   return jnp.where(first, f(*at_f), g(*at_g))
 
 
 def _is_uniform(v, x):
   plan = _PLANS[x.dtype.name]
   return (v >= plan.v_uniform) | (x >= plan.x_uniform)
+
+
+def _either(where, a: float, b: float, like: jax.Array) -> jax.Array:
+  """One of two numbers, in the dtype of an array."""
+  return jnp.where(where, np.asarray(a, like.dtype), np.asarray(b, like.dtype))
+
+
+# Powers of two, by dtype: with numbers up to the first, and with any number
+# times the second, sums of squares are finite.
+_LARGE = {'float32': (2.0**60, 2.0**-66), 'float64': (2.0**508, 2.0**-514)}
+
+
+def _norm(v, x):
+  """(h, c) with sqrt(v^2 + x^2) = h / c, c a power of two, 1 if they allow."""
+  large, unit = _LARGE[x.dtype.name]
+  c = _either(jnp.maximum(v, x) > large, unit, 1.0, x)
+  return jnp.sqrt((c * v) ** 2 + (c * x) ** 2), c
+
+
+def _log_norm(h, c):
+  """log sqrt(v^2 + x^2) of a norm (h, c)."""
+  unit = _LARGE[h.dtype.name][1]
+  return jnp.log(h) - _either(c < 1, math.log(unit), 0.0, h)
+
+
+def _log_half(x):
+  """log(x / 2), also where x / 2 would be subnormal, which counts as zero."""
+  small = x < 2.0**-60
+  return jnp.log(jnp.where(small, x, 0.5 * x)) - _either(small, _LOG_2, 0.0, x)
 
 
 # The uniform expansion.
@@ -247,6 +292,23 @@ _S_TAIL = {
 }
 
 
+# From here on asinh(v / x) is log(2 v / x), and the quotient may overflow.
+_FAR = 2.0**40
+
+
+def _distance(v, x):
+  """Whether x is far below v, and x, or v where it is."""
+  far = x * _FAR < v
+  return far, jnp.where(far, v, x)
+
+
+def _asinh(v, x):
+  """asinh(v / x)."""
+  far, near = _distance(v, x)
+  quotient = jnp.log(jnp.where(far, v, 1.0)) - jnp.log(jnp.where(far, x, 1.0))
+  return jnp.where(far, quotient + _LOG_2, jnp.arcsinh(v / near))
+
+
 @jax.custom_jvp
 def _exponent(v, x):
   """h - v asinh(v / x), with an error relative to itself, not to h.
@@ -258,22 +320,49 @@ def _exponent(v, x):
     sinh d = (v _C - h _S) / x = (v - _S x) (v + _S x) / (x (v _C + h _S)),
 
   where nothing cancels once v - _S x is taken in two pieces whose products with
-  those of x are exact.
+  those of x are exact. Where v is far above x, h is v and t is log(2 v / x).
   """
-  h = jnp.sqrt(v * v + x * x)
-  difference = _minus_s_times(v, x)
-  s = difference / x * ((v + _S * x) / (v * _C + h * _S))
-  d, tanh = jnp.arcsinh(s), s / jnp.sqrt(1 + s * s)
+  far, near = _distance(v, x)
+  h, c = _norm(v, near)
+  cv, cx = c * v, c * near
+  difference = _minus_s_times(cv, cx)
+  s = difference / cx * ((cv + _S * cx) / (cv * _C + h * _S))
+  root = jnp.sqrt(1 + s * s)
+  excess = jnp.abs(s) + s * s / (1 + root)  # log1p(excess) = asinh |s|
+
+  # v / x, or its product with a power of two that makes it finite.
+  bits = jnp.finfo(x.dtype).maxexp
+  over = x * 2.0 ** (bits - 2) < v
+  quotient = jnp.where(over, v * 2.0 ** (1 - bits // 2), v)
+  quotient /= jnp.where(over, x * 2.0 ** (bits // 2), x)
+  taken = _either(over, (bits - 1) * _LOG_2, 0.0, x)
+
+  log = jnp.log1p(jnp.where(far, 2 * quotient - 1, excess))
+  d, tanh = jnp.copysign(log, s), s / root
   numerator = tanh * (_T - 1 / _T) + d * (1 / _T + tanh)
-  return -h * numerator / (1 + tanh / _T)
+  return jnp.where(
+    far,
+    -v * ((log - 1) + taken),
+    -h * numerator / (1 + tanh / _T) / c,
+  )
 
 
-@_exponent.defjvp
 def _exponent_jvp(primals, tangents):
   v, x = primals
   dv, dx = tangents
-  h = jnp.sqrt(v * v + x * x)
-  return _exponent(v, x), h / x * dx - jnp.arcsinh(v / x) * dv
+  out = _exponent(v, x)
+  total = jnp.zeros_like(out)
+  if not isinstance(dv, SymbolicZero):
+    total -= _asinh(v, x) * dv
+  if not isinstance(dx, SymbolicZero):
+    far, near = _distance(v, x)
+    h, c = _norm(v, near)
+    slope = jnp.where(far, v / jnp.where(far, x, 1.0), h / (c * near))
+    total += slope * dx
+  return out, total
+
+
+_exponent.defjvp(_exponent_jvp, symbolic_zeros=True)
 
 
 def _minus_s_times(v, x):
@@ -285,15 +374,15 @@ def _minus_s_times(v, x):
 
 
 def _log_iv_uniform(v, x):
-  h = jnp.sqrt(v * v + x * x)
-  tail = jnp.log1p(_tail(1 / h, (v / h) ** 2))
-  return _exponent(v, x) - 0.5 * jnp.log(2 * math.pi * h) + tail
+  h, c = _norm(v, x)
+  tail = jnp.log1p(_tail(c / h, (c * v / h) ** 2))
+  return _exponent(v, x) - 0.5 * _log_norm(2 * math.pi * h, c) + tail
 
 
 def _log_kv_uniform(v, x):
-  h = jnp.sqrt(v * v + x * x)
-  tail = jnp.log1p(_tail(-1 / h, (v / h) ** 2))
-  return -_exponent(v, x) - 0.5 * jnp.log(2 / math.pi * h) + tail
+  h, c = _norm(v, x)
+  tail = jnp.log1p(_tail(-c / h, (c * v / h) ** 2))
+  return -_exponent(v, x) - 0.5 * _log_norm(2 / math.pi * h, c) + tail
 
 
 # I elsewhere.
@@ -310,7 +399,7 @@ def _series(v, x):
 
 
 def _log_iv_series(v, x):
-  leading = v * jnp.log(0.5 * x) - lax.lgamma(v + 1)
+  leading = v * _log_half(x) - lax.lgamma(v + 1)
   return leading + jnp.log1p(_series(v, x))
 
 
@@ -371,18 +460,21 @@ def _log_kv_temme(v, x):
   """K_mu and K_{mu+1}, |mu| <= 1/2, and upward recurrence to v = mu + n.
 
   Of L_i = (x/2)^i K_{mu+i}, which stays in range: L_{i+1} = (mu + i) L_i +
-  (x/2)^2 L_{i-1}.
+  (x/2)^2 L_{i-1}. All are divided by (x/2)^-|mu|, which leaves the range of
+  derivatives to 1 / x.
   """
   plan = _PLANS[x.dtype.name]
   n = jnp.round(v)
   mu = v - n
-  log_half, q = jnp.log(0.5 * x), 0.25 * x * x
+  log_half, q = _log_half(x), 0.25 * x * x
 
   even, odd = _polynomial(_EVEN, mu * mu), _polynomial(_ODD, mu * mu)
   reciprocal_plus, reciprocal_minus = even + mu * odd, even - mu * odd
   sigma = -mu * log_half
-  up, down = jnp.exp(sigma), jnp.exp(-sigma)
-  f = -odd * (0.5 * (up + down)) - even * log_half * _sinhc(sigma)
+  scale = lax.stop_gradient(jnp.abs(sigma))
+  up, down = jnp.exp(sigma - scale), jnp.exp(-sigma - scale)
+  sinhc = _sinhc(sigma, jnp.exp(-scale), up, down)
+  f = -odd * (0.5 * (up + down)) - even * log_half * sinhc
   f = f / (reciprocal_plus * reciprocal_minus)
   a, b = 0.5 * up / reciprocal_plus, 0.5 * down / reciprocal_minus
 
@@ -399,16 +491,16 @@ def _log_kv_temme(v, x):
     following = (mu + i) * upper + q * lower
     lower = jnp.where(i < n, upper, lower)
     upper = jnp.where(i < n, following, upper)
-  return jnp.log(jnp.where(n > 0, upper, first)) - n * log_half
+  return jnp.log(jnp.where(n > 0, upper, first)) + (scale - n * log_half)
 
 
-def _sinhc(s):
-  """sinh(s) / s, smooth at 0."""
+def _sinhc(s, unit, up, down):
+  """unit sinh(s) / s, smooth at 0, from unit e^s and unit e^-s."""
   small = jnp.abs(s) < 1
   inverse_factorials = tuple(1 / math.factorial(2 * i + 1) for i in range(10))
   near = _polynomial(inverse_factorials, jnp.where(small, s, 0.0) ** 2)
-  away = jnp.where(small, 1.0, s)
-  return jnp.where(small, near, jnp.sinh(away) / away)
+  away = 0.5 * (up - down) / jnp.where(small, 1.0, s)
+  return jnp.where(small, unit * near, away)
 
 
 @_kept_partials
@@ -419,7 +511,7 @@ def _log_kv(v, x):
   return _choose(_is_uniform(v, x), _log_kv_uniform, small, v, x)
 
 
-# The ratio of I, and I without its behaviour at 0.
+# The ratio of I, and I without its behaviour at 0 and its growth.
 
 
 @_kept_partials
@@ -427,13 +519,33 @@ def _iv_ratio(v, x):
   return _choose(_is_uniform(v, x), _iv_ratio_uniform, _iv_ratio_series, v, x)
 
 
+@_kept_partials
+def _iv_ratio_below_1(v, x):
+  def from_series(v, x):
+    return 1 - _iv_ratio_series(v, x)
+
+  def uniform(v, x):
+    h, c = _norm(v, x)
+    cv, cx = c * v, c * x
+    # 1 - x / (h + v), as h - x = v^2 / (h + x).
+    leading = cv * (1 + cv / (h + cx)) / (h + cv)
+    return leading - _ratio_tail(v, x)
+
+  return _choose(_is_uniform(v, x), uniform, from_series, v, x)
+
+
 def _iv_ratio_uniform(v, x):
   """d/dx log I - v / x, term by term: each has a factor x."""
-  h = jnp.sqrt(v * v + x * x)
-  w = 1 / h
-  y = (v * w) ** 2
-  tail, slope = jax.jvp(_tail, (w, y), (-(w**3), -2 * y * w * w))
-  return x * (1 / (h + v) - 0.5 * w * w + slope / (1 + tail))
+  h, c = _norm(v, x)
+  return c * x / (h + c * v) + _ratio_tail(v, x)
+
+
+def _ratio_tail(v, x):
+  """The ratio less x / (h + v)."""
+  h, c = _norm(v, x)
+  w, y = c / h, (c * v / h) ** 2
+  tail, slope = jax.jvp(_tail, (w, y), (-w * w, -2 * y * w))
+  return c * x / h * (slope / (1 + tail) - 0.5 * w)
 
 
 def _iv_ratio_series(v, x):
@@ -441,32 +553,39 @@ def _iv_ratio_series(v, x):
 
 
 @_kept_partials
-def _log_0f1(v, x):
+def _log_0f1e(v, x):
   plan = _PLANS[x.dtype.name]
 
   def small_v(v, x):
-    def from_iv(v, x):
-      leading = v * jnp.log(0.5 * x) - lax.lgamma(v + 1)
-      return _log_iv_uniform(v, x) - leading
+    def large_x(v, x):
+      h, c = _norm(v, x)
+      tail = jnp.log1p(_tail(c / h, (c * v / h) ** 2))
+      exponent = v * (c * v / (h + c * x) - _asinh(v, x))  # less x
+      leading = v * _log_half(x) - lax.lgamma(v + 1)
+      return exponent - 0.5 * _log_norm(2 * math.pi * h, c) + tail - leading
 
     def from_series(v, x):
-      return jnp.log1p(_series(v, x))
+      return jnp.log1p(_series(v, x)) - x
 
-    return _choose(_is_uniform(v, x), from_iv, from_series, v, x)
+    return _choose(_is_uniform(v, x), large_x, from_series, v, x)
 
-  return _choose(v >= plan.v_uniform, _log_0f1_uniform, small_v, v, x)
+  return _choose(v >= plan.v_uniform, _log_0f1e_uniform, small_v, v, x)
 
 
-def _log_0f1_uniform(v, x):
-  """The uniform expansion less its limit at x = 0; h - v = x^2 / (h + v)."""
-  h = jnp.sqrt(v * v + x * x)
-  excess = x * x / (h + v)
-  tail = _tail(1 / h, (v / h) ** 2)
+def _log_0f1e_uniform(v, x):
+  """The uniform expansion less its limit at x = 0, and less x.
+
+  h - v = x^2 / (h + v), and h - v - x = -v (h - v + x) / (h + x).
+  """
+  h, c = _norm(v, x)
+  cv, cx = c * v, c * x
+  excess = cx * (cx / (h + cv))
+  tail = _tail(c / h, (cv / h) ** 2)
   tail_at_0 = _tail(1 / v, jnp.ones_like(v))
   return (
-    excess
-    - v * jnp.log1p(excess / (2 * v))
-    - 0.5 * jnp.log1p(excess / v)
+    -v * ((excess + cx) / (h + cx))
+    - v * jnp.log1p(excess / (2 * cv))
+    - 0.5 * jnp.log1p(excess / cv)
     + jnp.log1p((tail - tail_at_0) / (1 + tail_at_0))
   )
 
@@ -474,22 +593,57 @@ def _log_0f1_uniform(v, x):
 # Everywhere, with the limits at the edges of the domain.
 
 
+def _at_edges(f, limit, v, x, is_valid):
+  """f inside the domain, limit(v, x) at its edges, and NaN elsewhere.
+
+  Derivatives are those of the limit, and NaN outside of the domain.
+  """
+  inside = is_valid & (v < jnp.inf) & ~_is_zero(x) & (x < jnp.inf)
+  value = f(jnp.where(inside, v, 1.0), jnp.where(inside, x, 1.0))
+  is_valid &= ~((v == jnp.inf) & (x == jnp.inf))
+  invalid = _either(is_valid, 0.0, jnp.nan, x)
+  invalid = invalid * jnp.where(is_valid, 0.0, v + x)
+  return jnp.where(inside, value, limit(v, x)) + invalid
+
+
+def _is_zero(x):
+  """Whether x is zero or subnormal: not all back ends flush in comparisons."""
+  return jnp.abs(x) < jnp.finfo(x.dtype).tiny
+
+
+def _at(where, f, *operands):
+  """f of the operands where `where` holds, and 0 with its slope elsewhere."""
+  return jnp.where(where, f(*(jnp.where(where, a, 1.0) for a in operands)), 0.0)
+
+
+def _log_iv_limit(v, x):
+  at_0 = _is_zero(x)
+  return (
+    _at(at_0 & ~_is_zero(v), lambda v, x: v * jnp.log(x), v, x)
+    + _at(~at_0 & (v == jnp.inf), lambda v: -v * v, v)
+    + _at(~at_0 & (x == jnp.inf), lambda x: x, x)
+  )
+
+
+def _log_kv_limit(v, x):
+  at_0 = _is_zero(x)
+  return (
+    _at(at_0 & _is_zero(v), lambda x: -jnp.log(x), x)
+    + _at(at_0 & ~_is_zero(v), lambda v, x: -jnp.abs(v) * jnp.log(x), v, x)
+    + _at(~at_0 & (v == jnp.inf), lambda v: v * v, v)
+    + _at(~at_0 & (x == jnp.inf), lambda x: -x, x)
+  )
+
+
 @functools.partial(jax.jit, inline=True)
 def _log_iv_everywhere(v, x):
-  inside = (v >= 0) & (v < jnp.inf) & (x > 0) & (x < jnp.inf)
-  value = _log_iv(jnp.where(inside, v, 1.0), jnp.where(inside, x, 1.0))
-  at_0 = jnp.where(v == 0, 0.0, jnp.log(jnp.where(v == 0, 1.0, x)))
-  edge = jnp.where(x == 0, at_0, jnp.where(v == jnp.inf, -v, x))
-  is_valid = (v >= 0) & (x >= 0) & ~((v == jnp.inf) & (x == jnp.inf))
-  return jnp.where(inside, value, jnp.where(is_valid, edge, jnp.nan))
+  is_valid = (v >= 0) & ((x >= 0) | _is_zero(x))
+  return _at_edges(_log_iv, _log_iv_limit, v, x, is_valid)
 
 
 @functools.partial(jax.jit, inline=True)
 def _log_kv_everywhere(v, x):
   # Folded away from 0, where the fold would spoil the second derivative.
   v = jnp.where(v < -0.25, -v, v)
-  inside = (v < jnp.inf) & (x > 0) & (x < jnp.inf)
-  value = _log_kv(jnp.where(inside, v, 1.0), jnp.where(inside, x, 1.0))
-  edge = jnp.where(x == 0, -jnp.log(x), jnp.where(v == jnp.inf, v, -x))
-  is_valid = (x >= 0) & ~jnp.isnan(v) & ~((v == jnp.inf) & (x == jnp.inf))
-  return jnp.where(inside, value, jnp.where(is_valid, edge, jnp.nan))
+  is_valid = ~jnp.isnan(v) & ((x >= 0) | _is_zero(x))
+  return _at_edges(_log_kv, _log_kv_limit, v, x, is_valid)

@@ -41,14 +41,16 @@ def _with_derivative(fn: Callable, derivative: Callable) -> Callable:
   """`fn` of float32 arrays with d fn = derivative(x, fn(x)) dx."""
   # Constants are no arguments of the public function, nor of its derivative.
   wrapped = jax.custom_jvp(lambda x: fn(x))
+  # Compiled as a whole, lest the bounds depend on a `jit` around the call.
+  compiled = jax.jit(wrapped, inline=True)
 
   @wrapped.defjvp
   def jvp(primals, tangents):
     (x,), (dx,) = primals, tangents
-    y = wrapped(x)
+    y = compiled(x)
     return y, derivative(x, y) * dx
 
-  return wrapped
+  return compiled
 
 
 def _apply(fn: Callable, x) -> jax.Array:
@@ -261,7 +263,10 @@ def _density(x):
 
 def _distribution(x):
   """Phi(x) for |x| <= _FAR."""
-  return jnp.where(x == 0, 0.5, elementary.gelu(x) / jnp.where(x == 0, 1.0, x))
+  # Near 0 it is 1/2, and gelu(x) may be subnormal.
+  near_0 = jnp.abs(x) < 2.0**-40
+  quotient = elementary.gelu(x) / jnp.where(near_0, 1.0, x)
+  return jnp.where(near_0, 0.5, quotient)
 
 
 _normal = _with_derivative(_distribution, lambda x, y: _density(x))

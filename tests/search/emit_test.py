@@ -349,6 +349,24 @@ class EmitTest(parameterized.TestCase):
     with self.assertRaisesRegex(FileNotFoundError, "compiler='no-such-cc'"):
       emit.load_c('', 'mine', 'no-such-cc')
 
+  @parameterized.parameters(
+    'lax', 'jax', 'jnp', '_core', '_fence', '_jvp', '_C1', 'x', 'u1', 'f', 't',
+    'slope', 'primals', 'tangents', 'float', 'TypeError', 'elementary',
+  )  # fmt: skip
+  def test_names_that_the_code_uses(self, name):
+    target = dataclasses.replace(
+      targets.get('exp2'), interval=(-0.5, 0.5), name=name
+    )
+    with self.assertRaisesRegex(ValueError, f"name='{name}' of the target is"):
+      emit.python(_SYMMETRIC, target)
+    source = emit.c99(_SYMMETRIC, target)
+    self.assertIn(f'float lowbit_{name}(float x)', source)
+
+  @parameterized.parameters('lambda', 'None', 'π', '2x')
+  def test_names_that_no_function_can_have(self, name):
+    with self.assertRaisesRegex(ValueError, 'ASCII identifier of Python'):
+      dataclasses.replace(_MINE, name=name)
+
   def test_c_that_does_not_compile(self):
     if _COMPILER is None:
       self.skipTest('no C compiler')
@@ -396,12 +414,31 @@ class CertifiedTest(parameterized.TestCase):
     }
     return certify.certify(fn, **{**arguments, **changes})
 
+  def assert_names_a_sample(self, source, certificate):
+    words = ' '.join(source.split())
+    found = f'The largest error that was found is {certificate.max_ulp:.4f} ULP'
+    self.assertIn(found, words)
+    self.assertIn(f'sample of {certificate.n_inputs} inputs (2^16)', words)
+    self.assertNotIn('at most', words)
+
+  def test_a_bound_is_of_every_input(self):
+    certificate = self._certify(
+      emit.function(self.program, self.target),
+      interval=(1.0, 1.01),
+      tier='all',
+    )
+    words = ' '.join(
+      emit.python(self.program, self.target, certificate).split()
+    )
+    self.assertIn(f'at most {certificate.max_ulp:.4f} ULP', words)
+    self.assertIn(f'on every input, {certificate.n_inputs},', words)
+
   def test_python(self):
     certificate = self._certify(emit.function(self.program, self.target))
     self.assertLess(certificate.max_ulp, 1)
     emit.check(self.program, self.target, compiler=_COMPILER)
     source = emit.python(self.program, self.target, certificate)
-    self.assertIn(f'{certificate.max_ulp:.4f} ULP', source)
+    self.assert_names_a_sample(source, certificate)
     self.assertIn('from lowbit_pallas.arith import elementary', source)
     self.assertLessEqual(max(map(len, source.splitlines())), 80)
     exp2 = emit.load_python(source, 'exp2')
@@ -442,7 +479,7 @@ class CertifiedTest(parameterized.TestCase):
     self.assertEqual(certify.Certificate.from_json(text), certificate)
     certify.check(certificate, emitted, np.exp2)
     source = emit.c99(self.program, self.target, certificate)
-    self.assertIn(f'{certificate.max_ulp:.4f} ULP', source)
+    self.assert_names_a_sample(source, certificate)
     again = emit.load_c(source, 'exp2')
     x = np.linspace(-0.5, 0.5, 1000, dtype=_F)
     np.testing.assert_array_equal(again(x), emitted(x))

@@ -38,9 +38,8 @@ def _fit(items: list[Program], slope: float) -> fitting.Result:
 
 
 class FitTest(absltest.TestCase):
-  def test_finds_what_normal_equations_cannot(self):
-    # The condition number of J exceeds 1e8 at the solution, so J^T J has no
-    # digit left.
+  def test_finds_the_minimax_error_of_an_ill_conditioned_formula(self):
+    # From random starts; the condition number of J exceeds 1e8 at the solution.
     rng = np.random.default_rng(0)
     size = 10 ** rng.uniform(-1, 2.5, (512, 4))
     start = size * rng.choice([-1, 1], size.shape)

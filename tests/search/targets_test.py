@@ -243,7 +243,7 @@ class TargetsTest(parameterized.TestCase):
       _mine(exact=1.0)
     with self.assertRaisesRegex(TypeError, 'wrapper=2 must be a function'):
       _mine(wrapper=2)
-    with self.assertRaisesRegex(ValueError, 'must be a Python identifier'):
+    with self.assertRaisesRegex(ValueError, 'must be an ASCII identifier'):
       targets.Target('my target', mpmath.exp, (0.0, 1.0))
     with self.assertRaisesRegex(ValueError, "'expo' must be one of exp, exp2"):
       targets.get('expo')

@@ -5,6 +5,7 @@ import pathlib
 
 import jax
 import jax.numpy as jnp
+import mpmath
 import numpy as np
 import pytest
 from absl.testing import absltest, parameterized
@@ -53,6 +54,40 @@ def points(seed: int) -> tuple[np.ndarray, np.ndarray]:
   """v and x, log-uniform from 1e-8 to 1e6."""
   rng = np.random.default_rng(seed)
   return tuple(10 ** rng.uniform(-8, 6, (2, _POINTS)))
+
+
+def whole_range(dtype) -> tuple[np.ndarray, np.ndarray]:
+  """v and x over the normal numbers of a dtype, and of about the same size."""
+  limits = np.finfo(dtype)
+  ends = np.log10(float(limits.tiny)) + 0.1, np.log10(float(limits.max)) - 3
+  rng = np.random.default_rng(4)
+  v, x = 10 ** rng.uniform(*ends, (2, 100))
+  v[:40] = 10 ** rng.uniform(-2, 2, 40)
+  x[20:60] = 10 ** rng.uniform(-2, 2, 40)
+  x[80:] = v[80:] * 10 ** rng.uniform(-3, 3, 20)
+  corners = [(5, 1e-20), (0, limits.max), (0.3, limits.tiny)]
+  corners += [(13, limits.max), (30, limits.tiny)]
+  v, x = np.concatenate([(v, x), np.transpose(corners)], 1).astype(dtype)
+  inside = (x >= limits.tiny) & (x <= limits.max)
+  return v[inside], x[inside]
+
+
+def exact(name: str, v, x):
+  """The logarithm with 40 digits: the uniform expansion, or near 0 mpmath."""
+  v, x = mpmath.mpf(float(v)), mpmath.mpf(float(x))
+  h, sign = mpmath.hypot(v, x), 1 if name == 'iv' else -1
+  if h < 100:
+    f = mpmath.besseli if name == 'iv' else mpmath.besselk
+    return mpmath.log(f(v, x))
+  w, y = sign / h, (v / h) ** 2
+  terms = [
+    w**k * sum(c * y**i for i, c in enumerate(q))
+    for k, q in enumerate(_bessel._debye(12), 1)
+  ]
+  tail = 1 + sum(terms)  # the next is below 1e-22
+  factor = 2 * mpmath.pi if name == 'iv' else 2 / mpmath.pi
+  exponent = sign * (h - v * mpmath.asinh(v / x))
+  return exponent - mpmath.log(factor * h) / 2 + mpmath.log(tail)
 
 
 def forward_in_x(f):
@@ -107,16 +142,52 @@ class TableTest(parameterized.TestCase):
       np.testing.assert_array_equal(np.asarray(got)[_V == 0], 0)
 
 
-class IdentityTest(parameterized.TestCase):
-  def test_no_overflow(self):
-    v, x = points(0)
-    for dtype in (np.float32, np.float64):
-      with jax.enable_x64(dtype == np.float64):
-        for name in _FUNCTIONS:
-          got = evaluate(name, v.astype(dtype), x.astype(dtype))
-          self.assertEqual(got.dtype, dtype)
-          self.assertTrue(np.isfinite(got).all())
+class WholeRangeTest(parameterized.TestCase):
+  @parameterized.product(
+    name=('iv', 'kv'), dtype_bound=((np.float32, 2e-6), (np.float64, 2e-14))
+  )
+  def test_against_mpmath(self, name, dtype_bound):
+    dtype, bound = dtype_bound
+    v, x = whole_range(dtype)
+    with jax.enable_x64(dtype == np.float64):
+      got = evaluate(name, v, x)
+    self.assertEqual(got.dtype, dtype)
+    with mpmath.workdps(40):
+      want = [exact(name, *point) for point in zip(v, x, strict=True)]
+    with np.errstate(over='ignore'):
+      want = np.array([float(w) for w in want])
+    self.assertLess(error(got, want), bound)
 
+  def test_derivatives_of_kv(self):
+    self.assert_derivatives('kv')
+
+  @pytest.mark.slow
+  def test_derivatives_of_iv(self):
+    self.assert_derivatives('iv')
+
+  def assert_derivatives(self, name):
+    # Where v is far above x, log I is v log(x / 2) - log Gamma(v + 1), and
+    # log K minus that but for log(2 v).
+    tiny = np.finfo(np.float64).tiny
+    v = np.array([3.0, 7, 1e3, 1e150, 30, 4.4, 0.4])
+    x = np.array([1e-200, 1e-200, 1e-12, 1e-3, 1e-300, 2 * tiny, 4 * tiny])
+    sign = 1 if name == 'iv' else -1
+    in_v = np.log(x / 2) - special.digamma(v + 1)
+    in_v = sign * in_v - (0 if name == 'iv' else 1 / v)
+    sizes = np.resize(v, _V.shape), np.resize(x, _V.shape)
+    ones, zeros = np.ones_like(_V), np.zeros_like(_V)
+    with jax.enable_x64(True):
+      f = derivatives_along(name)
+      along_v = np.asarray(f(*sizes, ones, zeros))[: len(v)]
+      along_x = np.asarray(f(*sizes, zeros, ones))[: len(v)]
+      nothing = np.asarray(f(*np.nan * np.array(sizes), ones, ones))
+    # K_v is even in v, which counts where x^2v does not vanish beside 1.
+    np.testing.assert_allclose(along_v, in_v, rtol=1e-12)
+    np.testing.assert_allclose(along_x, sign * v / x, rtol=1e-13)
+    self.assertTrue(np.isnan(nothing).all())
+
+
+class IdentityTest(parameterized.TestCase):
   def test_wronskian(self):
     # x (I_v K_{v+1} + I_{v+1} K_v) = 1; errors of the logarithms add up.
     v, x = points(1)
@@ -156,12 +227,13 @@ class IdentityTest(parameterized.TestCase):
     )
 
   @pytest.mark.slow
+  @pytest.mark.long('second derivatives of long programs, in both arguments')
   def test_second_derivatives_are_finite(self):
     v = np.float32([0, 0, 1e5, 1e5])
     x = np.float32([1e-8, 1e5, 1e-8, 1e5])
     with jax.enable_x64(True):
       for f in _FUNCTIONS.values():
-        hessian = jax.jit(jax.vmap(jax.hessian(f, (0, 1))))
+        hessian = _jit_unfused(jax.vmap(jax.hessian(f, (0, 1))))
         for leaf in jax.tree.leaves(hessian(np.float64(v), np.float64(x))):
           self.assertTrue(np.isfinite(leaf).all())
 
@@ -211,6 +283,9 @@ class EdgesTest(parameterized.TestCase):
     ('kv', 1, -1, np.nan),
     ('kv', 1, np.inf, -np.inf),
     ('kv', np.nan, 1, np.nan),
+    ('iv', 2, 1e-40, -np.inf),
+    ('kv', 2, 1e-40, np.inf),
+    ('iv', np.inf, 1, -np.inf),
   )
   def test_values(self, name, v, x, want):
     got = evaluate(name, np.float32(v), np.float32(x))

@@ -28,9 +28,9 @@ _compiled = functools.cache(jax.jit)
 
 
 def _values(name, x) -> np.ndarray:
-  """Values in float32 at up to _SIZE points, by one program."""
+  """Values in float32 at up to _SIZE points, by one program, without `jit`."""
   x = np.asarray(x, _F)
-  y = _compiled(adopted.FUNCTIONS[name].function)(np.resize(x, _SIZE))
+  y = adopted.FUNCTIONS[name].function(np.resize(x, _SIZE))
   return np.asarray(y)[: x.size].reshape(x.shape)
 
 
@@ -176,6 +176,20 @@ class ValueTest(parameterized.TestCase):
   def test_transformations_change_nothing_in_others(self, name):
     self.assert_transformations_change_nothing(name)
 
+  def assert_is_the_same_with_jit(self, name):
+    x = np.linspace(-30, 30, _SIZE).astype(_F)
+    y = jax.jit(adopted.FUNCTIONS[name].function)(x)
+    np.testing.assert_array_equal(y, _values(name, x))
+
+  def test_is_the_same_with_jit(self):
+    self.assert_is_the_same_with_jit('tanh')
+    self.assert_is_the_same_with_jit('sin')
+
+  @parameterized.parameters(*_OTHERS)
+  @pytest.mark.slow
+  def test_is_the_same_with_jit_in_others(self, name):
+    self.assert_is_the_same_with_jit(name)
+
   @parameterized.parameters(*_NAMES)
   def test_other_dtypes_are_refused(self, name):
     with self.assertRaisesRegex(TypeError, r'x\.dtype=int32 must be one of'):
@@ -230,6 +244,11 @@ class DerivativeTest(parameterized.TestCase):
     ('gelu', _INF, 1),
     ('gelu', -_INF, 0),
     ('gelu', 0, 0.5),
+    ('gelu', 2.0**-126, 0.5),
+    ('gelu', -1.9 * 2.0**-126, 0.5),
+    ('erf', 2.0**-126, 2 / math.sqrt(math.pi)),
+    ('tanh', 2.0**-126, 1),
+    ('softplus', 2.0**-126, 0.5),
     ('gelu', 60, 1),
     ('softplus', _INF, 1),
     ('exp', -_INF, 0),

@@ -3,6 +3,7 @@
 import functools
 
 import jax
+import mpmath
 import numpy as np
 import pytest
 from absl.testing import absltest, parameterized
@@ -52,6 +53,7 @@ class LogProbTest(parameterized.TestCase):
     log_c = v * np.log(kappa) - p / 2 * np.log(2 * np.pi) - log_iv
     with jax.enable_x64(True):
       x, mean = (np.float64(unit(p, s)) for s in (0, 1))
+      x, mean = x / np.linalg.norm(x), mean / np.linalg.norm(mean)
       got = log_prob(x, mean, kappa)
       np.testing.assert_allclose(got, log_c + kappa * (x @ mean), rtol=1e-12)
 
@@ -89,6 +91,19 @@ class LogProbTest(parameterized.TestCase):
     ratio = special.ive(8, 9.0) / special.ive(7, 9.0)
     want = np.float64(x) @ mean - ratio
     np.testing.assert_allclose(d_kappa, want, atol=16 * 2.0**-24)
+
+  def test_concentrated(self):
+    # p = 2: exp(kappa (cos - 1)) / (2 pi e^-kappa I_0(kappa)).
+    mean, kappa = unit(2, 1), np.float32(1e6)
+    for angle in (0, 1e-4, 1e-3):
+      turn = [[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]
+      x = np.float32(turn @ np.float64(mean))
+      wide, exact = np.float64(x), np.float64(mean)
+      wide, exact = (a / np.linalg.norm(a) for a in (wide, exact))
+      want = -0.5e6 * np.sum((wide - exact) ** 2)
+      want -= np.log(2 * np.pi * special.ive(0, 1e6))
+      np.testing.assert_allclose(log_prob(x, mean, kappa), want, rtol=1e-5)
+    self.assertTrue(np.isnan(log_prob(x, mean, np.float32(-2))))
 
   @pytest.mark.slow
   def test_derivatives(self):
@@ -128,6 +143,39 @@ class SampleTest(parameterized.TestCase):
     slope = 1 - ratio * ratio - (p - 1) / kappa * ratio
     bound = 16 * 2.0**-24 / slope[:, 0]
     np.testing.assert_array_less(np.abs(fitted - kappa[:, 0]), bound)
+
+  def test_fit_of_samples_that_nearly_coincide(self):
+    spread = np.r_[0, np.geomspace(1e-6, 2e-3, 8), 0][:, None, None]
+    noise = np.random.default_rng(5).standard_normal((*MANY, 8))
+    x = unit(8) + spread * noise
+    x[-1] = unit(8) * np.resize([1, -1], MANY[1])[:, None]
+    x = np.float32(x / np.linalg.norm(x, axis=-1, keepdims=True))
+    direction, kappa = map(np.asarray, fit(x))
+    self.assertTrue(np.isfinite(direction).all())
+    self.assertEqual(kappa[0], np.inf)
+    self.assertLess(kappa[-1], 1e-5)
+    # With the variance V: R = sqrt(1 - V), and 1 - R = (p - 1) / (2 kappa)
+    # (1 - (p - 3) / (4 kappa)), but for terms in kappa^-3.
+    wide = np.float64(x[1:-1])
+    wide = wide / np.linalg.norm(wide, axis=-1, keepdims=True)
+    off = wide - wide.mean(1, keepdims=True)
+    variance = np.sum(off * off, -1).mean(-1)
+    missing = variance / (1 + np.sqrt(1 - variance))
+    want = 7 / (2 * missing) * (1 - 5 / 14 * missing)
+    # Lengths that are not quite 1 add to the variance.
+    bound = 2.0**-20 + 2.0**-50 / variance
+    np.testing.assert_array_less(np.abs(kappa[1:-1] / want - 1), bound)
+
+  def test_extreme_concentrations(self):
+    kappa = np.full((10, 1), 1e30)
+    kappa[:5, 0] = np.inf, np.nan, -1, 1e8, 1e18
+    mean = np.float32(np.eye(8)[0])
+    x = sample(6, mean, kappa, MANY)
+    np.testing.assert_array_equal(x[0], np.tile(mean, (MANY[1], 1)))
+    self.assertTrue(np.isnan(x[1:3]).all())
+    # 1 - cos^2 has the mean (p - 1) / kappa and a seventh as large a variance.
+    across = np.sum(np.float64(x[3:, :, 1:]) ** 2, -1).mean(-1) * kappa[3:, 0]
+    np.testing.assert_allclose(across, 7, rtol=5 * (2 / 7 / MANY[1]) ** 0.5)
 
   @parameterized.parameters(
     (3, 5.0, MANY), (2048, 500.0, (2000,)), (32768, 8000.0, (2000,))
@@ -178,7 +226,48 @@ class SampleTest(parameterized.TestCase):
     key = jax.random.key(3)
     a = von_mises_fisher.sample(key, unit(3), np.float32(3), MANY)
     b = sample(3, unit(3), 3.0, MANY)
-    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(a, b)
+
+
+class EntropyTest(parameterized.TestCase):
+  def assert_on_the_sphere(self, dtype, bound):
+    # p = 3: log(4 pi sinh(kappa) / kappa) + 1 - kappa coth(kappa).
+    kappa = np.r_[0, np.geomspace(1e-3, 1e12, 46)].astype(dtype)
+    f = lambda kappa: von_mises_fisher.entropy(kappa, 3)
+    both = jax.jit(
+      lambda kappa: jax.jvp(f, (kappa,), (jax.numpy.ones_like(kappa),)),
+      compiler_options={'xla_disable_hlo_passes': 'fusion'},
+    )
+    with jax.enable_x64(dtype == np.float64):
+      got, slope = map(np.asarray, both(kappa))
+    np.testing.assert_allclose(got[0], np.log(4 * np.pi), rtol=bound)
+    self.assertEqual(slope[0], 0)
+    k = kappa[1:].astype(np.float64)
+    with mpmath.workdps(60):
+      k = [mpmath.mpf(v) for v in k]
+      want = [
+        mpmath.log(4 * mpmath.pi * mpmath.sinh(v) / v) + 1 - v * mpmath.coth(v)
+        for v in k
+      ]
+      # With A = coth(kappa) - 1 / kappa it is -kappa A'(kappa).
+      want_slope = [v * mpmath.csch(v) ** 2 - 1 / v for v in k]
+    want, want_slope = np.float64(want), np.float64(want_slope)
+    np.testing.assert_allclose(got[1:], want, atol=3 * bound, rtol=bound)
+    # Below kappa = 10 A' is a difference of numbers up to 1, and 1/100 or more.
+    np.testing.assert_allclose(slope[1:], want_slope, rtol=100 * bound)
+
+  def test_float32(self):
+    self.assert_on_the_sphere(np.float32, 2e-6)
+
+  @pytest.mark.slow
+  def test_float64(self):
+    self.assert_on_the_sphere(np.float64, 1e-14)
+
+  def test_refuses(self):
+    with self.assertRaisesRegex(ValueError, 'p=1 must be at least 2'):
+      von_mises_fisher.entropy(1.0, 1)
+    with self.assertRaisesRegex(TypeError, 'cast to float32'):
+      von_mises_fisher.entropy(np.float16(1), 3)
 
 
 class ArgumentsTest(parameterized.TestCase):
