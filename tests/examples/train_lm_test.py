@@ -361,8 +361,9 @@ class RefusalTest(absltest.TestCase):
 
   def test_flags(self):
     self.check('exempt_last=9 are more than', '--blocks=2', '--exempt_last=9')
-    message = "recipe='quest' cannot train.*128 does not divide.*other sizes"
-    self.check(message, '--width=32', '--recipe=quest')
+    message = "recipe='mxfp4_lowbit' cannot train.*principal=.*other sizes"
+    sizes = ('--width=4', '--heads=2')
+    self.check(message, *sizes, '--recipe=mxfp4_lowbit')
     self.check('seed=9223372036854775808 must', f'--seed={1 << 63}')
 
   def test_work_folders(self):

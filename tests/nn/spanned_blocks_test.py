@@ -1,6 +1,7 @@
 """Blocks that run through several contracted axes of a weight."""
 
 import functools
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -136,12 +137,14 @@ class ModelTest(parameterized.TestCase):
     np.testing.assert_array_equal(run(model, x), run(plain, x))
 
   def test_costly_padding_is_said_with_the_format_that_fits(self):
-    params = {'kernel': data(192, 8)}
-    fmt = formats.get('int4_g128')
-    with self.assertWarnsRegex(UserWarning, "33 % to 'kernel'.*use int4_g64"):
-      nn.quantize_params(params, None, fmt)
-    with self.assertWarnsRegex(UserWarning, 'bfloat16'):
-      nn.quantize_params({'kernel': data(50, 8)}, None, formats.mxfp4)
+    for w, fmt, message in (
+      (data(192, 8), formats.get('int4_g128'), "33 % to 'kernel'.*use int4_g64"),
+      (data(50, 8), formats.get('mxfp8_e4m3_32x32'), 'bfloat16'),
+    ):
+      with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter('always')
+        nn.quantize_params({'kernel': w}, None, fmt)
+      self.assertRegex(str(caught[0].message), message)
 
 
 if __name__ == '__main__':
