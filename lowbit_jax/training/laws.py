@@ -70,7 +70,7 @@ class FloatLaw:
   def __post_init__(self) -> None:
     for field in dataclasses.fields(self):
       value = getattr(self, field.name)
-      if not (isinstance(value, numbers.Real) and 0 < value < np.inf):
+      if not (isinstance(value, numbers.Real) and 0 < float(value) < np.inf):
         raise ValueError(
           f'{field.name}={value} must be a positive number: the terms of the'
           ' law are positive and fall with N, D, E and M'

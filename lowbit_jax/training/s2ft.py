@@ -439,7 +439,7 @@ def make_adapter(
     width: entries of a unit.
   """
   _check_kind(kind)
-  frozen, base = _matrix('frozen', frozen), _matrix('base', base)
+  frozen, base = qarray.check_qarray(frozen, 'frozen'), _matrix('base', base)
   slice_, stop = _stop('slice_', slice_, start, kind)
   _check_range('frozen', frozen, start, stop, kind)
   _check_fits('slice_', slice_, 'frozen', frozen, kind)
