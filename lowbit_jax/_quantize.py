@@ -15,7 +15,8 @@ import numpy as np
 
 from lowbit_jax import qarray
 from lowbit_jax._typing import ArrayLike, DTypeLike, Key, Origin, ScaleRule
-from lowbit_jax.formats import BlockFormat, ElementFormat
+from lowbit_jax.formats import BlockFormat
+from lowbit_jax.formats._types import check_format as check_format
 from lowbit_jax.numerics import _packing, _rounding, _scaling
 from lowbit_jax.numerics._codec import as_float_array, dither_step, spec
 from lowbit_jax.qarray import QArray
@@ -30,22 +31,6 @@ class Rounding(NamedTuple):
   key: Key | None = None
   random_bits: int = RANDOM_BITS
   origin: Origin | None = None
-
-
-def check_format(fmt: object) -> BlockFormat:
-  """Refuses what is not a block format, with the remedy."""
-  if isinstance(fmt, BlockFormat):
-    return fmt
-  if isinstance(fmt, ElementFormat):
-    raise TypeError(
-      f'fmt={fmt.name} is an element format without a scale; use'
-      f' round_to(x, {fmt.name}), or a block format such as'
-      f' formats.per_tensor({fmt.name})'
-    )
-  raise TypeError(
-    f'fmt={fmt!r} must be a block format, a value such as'
-    " lowbit_jax.formats.mxfp4 or lowbit_jax.formats.get('mxfp4')"
-  )
 
 
 def check_array(x: ArrayLike, fmt: BlockFormat) -> jax.Array:

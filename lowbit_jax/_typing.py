@@ -1,7 +1,7 @@
 """Types that arguments share, by the names that annotations use."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -20,3 +20,13 @@ Precision = jax.lax.PrecisionLike
 PyTree = Any
 ScaleRule = str | Callable[[jax.Array, jax.Array], jax.Array]
 Shape = Sequence[int]
+
+
+def as_tuple(name: str, values: object) -> tuple[Any, ...]:
+  """The entries of an argument that is a sequence, or an error that says so."""
+  if isinstance(values, Iterable) and not isinstance(values, str | bytes):
+    try:
+      return tuple(values)
+    except TypeError:  # an array without axes
+      pass
+  raise TypeError(f'{name}={values!r} must be a sequence')

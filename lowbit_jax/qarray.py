@@ -19,10 +19,11 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from lowbit_jax import _explicit, formats
-from lowbit_jax._typing import ArrayLike, Axis, DTypeLike, Shape
+from lowbit_jax._typing import ArrayLike, Axis, DTypeLike, Shape, as_tuple
 from lowbit_jax.formats import BlockFormat, IntFormat
+from lowbit_jax.formats._types import check_format
 from lowbit_jax.numerics import _packing, _scaling
-from lowbit_jax.numerics._codec import dither_step, spec
+from lowbit_jax.numerics._codec import as_dtype, dither_step, spec
 from lowbit_pallas.arith import codec
 
 LEAVES = ('codes', 'scale', 'tensor_scale', 'zero_point')
@@ -185,7 +186,7 @@ class QArray:
 
   def astype(self, dtype: DTypeLike) -> 'QArray':
     """The same numbers standing for an array of another dtype."""
-    return replace(self, dtype=np.dtype(dtype))
+    return replace(self, dtype=as_dtype(dtype))
 
   def block_until_ready(self) -> 'QArray':
     return jax.block_until_ready(self)
@@ -198,7 +199,7 @@ class QArray:
     become one.
     """
     if len(shape) == 1 and not isinstance(shape[0], int):
-      shape = tuple(shape[0])
+      shape = as_tuple('shape', shape[0])
     return _reshape(flat(self), shape)
 
   @classmethod
@@ -241,7 +242,7 @@ class QArray:
       -3.0
     """
     return _from_codes(
-      codes, scale, fmt, axis, tensor_scale, zero_point, np.dtype(dtype)
+      codes, scale, fmt, axis, tensor_scale, zero_point, as_dtype(dtype)
     )
 
   def __getitem__(self, index: Any) -> 'QArray':
@@ -308,6 +309,13 @@ def is_qarray(x: object) -> bool:
 replace = dataclasses.replace
 
 
+def check_qarray(q: object, name: str = 'q') -> QArray:
+  """Refuses what is not a QArray."""
+  if isinstance(q, QArray):
+    return q
+  raise TypeError(f'{name} must be a QArray, got {type(q).__name__}')
+
+
 def validate(q: QArray) -> QArray:
   """Checks the invariants of `QArray` and returns `q`.
 
@@ -315,6 +323,7 @@ def validate(q: QArray) -> QArray:
     TypeError: for a field or leaf of another type.
     ValueError: for one with another value or shape.
   """
+  check_qarray(q)
   # Axes that blocks span together multiply to the one of the leaves.
   if q.merged:
     whole = validate(flat(q))
@@ -419,8 +428,7 @@ def _check_leaf(name: str, leaf, shape, dtype: np.dtype, fmt) -> None:
 def _from_codes(
   codes, scale, fmt, axis, tensor_scale, zero_point, dtype
 ) -> QArray:
-  if not isinstance(fmt, BlockFormat):
-    raise TypeError(f'{fmt=} must be a block format such as formats.mxfp4')
+  check_format(fmt)
   codes = _unsigned(codes, fmt.element)
   axes = block_axes(fmt, axis, codes.ndim)
   pad = padding(codes.shape, fmt, axes)
@@ -461,6 +469,17 @@ def _unsigned(codes, element) -> jax.Array:
   return _packing.check_codes(codes, low, high).astype(jnp.uint8) & (
     2**element.bits - 1
   )
+
+
+def check_axis(axis: int, ndim: int) -> int:
+  """`axis` counted from the front; refuses what is no axis of an array."""
+  try:
+    axis = operator.index(axis)
+  except TypeError:
+    raise TypeError(f'{axis=} must be an int') from None
+  if not -ndim <= axis < ndim:
+    raise ValueError(f'{axis=} is out of range for an array of rank {ndim}')
+  return axis % ndim
 
 
 def block_axes(fmt: BlockFormat, axis: Axis, ndim: int) -> tuple[int, ...]:
@@ -636,9 +655,8 @@ def dequantize(
     >>> dequantize(q[4:], dither=offsets[4:]).shape
     (4, 32)
   """
-  if not isinstance(q, QArray):
-    raise TypeError(f'q must be a QArray, got {type(q).__name__}')
-  dtype = np.dtype(q.dtype if dtype is None else dtype)
+  check_qarray(q)
+  dtype = q.dtype if dtype is None else as_dtype(dtype)
   if dither is not None:
     dither_step(q.fmt.element)  # refuses elements that are not dithered
     dither = jnp.asarray(dither)
@@ -755,7 +773,7 @@ def _reshape(q: QArray, shape) -> QArray:
   same_tail = shape[len(shape) - rest :] == q.shape[q.ndim - rest :]
   if math.prod(shape) != q.size or not same_tail or not aligned:
     raise ValueError(
-      f'cannot reshape {q.shape} to {shape} without breaking blocks of {q.fmt}'
+      f'cannot reshape {q.shape} to {shape=} without breaking blocks of {q.fmt}'
       f' on axis {q.axis}; dequantize first'
     )
 

@@ -13,14 +13,17 @@ computes with it, and `training.recipes` names the published ones.
 """
 
 import dataclasses
+import math
+import numbers
 import re
 from collections.abc import Iterable
 from typing import Any, Protocol
 
 import jax
 
-from lowbit_jax._typing import Key, ScaleRule
+from lowbit_jax._typing import Key, ScaleRule, as_tuple
 from lowbit_jax.formats import BlockFormat
+from lowbit_jax.formats._types import check_format
 from lowbit_jax.numerics import _rounding, _scaling
 from lowbit_pallas.arith.codec import RANDOM_BITS
 from lowbit_pallas.arith.hadamard import check_power_of_two
@@ -41,6 +44,36 @@ def check_quantizer(name: str, value: object) -> None:
       ' function of (x, axis, key) with a property needs_key'
     )
   hash(value)
+
+
+def check_recipe(recipe: object, name: str = 'recipe') -> 'Recipe':
+  """Refuses what is not a recipe, with the remedy."""
+  if isinstance(recipe, Recipe):
+    return recipe
+  raise TypeError(
+    f'{name}={recipe!r} must be a Recipe, such as'
+    " lowbit_jax.training.recipes.get('mxfp8')"
+  )
+
+
+def check_policy(recipe: object) -> 'Recipe | Policy | None':
+  """Refuses what is neither a recipe, a policy nor None, with the remedy."""
+  if recipe is None or isinstance(recipe, Recipe | Policy):
+    return recipe
+  raise TypeError(
+    f'recipe={recipe!r} must be a Recipe, a Policy or None; by name it is'
+    ' lowbit_jax.training.recipes.get(name)'
+  )
+
+
+def check_spec(name: str, spec: object) -> 'QuantSpec | None':
+  """Refuses what is neither None nor a QuantSpec."""
+  if spec is None or isinstance(spec, QuantSpec):
+    return spec
+  raise TypeError(
+    f'{name}={spec!r} must be a QuantSpec or None; for a format pass'
+    ' QuantSpec(fmt)'
+  )
 
 
 def _check_site(name: str, spec) -> None:
@@ -157,11 +190,7 @@ class QuantSpec:
   tensor_scaling: TensorScaling | None = None
 
   def __post_init__(self) -> None:
-    if not isinstance(self.fmt, BlockFormat):
-      raise TypeError(
-        f'fmt={self.fmt!r} must be a block format, a value such as'
-        " lowbit_jax.formats.mxfp4 or lowbit_jax.formats.get('mxfp4')"
-      )
+    check_format(self.fmt)
     rule = _scaling.check_scale_rule(self.fmt, self.scale_rule)
     object.__setattr__(self, 'scale_rule', rule)
     for name, allowed in (
@@ -184,6 +213,11 @@ class QuantSpec:
           f'target={self.target!r} is a scale of a two-level format such as'
           f' nvfp4, at most its largest; {self.fmt} has none that large'
         )
+    if not isinstance(self.tensor_scaling, TensorScaling | None):
+      raise TypeError(
+        f'tensor_scaling={self.tensor_scaling!r} must be a TensorScaling or'
+        ' None'
+      )
     if self.tensor_scaling is not None and not self.fmt.tensor_scale:
       raise ValueError(
         f'tensor_scaling={self.tensor_scaling} needs a format with a tensor'
@@ -305,6 +339,10 @@ class Recipe:
         _check_site(f'{name}.{side}', getattr(gemm, side))
       _check_rotation(name, gemm)
     _one_of('residuals', self.residuals, RESIDUALS)
+    for name, kind in (('name', str), ('center', bool)):
+      value = getattr(self, name)
+      if not isinstance(value, kind):
+        raise TypeError(f'{name}={value!r} must be of type {kind.__name__}')
     if self.residuals == 'forward':
       for name, side in (('wgrad', 'lhs'), ('dgrad', 'rhs')):
         if getattr(getattr(self, name), side) is not None:
@@ -333,6 +371,10 @@ class Recipe:
           ' magnitude that is held is that of x, not of what remains of it;'
           ' drop one of them'
         )
+    for switch in as_tuple('switches', self.switches):
+      if not isinstance(switch, tuple) or len(switch) != 2:
+        raise TypeError(f'switches: {switch!r} must be (fraction, recipe)')
+      check_recipe(switch[1], f'switches: {switch[0]!r}, recipe')
     starts = [start for start, _ in self.switches]
     if starts != sorted(starts) or not all(0 < s <= 1 for s in starts):
       raise ValueError(
@@ -355,6 +397,8 @@ class Recipe:
 
   def at(self, fraction: float) -> 'Recipe':
     """The recipe in force after `fraction` of the training."""
+    if not isinstance(fraction, numbers.Real) or not 0 <= fraction < math.inf:
+      raise ValueError(f'{fraction=} must be a number, a share of the training')
     recipe = dataclasses.replace(self, switches=())
     for start, later in self.switches:
       if fraction >= start:
@@ -400,15 +444,33 @@ class Policy:
   blocks: int | None = None
 
   def __post_init__(self) -> None:
-    for pattern, recipe in self.rules:
-      re.compile(pattern)
-      if not isinstance(recipe, Recipe | None):
-        raise TypeError(f'rules: {pattern!r} maps to {recipe!r}, not a Recipe')
+    if self.recipe is not None:
+      check_recipe(self.recipe)
+    for rule in as_tuple('rules', self.rules):
+      if not isinstance(rule, tuple) or len(rule) != 2:
+        raise TypeError(f'rules: {rule!r} must be (regular expression, recipe)')
+      pattern, recipe = rule
+      if not isinstance(pattern, str):
+        raise TypeError(f'rules: {pattern!r} must be a regular expression')
+      try:
+        re.compile(pattern)
+      except re.error as error:
+        raise ValueError(f'rules: {pattern!r}: {error}') from error
+      if recipe is not None:
+        check_recipe(recipe, f'rules: {pattern!r}, recipe')
+    for name in ('first', 'last'):
+      count = getattr(self, name)
+      if not isinstance(count, int) or count < 0:
+        raise ValueError(f'{name}={count!r} must be a number of blocks, or 0')
+    if not isinstance(self.blocks, int | None):
+      raise TypeError(f'blocks={self.blocks!r} must be an int or None')
     if self.last and self.blocks is None:
       raise ValueError(f'last={self.last} needs blocks=, their number')
 
   def at(self, path: str, fraction: float = 0.0) -> Recipe | None:
     """The recipe of the layer at `path` after `fraction` of the training."""
+    if not isinstance(path, str):
+      raise TypeError(f"{path=} must be a string such as 'block_0/up'")
     recipe = self.recipe
     number = re.search(r'\d+', path)
     if number is not None:
@@ -433,7 +495,7 @@ class Policy:
 
   def check_rules(self, paths: Iterable[str]) -> None:
     """Raises ValueError for a rule that is found in none of the paths."""
-    paths = tuple(paths)
+    paths = as_tuple('paths', paths)
     for pattern, _ in self.rules:
       if not any(re.search(pattern, path) for path in paths):
         raise ValueError(

@@ -4,13 +4,17 @@ Each case is called as it is and under `jax.jit`: shapes, dtypes and options are
 all that checks look at, so tracing is enough to see them.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl.testing import absltest, parameterized
 
 import lowbit_jax
-from lowbit_jax import QArray, formats, numerics
+from lowbit_jax import QArray, formats, numerics, transforms
+from lowbit_jax.recipe import Policy, QuantSpec, Recipe
+from lowbit_jax.training import optimizers, quantizers, recipes
 
 mxfp4 = formats.mxfp4
 nvfp4 = formats.nvfp4
@@ -60,6 +64,8 @@ CASES = (
    ('axis=1.0', 'int')),
   ('two_axes_in_descending_order', lambda x: quantize(x, mxfp4, axis=(1, 0)),
    x(), ValueError, ('axis=(1, 0)', 'adjacent', 'ascending', 'mxfp4')),
+  ('axes_apart_for_lines', lambda x: quantize(x, mxfp4, axis=(0, 2)),
+   x(2, 2, 64), ValueError, ('axis=(0, 2)', 'adjacent', 'mxfp4')),
   ('one_axis_for_tiles', lambda x: quantize(x, tiles, axis=0), x(),
    ValueError, ('axis=0', 'mxfp4_32x32', '2')),
   ('an_axis_twice', lambda x: quantize(x, tiles, axis=(0, -2)), x(),
@@ -159,6 +165,36 @@ CASES = (
     x, x.T, implementation='cuda'), x(), ValueError,
    ("implementation='cuda'", 'xla')),
 
+  ('precision', lambda x: lowbit_jax.dot_general(
+    x, quantize(x, mxfp4), (((1,), (1,)), ((), ())), precision='nonsense'),
+   x(), ValueError, ("precision='nonsense'", 'highest')),
+  ('precision_of_arrays', lambda x: lowbit_jax.dot_general(
+    x, x, (((1,), (1,)), ((), ())), precision='nonsense'), x(), ValueError,
+   ("precision='nonsense'", 'highest')),
+  ('precision_in_training', lambda x: lowbit_jax.qdot(
+    x, x.T, recipes.get('mxfp8'), precision='nonsense'), x(), ValueError,
+   ("precision='nonsense'", 'highest')),
+  ('tensor_amax_of_three', lambda x: lowbit_jax.qdot(
+    x, x.T, recipes.get('nvfp4'), key=KEY, tensor_amax=[1, 2, 3]), x(),
+   TypeError, ('tensor_amax=[1, 2, 3]', 'a pair for x and w')),
+  ('tensor_amax_of_rows', lambda x: lowbit_jax.qdot(
+    x, x.T, recipes.get('nvfp4'), key=KEY, tensor_amax=(x[:, 0], None)), x(),
+   ValueError, ('tensor_amax=', 'a pair for x and w')),
+  ('axis_of_apply', lambda x: quantizers.apply(QuantSpec(mxfp4), x, axis=7),
+   x(), ValueError, ('axis=7', 'rank 2')),
+  ('axis_of_apply_to_tiles', lambda x: quantizers.apply(
+    QuantSpec(tiles), x, axis=2), x(), ValueError, ('axis=2', 'rank 2')),
+  ('axis_of_apply_as_a_name', lambda x: quantizers.apply(
+    QuantSpec(mxfp4), x, axis='last'), x(), TypeError, ("axis='last'", 'int')),
+  ('quantizer_by_name', lambda x: quantizers.apply('mxfp4', x), x(),
+   TypeError, ("quantizer='mxfp4'", 'QuantSpec')),
+  *((f'axis_of_{type(q).__name__}', lambda x, q=q: q(x, 7), x(), ValueError,
+     ('axis=7', 'rank 2'))
+    for q in (
+      quantizers.DoReFaWeight(4), quantizers.DoReFaActivation(4),
+      quantizers.Sign(), quantizers.Quartet(), quantizers.Quest(),
+      quantizers.FixedPoint(2, 4, 'nearest_even'))),
+
   ('encode_integers', lambda x: numerics.encode(x, e2m1), x(dtype=np.int8),
    TypeError, ('int8', 'float32')),
   ('decode_floats', lambda x: numerics.decode(x, e2m1), x(), TypeError,
@@ -220,6 +256,54 @@ class MistakeTest(parameterized.TestCase):
     with jax.enable_x64(True):
       with self.assertRaisesRegex(TypeError, 'float64.*astype'):
         quantize(jnp.ones((2, 64), jnp.float64), mxfp4)
+
+  def test_maps_of_impossible_bits(self):
+    for bits in (0, 1, 9, -1, 4.0, '4'):
+      with self.assertRaisesRegex(ValueError, f'bits={bits!r}.*2..8'):
+        optimizers.dynamic_map(bits)
+    for bits in (0, 9, 4.0):
+      with self.assertRaisesRegex(ValueError, f'bits={bits!r}.*1..8'):
+        optimizers.linear_map(bits)
+
+  def test_floors_that_are_none(self):
+    for floor in (float('nan'), float('inf'), 0, -1e-5):
+      with self.assertRaisesRegex(ValueError, 'floor=.*positive'):
+        transforms.smooth_quant(x(4), x(4), floor=floor)
+
+  def test_policies_of_names(self):
+    for make in (
+      lambda: Policy('mxfp8'),
+      lambda: Policy(None, rules=(('head', 'mxfp8'),)),
+      lambda: Recipe('r', switches=((0.5, 'mxfp8'),)),
+    ):
+      with self.assertRaisesRegex(TypeError, "'mxfp8'.*recipes.get"):
+        make()
+    for name in ('first', 'last'):
+      for count in (-1, 1.0, '1'):
+        with self.assertRaisesRegex(ValueError, f'{name}={count!r}'):
+          Policy(None, blocks=4, **{name: count})
+
+  def test_fields_of_another_type(self):
+    """What an `if` would take for true is no bool, and a text no number."""
+    replace = dataclasses.replace
+    for make, field in (
+      (lambda: replace(e2m1, bias='1'), 'bias'),
+      (lambda: replace(e2m1, signed='yes'), 'signed'),
+      (lambda: replace(e2m1, exponent_bits=2.0), 'exponent_bits'),
+      (lambda: replace(int4, fraction_bits='1'), 'fraction_bits'),
+      (lambda: replace(mxfp4, tensor_scale='yes'), 'tensor_scale'),
+      (lambda: replace(mxfp4, element='e2m1'), 'element'),
+      (lambda: replace(mxfp4, scale='e8m0'), 'scale'),
+      (lambda: formats.minifloat(2.0, 1, 'none'), 'exponent_bits'),
+      (lambda: formats.grouped('int4', 32), 'element'),
+      (lambda: QuantSpec(nvfp4, tensor_scaling='delayed'), 'tensor_scaling'),
+      (lambda: Recipe('r', center='yes'), 'center'),
+      (lambda: Policy(None, blocks='4'), 'blocks'),
+      (lambda: recipes.get('mxfp8').at('half'), 'fraction'),
+      (lambda: recipes.get('mxfp8').at(float('nan')), 'fraction'),
+    ):
+      with self.assertRaisesRegex((TypeError, ValueError), f'{field}=.*must'):
+        make()
 
   def test_unknown_format_names_list_close_ones(self):
     with self.assertRaisesRegex(ValueError, "'mxfp5'.*mxfp4"):

@@ -77,6 +77,8 @@ def report(
     _scaling.check_scale_rule(fmt, scale_rule)
   elif scale_rule is not None:
     raise ValueError(f'{scale_rule=} needs fmt=')
+  if not (axis is None or isinstance(axis, int | tuple) or callable(axis)):
+    raise TypeError(f'{axis=} must be an int, a tuple of ints or a function')
   if select is not None and not callable(select):
     raise TypeError(f'{select=} must be a function (path, x) -> bool')
   entries = _entries(params, 'params')

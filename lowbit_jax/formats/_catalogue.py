@@ -12,6 +12,9 @@ from lowbit_jax.formats._types import (
   ElementFormat,
   FloatFormat,
   IntFormat,
+  check_element,
+  check_float,
+  check_int,
 )
 
 float32 = FloatFormat('float32', 8, 23, 127, 'ieee')
@@ -26,6 +29,8 @@ def minifloat(
   The plain name ExMy means 'ieee' at 8 bits, as in ml_dtypes, and 'none' below;
   other policies are suffixed.
   """
+  check_int('exponent_bits', exponent_bits, 1, 11)
+  check_int('mantissa_bits', mantissa_bits, 0, 52)
   plain = 'ieee' if exponent_bits + mantissa_bits == 7 else 'none'
   suffix = '' if special == plain else special
   bias = (1 << (exponent_bits - 1)) - 1 + (special == 'fnuz')
@@ -93,6 +98,7 @@ def per_tensor(
   element: ElementFormat, *, scale_rule: str = 'absmax'
 ) -> BlockFormat:
   """`element` with one float32 scale for the whole tensor."""
+  check_element(element)
   return BlockFormat(
     f'{element.name}_tensor', element, (1,), None, True, scale_rule=scale_rule
   )
@@ -105,6 +111,8 @@ def per_channel(
   scale_rule: str | None = None,
 ) -> BlockFormat:
   """`element` with one scale for each slice along the quantized axis."""
+  check_element(element)
+  check_float(scale, 'scale')
   name = f'{element.name}_channel' + _scale_suffix(scale)
   if scale_rule is None:
     scale_rule = _default_rule(scale)
@@ -118,6 +126,8 @@ def grouped(
 
   An unsigned integer element also gets a zero point for each group.
   """
+  check_element(element)
+  check_float(scale, 'scale')
   zero_point = isinstance(element, IntFormat) and not element.signed
   return BlockFormat(
     f'{element.name}_g{block}' + _scale_suffix(scale),
@@ -139,6 +149,7 @@ def bfp(precision: int, block: int) -> BlockFormat:
     precision: p, mantissa bits with sign, 2 to 8.
     block: g, elements that share an exponent.
   """
+  check_int('precision', precision, 2, 8)
   element = IntFormat(
     f'int{precision}f{precision - 2}', precision, fraction_bits=precision - 2
   )

@@ -28,10 +28,7 @@ def register(fmt: F) -> F:
     TypeError: if `fmt` is not a format.
     ValueError: if the name is taken by a different format.
   """
-  if not isinstance(fmt, ElementFormat | BlockFormat):
-    raise TypeError(
-      f'fmt={fmt!r} is not a format; pass an ElementFormat or a BlockFormat'
-    )
+  _check(fmt)
   known = _FORMATS.setdefault(fmt.name, fmt)
   if known != fmt:
     raise ValueError(
@@ -39,6 +36,13 @@ def register(fmt: F) -> F:
       ' format under another name'
     )
   return known
+
+
+def _check(fmt: object) -> None:
+  if not isinstance(fmt, ElementFormat | BlockFormat):
+    raise TypeError(
+      f'fmt={fmt!r} is not a format; pass an ElementFormat or a BlockFormat'
+    )
 
 
 def get(name: str) -> Format:
@@ -69,13 +73,14 @@ def names(kind: str | None = None) -> tuple[str, ...]:
     kind: None for all, 'element' or 'block'.
   """
   kinds = {None: object, 'element': ElementFormat, 'block': BlockFormat}
-  if kind not in kinds:
+  if not isinstance(kind, str | None) or kind not in kinds:
     raise ValueError(f"kind={kind!r} must be None, 'element' or 'block'")
   return tuple(n for n, f in _FORMATS.items() if isinstance(f, kinds[kind]))
 
 
 def to_dict(fmt: Format) -> dict:
   """A JSON-ready description from which `from_dict` rebuilds the format."""
+  _check(fmt)
   fields = {}
   for f in dataclasses.fields(fmt):
     v = getattr(fmt, f.name)

@@ -47,6 +47,14 @@ def _is_a(value: object, expected: Any) -> bool:
   return isinstance(value, int | float if expected is float else expected)
 
 
+def check_int(name: str, value: object, low: int, high: int) -> None:
+  """Refuses what is no int in low ... high."""
+  _require(
+    isinstance(value, int) and low <= value <= high,
+    f'{name}={value!r} must be an int in {low}..{high}',
+  )
+
+
 @dataclasses.dataclass(frozen=True)
 class ElementFormat:
   """A set of at most 2**bits numbers, each with an unsigned integer code.
@@ -118,14 +126,11 @@ class FloatFormat(ElementFormat):
 
   def __post_init__(self) -> None:
     _check_types(self)
+    check_int('exponent_bits', self.exponent_bits, 1, 11)
+    check_int('mantissa_bits', self.mantissa_bits, 0, 52)
     _require(
-      1 <= self.exponent_bits <= 11, f'{self.exponent_bits=} must be in 1..11'
-    )
-    _require(
-      0 <= self.mantissa_bits <= 52, f'{self.mantissa_bits=} must be in 0..52'
-    )
-    _require(
-      self.special in SPECIALS, f'{self.special=} is not one of {SPECIALS}'
+      isinstance(self.special, str) and self.special in SPECIALS,
+      f'special={self.special!r} is not one of {SPECIALS}',
     )
     _require(
       self.signed or self.special != 'fnuz',
@@ -245,7 +250,7 @@ class IntFormat(ElementFormat):
 
   def __post_init__(self) -> None:
     _check_types(self)
-    _require(1 <= self.width <= 8, f'{self.width=} must be in 1..8')
+    check_int('width', self.width, 1, 8)
     _require(
       abs(self.fraction_bits) <= 1000,
       f'{self.fraction_bits=} must be in -1000..1000',
@@ -341,6 +346,9 @@ class BlockFormat:
   scale_rule: str = 'absmax'
 
   def __post_init__(self) -> None:
+    check_element(self.element)
+    if self.scale is not None:
+      check_float(self.scale, 'scale')
     _require(
       isinstance(self.block, tuple)
       and 1 <= len(self.block) <= 2
@@ -387,3 +395,40 @@ class BlockFormat:
 
 
 Format = ElementFormat | BlockFormat
+
+
+def check_format(fmt: object, name: str = 'fmt') -> BlockFormat:
+  """Refuses what is not a block format, with the remedy."""
+  if isinstance(fmt, BlockFormat):
+    return fmt
+  if isinstance(fmt, ElementFormat):
+    raise TypeError(
+      f'{name}={fmt.name} is an element format without a scale; use'
+      f' round_to(x, {fmt.name}), or a block format such as'
+      f' formats.per_tensor({fmt.name})'
+    )
+  raise TypeError(
+    f'{name}={fmt!r} must be a block format, a value such as'
+    " lowbit_jax.formats.mxfp4 or lowbit_jax.formats.get('mxfp4')"
+  )
+
+
+def check_element(element: object, name: str = 'element') -> ElementFormat:
+  """Refuses what is not an element format, with the remedy."""
+  if isinstance(element, ElementFormat):
+    return element
+  raise TypeError(
+    f'{name}={element!r} must be an element format, a value such as'
+    " lowbit_jax.formats.e4m3fn or lowbit_jax.formats.get('e4m3fn'); block"
+    ' formats go to quantize and fake_quant'
+  )
+
+
+def check_float(element: object, name: str) -> FloatFormat:
+  """Refuses what is not a minifloat, with the remedy."""
+  if isinstance(element, FloatFormat):
+    return element
+  raise TypeError(
+    f'{name}={element!r} must be a FloatFormat, a value such as'
+    " lowbit_jax.formats.e8m0 or lowbit_jax.formats.get('e8m0')"
+  )

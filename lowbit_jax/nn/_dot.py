@@ -21,16 +21,22 @@ from lowbit_jax._typing import (
   PyTree,
 )
 from lowbit_jax.nn._view import Viewed, unview
+from lowbit_jax.numerics._codec import as_dtype, as_float_array
 from lowbit_jax.ops import _dot, specs as quant_specs
 from lowbit_jax.qarray import QArray
-from lowbit_jax.recipe import QuantSpec
+from lowbit_jax.recipe import QuantSpec, check_spec
 
 
-class Specs(NamedTuple):
-  """What is done to the operands of a product."""
-
+class _Specs(NamedTuple):
   lhs: QuantSpec | None
   rhs: QuantSpec | None
+
+
+class Specs(_Specs):
+  """What is done to the operands of a product."""
+
+  def __new__(cls, lhs: QuantSpec | None, rhs: QuantSpec | None) -> 'Specs':
+    return super().__new__(cls, check_spec('lhs', lhs), check_spec('rhs', rhs))
 
   @property
   def need_key(self) -> bool:
@@ -192,6 +198,10 @@ def contract(
     out_sharding: sharding of the result on explicit mesh axes.
     **kwargs: further keywords of `lax.dot_general`.
   """
+  if preferred_element_type is not None:
+    preferred_element_type = as_dtype(
+      preferred_element_type, 'preferred_element_type'
+    )
   left, right = _quantized(lhs, rhs, dimension_numbers, specs, key)
   if not (_is_q(left) or _is_q(right)):
     return lax.dot_general(
@@ -230,7 +240,7 @@ def contract_einsum(
   **kwargs: Any,
 ) -> jax.Array:
   """As `contract`, by subscripts."""
-  left, right = unview(lhs), unview(rhs)
+  left, right = _operand(lhs, 'lhs'), _operand(rhs, 'rhs')
   if specs == Specs(None, None) and not (_is_q(left) or _is_q(right)):
     return jnp.einsum(
       subscripts,
@@ -287,14 +297,26 @@ def _quantized(lhs, rhs, dims, specs: Specs, key):
       raise ValueError('random rounding needs key=jax.random.key(seed)')
     keys = jax.random.split(key)
   out = []
-  for i, x in enumerate((unview(lhs), unview(rhs))):
+  operands = _operand(lhs, 'lhs'), _operand(rhs, 'rhs')
+  if any(specs):
+    dims = _dot.check_dims(*operands, dims)
+  for i, x in enumerate(operands):
     spec = specs[i]
     if spec is not None and not isinstance(x, QArray):
       contracted, batch = dims[0][i], dims[1][i]
       axis = _spec_axis(spec, x, contracted, batch)
+      x = as_float_array(x, ('lhs', 'rhs')[i])
       x = fake_quant(x, spec, axis, keys[i])
     out.append(x)
   return out
+
+
+def _operand(x: Viewed, side: str) -> Any:
+  """An array or QArray, or an error that says that it is none."""
+  x = unview(x)
+  if not hasattr(x, 'ndim'):
+    raise TypeError(f'{side} must be an array or a QArray, got {x!r}')
+  return x
 
 
 def _spec_axis(spec: QuantSpec, x, contracted, batch):
@@ -325,14 +347,8 @@ def check_specs(
   lhs: QuantSpec | None, rhs: QuantSpec | None
 ) -> tuple[QuantSpec | None, QuantSpec | None]:
   for name, spec in (('lhs', lhs), ('rhs', rhs)):
-    if spec is None:
-      continue
-    if not isinstance(spec, QuantSpec):
-      raise TypeError(
-        f'{name}={spec!r} must be a QuantSpec or None; for a format pass'
-        f' QuantSpec(fmt)'
-      )
-    if spec.needs_key:
+    spec = check_spec(name, spec)
+    if spec is not None and spec.needs_key:
       raise ValueError(
         f'{name} has rounding={spec.rounding!r}, which needs a new key in every'
         f' call; use nn.linen.DotGeneral or nn.nnx.DotGeneral, which draw them'

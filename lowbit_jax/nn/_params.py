@@ -140,12 +140,18 @@ class Choice(NamedTuple):
       leaves: all leaves by path.
       known: layouts of leaves by path, where they do not follow from names.
     """
+    for name in ('select', 'stacked', 'method'):
+      value = getattr(self, name)
+      named = isinstance(value, str) and name != 'method'
+      if not (value is None or named or callable(value)):
+        raise TypeError(f'{name}={value!r} must be a function or None')
     chosen = [
       path for path, leaf in leaves.items() if self._selects(path, leaf)
     ]
     if not chosen:
       raise ValueError(
-        f'select={self.select!r} selects none of the leaves {_some(leaves)}'
+        f'select={self.select!r} selects none of the leaves {_some(leaves)} of'
+        ' params'
       )
     out = {}
     for path in chosen:

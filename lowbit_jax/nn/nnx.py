@@ -69,6 +69,7 @@ def quantize(
     `model`.
 
   Raises:
+    TypeError: for what is no module.
     ValueError: if nothing is selected, or for a parameter whose axis is not
       known.
 
@@ -81,6 +82,8 @@ def quantize(
     >>> model(jnp.ones((1, 64))).shape
     (1, 8)
   """
+  if not isinstance(model, flax_nnx.Module):
+    raise TypeError(f'{model=} must be an nnx.Module')
   holders = _holders(model)
   first = {}  # a shared variable counts where it is found first
   for path, module, name, variable in holders:

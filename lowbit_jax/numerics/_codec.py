@@ -14,6 +14,7 @@ from lowbit_jax.formats import (
   ElementFormat,
   FloatFormat,
   IntFormat,
+  _types,
 )
 from lowbit_jax.numerics import _rounding
 from lowbit_pallas.arith import block, codec
@@ -31,7 +32,7 @@ def as_float_array(x: ArrayLike, name: str = 'x') -> jax.Array:
   """
   try:
     x = jnp.asarray(x)
-  except (TypeError, ValueError) as error:
+  except (TypeError, ValueError, OverflowError) as error:
     raise TypeError(
       f'{name} must be an array of {", ".join(FLOAT_DTYPES)}, got'
       f' {type(x).__name__}'
@@ -50,13 +51,20 @@ def promoted(x: DTypeLike, y: DTypeLike) -> np.dtype:
     return jnp.promote_types(x, y)
 
 
+def as_dtype(dtype: DTypeLike, name: str = 'dtype') -> np.dtype:
+  """A dtype, or an error that says which argument is none."""
+  # NumPy takes None for float64, and an array for its dtype.
+  if not isinstance(dtype, jax.Array | np.ndarray | None):
+    try:
+      return np.dtype(dtype)
+    except (TypeError, ValueError):
+      pass
+  raise TypeError(f'{name}={dtype!r} must be a dtype, such as jnp.float32')
+
+
 def check_element(element: object) -> ElementFormat:
   """Refuses what is not an element format of at most 8 bits."""
-  if not isinstance(element, ElementFormat):
-    raise TypeError(
-      f'element={element!r} must be an element format such as'
-      ' lowbit_jax.formats.e4m3fn; block formats go to quantize and fake_quant'
-    )
+  element = _types.check_element(element)
   if element.bits > 8:
     raise ValueError(f'{element.name} has more than 8 bits; use x.astype')
   return element
@@ -161,6 +169,7 @@ def decode(
     dtype: dtype of the result.
   """
   check_element(element)
+  dtype = as_dtype(dtype)
   codes = jnp.asarray(codes)
   if not jnp.issubdtype(codes.dtype, jnp.integer):
     raise TypeError(f'codes has dtype {codes.dtype}; codes are integers')

@@ -39,7 +39,7 @@ def pack(codes: ArrayLike, bits: int, axis: int = -1) -> jax.Array:
     >>> numerics.pack(jnp.arange(4, dtype=jnp.uint8), 4).tolist()
     [16, 50]
   """
-  codes = _check(codes, bits, axis)
+  codes = _check('codes', codes, bits, axis)
   group = codes_per_group(bits)
   if codes.shape[axis] % group:
     raise ValueError(
@@ -52,7 +52,7 @@ def pack(codes: ArrayLike, bits: int, axis: int = -1) -> jax.Array:
 
 def unpack(packed: ArrayLike, bits: int, axis: int = -1) -> jax.Array:
   """The inverse of `pack`: uint8 codes."""
-  packed = _check(packed, bits, axis)
+  packed = _check('packed', packed, bits, axis)
   group = codes_per_group(bits) * bits // 8
   if packed.shape[axis] % group:
     raise ValueError(
@@ -73,10 +73,10 @@ def check_codes(codes: Any, low: int, high: int) -> jax.Array:
   return jnp.asarray(codes)
 
 
-def _check(x, bits: int, axis: int) -> jax.Array:
+def _check(name: str, x, bits: int, axis: int) -> jax.Array:
   x = jnp.asarray(x)
   if x.dtype != jnp.uint8:
-    raise TypeError(f'codes are uint8, got {x.dtype}')
+    raise TypeError(f'{name} must be uint8, got {x.dtype}')
   if not 1 <= bits <= 8:
     raise ValueError(f'{bits=} must be in 1..8')
   if not -x.ndim <= axis < x.ndim:

@@ -1,9 +1,11 @@
 """Rounding rules by name, and the random bits of the stochastic ones."""
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 
-from lowbit_jax._typing import Key, Origin, Shape
+from lowbit_jax._typing import Key, Origin, Shape, as_tuple
 from lowbit_pallas.arith import codec, hashing
 
 RANDOM_BITS = codec.RANDOM_BITS
@@ -49,6 +51,16 @@ def key_words(key: Key) -> jax.Array:
   return out
 
 
+def check_origin(origin: Origin) -> Origin:
+  """Refuses what is not a pair of sequences."""
+  pair = isinstance(origin, tuple | list) and len(origin) == 2
+  if not pair or not all(isinstance(part, Sequence) for part in origin):
+    raise TypeError(
+      f'{origin=} must be (start, full_shape), an int for each axis in both'
+    )
+  return origin
+
+
 def random_words(
   key: Key, shape: Shape, origin: Origin | None = None
 ) -> jax.Array:
@@ -64,8 +76,9 @@ def random_words(
       one that begins at `start`. Needed inside `shard_map`, where each shard
       would otherwise count from zero.
   """
+  shape = as_tuple('shape', shape)
   if origin is not None:
-    start, full = origin
+    start, full = check_origin(origin)
     if len(start) != len(shape) or len(full) != len(shape):
       raise ValueError(
         f'origin={origin!r} must hold a start and a full shape of rank'

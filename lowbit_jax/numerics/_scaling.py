@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from lowbit_jax._typing import ScaleRule
 from lowbit_jax.formats import BlockFormat, FloatFormat
+from lowbit_jax.formats._types import check_format
 from lowbit_jax.numerics._codec import spec
 from lowbit_pallas.arith import bits as fb, block, codec, scale as exact
 
@@ -39,6 +40,7 @@ SWEEP_STEPS = tuple(range(-2, 7))
 
 def scale_rules(fmt: BlockFormat) -> tuple[str, ...]:
   """The names of the rules that make sense for a block format."""
+  check_format(fmt)
   if fmt.zero_point:
     return ZERO_POINT_RULES
   if fmt.scale is None:

@@ -17,6 +17,14 @@ def _ordered(x: np.ndarray) -> np.ndarray:
   return np.where(bits >= half, half - bits, bits)
 
 
+def _check_shapes(**arrays: np.ndarray) -> None:
+  try:
+    np.broadcast_shapes(*(x.shape for x in arrays.values()))
+  except ValueError:
+    shapes = ' and '.join(f'{n}.shape={x.shape}' for n, x in arrays.items())
+    raise ValueError(f'{shapes} do not broadcast') from None
+
+
 def ulp_distance(a: ArrayLike, b: ArrayLike) -> np.ndarray:
   """How many representable numbers lie between `a` and `b`.
 
@@ -34,6 +42,7 @@ def ulp_distance(a: ArrayLike, b: ArrayLike) -> np.ndarray:
       f'ulp_distance takes two arrays of one 2- or 4-byte float dtype, got'
       f' {a.dtype} and {b.dtype}'
     )
+  _check_shapes(a=a, b=b)
   a, b = np.broadcast_arrays(a, b)
   distance = np.abs(
     _ordered(np.ascontiguousarray(a)) - _ordered(np.ascontiguousarray(b))
@@ -46,7 +55,13 @@ def ulp_distance(a: ArrayLike, b: ArrayLike) -> np.ndarray:
 def next_float(x: ArrayLike, toward: ArrayLike) -> np.ndarray:
   """The neighbour of `x` in the direction of `toward`, in the dtype of `x`."""
   x = np.asarray(x)
-  return np.nextafter(x, np.asarray(toward, x.dtype))
+  if x.dtype.itemsize not in _WORDS or x.dtype.kind not in 'fV':
+    raise TypeError(f'x.dtype={x.dtype} must be a 2- or 4-byte float dtype')
+  if np.iscomplexobj(toward):
+    raise TypeError(f'{toward=} must be real')
+  toward = np.asarray(toward, x.dtype)
+  _check_shapes(x=x, toward=toward)
+  return np.nextafter(x, toward)
 
 
 def all_float32(start: int, stop: int) -> jax.Array:

@@ -21,7 +21,7 @@ from jax.sharding import PartitionSpec
 
 from lowbit_jax import _explicit
 from lowbit_jax._typing import DotDims, DTypeLike, Implementation, Precision
-from lowbit_jax.numerics._codec import promoted
+from lowbit_jax.numerics._codec import as_dtype, promoted
 from lowbit_jax.ops import _dispatch, _dot_kernels, _operand
 from lowbit_jax.ops._operand import Operand, dense
 
@@ -116,12 +116,14 @@ def dot_general(
   Derivative: that of the product of the dequantized operands, with respect to
   arrays and to the float scales of QArrays; forward and reverse mode.
   """
-  dtype = preferred_element_type
-  if dtype is None:
+  if preferred_element_type is not None:
+    dtype = as_dtype(preferred_element_type, 'preferred_element_type')
+  else:
     dtype = promoted(
       *(_operand.checked(x, s).dtype for x, s in ((lhs, 'lhs'), (rhs, 'rhs')))
     )
   left, right, dims, _ = dot_general_operands(lhs, rhs, dimension_numbers)
+  check_precision(precision)
   if isinstance(implementation, list):
     implementation = tuple(implementation)
   call = _Call(dims, precision, implementation)
@@ -154,10 +156,6 @@ def einsum(
     preferred_element_type: as in `dot`.
     implementation: as in `dot`.
   """
-  if not isinstance(subscripts, str):
-    raise TypeError(
-      f'subscripts={subscripts!r} must be a string, followed by two operands'
-    )
   left, right = _operand.checked(lhs, 'lhs'), _operand.checked(rhs, 'rhs')
   dims, order = einsum_dims(subscripts, left.ndim, right.ndim)
   out = dot_general(
@@ -168,6 +166,24 @@ def einsum(
     implementation=implementation,
   )
   return out if order == tuple(range(out.ndim)) else out.transpose(order)
+
+
+def check_precision(precision: Precision) -> None:
+  """Refuses what `lax.dot_general` does, also where it plays no part."""
+  if precision is None or isinstance(precision, lax.Precision):
+    return
+  x = jax.ShapeDtypeStruct((1,), jnp.float32)
+  dims = (((0,), (0,)), ((), ()))
+  product = functools.partial(
+    lax.dot_general, dimension_numbers=dims, precision=precision
+  )
+  try:
+    jax.eval_shape(product, x, x)
+  except (TypeError, ValueError) as error:
+    raise ValueError(
+      f'precision={precision!r} is none of lax.dot_general, such as'
+      " jax.lax.Precision.HIGHEST or 'highest'"
+    ) from error
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3, 4))
@@ -275,7 +291,7 @@ def dot_general_operands(
   """Arguments of the plan of a `dot_general`."""
   left, right = _operand.checked(lhs, 'lhs'), _operand.checked(rhs, 'rhs')
   _check_widths(left, right)
-  dims = _check_dims(left, right, dimension_numbers)
+  dims = check_dims(left, right, dimension_numbers)
   return *_operand.joined(left, right, dims), precision
 
 
@@ -302,13 +318,13 @@ def _check_widths(lhs, rhs) -> None:
         )
 
 
-def _check_dims(lhs, rhs, dimension_numbers) -> DotDims:
+def check_dims(lhs: Any, rhs: Any, dimension_numbers: Any) -> DotDims:
+  """Dimension numbers as tuples, or an error that says how they do not fit."""
   try:
-    dims = tuple(
+    (lhs_k, rhs_k), (lhs_b, rhs_b) = (
       tuple(tuple(int(d) for d in side) for side in part)
       for part in dimension_numbers
     )
-    (lhs_k, rhs_k), (lhs_b, rhs_b) = dims
   except (TypeError, ValueError) as error:
     raise ValueError(
       f'{dimension_numbers=} must be ((lhs_contracting, rhs_contracting),'
@@ -333,6 +349,10 @@ def einsum_dims(
   subscripts: str, lhs_ndim: int, rhs_ndim: int
 ) -> tuple[DotDims, tuple[int, ...]]:
   """Dimension numbers, and the transposition into the order of the output."""
+  if not isinstance(subscripts, str):
+    raise TypeError(
+      f'subscripts={subscripts!r} must be a string, followed by two operands'
+    )
   text = subscripts.replace(' ', '')
   inputs, arrow, output = text.partition('->')
   terms = inputs.split(',')

@@ -49,7 +49,7 @@ class _Options(NamedTuple):
     if fmt is None:
       both_narrow = x.dtype == y.dtype == jnp.bfloat16
       fmt = bfloat16 if both_narrow else float32
-    if fmt not in _LAYOUTS:
+    if not isinstance(fmt, FloatFormat) or fmt not in _LAYOUTS:
       names = ', '.join(f.name for f in _LAYOUTS)
       raise ValueError(f'fmt={fmt!r} is not one of lowbit_jax.formats {names}')
     most, bits = fmt.mantissa_bits, self.mantissa_bits

@@ -62,7 +62,12 @@ def checked(x: Operand | jax.ShapeDtypeStruct, side: str) -> Any:
     return x
   if isinstance(x, jax.ShapeDtypeStruct):
     return x
-  x = jnp.asarray(x)
+  try:
+    x = jnp.asarray(x)
+  except (TypeError, ValueError, OverflowError):
+    raise TypeError(
+      f'{side} must be a float array or a QArray, got {type(x).__name__}'
+    ) from None
   if not jnp.issubdtype(x.dtype, jnp.floating):
     raise TypeError(
       f'{side} has dtype {x.dtype}; operands are float arrays or QArrays'

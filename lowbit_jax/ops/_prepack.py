@@ -7,7 +7,7 @@ import numpy as np
 
 from lowbit_jax.formats import BlockFormat
 from lowbit_jax.numerics._codec import blocked
-from lowbit_jax.qarray import QArray
+from lowbit_jax.qarray import QArray, check_qarray
 from lowbit_pallas import _support
 from lowbit_pallas.wq_matmul import prepack as _weights
 
@@ -72,8 +72,7 @@ def prepack(q: QArray, *, implementation: str) -> Prepacked:
     >>> lowbit.prepack(q, implementation='tpu')
     Prepacked(mxfp4, shape=(512, 8), dtype=float32, tile=512, layout='kn')
   """
-  if not isinstance(q, QArray):
-    raise TypeError(f'q must be a QArray, got {type(q).__name__}')
+  check_qarray(q)
   names = tuple(_support.PLATFORMS)
   if implementation not in names:
     raise ValueError(f'{implementation=} is not one of {names}')
@@ -88,6 +87,8 @@ def prepack(q: QArray, *, implementation: str) -> Prepacked:
 
 def unpack(p: Prepacked) -> QArray:
   """The QArray that `prepack` was given."""
+  if not isinstance(p, Prepacked):
+    raise TypeError(f'p must be Prepacked, got {type(p).__name__}')
   codes, scale, zero_point = _weights.unpack(p.weight)
   return QArray(
     codes, scale, p.tensor_scale, zero_point, p.fmt, -2, (p.pad,), p.dtype

@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.sharding import PartitionSpec
 
@@ -39,7 +40,13 @@ from lowbit_jax.numerics import _rounding
 from lowbit_jax.numerics._codec import as_float_array, promoted
 from lowbit_jax.ops import _dispatch, _dot, _dot_xla, _fake_quant, specs
 from lowbit_jax.qarray import QArray
-from lowbit_jax.recipe import GemmSpec, Quantizer, QuantSpec, Recipe
+from lowbit_jax.recipe import (
+  GemmSpec,
+  Quantizer,
+  QuantSpec,
+  Recipe,
+  check_recipe,
+)
 from lowbit_pallas.arith import hadamard
 
 _SAMPLED = 512  # rows from which leading directions are found, up to twice
@@ -125,19 +132,17 @@ def qdot(
     >>> lowbit.qdot(jnp.ones((2, 64)), jnp.ones((64, 8)), recipe).shape
     (2, 8)
   """
-  if not isinstance(recipe, Recipe):
-    raise TypeError(
-      f'recipe={recipe!r} must be a Recipe, such as'
-      " lowbit_jax.training.recipes.get('mxfp8')"
-    )
-  x, w = as_float_array(x), as_float_array(w)
+  check_recipe(recipe)
+  x, w = as_float_array(x), as_float_array(w, 'w')
   _check(x, w, recipe, key)
+  tensor_amax = checked_amax(tensor_amax)
+  _dot.check_precision(precision)
   if isinstance(implementation, list):
     implementation = tuple(implementation)
   call = _Call(recipe, precision, implementation)
   key = key if recipe.needs_key else None
   run = functools.partial(_linear, call)
-  return _explicit.automatic(run, _specs, x, w, key, tuple(tensor_amax))
+  return _explicit.automatic(run, _specs, x, w, key, tensor_amax)
 
 
 def _linear(call: _Call, x, w, key, tensor_amax):
@@ -253,6 +258,16 @@ def _check(x, w, recipe: Recipe, key) -> None:
       f'recipe {recipe.name!r} draws random bits: pass key=jax.random.key(..),'
       ' folded with the step and the layer'
     )
+
+
+def checked_amax(tensor_amax: Any) -> tuple[Any, Any]:
+  """Refuses what is not a pair of numbers or None."""
+  remedy = 'must be a pair for x and w, of None or one number each'
+  if not isinstance(tensor_amax, tuple | list) or len(tensor_amax) != 2:
+    raise TypeError(f'tensor_amax={tensor_amax!r} {remedy}')
+  if any(amax is not None and np.size(amax) != 1 for amax in tensor_amax):
+    raise ValueError(f'tensor_amax={tensor_amax!r} {remedy}')
+  return tuple(tensor_amax)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

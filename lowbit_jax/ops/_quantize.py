@@ -136,7 +136,7 @@ def quantize(
     rotation=rotation,
     implementation=implementation,
   )
-  return unmerged(_quantize(rows, extras, options), jnp.shape(x), axis)
+  return unmerged(_quantize(rows, extras, options), np.shape(x), axis)
 
 
 def operands(
@@ -330,7 +330,7 @@ def split_origin(origin: Origin | None) -> tuple[tuple, tuple[int, ...] | None]:
   """Starts as arguments of a compiled function, and the full shape."""
   if origin is None:
     return (), None
-  start, full_shape = origin
+  start, full_shape = _rounding.check_origin(origin)
   # Python ints beyond int32 cannot be arguments.
   start = (np.uint32(s) if isinstance(s, int) else s for s in start)
   return tuple(start), tuple(full_shape)
@@ -375,6 +375,8 @@ def check_scales(
   scale = check('scale', scale, fmt.scale is not None, expected)
   zero_point = check('zero_point', zero_point, fmt.zero_point, expected)
   if tensor_scale is not None:
+    if np.iscomplexobj(tensor_scale):
+      raise TypeError(f'{tensor_scale=} must be a real number')
     tensor_scale = jnp.asarray(tensor_scale, jnp.float32)
     if tensor_scale.size == 1:
       tensor_scale = tensor_scale.reshape((1,) * len(shape))

@@ -85,6 +85,6 @@ def select_implementation(
 
 
 def _op(op: str):
-  if op not in _OPS:
+  if not isinstance(op, str) or op not in _OPS:
     raise ValueError(f'{op=} is not one of {tuple(_OPS)}')
   return _OPS[op]

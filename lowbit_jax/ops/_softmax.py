@@ -27,6 +27,7 @@ from jax.sharding import PartitionSpec
 
 from lowbit_jax import _explicit
 from lowbit_jax._typing import ArrayLike, DTypeLike, Implementation
+from lowbit_jax.numerics._codec import as_dtype
 from lowbit_jax.ops import _dispatch, _partition
 from lowbit_pallas import _support
 from lowbit_pallas.arith import exponential
@@ -200,7 +201,7 @@ def _run(
   if not isinstance(temperature, numbers.Real):
     x, out_dtype = _divided(x, temperature, out_dtype)
     temperature = 1.0
-  shape = jnp.shape(x)
+  shape = np.shape(x)
   x, where, call = operands(
     kind,
     x,
@@ -429,7 +430,7 @@ def _checked_array(x):
 
 
 def _checked_dtype(name: str, dtype) -> np.dtype:
-  dtype = jnp.dtype(dtype)
+  dtype = as_dtype(dtype, name)
   if dtype.name not in _DTYPES:
     raise TypeError(
       f'{name}={dtype.name} is not one of {_DTYPES}: cast it first'

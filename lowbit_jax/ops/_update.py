@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from lowbit_jax import _explicit, qarray
-from lowbit_jax._typing import ArrayLike, Key, ScaleRule
+from lowbit_jax._typing import ArrayLike, Key, ScaleRule, as_tuple
 from lowbit_jax.ops._quantize import quantize
 from lowbit_jax.qarray import QArray
 from lowbit_pallas.arith.codec import RANDOM_BITS
@@ -53,8 +53,7 @@ def update_slice(
     >>> ops.dequantize(cache)[4:7, 0].tolist()
     [3.0, 1.0, 3.0]
   """
-  if not isinstance(q, QArray):
-    raise TypeError(f'q must be a QArray, got {type(q).__name__}')
+  qarray.check_qarray(q)
   if q.merged:
     raise ValueError(
       f'blocks of {q!r} span axes {qarray.merged_axes(q)} together; quantize'
@@ -68,7 +67,7 @@ def update_slice(
       f'x.shape={x.shape} must have the rank of q.shape={q.shape} and fit into'
       ' it'
     )
-  start = tuple(start)
+  start = as_tuple('start', start)
   if len(start) != q.ndim:
     raise ValueError(f'{start=} must have one int for each axis of {q.shape}')
   if q.tensor_scale is not None and q.tensor_scale.size != 1:

@@ -244,7 +244,7 @@ def sample(
   mean, kappa = _floats(mean=mean, kappa=kappa)
   _dimension('mean', mean)
   natural = _broadcast(mean=mean.shape[:-1], kappa=kappa.shape)
-  shape = natural if shape is None else tuple(map(operator.index, shape))
+  shape = natural if shape is None else _sizes(shape)
   if not _expands(natural, shape):
     raise ValueError(
       f'{shape=} must be one that the leading axes of mean and kappa,'
@@ -266,6 +266,13 @@ def _sample(key, mean, kappa, shape):
   sine = jnp.sqrt(below * (2 - below))
   across = (sine / length)[..., None] * normal
   return (1 - below)[..., None] * mean + across
+
+
+def _sizes(shape) -> tuple[int, ...]:
+  try:
+    return tuple(map(operator.index, shape))
+  except TypeError:
+    raise TypeError(f'{shape=} must be a sequence of ints or None') from None
 
 
 def _expands(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:

@@ -1,5 +1,7 @@
 """Comparisons that say where, and in which bits, two arrays differ."""
 
+import numbers
+
 import chex
 import jax
 import numpy as np
@@ -102,6 +104,8 @@ def assert_within_ulp(
     AssertionError: with the number of mismatches, the first and the worst.
   """
   prefix = f'{message}: ' if message else ''
+  if not isinstance(ulp, numbers.Real):
+    raise TypeError(f'{ulp=} must be a number')
   actual, expected = _check_pair(actual, expected, prefix)
   distance = numerics.ulp_distance(actual, expected)
   far = ~(distance <= ulp)

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 from lowbit_jax.formats import BlockFormat, FloatFormat
+from lowbit_jax.formats._types import check_format
 from lowbit_jax.numerics import oracle
 
 ORACLE_RULES = (*oracle.EXPONENT_RULES, 'absmax', 'minmax')
@@ -39,7 +40,7 @@ def quantizer_cases(fmt: BlockFormat) -> dict[str, np.ndarray]:
   poisoned block among ordinary ones. ragged: a size that blocks do not divide.
   one: a single element.
   """
-  rows, width = _geometry(fmt)
+  rows, width = _geometry(check_format(fmt))
   boundaries = _boundaries(fmt, rows, width)
   edges = _edges(fmt, rows, width)
   columns = 2 * width

@@ -96,10 +96,17 @@ def dot_tolerance(
   Returns:
     float64 of shape `(m, n)`.
   """
+  for name, x in (('lhs', lhs), ('rhs', rhs)):
+    if np.iscomplexobj(x):
+      raise TypeError(f'{name} must hold real numbers, not complex')
   a, b = (
     np.abs(np.asarray(lhs, np.float64)),
     np.abs(np.asarray(rhs, np.float64)),
   )
+  if a.ndim < 2 or b.ndim < 2 or a.shape[-1] != b.shape[-2]:
+    raise ValueError(
+      f'lhs.shape={a.shape} and rhs.shape={b.shape} must be (m, k) and (k, n)'
+    )
   k = a.shape[-1]
   units = (min(k, 8 * math.sqrt(k)) + 6) * UNIT + 2 * operand_unit
   return units * (a @ b)

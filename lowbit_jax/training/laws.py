@@ -20,6 +20,7 @@ from `bootstrap`.
 """
 
 import dataclasses
+import numbers
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -69,7 +70,7 @@ class FloatLaw:
   def __post_init__(self) -> None:
     for field in dataclasses.fields(self):
       value = getattr(self, field.name)
-      if not (np.isfinite(value) and value > 0):
+      if not (isinstance(value, numbers.Real) and 0 < float(value) < np.inf):
         raise ValueError(
           f'{field.name}={value} must be a positive number: the terms of the'
           ' law are positive and fall with N, D, E and M'
@@ -163,9 +164,10 @@ class FloatLaw:
 
   def split(self, bits: int) -> tuple[int, int]:
     """The integers (E, M), E + M + 1 = bits, of the smallest gap."""
-    if bits != int(bits) or bits < 2:
+    if not isinstance(bits, numbers.Real) or not 2 <= bits <= 64 or bits % 1:
       raise ValueError(
-        f'bits={bits} must be an integer of at least 2: a sign and E + M'
+        f'bits={bits!r} must be an integer of at least 2, a sign and E + M, and'
+        ' at most 64'
       )
     options = [(E, int(bits) - 1 - E) for E in range(int(bits))]
     return max(options, key=lambda option: float(self.precision(*option)))
@@ -501,15 +503,21 @@ def _random_start(table: _Table, generator: np.random.Generator) -> np.ndarray:
   return theta
 
 
+def _real(name: str, value) -> np.ndarray:
+  if np.iscomplexobj(value):
+    raise TypeError(f'{name}={value!r} must be real')
+  return np.asarray(value, np.float64)
+
+
 def _positive(name: str, value) -> np.ndarray:
-  value = np.asarray(value, np.float64)
+  value = _real(name, value)
   if not np.all((value > 0) & np.isfinite(value)):
     raise ValueError(f'{name} must be positive and finite, got {value}')
   return value
 
 
 def _at_least(bound: float, name: str, value) -> np.ndarray:
-  value = np.asarray(value, np.float64)
+  value = _real(name, value)
   if not np.all((value >= bound) & np.isfinite(value)):
     raise ValueError(f'{name} must be at least {bound} and finite, got {value}')
   return value

@@ -29,7 +29,7 @@ from lowbit_jax import ops
 from lowbit_jax._typing import DotDims, DTypeLike, Precision
 from lowbit_jax.nn.linen import RNG
 from lowbit_jax.ops import _qdot
-from lowbit_jax.recipe import Policy, Recipe
+from lowbit_jax.recipe import Policy, Recipe, check_policy
 from lowbit_jax.training import monitors, scaling
 
 COLLECTION = 'lowbit'
@@ -140,7 +140,7 @@ def dot_general_cls(
     fraction: as in `QDotGeneral`.
     watch: as in `QDotGeneral`.
   """
-  return functools.partial(QDotGeneral, recipe, fraction, watch)
+  return functools.partial(QDotGeneral, check_policy(recipe), fraction, watch)
 
 
 @contextlib.contextmanager
@@ -215,16 +215,10 @@ def recipe_at(
   recipe: Recipe | Policy | None, path: Iterable, fraction: float
 ) -> Recipe | None:
   """The recipe of the layer at `path`."""
-  if isinstance(recipe, Policy):
-    return recipe.at('/'.join(map(str, path)), fraction)
-  if isinstance(recipe, Recipe):
-    return recipe.at(fraction)
-  if recipe is None:
-    return None
-  raise TypeError(
-    f'recipe={recipe!r} must be a Recipe, a Policy or None; by name it is'
-    ' lowbit_jax.training.recipes.get(name)'
-  )
+  chosen = check_policy(recipe)
+  if isinstance(chosen, Policy):
+    return chosen.at('/'.join(map(str, path)), fraction)
+  return None if chosen is None else chosen.at(fraction)
 
 
 def check_keywords(kwargs: Mapping[str, Any]) -> None:

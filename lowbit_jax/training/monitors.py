@@ -15,8 +15,9 @@ import jax.numpy as jnp
 from lowbit_jax import _quantize as core, qarray
 from lowbit_jax._typing import ArrayLike, Key
 from lowbit_jax.doctor import _blocks
+from lowbit_jax.numerics._codec import as_float_array
 from lowbit_jax.ops import _qdot
-from lowbit_jax.recipe import QuantSpec, Recipe
+from lowbit_jax.recipe import QuantSpec, Recipe, check_recipe
 
 SITES = (
   'fwd.lhs', 'fwd.rhs', 'dgrad.lhs', 'dgrad.rhs', 'wgrad.lhs', 'wgrad.rhs',
@@ -75,6 +76,21 @@ def lost(
     >>> float(share.clipped.max()), share.flushed.shape
     (0.0, (6,))
   """
+  check_recipe(recipe)
+  x, w, dy = (
+    as_float_array(t, name) for name, t in (('x', x), ('w', w), ('dy', dy))
+  )
+  if not (
+    x.ndim
+    and w.ndim == 2
+    and x.shape[-1] == w.shape[0]
+    and dy.shape == (*x.shape[:-1], w.shape[1])
+  ):
+    raise ValueError(
+      f'x.shape={x.shape}, w.shape={w.shape} and dy.shape={dy.shape} must be'
+      ' (..., K), (K, N) and (..., N)'
+    )
+  tensor_amax = _qdot.checked_amax(tensor_amax)
   x, dy = (t.reshape(-1, t.shape[-1]) for t in (x, dy))
   x, _ = _qdot.apart(x, recipe)
   amax_x, amax_w = tensor_amax
@@ -104,6 +120,7 @@ def tap(
   The cotangent of y passes unchanged. The other arguments are those of `lost`
   and get no gradient; any `Lost` serves as the probe.
   """
+  check_recipe(recipe)
   return _tap(recipe, y, x, w, key, tensor_amax, probe)
 
 

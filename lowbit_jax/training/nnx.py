@@ -16,7 +16,7 @@ from flax import nnx as flax_nnx
 from lowbit_jax import ops
 from lowbit_jax._typing import DotDims, DTypeLike, OutSharding, Precision
 from lowbit_jax.ops import _qdot
-from lowbit_jax.recipe import Policy, Recipe
+from lowbit_jax.recipe import Policy, Recipe, check_recipe
 from lowbit_jax.training import scaling
 from lowbit_jax.training.linen import check_keywords, recipe_at
 
@@ -37,6 +37,8 @@ class QDotGeneral(flax_nnx.Module):
   def __init__(
     self, recipe: Recipe | None, *, rngs: flax_nnx.Rngs | None = None
   ) -> None:
+    if recipe is not None:
+      check_recipe(recipe)
     if recipe is not None and recipe.needs_key and rngs is None:
       raise ValueError(
         f'recipe {recipe.name!r} draws random bits: pass rngs=nnx.Rngs(quant=0)'
@@ -111,8 +113,7 @@ def quantize(
     ValueError: for a model without such layers, and a rule of the policy that
       none of them matches.
   """
-  if not isinstance(model, flax_nnx.Module):
-    raise TypeError(f'{model=} must be an nnx.Module')
+  _check_model(model)
   layers: dict[str, Recipe | None] = {}
   takers = []
   for path, module in flax_nnx.iter_modules(model):
@@ -135,6 +136,11 @@ def quantize(
   return layers
 
 
+def _check_model(model: object) -> None:
+  if not isinstance(model, flax_nnx.Module):
+    raise TypeError(f'{model=} must be an nnx.Module')
+
+
 def _takes_recipe(module: Any) -> bool:
   """Whether a module has a product that a recipe may replace."""
   if not isinstance(module, flax_nnx.Linear | flax_nnx.LinearGeneral):
@@ -145,6 +151,7 @@ def _takes_recipe(module: Any) -> bool:
 
 def advance(model: flax_nnx.Module) -> None:
   """Moves all held tensor scales of a model to the next step, in place."""
+  _check_model(model)
   for _, module in flax_nnx.iter_modules(model):
     if isinstance(module, QDotGeneral) and module.scales is not None:
       module.scales.set_value(scaling.advance(module.scales.get_value()))

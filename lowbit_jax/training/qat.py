@@ -8,6 +8,7 @@ beside the weights. Methods without parameters are quantizers, in
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 
 from lowbit_jax._typing import ArrayLike
 from lowbit_jax.numerics._codec import as_float_array
+from lowbit_jax.qarray import check_axis
 
 PARAMETERS = ('log', 'clipped')
 # A clipped step never gets smaller.
@@ -59,14 +61,24 @@ class Lsq:
   parameter: str = 'log'
 
   def __post_init__(self) -> None:
+    if not isinstance(self.signed, bool):
+      raise TypeError(f'signed={self.signed!r} must be a bool')
     if not isinstance(self.bits, int) or not 1 + self.signed <= self.bits <= 16:
       raise ValueError(
         f'bits={self.bits!r} must be an int in {1 + self.signed}..16'
       )
+    if self.axis is not None and not isinstance(self.axis, int):
+      raise TypeError(f'axis={self.axis!r} must be an int or None')
     if self.parameter not in PARAMETERS:
       raise ValueError(
         f'parameter={self.parameter!r} is not one of {PARAMETERS}'
       )
+
+  def _shared(self, x: jax.Array) -> int:
+    """How many elements share a step."""
+    if self.axis is None:
+      return x.size
+    return x.shape[check_axis(self.axis, x.ndim)]
 
   @property
   def range(self) -> tuple[int, int]:
@@ -88,7 +100,7 @@ class Lsq:
     """
     x = as_float_array(x).astype(jnp.float32)
     keep = self.axis is not None
-    n = x.size if self.axis is None else x.shape[self.axis]
+    n = self._shared(x)
     mean = jnp.sum(jnp.abs(x), axis=self.axis, keepdims=keep) / max(n, 1)
     step = jnp.maximum(2 * mean / math.sqrt(self.range[1]), LEAST_STEP)
     if self.parameter == 'log':
@@ -98,6 +110,7 @@ class Lsq:
   def step(self, params: dict[str, jax.Array]) -> jax.Array:
     """s, positive."""
     name = 'log_step' if self.parameter == 'log' else 'step'
+    _check_params(params)
     if name not in params:
       raise ValueError(
         f'params has {sorted(params)}, but parameter={self.parameter!r} trains'
@@ -113,7 +126,7 @@ class Lsq:
     x = as_float_array(x)
     low, high = self.range
     s = self.step(params)
-    n = x.size if self.axis is None else x.shape[self.axis]
+    n = self._shared(x)
     s = _with_value(s, s / math.sqrt(max(n, 1) * high))
     v = x.astype(jnp.float32) / s
     # Where it is clipped v is a constant, so that only the factor s counts.
@@ -157,6 +170,9 @@ class Pact:
   def __call__(self, params: dict[str, jax.Array], x: ArrayLike) -> jax.Array:
     """x_hat of the shape and dtype of x."""
     x = as_float_array(x)
+    _check_params(params)
+    if 'alpha' not in params:
+      raise ValueError(f'params has {sorted(params)}: make them with init')
     alpha = params['alpha']
     top = jnp.maximum(jax.lax.stop_gradient(alpha), LEAST_STEP)
     wide = x.astype(jnp.float32)
@@ -183,6 +199,11 @@ def decay_mask(params: Any) -> Any:
     return not any(getattr(entry, 'key', None) in _STEPS for entry in path)
 
   return jax.tree_util.tree_map_with_path(decays, params)
+
+
+def _check_params(params: object) -> None:
+  if not isinstance(params, Mapping):
+    raise TypeError(f'{params=} must be a dict: make it with init')
 
 
 @jax.custom_jvp

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lowbit_jax import _explicit, _quantize as core, formats
+from lowbit_jax import _explicit, _quantize as core, formats, qarray
 from lowbit_jax._typing import ArrayLike, Key
 from lowbit_jax.numerics import _rounding, _scaling
 from lowbit_jax.numerics._codec import as_float_array, round_to
@@ -69,8 +69,8 @@ class DoReFaWeight(_Deterministic):
   def __call__(
     self, x: ArrayLike, axis: int = -1, key: Key | None = None
   ) -> jax.Array:
-    del axis, key
-    x, dtype = _widened(x)
+    del key
+    x, dtype = _widened(x, axis)
     t = jnp.tanh(x)
     top = jnp.max(jnp.abs(t), initial=0)
     r = t / (2 * jnp.where(top > 0, top, 1)) + 0.5
@@ -95,8 +95,8 @@ class DoReFaActivation(_Deterministic):
   def __call__(
     self, x: ArrayLike, axis: int = -1, key: Key | None = None
   ) -> jax.Array:
-    del axis, key
-    x, dtype = _widened(x)
+    del key
+    x, dtype = _widened(x, axis)
     y = _uniform(jnp.clip(x, 0, 1), self.bits)
     return _masked(y, x, (x >= 0) & (x <= 1)).astype(dtype)
 
@@ -126,10 +126,9 @@ class DoReFaGradient:
   def __call__(
     self, x: ArrayLike, axis: int = -1, key: Key | None = None
   ) -> jax.Array:
-    del axis
     if key is None:
       raise ValueError('DoReFaGradient needs key=jax.random.key(seed)')
-    x, dtype = _widened(x)
+    x, dtype = _widened(x, axis)
     top = lax.stop_gradient(jnp.max(jnp.abs(x), initial=0))
     noise = _rounding.dither(key, x.shape) / (2**self.bits - 1)
     r = x / (2 * jnp.where(top > 0, top, 1)) + 0.5 + noise
@@ -159,12 +158,13 @@ class Sign(_Deterministic):
     self, x: ArrayLike, axis: int = -1, key: Key | None = None
   ) -> jax.Array:
     del key
-    x, dtype = _widened(x)
+    x, dtype = _widened(x, axis)
     # NaN is neither, and stays.
     sign = jnp.where(x >= 0, jnp.float32(1), jnp.where(x < 0, -1, x))
     inside = jnp.abs(x) <= 1
     if self.scale == 'one':
       return _masked(sign, x, inside).astype(dtype)
+    axis = qarray.check_axis(axis, x.ndim)
     alpha = jnp.mean(jnp.abs(x), axis=axis, keepdims=True)
     slope = 1 / max(x.shape[axis], 1) + jnp.where(inside, alpha, 0)
     return _with_slope(alpha * sign, x, slope).astype(dtype)
@@ -193,8 +193,8 @@ class Quartet(_Deterministic):
     self, x: ArrayLike, axis: int = -1, key: Key | None = None
   ) -> jax.Array:
     del key
-    x, dtype = _widened(x)
-    axis = axis % x.ndim
+    x, dtype = _widened(x, axis)
+    axis = qarray.check_axis(axis, x.ndim)
     n = x.shape[axis]
     if n % self.block:
       raise ValueError(
@@ -235,7 +235,7 @@ class Quest(_Deterministic):
   trust: float | None = None
 
   def __post_init__(self) -> None:
-    if self.bits not in GAUSSIAN_CLIPS:
+    if not isinstance(self.bits, int) or self.bits not in GAUSSIAN_CLIPS:
       raise ValueError(f'bits={self.bits!r} must be an int in 1..8')
     if self.trust is not None and not self.trust > 0:
       raise ValueError(f'trust={self.trust!r} must be positive or None')
@@ -244,7 +244,8 @@ class Quest(_Deterministic):
     self, x: ArrayLike, axis: int = -1, key: Key | None = None
   ) -> jax.Array:
     del key
-    x, dtype = _widened(x)
+    x, dtype = _widened(x, axis)
+    axis = qarray.check_axis(axis, x.ndim)
     clip, steps = GAUSSIAN_CLIPS[self.bits], 2**self.bits - 1
     rms = jnp.sqrt(jnp.mean(jnp.square(x), axis=axis, keepdims=True))
     rms = lax.stop_gradient(rms)
@@ -288,7 +289,7 @@ class OutlierCompensated:
   def __call__(
     self, x: ArrayLike, axis: int = -1, key: Key | None = None
   ) -> jax.Array:
-    x, dtype = _widened(x)
+    x, dtype = _widened(x, axis)
     if x.size == 0:  # nothing has no quantile
       return apply(self.inner, x, axis, key).astype(dtype)
     t = _explicit.automatic(self._threshold, _explicit.of_scalar, x)
@@ -353,7 +354,7 @@ class RowScaled(_PerRow):
     self, x: ArrayLike, axis: int = -1, key: Key | None = None
   ) -> jax.Array:
     del key
-    x, dtype = _widened(x)
+    x, dtype = _widened(x, axis)
     t = lax.stop_gradient(x)
     best, least = jnp.float32(1), jnp.float32(jnp.inf)
     for i in range(self.candidates):
@@ -390,7 +391,7 @@ class Eden(_PerRow):
     self, x: ArrayLike, axis: int = -1, key: Key | None = None
   ) -> jax.Array:
     del key
-    x, dtype = _widened(x)
+    x, dtype = _widened(x, axis)
     t = lax.stop_gradient(x)
     y = apply(self.inner, t, axis)
     top = jnp.max(jnp.abs(t), axis=axis, keepdims=True, initial=0)
@@ -442,8 +443,7 @@ class FixedPoint:
   def __call__(
     self, x: ArrayLike, axis: int = -1, key: Key | None = None
   ) -> jax.Array:
-    del axis
-    x, dtype = _widened(x)
+    x, dtype = _widened(x, axis)
     random = None
     if self.needs_key:
       if key is None:
@@ -477,10 +477,12 @@ def apply(
   if quantizer is None:
     return x
   if not isinstance(quantizer, QuantSpec):
+    if not callable(quantizer):
+      check_quantizer('quantizer', quantizer)
     return quantizer(x, axis, key)
   spec, x = quantizer, as_float_array(x)
   specs.check_stateless('quantizer', spec)
-  axes = axis % x.ndim
+  axes = qarray.check_axis(axis, x.ndim)
   if spec.fmt.is_tile:
     if x.ndim != 2:
       raise ValueError(f'{spec.fmt} needs a matrix, not x.shape={x.shape}')
@@ -488,8 +490,10 @@ def apply(
   return specs.fake_quant(x, spec, axes, key=key)
 
 
-def _widened(x):
+def _widened(x, axis):
   x = as_float_array(x)
+  if x.ndim:  # a number has no axis, and needs none
+    qarray.check_axis(axis, x.ndim)
   return x.astype(jnp.float32), x.dtype
 
 

@@ -37,7 +37,7 @@ def get(name: str) -> Recipe:
     >>> get('mxfp8').fwd.lhs.fmt.name
     'mxfp8_e4m3'
   """
-  if name not in _RECIPES:
+  if not isinstance(name, str) or name not in _RECIPES:
     raise ValueError(f'recipe={name!r} is not one of {", ".join(names())}')
   return dataclasses.replace(_RECIPES[name](), name=name)
 

@@ -52,7 +52,8 @@ from jax import lax
 from lowbit_jax import ops, qarray
 from lowbit_jax._typing import Key, PyTree
 from lowbit_jax.formats import BlockFormat
-from lowbit_jax.numerics._codec import promoted
+from lowbit_jax.formats._types import check_format
+from lowbit_jax.numerics._codec import as_float_array, promoted
 from lowbit_jax.qarray import QArray
 
 KINDS = ('sink', 'source')
@@ -79,6 +80,12 @@ def select(
     Rising unit indices, one int array per layer. They decide shapes, so this
     runs outside jit.
   """
+  for name, count in (
+    ('layers', layers),
+    ('units', units),
+    ('multiple', multiple),
+  ):
+    _check_int(name, count)
   if layers < 1 or units < 1:
     raise ValueError(f'layers={layers} and units={units} must be at least 1')
   if not 0 <= ratio <= 1:
@@ -178,12 +185,19 @@ def co_permute_heads(
   Returns:
     (q, k, v, o), reordered.
   """
-  (o_kernel,) = jax.tree.leaves(o, is_leaf=qarray.is_qarray)
-  rows, group = o_kernel.shape[-2], len(order) * head_dim
-  if rows % group:
+  _check_int('head_dim', head_dim)
+  order = expand(order, 1)
+  leaves = jax.tree.leaves(o, is_leaf=qarray.is_qarray)
+  if len(leaves) != 1 or np.ndim(leaves[0]) < 2:
+    raise ValueError(
+      f'o must be one kernel (heads * head_dim, n), got {len(leaves)} arrays'
+      f' of shapes {[np.shape(leaf) for leaf in leaves]}'
+    )
+  rows, group = leaves[0].shape[-2], len(order) * head_dim
+  if not group or rows % group:
     raise ValueError(
       f'o has {rows} rows, no multiple of {len(order)} key-value heads of'
-      f' head_dim={head_dim}'
+      f' head_dim={head_dim}, as many as order has'
     )
   q, o = co_permute(q, o, order, width=rows // len(order))
   (k, v), _ = co_permute((k, v), (), order, width=head_dim)
@@ -193,7 +207,10 @@ def co_permute_heads(
 def expand(order: Order, width: int) -> np.ndarray:
   """The order of entries that belongs to an order of units of some width."""
   order = np.asarray(order)
-  if not np.array_equal(np.sort(order), np.arange(order.size)):
+  _check_int('width', width)
+  if order.ndim != 1 or not np.array_equal(
+    np.sort(order), np.arange(order.size)
+  ):
     raise ValueError(
       f'order={order} is not a permutation of 0 ... {order.size - 1}'
     )
@@ -238,9 +255,10 @@ def split(
   Raises:
     ValueError: where a block would reach over an end of the slice.
   """
-  w = jnp.asarray(w)
+  w = as_float_array(w, 'w')
+  check_format(fmt)
   _check_kind(kind)
-  _check_range(w.shape, start, stop, kind)
+  _check_range('w', w, start, stop, kind)
   axis = (-2, -1) if fmt.is_tile else -2
   q = ops.quantize(w, fmt, axis=axis, scale_rule=scale_rule)
   _check_blocks(q, start, stop, kind)
@@ -283,10 +301,11 @@ def s2ft_dot(
   `slice_`, `frozen`, and x[..., a:b] (sink) or x (source).
   """
   _check_kind(kind)
-  x, slice_ = jnp.asarray(x), jnp.asarray(slice_)
+  x = as_float_array(x)
+  frozen = _matrix('frozen', frozen)
   across = 0 if kind == 'sink' else 1
-  stop = start + slice_.shape[across]
-  _check_range(frozen.shape, start, stop, kind)
+  slice_, stop = _stop('slice_', slice_, start, kind)
+  _check_range('frozen', frozen, start, stop, kind)
   expected = list(frozen.shape)
   expected[across] = stop - start
   if slice_.shape != tuple(expected) or x.shape[-1:] != frozen.shape[:1]:
@@ -295,10 +314,12 @@ def s2ft_dot(
       f' frozen.shape={frozen.shape}: x is (..., K) and slice_ is'
       f' {"(s, N)" if kind == "sink" else "(K, s)"} for kind={kind!r}'
     )
-  if rounded_x is not None and rounded_x.shape != x.shape:
-    raise ValueError(
-      f'rounded_x.shape={rounded_x.shape} must be x.shape={x.shape}'
-    )
+  if rounded_x is not None:
+    rounded_x = as_float_array(rounded_x, 'rounded_x')
+    if rounded_x.shape != x.shape:
+      raise ValueError(
+        f'rounded_x.shape={rounded_x.shape} must be x.shape={x.shape}'
+      )
   y = _frozen_dot(x if rounded_x is None else rounded_x, frozen)
   if kind == 'sink':
     return y + _slice_dot(x[..., start:stop], slice_)
@@ -338,8 +359,10 @@ def merge(
     scale_rule: that of `split`.
   """
   _check_kind(kind)
-  stop = start + slice_.shape[0 if kind == 'sink' else 1]
-  _check_range(frozen.shape, start, stop, kind)
+  qarray.check_qarray(frozen, 'frozen')
+  slice_, stop = _stop('slice_', slice_, start, kind)
+  _check_range('frozen', frozen, start, stop, kind)
+  _check_fits('slice_', slice_, 'frozen', frozen, kind)
   _check_blocks(frozen, start, stop, kind)
   at = _at(frozen.shape, start, stop, kind)
   total = qarray.dequantize(frozen[at], jnp.float32) + slice_
@@ -416,8 +439,14 @@ def make_adapter(
     width: entries of a unit.
   """
   _check_kind(kind)
-  stop = start + slice_.shape[0 if kind == 'sink' else 1]
-  _check_range(frozen.shape, start, stop, kind)
+  frozen, base = qarray.check_qarray(frozen, 'frozen'), _matrix('base', base)
+  slice_, stop = _stop('slice_', slice_, start, kind)
+  _check_range('frozen', frozen, start, stop, kind)
+  _check_fits('slice_', slice_, 'frozen', frozen, kind)
+  if base.shape != frozen.shape:
+    raise ValueError(
+      f'base.shape={base.shape} must be frozen.shape={frozen.shape}'
+    )
   at = _at(frozen.shape, start, stop, kind)
   order = expand(order, width)
   if len(order) != frozen.shape[0 if kind == 'sink' else 1]:
@@ -440,9 +469,13 @@ def fuse(w: jax.Array, adapter: Adapter) -> jax.Array:
     w: (K, N), not reordered.
     adapter: made against a base of the same values.
   """
+  w = as_float_array(w, 'w')
+  if not isinstance(adapter, Adapter):
+    raise TypeError(f'{adapter=} must be an Adapter, one of make_adapter')
   _check_kind(adapter.kind)
   count = adapter.delta.shape[0 if adapter.kind == 'sink' else 1]
   chosen = adapter.order[adapter.start : adapter.start + count]
+  _check_fits('adapter.delta', adapter.delta, 'w', w, adapter.kind)
   delta = adapter.delta.astype(w.dtype)
   if adapter.kind == 'sink':
     return w.at[chosen].add(delta)
@@ -500,7 +533,11 @@ _slice_dot.defvjp(_slice_forward, _slice_backward)
 
 
 def _members(units: int, chosen, name: str) -> np.ndarray:
-  chosen = np.asarray(chosen, np.int64).reshape(-1)
+  _check_int('units', units)
+  chosen = np.asarray(chosen).reshape(-1)
+  if chosen.size and chosen.dtype.kind not in 'iu':
+    raise TypeError(f'{name}={chosen!r} must be ints')
+  chosen = chosen.astype(np.int64)
   inside = np.all((chosen >= 0) & (chosen < units))
   if not inside or len(np.unique(chosen)) != len(chosen):
     raise ValueError(
@@ -517,10 +554,13 @@ def _take(w, order: np.ndarray, axis: int):
       'a QArray cannot be reordered, because its blocks would have to mix:'
       ' reorder the array and quantize it then'
     )
+  if not hasattr(w, 'ndim'):
+    raise TypeError(f'{w!r} is no array to reorder')
   if w.ndim < -axis or w.shape[axis] != len(order):
     raise ValueError(
       f'an array of shape {w.shape} has no axis {axis} of {len(order)} entries'
-      ' to reorder: sources are (..., units), sinks (units, n)'
+      ' to reorder, units of order times their width: sources are (..., units),'
+      ' sinks (units, n)'
     )
   return jnp.take(w, order, axis=axis)
 
@@ -539,14 +579,45 @@ def _check_kind(kind: str) -> None:
     raise ValueError(f'kind={kind!r} is not one of {KINDS}')
 
 
-def _check_range(shape, start: int, stop: int, kind: str) -> None:
-  if len(shape) != 2:
-    raise ValueError(f'the matrix must be (K, N), not of shape {shape}')
-  size = shape[0 if kind == 'sink' else 1]
+def _matrix(name: str, w) -> QArray | jax.Array:
+  return w if isinstance(w, QArray) else as_float_array(w, name)
+
+
+def _stop(name: str, d, start: int, kind: str) -> tuple[jax.Array, int]:
+  """A slice as an array, and where it ends."""
+  d = as_float_array(d, name)
+  if d.ndim != 2:
+    raise ValueError(f'{name}.shape={d.shape} must be (s, N) or (K, s)')
+  _check_int('start', start)
+  return d, start + d.shape[0 if kind == 'sink' else 1]
+
+
+def _check_fits(name: str, d, of: str, w, kind: str) -> None:
+  along = 1 if kind == 'sink' else 0
+  if d.ndim != 2 or w.ndim != 2 or d.shape[along] != w.shape[along]:
+    raise ValueError(
+      f'{name}.shape={d.shape} does not fit {of}.shape={w.shape}: it is'
+      f' {"(s, N)" if kind == "sink" else "(K, s)"} for kind={kind!r}'
+    )
+
+
+def _check_int(name: str, value: object) -> None:
+  if not isinstance(value, int | np.integer) or isinstance(value, bool):
+    raise TypeError(f'{name}={value!r} must be an int')
+  if abs(value) >= 1 << 31:
+    raise ValueError(f'{name}={value!r} is too large')
+
+
+def _check_range(name: str, w, start: int, stop: int, kind: str) -> None:
+  if w.ndim != 2:
+    raise ValueError(f'{name}.shape={w.shape} must be (K, N)')
+  for end, value in (('start', start), ('stop', stop)):
+    _check_int(end, value)
+  size = w.shape[0 if kind == 'sink' else 1]
   if not 0 <= start < stop <= size:
     raise ValueError(
       f'the slice {start}:{stop} must be within the {size}'
-      f' {"rows" if kind == "sink" else "columns"} of the matrix'
+      f' {"rows" if kind == "sink" else "columns"} of {name}'
     )
 
 

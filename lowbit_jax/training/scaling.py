@@ -26,7 +26,13 @@ import jax.numpy as jnp
 
 from lowbit_jax import _serialization, ops
 from lowbit_jax._typing import Key, PyTree
-from lowbit_jax.recipe import QuantSpec, Recipe, TensorScaling
+from lowbit_jax.numerics._codec import as_float_array
+from lowbit_jax.recipe import (
+  QuantSpec,
+  Recipe,
+  TensorScaling,
+  check_recipe,
+)
 
 
 @functools.partial(
@@ -91,6 +97,8 @@ class DotScales(NamedTuple):
 
 def init(scaling: TensorScaling) -> ScaleState:
   """The state before the first step, each leaf in a buffer of its own."""
+  if not isinstance(scaling, TensorScaling):
+    raise TypeError(f'{scaling=} must be a TensorScaling')
   _serialization.know_all()
 
   def zeros(*shape):
@@ -102,6 +110,7 @@ def init(scaling: TensorScaling) -> ScaleState:
 
 def init_dot(recipe: Recipe) -> DotScales:
   """States for the operands of a recipe that hold their tensor scales."""
+  check_recipe(recipe)
 
   def state(*sites):
     for spec in sites:
@@ -147,6 +156,7 @@ def qdot(
 
 def check_state(recipe: Recipe, state: DotScales) -> None:
   """Refuses states that are not those of `init_dot(recipe)`."""
+  _check_scales(state)
   for name, own, wanted in zip(
     DotScales._fields, state, init_dot(recipe), strict=True
   ):
@@ -159,10 +169,18 @@ def check_state(recipe: Recipe, state: DotScales) -> None:
       )
 
 
+def _check_scales(state: object) -> None:
+  if not isinstance(state, DotScales):
+    raise TypeError(
+      f'{state=} must be DotScales: start with scaling.init_dot(recipe)'
+    )
+
+
 def record(
   x: jax.Array, w: jax.Array, state: DotScales
 ) -> tuple[DotScales, tuple]:
   """Records both operands; also returns the `tensor_amax` of `ops.qdot`."""
+  _check_scales(state)
   states, magnitudes = [], []
   for operand, s in zip((x, w), state, strict=True):
     new, amax = (None, None) if s is None else s.record(largest(operand))
@@ -173,6 +191,7 @@ def record(
 
 def largest(x: jax.Array) -> jax.Array:
   """The largest finite magnitude, float32, without gradient."""
+  x = as_float_array(x)
   magnitude = jnp.abs(jax.lax.stop_gradient(x).astype(jnp.float32))
   finite = jnp.where(jnp.isfinite(magnitude), magnitude, 0)
   return jnp.max(finite, initial=0)

@@ -128,7 +128,7 @@ class Spline:
   high: float = 1.5
 
   def __post_init__(self) -> None:
-    if self.points < 2:
+    if not self.points >= 2:
       raise ValueError(f'points={self.points!r} must be at least 2')
     _check_order(self.low, self.high)
 
@@ -163,7 +163,7 @@ def surrogate(name: str, value: Surrogate | str) -> Surrogate:
   """The surrogate `value` or the one of that name, for the argument `name`."""
   if isinstance(value, Surrogate):
     return value
-  if value not in SURROGATES:
+  if not isinstance(value, str) or value not in SURROGATES:
     raise ValueError(
       f'{name}={value!r} is neither a surrogate nor one of {(*SURROGATES,)}'
     )

@@ -106,7 +106,10 @@ def _same(a: Any, b: Any) -> bool:
 
 def check_axis(axis: int) -> int:
   """Returns `axis` as a negative int."""
-  axis = operator.index(axis)
+  try:
+    axis = operator.index(axis)
+  except TypeError:
+    raise TypeError(f'{axis=} must be a negative int') from None
   if axis >= 0:
     raise ValueError(
       f'{axis=} must be negative: transforms count axes from the end, so that '
@@ -117,9 +120,10 @@ def check_axis(axis: int) -> int:
 
 def check_operand(x: jax.Array, axis: int) -> int:
   """Returns the length of `axis` of the floating-point array `x`."""
-  if not jnp.issubdtype(x.dtype, jnp.floating):
+  if not hasattr(x, 'ndim') or not jnp.issubdtype(x.dtype, jnp.floating):
+    kind = getattr(x, 'dtype', type(x).__name__)
     raise TypeError(
-      f'transforms take floating-point arrays, not {x.dtype}; cast first'
+      f'transforms take floating-point arrays, not {kind}; cast first'
     )
   check_axis(axis)
   if -axis > x.ndim:

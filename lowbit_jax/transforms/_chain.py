@@ -4,6 +4,7 @@ import dataclasses
 
 import jax
 
+from lowbit_jax._typing import as_tuple
 from lowbit_jax.transforms import _base
 
 
@@ -37,7 +38,9 @@ class Chain:
   transforms: tuple[_base.Transform, ...]
 
   def __post_init__(self) -> None:
-    object.__setattr__(self, 'transforms', tuple(self.transforms))
+    object.__setattr__(
+      self, 'transforms', as_tuple('transforms', self.transforms)
+    )
     if not self.transforms:
       raise ValueError('transforms is empty; a Chain needs at least one')
     for i, t in enumerate(self.transforms):

@@ -4,6 +4,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lowbit_jax import _explicit
 from lowbit_jax._typing import Key
@@ -41,9 +42,9 @@ class Hadamard:
   def __post_init__(self) -> None:
     _core.check_power_of_two(self.block)
     _base.check_axis(self.axis)
-    if self.signs is not None and jnp.ndim(self.signs) != 1:
+    if self.signs is not None and np.ndim(self.signs) != 1:
       raise ValueError(
-        f'signs must be a vector, not of shape {jnp.shape(self.signs)}'
+        f'signs must be a vector, not of shape {np.shape(self.signs)}'
       )
 
   def apply(self, x: jax.Array) -> jax.Array:
@@ -121,6 +122,8 @@ def random_hadamard(
     ValueError: if `block` is not a power of two or does not divide `size`.
   """
   _core.check_power_of_two(block)
+  if not isinstance(size, int):
+    raise TypeError(f'{size=} must be an int')
   if size % block:
     raise ValueError(f'{size=} is not a multiple of {block=}')
   words = jax.random.bits(key, (2,), jnp.uint32)

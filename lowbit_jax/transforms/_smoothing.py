@@ -36,6 +36,8 @@ class DiagonalSmoothing:
     _base.check_axis(self.axis)
     if not isinstance(self.scale, jax.Array):
       object.__setattr__(self, 'scale', np.asarray(self.scale))
+      if self.scale.dtype.kind not in 'fiuV':
+        raise TypeError(f'scale must hold numbers, not {self.scale.dtype}')
       bad = np.flatnonzero(~((self.scale > 0) & np.isfinite(self.scale)))
       if bad.size:
         raise ValueError(
@@ -111,13 +113,17 @@ def smooth_quant(
     DiagonalSmoothing with a float32 scale.
 
   Raises:
-    ValueError: if `strength` is outside [0, 1] or the shapes differ.
+    ValueError: if `strength` is outside [0, 1], `floor` is not positive and
+      finite, or the shapes differ.
 
   Reference: SmoothQuant, arXiv:2211.10438.
   """
   if not 0 <= strength <= 1:
     raise ValueError(f'{strength=} must lie in [0, 1]')
-  shapes = jnp.shape(activation_amax), jnp.shape(weight_amax)
+  if not 0 < floor < float('inf'):
+    raise ValueError(f'{floor=} must be positive and finite')
+  floor = float(floor)
+  shapes = np.shape(activation_amax), np.shape(weight_amax)
   if shapes[0] != shapes[1]:
     raise ValueError(
       f'activation_amax has shape {shapes[0]} and weight_amax {shapes[1]}; '

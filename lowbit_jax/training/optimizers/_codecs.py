@@ -54,6 +54,9 @@ def dynamic_map(bits: int, signed: bool = True) -> CodebookFormat:
     >>> dynamic_map(2, signed=False).table[1:]
     (0.325, 0.775, 1.0)
   """
+  _check_bits(bits, 2)
+  if not isinstance(signed, bool):
+    raise TypeError(f'{signed=} must be a bool')
   decades = bits - signed
   positive = [
     float(
@@ -72,9 +75,15 @@ def dynamic_map(bits: int, signed: bool = True) -> CodebookFormat:
 
 def linear_map(bits: int) -> CodebookFormat:
   """k / 2^bits for k = 1 ... 2^bits: uniform numbers in (0, 1] without 0."""
+  _check_bits(bits, 1)
   size = 1 << bits
   table = tuple(k / size for k in range(1, size + 1))
   return CodebookFormat(f'linear{bits}_positive', table)
+
+
+def _check_bits(bits: int, least: int) -> None:
+  if not isinstance(bits, int) or not least <= bits <= 8:
+    raise ValueError(f'bits={bits!r} must be an int in {least}..8')
 
 
 @jax.tree_util.register_dataclass

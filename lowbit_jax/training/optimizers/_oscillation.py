@@ -15,6 +15,8 @@ import optax
 from lowbit_jax import numerics, ops, qarray
 from lowbit_jax._typing import Axis
 from lowbit_jax.formats import BlockFormat, ElementFormat
+from lowbit_jax.formats._types import check_format
+from lowbit_jax.numerics._codec import as_float_array
 from lowbit_jax.ops import specs
 from lowbit_jax.recipe import QuantSpec
 from lowbit_jax.training.optimizers._common import (
@@ -180,12 +182,12 @@ def grid_neighbours(
     (nearest, other) of the shape and dtype of `w`. Both are the same where `w`
     is on the grid or beyond its ends.
   """
-  if fmt.zero_point:
+  if check_format(fmt).zero_point:
     raise ValueError(
       f'fmt={fmt} has zero points, so its numbers are not those of a table;'
       ' use a symmetric format such as lowbit_jax.formats.int4_g32'
     )
-  w = jax.lax.stop_gradient(w)
+  w = jax.lax.stop_gradient(as_float_array(w, 'w'))
   q = ops.quantize(w, fmt, axis=axis, scale_rule=scale_rule)
   nearest = qarray.dequantize(q, jnp.float32)
   codes = numerics.unpack(q.codes, fmt.element.bits, q.axes[0])
@@ -238,9 +240,9 @@ def ema_quantize(
     pass as they are. In ties the grid point nearest to `w` is taken. The
     gradient goes to `w` unchanged; `ema` gets none.
   """
-  if jnp.shape(ema) != jnp.shape(w):
+  if np.shape(ema) != np.shape(w):
     raise ValueError(
-      f'ema.shape={jnp.shape(ema)} must be w.shape={jnp.shape(w)}; take the'
+      f'ema.shape={np.shape(ema)} must be w.shape={np.shape(w)}; take the'
       " means of this leaf from optax.tree.get(state, 'ema')"
     )
   nearest, other = grid_neighbours(w, fmt, axis=axis, scale_rule=scale_rule)

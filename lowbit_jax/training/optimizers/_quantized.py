@@ -103,6 +103,8 @@ def quantized_state(
   Li et al., Memory Efficient Optimizers with 4-bit States (2023); Xi et al.,
   COAT (2025).
   """
+  if not isinstance(inner, optax.GradientTransformation):
+    raise TypeError(f'{inner=} must be an optax.GradientTransformation')
   check_steps('min_size', min_size, 0)
   if block is not None:
     check_steps('block', block)
