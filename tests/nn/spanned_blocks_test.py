@@ -137,13 +137,13 @@ class ModelTest(parameterized.TestCase):
     np.testing.assert_array_equal(run(model, x), run(plain, x))
 
   def test_costly_padding_is_said_with_the_format_that_fits(self):
-    for w, fmt, message in (
-      (data(192, 8), formats.get('int4_g128'), "33 % to 'kernel'.*use int4_g64"),
-      (data(50, 8), formats.get('mxfp8_e4m3_32x32'), 'bfloat16'),
+    for rows, name, message in (
+      (192, 'int4_g128', "33 % to 'kernel'.*use int4_g64"),
+      (50, 'mxfp8_e4m3_32x32', 'bfloat16'),
     ):
       with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter('always')
-        nn.quantize_params({'kernel': w}, None, fmt)
+        nn.quantize_params({'kernel': data(rows, 8)}, None, formats.get(name))
       self.assertRegex(str(caught[0].message), message)
 
 
