@@ -48,7 +48,7 @@ def update_slice(
   Examples:
     >>> import jax.numpy as jnp
     >>> from lowbit_jax import formats, ops
-    >>> cache = ops.quantize(jnp.full((8, 64), 3.0), formats.nvfp4)
+    >>> cache = ops.quantize(jnp.full((8, 64), 3.0), formats.mxfp8_e4m3)
     >>> cache = ops.update_slice(cache, jnp.ones((1, 64)), (5, 0))
     >>> ops.dequantize(cache)[4:7, 0].tolist()
     [3.0, 1.0, 3.0]
