@@ -56,6 +56,12 @@ def of_scalar(result: jax.Array, *operands: PyTree) -> PartitionSpec:
   return PartitionSpec()
 
 
+def gathered(result: PyTree, *operands: PyTree) -> PyTree:
+  """Specs of results that are whole on every device."""
+  del operands
+  return jax.tree.map(lambda x: _whole(x.ndim), result)
+
+
 def parts(x: jax.Array) -> list[Any]:
   """What splits each axis of an array: a mesh axis, several, or None."""
   spec = jax.typeof(x).sharding.spec

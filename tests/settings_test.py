@@ -125,6 +125,11 @@ def _einsum(x, w):
   return lowbit_jax.einsum('bk,kn->nb', x, _weight(w, formats.mxfp4))
 
 
+def _prepacked(x, w):
+  weight = _weight(w, formats.mxfp4)
+  return lowbit_jax.dot(x, lowbit_jax.prepack(weight, implementation='tpu'))
+
+
 def _ragged(x, w):
   experts = lowbit_jax.quantize(jnp.stack([w, -w]), formats.mxfp4, axis=-2)
   return lowbit_jax.ragged_dot(x, experts, np.array([1, 3], np.int32))
@@ -274,7 +279,7 @@ CASES: dict[str, Case] = {
       _stochastic, _dithered, _clipped, _absmax, _learned_step, _held_scales,
       _updated, _integer_product, _general_product, _mixed_dtypes, _einsum,
       _held_tensor_scales, _sphere, _by_addition, _views, _transforms,
-      _rotated, _polar, _ragged, _spanned,
+      _rotated, _polar, _prepacked, _ragged, _spanned,
     )
   },
 }  # fmt: skip
@@ -300,7 +305,7 @@ SHARDED = (
   'round_trip_mxfp4', 'round_trip_int8_tensor', 'round_trip_mxfp4_32x32',
   'product_mxfp4', 'integer_product', 'softmax_softmax', 'clipped',
   'learned_step', 'held_scales', 'general_product', 'by_addition', 'transforms',
-  'polar', 'ragged', 'spanned',
+  'polar', 'prepacked', 'ragged', 'spanned',
 )  # fmt: skip
 # JAX itself refuses to take parts of an axis that is split explicitly.
 NOT_SHARDED = ('parts', 'views', 'sphere')

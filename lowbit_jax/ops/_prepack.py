@@ -1,10 +1,12 @@
 """Weights in the order in which kernels read them."""
 
 import dataclasses
+import functools
 
 import jax
 import numpy as np
 
+from lowbit_jax import _explicit
 from lowbit_jax.formats import BlockFormat
 from lowbit_jax.numerics._codec import blocked
 from lowbit_jax.qarray import QArray, check_qarray
@@ -63,7 +65,8 @@ def prepack(q: QArray, *, implementation: str) -> Prepacked:
     implementation: the kernel it is for, 'tpu' or 'mosaic_gpu'.
 
   Returns:
-    The same numbers; `unpack` is the inverse, bit for bit.
+    The same numbers; `unpack` is the inverse, bit for bit. On explicit mesh
+    axes they are whole on every device.
 
   Examples:
     >>> import jax.numpy as jnp
@@ -81,7 +84,8 @@ def prepack(q: QArray, *, implementation: str) -> Prepacked:
       f'q has shape {q.shape} and blocks along axis {q.axis}; prepack takes'
       ' (k, n) in blocks along axis -2, stacks by vmap'
     )
-  weight_ = weight(q, implementation)
+  order = functools.partial(weight, implementation=implementation)
+  weight_ = _explicit.automatic(order, _explicit.gathered, q)
   return Prepacked(weight_, q.tensor_scale, q.fmt, q.pad[0], q.dtype)
 
 
