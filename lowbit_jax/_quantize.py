@@ -5,6 +5,7 @@ merge blocks, pack. The public functions and their derivatives are in
 `lowbit_jax.ops`.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -22,6 +23,9 @@ from lowbit_jax.numerics._codec import as_float_array, dither_step, spec
 from lowbit_jax.qarray import QArray
 from lowbit_pallas.arith import bits as fb, block, codec
 from lowbit_pallas.arith.codec import RANDOM_BITS
+
+# Levels that 'least_squares' adds to those of the element.
+LEAST_SQUARES_STEPS = tuple(k / 4 for k in range(-4, 5))
 
 
 class Rounding(NamedTuple):
@@ -108,11 +112,17 @@ def split(x: jax.Array, fmt: BlockFormat, axes: tuple[int, ...]) -> Blocks:
 
 
 class Scales(NamedTuple):
-  """Scales as stored; `scale` and `zero_point` have the axes of the view."""
+  """Scales as stored; those of blocks have the axes of the view.
 
-  scale: jax.Array | None
-  tensor_scale: jax.Array | None
-  zero_point: jax.Array | None
+  With two levels of scales `scale` and `minimum` are what the stored ones stand
+  for, in float32, and `stored` is what they are.
+  """
+
+  scale: jax.Array | None = None
+  tensor_scale: jax.Array | None = None
+  zero_point: jax.Array | None = None
+  minimum: jax.Array | None = None
+  stored: tuple[QArray, QArray | None] | None = None
 
 
 class Elements(NamedTuple):
@@ -136,7 +146,10 @@ class Elements(NamedTuple):
 
 
 class Job(NamedTuple):
-  """One quantization: what is quantized, and with what."""
+  """One quantization: what is quantized, and with what.
+
+  `fmt` has one level of scales, see `Scales`.
+  """
 
   blocks: Blocks
   fmt: BlockFormat
@@ -150,7 +163,10 @@ class Job(NamedTuple):
     rule = _rounding.rule(
       rounding.rounding, elements.random, rounding.random_bits
     )
-    y = _scaled(elements.x, self.blocks, fmt, scales.scale, scales.tensor_scale)
+    x = elements.x
+    if scales.minimum is not None:
+      x = x - scales.minimum.astype(jnp.float32)
+    y = _scaled(x, self.blocks, fmt, scales.scale, scales.tensor_scale)
     if elements.offset is not None:
       y = y + elements.offset
     if scales.zero_point is None:
@@ -216,9 +232,11 @@ def from_data(
     tensor_scale = _tensor_scale(blocks, amax, fmt, rule, tensor_scale)
   elif tensor_scale is not None:
     raise ValueError(f'{fmt} has no tensor scale; drop tensor_scale=')
-  scale, zero_point = None, None
+  scale, zero_point, minimum = None, None, None
   if fmt.zero_point:
     scale, zero_point = _minmax(blocks, amax, fmt)
+  elif fmt.minimum:
+    scale, minimum = _affine(blocks, amax, fmt, str(rule))
   elif fmt.scale is None:
     pass
   elif callable(rule):
@@ -229,8 +247,9 @@ def from_data(
     outer = None if tensor_scale is None else blocks.expand(tensor_scale)
     options = _scaling.candidates(amax, fmt, rule, outer)
     scale = _best(blocks, fmt, options, tensor_scale)
-  scales = Scales(scale, tensor_scale, zero_point)
-  return Job(blocks, fmt, scales, elements, rounding)
+  scales = Scales(scale, tensor_scale, zero_point, minimum)
+  scales = _two_levels(scales, fmt, blocks)
+  return Job(blocks, fmt.one_level, scales, elements, rounding)
 
 
 def from_scales(
@@ -240,14 +259,46 @@ def from_scales(
   scales: Scales,
   rounding: Rounding,
 ) -> Job:
-  """A quantization with given scales, `scale` and `zero_point` per block."""
+  """A quantization with given scales, those of blocks in `scale_shape`."""
   blocks = split(x.astype(jnp.float32), fmt, axes)
   elements = _elements(x.shape, blocks, fmt, rounding)
-  scale, tensor_scale, zero_point = scales
-  scale = None if scale is None else blocks.expand(scale)
-  zero_point = None if zero_point is None else blocks.expand(zero_point)
-  scales = Scales(scale, tensor_scale, zero_point)
-  return Job(blocks, fmt, scales, elements, rounding)
+  scale, tensor_scale, zero_point, minimum, stored = scales
+  if stored is None:
+    scale, zero_point, minimum = (
+      None if leaf is None else blocks.expand(leaf)
+      for leaf in (scale, zero_point, minimum)
+    )
+    scales = Scales(scale, tensor_scale, zero_point, minimum)
+    scales = _two_levels(scales, fmt, blocks)
+  else:
+    scales = _from_stored(*stored, blocks)
+  return Job(blocks, fmt.one_level, scales, elements, rounding)
+
+
+def _two_levels(scales: Scales, fmt: BlockFormat, blocks: Blocks) -> Scales:
+  """Scales and minima quantized in their turn, where the format does so."""
+  if fmt.scale_blocks is None:
+    return scales
+  scale, minimum = _stored(scales.scale, fmt.scale_blocks, blocks), None
+  if scales.minimum is not None:
+    # Minima are at most 0: unsigned elements have a scale below 0.
+    minimum = _stored(-scales.minimum, fmt.scale_blocks, blocks)
+    minimum = qarray.replace(minimum, scale=-minimum.scale)
+  return _from_stored(scale, minimum, blocks)
+
+
+def _from_stored(scale: QArray, minimum: QArray | None, blocks) -> Scales:
+  def values(q):
+    return None if q is None else blocks.expand(qarray.dequantize(q))
+
+  stored = scale, minimum
+  return Scales(values(scale), minimum=values(minimum), stored=stored)
+
+
+def _stored(scale, fmt: BlockFormat, blocks: Blocks) -> QArray:
+  x = blocks.squeeze(scale)
+  job = from_data(x, fmt, blocks.axes, fmt.scale_rule, Rounding())
+  return pack(job, jnp.float32)
 
 
 def pack(job: Job, dtype: DTypeLike) -> QArray:
@@ -257,11 +308,16 @@ def pack(job: Job, dtype: DTypeLike) -> QArray:
   def squeeze(leaf):
     return None if leaf is None else blocks.squeeze(leaf)
 
+  scale, minimum = squeeze(scales.scale), squeeze(scales.minimum)
+  if scales.stored is not None:
+    scale, minimum = scales.stored
+    fmt = dataclasses.replace(fmt, scale_blocks=scale.fmt)
   return QArray(
     codes=job.packed(),
-    scale=squeeze(scales.scale),
+    scale=scale,
     tensor_scale=scales.tensor_scale,
     zero_point=squeeze(scales.zero_point),
+    minimum=minimum,
     fmt=fmt,
     axis=blocks.axes if fmt.is_tile else blocks.axes[0],
     pad=blocks.pad,
@@ -324,6 +380,8 @@ def _decode(codes, fmt, scales: 'Scales', offset, blocks: Blocks):
       y = y * _once(factor)
   if scales.tensor_scale is not None:
     y = y * blocks.expand(scales.tensor_scale)
+  if scales.minimum is not None:
+    y = y + _once(scales.minimum.astype(jnp.float32))
   return y
 
 
@@ -390,6 +448,72 @@ def _minmax(blocks: Blocks, amax, fmt: BlockFormat):
   zero = jnp.clip(fb.round_half_even(zero), 0, top)
   zero = jnp.where(bad, 0, zero).astype(jnp.int32).astype(jnp.uint8)
   return jnp.where(bad, jnp.asarray(math.nan, dtype), scale), zero
+
+
+def _affine(blocks: Blocks, amax, fmt: BlockFormat, rule: str):
+  """Scale and minimum of each block, stored in the format of the scale.
+
+  The range of the block for 'minmax'. 'least_squares' rounds with scales near
+  that of 'minmax' and fits scale and minimum to the codes, as GGML does for its
+  K-quants; the pair with the least squared error is kept.
+  """
+  assert fmt.scale is not None
+  x, top = blocks.view, fmt.element.max
+  inner = {'axis': blocks.inner, 'keepdims': True}
+  # Padding is not in the range, and products of elements and scales are finite.
+  limit = float(np.finfo(np.float32).max) / 2 * (1 - 2.0**-7)
+  real = blocks.without_padding(jnp.ones_like(x)) > 0
+  low = jnp.min(jnp.where(real, x, math.inf), **inner)
+  high = jnp.max(jnp.where(real, x, -math.inf), **inner)
+  if fmt.scale_blocks is not None:  # whose minima are at most 0
+    low = jnp.minimum(low, 0)
+  low, high = jnp.clip(low, -limit, limit), jnp.clip(high, -limit, limit)
+  scale = jnp.maximum(high - low, 0) * jnp.float32(1 / top)
+  if rule == 'least_squares':
+    scale, low = _least_squares(blocks, fmt, scale, low, real)
+  bad, live = amax >= fb.INF, amax >= fb.MIN_NORMAL
+  scale = jnp.where(scale > 0, _scaling.bounded(scale, fmt), 0)
+  scale = jnp.where(bad, math.nan, jnp.where(live, scale, 0))
+  low = jnp.where(live & ~bad, low, 0)
+  return tuple(_scaling.from_values(v, fmt.scale) for v in (scale, low))
+
+
+def _least_squares(blocks: Blocks, fmt: BlockFormat, scale, low, real):
+  """The pair (scale, minimum) of the least squared error of several."""
+  x, top = jnp.where(real, blocks.view, low), fmt.element.max
+
+  def total(terms):
+    return jnp.sum(jnp.where(real, terms, 0), axis=blocks.inner, keepdims=True)
+
+  def error(scale, low, codes):
+    return total(jnp.square(codes * scale + low - x))
+
+  def codes_of(scale):
+    y = (x - low) * _scaling.reciprocal(scale)
+    return jnp.clip(fb.round_half_even(y), 0, top)
+
+  n, above = total(jnp.ones_like(x)), x - low
+  best = scale, low
+  least = error(*best, codes_of(scale))
+  for step in LEAST_SQUARES_STEPS:
+    # The range on `step` levels more or less, and the line through the codes.
+    codes = codes_of(scale * jnp.float32(top / (top + step)))
+    a, aa, b, ab = map(total, (codes, codes**2, above, codes * above))
+    inverse = _scaling.reciprocal(n * aa - a * a)
+    slope, start = (n * ab - a * b) * inverse, (aa * b - a * ab) * inverse + low
+    if fmt.scale_blocks is not None:
+      # A line through 0 where the best one starts above.
+      from_zero = (ab + low * a) * _scaling.reciprocal(aa)
+      slope = jnp.where(start > 0, from_zero, slope)
+      start = jnp.minimum(start, 0)
+    found = error(slope, start, codes)
+    better = (found < least) & (slope > 0)
+    best = tuple(
+      jnp.where(better, new, old)
+      for new, old in zip((slope, start), best, strict=True)
+    )
+    least = jnp.where(better, found, least)
+  return best
 
 
 def _absmean(blocks: Blocks, amax, fmt: BlockFormat):

@@ -105,7 +105,8 @@ def fitting_format(fmt: BlockFormat, size: int) -> BlockFormat | None:
   """
 
   def kind(f):
-    return f.element, f.scale, f.tensor_scale, f.zero_point, f.is_tile
+    parts = f.tensor_scale, f.zero_point, f.minimum, f.scale_blocks, f.is_tile
+    return f.element, f.scale, parts
 
   blocks = (formats.get(name) for name in formats.names('block'))
   same = [

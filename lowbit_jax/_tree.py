@@ -188,7 +188,7 @@ def _check_shards(q: QArray, k: int, axis: int, part, mesh) -> None:
   if qarray.cuts(q, k, shards):
     raise ValueError(
       f'{shards} shards of axis {axis}, of size {q.shape[axis]}, would cut'
-      f' blocks of {qarray.alignment(q, k)} elements of {q.fmt}'
+      f' blocks of {qarray.unit(q, k)} elements of {q.fmt}'
     )
 
 

@@ -26,7 +26,7 @@ from lowbit_jax.numerics import _packing, _scaling
 from lowbit_jax.numerics._codec import as_dtype, dither_step, spec
 from lowbit_pallas.arith import codec
 
-LEAVES = ('codes', 'scale', 'tensor_scale', 'zero_point')
+LEAVES = ('codes', 'scale', 'tensor_scale', 'zero_point', 'minimum')
 
 _BINARY = ('add', 'sub', 'mul', 'truediv', 'floordiv', 'mod', 'pow', 'matmul')
 _COMPARISONS = ('lt', 'le', 'gt', 'ge')
@@ -85,23 +85,27 @@ class QArray:
      bfloat16. `axis` names the axes of a block, counted from the end. `pad` has
      an entry for each of them, fewer elements than are kept together (whole
      blocks and bytes). `dtype` is a real floating-point type.
-  2. Leaves have equal rank: codes, and scale, tensor_scale and zero_point where
-     the format has them; absent ones are None.
+  2. Leaves have equal rank: codes, and scale, tensor_scale, zero_point and
+     minimum where the format has them; absent ones are None.
   3. `codes` is uint8. Codes of b bits are packed along the first block axis,
      little end first, so this axis has b / 8 of the padded logical size.
   4. Along a block axis `scale` has one entry per block; along others it has the
-     size of the array. `zero_point` (uint8) has the shape of `scale`.
-     `tensor_scale` (float32) has size 1 along every axis, except that along
-     leading axes of a stack, as vmap(quantize) makes, it has their size.
-  5. Scales of at most 8 bits are uint8 codes, others float32 or bfloat16
-     numbers.
-  6. x = (element - zero_point) * scale * tensor_scale, without the absent ones.
+     size of the array. `zero_point` (uint8) and `minimum` (stored as scales
+     are) have the shape of `scale`. `tensor_scale` (float32) has size 1 along
+     every axis, except that along leading axes of a stack, as vmap(quantize)
+     makes, it has their size.
+  5. Scales of at most 8 bits are uint8 codes, others float32, bfloat16 or
+     float16 numbers; with two levels of scales `scale` and `minimum` are
+     QArrays of float32 in the format `fmt.scale_blocks`.
+  6. x = (element - zero_point) * scale * tensor_scale + minimum, without the
+     absent ones.
 
   Attributes:
     codes: packed element codes, uint8.
     scale: block scales, or None.
     tensor_scale: float32 scale of the whole tensor, or None.
     zero_point: uint8 zero points, or None.
+    minimum: minima of blocks, or None.
     fmt: the block format.
     axis: block axis as a negative int, or a tuple of them for tiles.
     pad: elements of padding at the end of each block axis, a tuple.
@@ -113,7 +117,7 @@ class QArray:
   """
 
   codes: jax.Array
-  scale: jax.Array | None
+  scale: Any
   tensor_scale: jax.Array | None
   zero_point: jax.Array | None
   fmt: BlockFormat = dataclasses.field(metadata={'static': True})
@@ -123,6 +127,7 @@ class QArray:
   merged: tuple[int, ...] = dataclasses.field(
     default=(), metadata={'static': True}
   )
+  minimum: Any = None
 
   @property
   def axes(self) -> tuple[int, ...]:
@@ -173,7 +178,7 @@ class QArray:
     """All axes reversed."""
     _check_apart(self, 'transposed')
     moved = jax.tree.map(lambda leaf: leaf.T, self)
-    return _with_axes(moved, [-1 - (self.ndim + a) for a in self.axes])
+    return with_axes(moved, [-1 - (self.ndim + a) for a in self.axes])
 
   @property
   def mT(self) -> 'QArray':
@@ -182,7 +187,7 @@ class QArray:
       raise ValueError(f'mT needs at least 2 axes, got shape {self.shape}')
     _check_apart(self, 'transposed')
     moved = jax.tree.map(lambda leaf: jnp.swapaxes(leaf, -1, -2), self)
-    return _with_axes(moved, [{-1: -2, -2: -1}.get(a, a) for a in self.axes])
+    return with_axes(moved, [{-1: -2, -2: -1}.get(a, a) for a in self.axes])
 
   def astype(self, dtype: DTypeLike) -> 'QArray':
     """The same numbers standing for an array of another dtype."""
@@ -206,12 +211,13 @@ class QArray:
   def from_codes(
     cls,
     codes: ArrayLike,
-    scale: ArrayLike | None,
+    scale: 'ArrayLike | QArray | None',
     fmt: BlockFormat,
     *,
     axis: Axis = None,
     tensor_scale: ArrayLike | None = None,
     zero_point: ArrayLike | None = None,
+    minimum: 'ArrayLike | QArray | None' = None,
     dtype: DTypeLike = jnp.float32,
   ) -> 'QArray':
     """A QArray of codes and scales that were made elsewhere, checked.
@@ -221,11 +227,13 @@ class QArray:
         2^bits - 1, or for signed integer elements of any signed dtype, the
         integers themselves.
       scale: one per block: numbers of the dtype of the scale format, for
-        formats of at most 8 bits uint8 codes; None where the format has none.
+        formats of at most 8 bits uint8 codes, for two levels of scales a QArray
+        in `fmt.scale_blocks`; None where the format has none.
       fmt: the block format.
       axis: as in `quantize`.
       tensor_scale: one float32 number, for formats that have it.
       zero_point: uint8 of the shape of `scale`, for formats that have it.
+      minimum: as `scale`, for formats that have it.
       dtype: dtype of the array that this one stands for.
 
     Raises:
@@ -241,9 +249,8 @@ class QArray:
       >>> jnp.asarray(QArray.from_codes(codes, scale, fmt))[0, 0].item()
       -3.0
     """
-    return _from_codes(
-      codes, scale, fmt, axis, tensor_scale, zero_point, as_dtype(dtype)
-    )
+    leaves = scale, tensor_scale, zero_point, minimum
+    return _from_codes(codes, fmt, axis, leaves, as_dtype(dtype))
 
   def __getitem__(self, index: Any) -> 'QArray':
     """NumPy's indexing by ints, slices and integer arrays.
@@ -345,6 +352,7 @@ def validate(q: QArray) -> QArray:
     'scale': fmt.scale is not None,
     'tensor_scale': fmt.tensor_scale,
     'zero_point': fmt.zero_point,
+    'minimum': fmt.minimum,
   }
   for name, expected in present.items():
     leaf = getattr(q, name)
@@ -368,12 +376,15 @@ def validate(q: QArray) -> QArray:
         f'codes.shape={q.codes.shape} holds {padded[axis]} elements along axis'
         f' {axis} for {pad=}, no multiple of {alignment(q, k)} as {fmt} needs'
       )
-  # Scales and zero points: one per block.
+  # Scales, minima and zero points: one per block.
   expected = scale_shape(padded, fmt, q.axes)
   scale_dtype = np.dtype(np.uint8)
   if fmt.scale is not None and not _scaling.is_coded(fmt.scale):
     scale_dtype = jnp.dtype(fmt.scale.name)
-  _check_leaf('scale', q.scale, expected, scale_dtype, fmt)
+  for name, leaf in (('scale', q.scale), ('minimum', q.minimum)):
+    _check_leaf(name, leaf, expected, scale_dtype, fmt)
+    if leaf is not None:
+      _check_level(name, leaf, q)
   _check_leaf('zero_point', q.zero_point, expected, np.dtype(np.uint8), fmt)
   # Tensor scales: one, or one for each member of a stack.
   if q.tensor_scale is not None:
@@ -384,6 +395,16 @@ def validate(q: QArray) -> QArray:
   return q
 
 
+def _check_level(name: str, leaf: Any, q: QArray) -> None:
+  """Checks that scales are a QArray where they are quantized in their turn."""
+  scales = q.fmt.scale_blocks
+  if isinstance(leaf, QArray) != (scales is not None):
+    kind = 'an array' if scales is None else f'a QArray of {scales}'
+    raise TypeError(f'{name} of a {q.fmt} array must be {kind}, got {leaf!r}')
+  if scales is not None and (validate(leaf).fmt, leaf.axis) != (scales, q.axis):
+    raise ValueError(f'{name}={leaf!r} must be {scales} along axis {q.axis}')
+
+
 def _check_static(q: QArray) -> None:
   """Checks fmt, axis, pad and dtype."""
   fmt = q.fmt
@@ -391,11 +412,11 @@ def _check_static(q: QArray) -> None:
     raise TypeError(f'{fmt=} of a QArray must be a BlockFormat')
   if fmt.element.bits > 8:
     raise ValueError(f'{fmt} has elements of {fmt.element.bits} bits, not 1..8')
-  stored = (None, formats.float32, formats.bfloat16)
+  stored = (None, formats.float32, formats.bfloat16, formats.float16)
   if fmt.scale not in stored and not _scaling.is_coded(fmt.scale):
     raise ValueError(
       f'{fmt} has scales of {fmt.scale}; a QArray stores scales of at most 8'
-      ' bits, float32 and bfloat16'
+      ' bits, float32, bfloat16 and float16'
     )
   if block_axes(fmt, q.axis, q.ndim) != q.axes:
     raise ValueError(f'axis={q.axis} must count from the end')
@@ -425,26 +446,27 @@ def _check_leaf(name: str, leaf, shape, dtype: np.dtype, fmt) -> None:
     raise TypeError(f'{name}.dtype={leaf.dtype} must be {dtype} in {fmt}')
 
 
-def _from_codes(
-  codes, scale, fmt, axis, tensor_scale, zero_point, dtype
-) -> QArray:
+def _from_codes(codes, fmt, axis, scales, dtype) -> QArray:
   check_format(fmt)
+  leaves: Any = (
+    x if x is None or isinstance(x, QArray) else jnp.asarray(x) for x in scales
+  )
   codes = _unsigned(codes, fmt.element)
   axes = block_axes(fmt, axis, codes.ndim)
   pad = padding(codes.shape, fmt, axes)
+  scale, tensor_scale, zero_point, minimum = leaves
   widths = [(0, 0)] * codes.ndim
   for block_axis, p in zip(axes, pad, strict=True):
     widths[block_axis] = (0, p)
   codes = jnp.pad(codes, widths)
-  if tensor_scale is not None:
-    tensor_scale = jnp.asarray(tensor_scale)
-    if tensor_scale.size == 1:
-      tensor_scale = tensor_scale.reshape((1,) * codes.ndim)
+  if tensor_scale is not None and tensor_scale.size == 1:
+    tensor_scale = tensor_scale.reshape((1,) * codes.ndim)
   q = QArray(
     codes=_packing.pack_unchecked(codes, fmt.element.bits, axes[0]),
-    scale=None if scale is None else jnp.asarray(scale),
+    scale=scale,
     tensor_scale=tensor_scale,
-    zero_point=None if zero_point is None else jnp.asarray(zero_point),
+    zero_point=zero_point,
+    minimum=minimum,
     fmt=fmt,
     axis=axes if fmt.is_tile else axes[0],
     pad=pad,
@@ -631,8 +653,8 @@ def dequantize(
 ) -> jax.Array:
   """The array that `q` stands for.
 
-  Multiplies the element by the block scale, then by the tensor scale, in
-  float32, and casts the result.
+  Multiplies the element by the block scale, then by the tensor scale, and adds
+  the minimum, in float32, and casts the result.
 
   Args:
     q: a quantized array.
@@ -685,6 +707,7 @@ def _dequantize(q: QArray, dtype: np.dtype, dither) -> jax.Array:
     if dither is not None:
       dither = merge(dither, merged_axes(q))
     return _dequantize(flat(q), dtype, dither).reshape(q.shape)
+  q = one_level(q)
   x = element_values(q)
   if dither is not None:
     offset = dither * dither_step(q.fmt.element)
@@ -706,6 +729,8 @@ def _dequantize(q: QArray, dtype: np.dtype, dither) -> jax.Array:
       y = y * per_block(factor)
   if q.tensor_scale is not None:
     y = y * per_block(q.tensor_scale)
+  if q.minimum is not None:
+    y = y + per_block(q.minimum).astype(jnp.float32)
   return unpadded(y.reshape(x.shape), q.axes, q.pad).astype(dtype)
 
 
@@ -733,21 +758,53 @@ def leaf_specs(q: QArray, parts: Sequence[Any]) -> QArray:
 
 
 def cuts(q: QArray, k: int, shards: int) -> bool:
-  """Whether so many shards of block axis number `k` would cut a block or a
-  byte."""
-  return q.shape[q.axes[k]] % (shards * alignment(q, k)) != 0
+  """Whether so many shards of block axis number `k` would cut a block, one of
+  scales, or a byte."""
+  return q.shape[q.axes[k]] % (shards * unit(q, k)) != 0
 
 
-def _with_axes(q: QArray, axes: Sequence[int]) -> QArray:
-  return replace(q, axis=tuple(axes) if len(axes) > 1 else axes[0])
+def with_axes(q: QArray, axes: Sequence[int]) -> QArray:
+  """`q` with other block axes, which are those of its scales too."""
+  axis = tuple(axes) if len(axes) > 1 else axes[0]
+  if q.fmt.scale_blocks is None:
+    return replace(q, axis=axis)
+  scale, minimum = (
+    None if leaf is None else replace(leaf, axis=axis)
+    for leaf in (q.scale, q.minimum)
+  )
+  return replace(q, axis=axis, scale=scale, minimum=minimum)
+
+
+def one_level(q: QArray) -> QArray:
+  """`q` with float32 scales and minima where they are quantized in turn."""
+  if q.fmt.scale_blocks is None:
+    return q
+  scale, minimum = (
+    None if leaf is None else _dequantize(leaf, np.dtype(np.float32), None)
+    for leaf in (q.scale, q.minimum)
+  )
+  return replace(q, fmt=q.fmt.one_level, scale=scale, minimum=minimum)
 
 
 def alignment(q: QArray, i: int) -> int:
-  """Elements of block axis number `i` that can only be kept together."""
-  block = max(q.fmt.block[i], 1)
+  """Elements of block axis number `i` that fill whole blocks and bytes."""
+  return _alignment(q.fmt, i)
+
+
+def _alignment(fmt: BlockFormat, i: int) -> int:
+  block = max(fmt.block[i], 1)
   if i:
     return block
-  return math.lcm(block, _packing.codes_per_group(q.fmt.element.bits))
+  return math.lcm(block, _packing.codes_per_group(fmt.element.bits))
+
+
+def unit(q: QArray, i: int) -> int:
+  """Elements of block axis number `i` between the places where it can be cut:
+  those of `alignment`, and of whole blocks of scales."""
+  whole, scales = alignment(q, i), q.fmt.scale_blocks
+  if scales is None:
+    return whole
+  return math.lcm(whole, q.fmt.block[i] * _alignment(scales, 0))
 
 
 def _reshape(q: QArray, shape) -> QArray:
@@ -761,9 +818,9 @@ def _reshape(q: QArray, shape) -> QArray:
   aligned = (
     new == n
     or new is not None
-    and not q.pad[first]
+    and n % unit(q, first) == 0
     and q.fmt.block[first] != 0
-    and new % alignment(q, first) == 0
+    and new % unit(q, first) == 0
   )
   if q.tensor_scale is not None and q.tensor_scale.size > 1:
     raise ValueError(
@@ -803,10 +860,11 @@ def _getitem(q: QArray, key) -> QArray:
     codes=take(q.codes, leaf_index.codes),
     scale=take(q.scale, leaf_index.scale),
     zero_point=take(q.zero_point, leaf_index.scale),
+    minimum=take(q.minimum, leaf_index.scale),
     tensor_scale=take(q.tensor_scale, leaf_index.tensor_scale),
     pad=pad,
   )
-  return _with_axes(out, _indexed_axes(q, index))
+  return with_axes(out, _indexed_axes(q, index))
 
 
 def _getitem_merged(q: QArray, index: list) -> QArray:
@@ -825,7 +883,7 @@ def _getitem_merged(q: QArray, index: list) -> QArray:
 
 
 class _LeafIndex(NamedTuple):
-  """The index of each leaf; zero points take that of scales."""
+  """The index of each leaf; zero points and minima take that of scales."""
 
   codes: tuple
   scale: tuple
@@ -920,7 +978,7 @@ def _indexed_axes(q: QArray, index: Sequence[Any]) -> list[int]:
 
 def _block_slice(q: QArray, k: int, i, n: int) -> tuple[int, int, int]:
   """(start, stop, new pad) of an index on block axis number `k`."""
-  unit = alignment(q, k)
+  whole = unit(q, k)
   if not isinstance(i, slice):
     raise IndexError(
       f'index {i!r} picks single elements of block axis {q.axes[k]}; use'
@@ -928,10 +986,10 @@ def _block_slice(q: QArray, k: int, i, n: int) -> tuple[int, int, int]:
     )
   start, stop, step = i.indices(n)
   stop = max(start, stop)
-  if step != 1 or start % unit or (stop % unit and stop != n):
+  if step != 1 or start % whole or (stop % whole and stop != n):
     raise IndexError(
       f'slice {start}:{stop}:{step} of block axis {q.axes[k]} must start and'
-      f' end at multiples of {unit}; use dequantize(q)[...]'
+      f' end at multiples of {whole}; use dequantize(q)[...]'
     )
   if stop == n:
     return start, n + q.pad[k], q.pad[k]

@@ -85,7 +85,7 @@ def rotation(case: Case) -> transforms.Hadamard | None:
 
 def finer(fmt: BlockFormat) -> list[BlockFormat]:
   """Formats of the same element width with smaller blocks."""
-  if fmt.zero_point:
+  if fmt.zero_point or fmt.minimum:
     return []
   out = []
   if fmt.element.bits == 4 and fmt.block != (16,):

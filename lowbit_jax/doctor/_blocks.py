@@ -52,7 +52,7 @@ def scale_blocks(q: QArray) -> np.ndarray:
 
 def scale_values(q: QArray) -> np.ndarray:
   """Block scales as float64 numbers, in the shape of the leaf."""
-  scale, fmt = np.asarray(q.scale), q.fmt.scale
+  scale, fmt = np.asarray(q.scale), q.fmt.scale  # of two levels the values
   if fmt is not None and _scaling.is_coded(fmt):
     return fmt.values()[scale]
   return scale.astype(np.float64)

@@ -139,7 +139,7 @@ class _Sums:
     layout = _blocks.Layout(q, elements.shape)
     top, step = _blocks.top_and_step(q.fmt)
     self._top, self._limit = top, top + step / 2
-    self._has_zero_point = q.zero_point is not None
+    self._has_offset = q.zero_point is not None or q.minimum is not None
     element_rows = layout.rows(np.asarray(elements))
     value_rows = layout.rows(layout.pad(np.asarray(values)))
     real = layout.rows(layout.pad(np.ones(q.shape, np.bool_)))
@@ -178,7 +178,7 @@ class _Sums:
     self.nonzero[at] += (x != 0).sum(axis=1)
     self.flushed[at] += ((x != 0) & (y == 0)).sum(axis=1)
     beyond = magnitude > self._limit * scale
-    if self._has_zero_point:  # the range is not symmetric
+    if self._has_offset:  # the range is not symmetric
       beyond = np.abs(x - y) > scale
     self.saturated[at] += (beyond & (scale > 0)).sum(axis=1)
     amax = magnitude.max(axis=1, initial=0)

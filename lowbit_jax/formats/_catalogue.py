@@ -19,6 +19,7 @@ from lowbit_jax.formats._types import (
 
 float32 = FloatFormat('float32', 8, 23, 127, 'ieee')
 bfloat16 = FloatFormat('bfloat16', 8, 7, 127, 'ieee')
+float16 = FloatFormat('float16', 5, 10, 15, 'ieee')
 
 
 def minifloat(
@@ -120,22 +121,29 @@ def per_channel(
 
 
 def grouped(
-  element: ElementFormat, block: int, scale: FloatFormat = float32
+  element: ElementFormat,
+  block: int,
+  scale: FloatFormat = float32,
+  *,
+  minimum: bool = False,
 ) -> BlockFormat:
   """`element` with one scale for `block` elements along the quantized axis.
 
-  An unsigned integer element also gets a zero point for each group.
+  An unsigned integer element also gets a zero point for each group, or in its
+  place a minimum.
   """
   check_element(element)
   check_float(scale, 'scale')
-  zero_point = isinstance(element, IntFormat) and not element.signed
+  unsigned = isinstance(element, IntFormat) and not element.signed
+  name = f'{element.name}_g{block}' + ('_min' if minimum else '')
   return BlockFormat(
-    f'{element.name}_g{block}' + _scale_suffix(scale),
+    name + _scale_suffix(scale),
     element,
     (block,),
     scale,
-    zero_point=zero_point,
-    scale_rule='minmax' if zero_point else _default_rule(scale),
+    zero_point=unsigned and not minimum,
+    scale_rule='minmax' if unsigned else _default_rule(scale),
+    minimum=minimum,
   )
 
 
@@ -206,6 +214,56 @@ ternary_channel = register(per_channel(ternary, scale_rule='absmean'))
 for _precision in range(2, 9):
   for _block in (16, 32, 64, 128):
     register(bfp(_precision, _block))
+
+# The blocks of GGUF files, where other names do not say the same: Q4_0 is
+# int4_g32_float16, Q4_1 uint4_g32_min_float16.
+for _element in (int4, int5, int8):
+  register(grouped(_element, 32, float16))
+for _element in (uint4, uint5):
+  register(grouped(_element, 32, float16, minimum=True))
+iq4nl = register(
+  CodebookFormat(
+    'iq4nl',
+    tuple(
+      map(
+        float,
+        (-127, -104, -83, -65, -49, -35, -22, -10)
+        + (1, 13, 25, 38, 53, 69, 89, 113),
+      )
+    ),
+  )
+)
+iq4_nl = register(BlockFormat('iq4_nl', iq4nl, (32,), float16))
+
+
+def _k_quant(
+  name: str, element: ElementFormat, block: int, scale: IntFormat
+) -> BlockFormat:
+  """256 elements with a float16 scale, and in it blocks with integer ones."""
+  minimum = isinstance(element, IntFormat) and not element.signed
+  scales = BlockFormat(
+    f'{scale.name}_g{256 // block}_float16', scale, (256 // block,), float16
+  )
+  rule = 'least_squares' if minimum else 'absmax'
+  return register(
+    BlockFormat(
+      name,
+      element,
+      (block,),
+      float32,
+      scale_rule=rule,
+      minimum=minimum,
+      scale_blocks=scales,
+    )
+  )
+
+
+q2_k = _k_quant('q2_k', uint2, 16, uint4)
+q3_k = _k_quant('q3_k', int3, 16, int6)
+q4_k = _k_quant('q4_k', uint4, 32, uint6)
+q5_k = _k_quant('q5_k', uint5, 32, uint6)
+q6_k = _k_quant('q6_k', int6, 16, int8)
+iq4_xs = _k_quant('iq4_xs', iq4nl, 32, int6)
 
 e4m3fn_tensor = per_tensor(e4m3fn)
 e4m3fn_channel = per_channel(e4m3fn)

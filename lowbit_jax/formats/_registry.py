@@ -84,7 +84,7 @@ def to_dict(fmt: Format) -> dict:
   fields = {}
   for f in dataclasses.fields(fmt):
     v = getattr(fmt, f.name)
-    fields[f.name] = to_dict(v) if isinstance(v, ElementFormat) else v
+    fields[f.name] = to_dict(v) if isinstance(v, Format) else v
   return {'kind': type(fmt).__name__, **fields}
 
 

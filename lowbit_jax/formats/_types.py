@@ -27,6 +27,8 @@ def _check_types(fmt: Any) -> None:
   for field in dataclasses.fields(fmt):
     value = getattr(fmt, field.name)
     expected: Any = field.type
+    if isinstance(expected, str):  # scale_blocks, which is checked where it is
+      continue
     if typing.get_origin(expected) is tuple:
       kind = typing.get_args(expected)[0]
       good = isinstance(value, tuple) and all(_is_a(v, kind) for v in value)
@@ -329,12 +331,17 @@ class BlockFormat:
     block: elements per block along each block axis; one entry for blocks along
       one axis, two for tiles. 0 stands for the whole axis.
     scale: format of the block scale, with a NaN; None for no block scale.
-      Formats of at most 8 bits are stored as codes, float32 and bfloat16 as
-      themselves.
+      Formats of at most 8 bits are stored as codes, float32, bfloat16 and
+      float16 as themselves.
     tensor_scale: whether one float32 scale covers the whole tensor.
     zero_point: whether each block also has an unsigned integer zero point z,
       so that x ~ (element - z) * scale.
     scale_rule: the scale rule used where the caller names none.
+    minimum: whether each block also has a minimum m, stored as the scale is, so
+      that x ~ element * scale + m.
+    scale_blocks: for two levels of scales the format in which float32 scales,
+      and minima, are quantized in their turn, in blocks along the block axis;
+      None for one level.
   """
 
   name: str
@@ -344,11 +351,15 @@ class BlockFormat:
   tensor_scale: bool = False
   zero_point: bool = False
   scale_rule: str = 'absmax'
+  minimum: bool = False
+  scale_blocks: 'BlockFormat | None' = None
 
   def __post_init__(self) -> None:
     check_element(self.element)
     if self.scale is not None:
       check_float(self.scale, 'scale')
+    if self.scale_blocks is not None:
+      check_format(self.scale_blocks, 'scale_blocks')
     _require(
       isinstance(self.block, tuple)
       and 1 <= len(self.block) <= 2
@@ -370,6 +381,23 @@ class BlockFormat:
       f'scale={self.scale} has no NaN, which marks blocks that hold NaN or Inf;'
       " use a format with special='fn' or 'ieee', such as e4m3fn or ue5m3",
     )
+    _require(
+      not self.minimum
+      or (not self.zero_point and not self.tensor_scale and _is_wide(self)),
+      'minimum needs float32, bfloat16 or float16 scales, without tensor_scale'
+      ' and zero_point',
+    )
+    _require(
+      self.scale_blocks is None
+      or (_is_simple(self.scale_blocks) and self._may_have_two_levels()),
+      f'scale_blocks={self.scale_blocks} must have blocks along one axis and'
+      ' scales that are float32, bfloat16 or float16, and the format itself'
+      ' such blocks and scales in float32, without tensor_scale and zero_point',
+    )
+
+  def _may_have_two_levels(self) -> bool:
+    one_level = dataclasses.replace(self, scale_blocks=None, minimum=False)
+    return _is_simple(one_level) and self.scale.bits == 32
 
   @property
   def is_tile(self) -> bool:
@@ -387,11 +415,35 @@ class BlockFormat:
     size = math.prod(self.block)
     if self.scale is None or size == 0:
       return float(self.element.bits)
-    extra = max(self.scale.bits, 8) + 8 * self.zero_point
+    extra = float(max(self.scale.bits, 8))
+    if self.scale_blocks is not None:
+      extra = self.scale_blocks.bits_per_element
+    extra = extra * (1 + self.minimum) + 8 * self.zero_point
     return self.element.bits + extra / size
+
+  @property
+  def one_level(self) -> 'BlockFormat':
+    """The format with scales that are not quantized in their turn."""
+    return dataclasses.replace(self, scale_blocks=None)
 
   def __str__(self) -> str:
     return self.name
+
+
+def _is_wide(fmt: BlockFormat) -> bool:
+  """Whether there are block scales that are stored as numbers."""
+  return fmt.scale is not None and fmt.scale.bits > 8
+
+
+def _is_simple(fmt: BlockFormat) -> bool:
+  """Whether blocks lie along one axis and have such a scale and no more."""
+  parts = fmt.tensor_scale, fmt.zero_point, fmt.minimum, fmt.scale_blocks
+  return (
+    _is_wide(fmt)
+    and not any(parts)
+    and len(fmt.block) == 1
+    and bool(fmt.block[0])
+  )
 
 
 Format = ElementFormat | BlockFormat

@@ -7,8 +7,8 @@ format by name; a bare restore of the leaves would lose it. It also holds the
 CRC-32 of each entry. Types that NumPy files do not know (bfloat16, float8, ...)
 are stored as unsigned integers of their width, all numbers little-endian.
 
-Version 2 added the checksums and dicts with integer keys; files of version 1
-are read as well.
+Version 2 added the checksums, dicts with integer keys, minima and two levels of
+scales; files of version 1 are read as well.
 
 A file is taken for hostile until it has been read: entries may not overlap or
 be compressed, so no more memory is used than the file is long, and nothing is
@@ -195,7 +195,10 @@ def _describe_qarray(q: QArray, arrays: list, where: str) -> dict:
   leaves = {}
   for name in qarray.LEAVES:
     leaf = getattr(q, name)
-    if leaf is not None and not isinstance(leaf, np.ndarray | jax.Array):
+    kinds = np.ndarray | jax.Array
+    if q.fmt.scale_blocks is not None and name in ('scale', 'minimum'):
+      kinds = QArray
+    if leaf is not None and not isinstance(leaf, kinds):
       raise TypeError(
         f'{where}.{name} is a {type(leaf).__name__} in place of an array'
       )
@@ -371,13 +374,12 @@ def _restore(node: Any, archive: _Archive, where: str, depth: int) -> Any:
 
 
 def _restore_qarray(node: dict, archive: _Archive, where: str) -> QArray:
-  leaves = _field(node, 'leaves', where, dict)
+  none = {'kind': 'value', 'value': None}
+  leaves = {'minimum': none, **_field(node, 'leaves', where, dict)}
   if leaves.keys() != set(qarray.LEAVES):
     raise ValueError(f'the manifest gives {where} the leaves {list(leaves)}')
   arrays: dict[str, Any] = {
-    n: None
-    if leaf == {'kind': 'value', 'value': None}
-    else _array(leaf, archive, f'{where}.{n}')
+    n: None if leaf == none else _leaf(leaf, archive, f'{where}.{n}')
     for n, leaf in leaves.items()
   }
   axis = _field(node, 'axis', where, int, list)
@@ -394,6 +396,16 @@ def _restore_qarray(node: dict, archive: _Archive, where: str) -> QArray:
       merged=tuple(merged),
     )
     return qarray.validate(q)
+
+
+def _leaf(node: Any, archive: _Archive, where: str) -> Any:
+  """An array, or a QArray of scales that have none below them."""
+  if _field(node, 'kind', where, str) == 'array':
+    return _array(node, archive, where)
+  q = _restore_qarray(node, archive, where)
+  if q.fmt.scale_blocks is not None:
+    raise ValueError(f'{where} has more than two levels of scales')
+  return q
 
 
 def _dtype(node: dict, where: str) -> np.dtype:

@@ -14,6 +14,7 @@ from typing import overload
 import jax
 import jax.numpy as jnp
 
+from lowbit_jax import formats
 from lowbit_jax._typing import ScaleRule
 from lowbit_jax.formats import BlockFormat, FloatFormat
 from lowbit_jax.formats._types import check_format
@@ -29,6 +30,7 @@ EXPONENT_RULES = (*exact.EXPONENT_RULES, 'mse')
 FLOAT_RULES = ('absmax', 'absmean', 'sweep')
 CODED_RULES = ('absmax', 'four_over_six', 'sweep')
 ZERO_POINT_RULES = ('minmax',)
+MINIMUM_RULES = ('minmax', 'least_squares')
 TENSOR_RULES = ('absmax', 'absmean')
 
 # Fractions of the absmax scale that 'sweep' tries on float scales, and steps of
@@ -43,6 +45,8 @@ def scale_rules(fmt: BlockFormat) -> tuple[str, ...]:
   check_format(fmt)
   if fmt.zero_point:
     return ZERO_POINT_RULES
+  if fmt.minimum:
+    return MINIMUM_RULES
   if fmt.scale is None:
     return TENSOR_RULES
   if fmt.has_exponent_scale:
@@ -66,10 +70,11 @@ def check_scale_rule(fmt: BlockFormat, rule: ScaleRule | None) -> ScaleRule:
     rule = fmt.scale_rule
   if callable(rule):
     hash(rule)
-    if fmt.zero_point:
+    if fmt.zero_point or fmt.minimum:
+      others = 'zero points' if fmt.zero_point else 'minima'
       raise ValueError(
-        f'scale_rule={rule!r}: a function gives scales, and {fmt} has zero'
-        f' points too; compute both and use quantize_with'
+        f'scale_rule={rule!r}: a function gives scales, and {fmt} has {others}'
+        f' too; compute both and use quantize_with'
       )
     return rule
   if rule not in scale_rules(fmt):
@@ -163,19 +168,21 @@ def candidates(
     ]
   dtype = jnp.dtype(fmt.scale.name)
   fractions = SWEEP_FRACTIONS if rule == 'sweep' else (1.0,)
-  top = exact.largest_scale(element.max, fmt.scale.mantissa_bits)
-  scales = [jnp.minimum(scale * jnp.float32(f), top) for f in fractions]
+  scales = [scale * jnp.float32(f) for f in fractions]
+  scales = [jnp.where(s > 0, bounded(s, fmt), 0) for s in scales]
   return [jnp.where(bad, math.nan, s).astype(dtype) for s in scales]
 
 
 def bounded(scale: jax.Array, fmt: BlockFormat) -> jax.Array:
   """Positive float32 scales as near as they may come to `scale`.
 
-  At least 2^-126, and at most what keeps the largest element finite.
+  At least 2^-126 and the smallest number of their format; at most its largest
+  and what keeps the largest element finite.
   """
-  mantissa_bits = 23 if fmt.scale is None else fmt.scale.mantissa_bits
-  top = exact.largest_scale(fmt.element.max, mantissa_bits)
-  return jnp.clip(scale, exact.SMALLEST, top)
+  stored = formats.float32 if fmt.scale is None else fmt.scale
+  top = exact.largest_scale(fmt.element.max, stored.mantissa_bits)
+  least = max(exact.SMALLEST, stored.min_subnormal)
+  return jnp.clip(scale, least, min(top, stored.max))
 
 
 def from_values(scale: jax.Array, fmt: FloatFormat) -> jax.Array:
@@ -183,6 +190,8 @@ def from_values(scale: jax.Array, fmt: FloatFormat) -> jax.Array:
   scale = scale.astype(jnp.float32)
   if is_coded(fmt):
     return codec.encode(scale, spec(fmt), saturate=True)
+  if fmt.exponent_bits < 8:  # float16 ends where others round to Inf
+    scale = jnp.clip(scale, -fmt.max, fmt.max)
   return scale.astype(jnp.dtype(fmt.name))
 
 

@@ -68,6 +68,8 @@ def _plan(implementation: str, lhs, rhs, dims, precision) -> Plan:
   why = _dot_xla.why_not_tiles(lhs, as_qarray, dims)
   if dims[1][0]:
     why = 'it has batch dimensions'
+  if rhs.fmt.minimum:
+    why = 'it has minima'
   if why is not None:
     raise NotImplementedError(why)
   module, product = kernel.load(), _Product(kernel, dims)
@@ -166,7 +168,7 @@ def _plan_blocks(implementation: str, lhs, rhs, dims) -> Plan | None:
 def _mode(lhs: QArray, rhs: QArray) -> str | None:
   """How `block_matmul` computes a product, None where it would round it."""
   formats = lhs.fmt, rhs.fmt
-  if any(f.zero_point for f in formats):
+  if any(f.zero_point or f.minimum or f.scale_blocks for f in formats):
     return None
   stacks = [q.tensor_scale for q in (lhs, rhs) if q.tensor_scale is not None]
   if any(scale.size != 1 for scale in stacks):

@@ -160,6 +160,8 @@ def as_matrices(
 ) -> tuple[jax.Array, QArray, list[int]]:
   """Operands as (m, k) and (k, n) with blocks along k, and the shape of their
   product; batch dimensions are one axis in front of both."""
+  if q.shape[q.axes[0]] % qarray.unit(q, 0):  # scales have padding of their own
+    q = qarray.one_level(q)
   x_b, q_b = dims[1]
   pairs = zip(*dims[0], strict=True)
   block_axis = q.ndim + q.axes[0]
@@ -175,7 +177,7 @@ def as_matrices(
 
   k = math.prod(x.shape[d] for d in x_k)
   x = x.transpose(*x_b, *x_free, *x_k).reshape(*batch, -1, k)
-  return x, qarray.replace(jax.tree.map(columns, q), axis=-2), shape
+  return x, qarray.with_axes(jax.tree.map(columns, q), [-2]), shape
 
 
 def _product(
@@ -237,7 +239,7 @@ def _tiling(q: QArray, few: bool) -> _Tiling:
   along_k = q.scale is not None and q.scale.shape[0] > 1
   # Without scales along k a tile is one block.
   block = q.fmt.block[0] if along_k else _tilerows(k + pad, group, target)
-  tile = _tilerows(k + pad, block, target)
+  tile = _tilerows(k + pad, qarray.unit(q, 0) if along_k else block, target)
   columns = n
   if tile * n > TILE_SIZE and _partition.is_alone():
     columns = min(n, max(64, COLUMN_TILE_SIZE // tile // 64 * 64))
@@ -256,13 +258,15 @@ def _scan_tiles(x, q: QArray, precision, dtype):
     x = jnp.pad(x, ((0, 0), (0, q.pad[0])))
   x = x.reshape(m, steps, blocks, rows, group).transpose(1, 4, 0, 2, 3)
 
-  # Codes and scales by tile. One scale for a column multiplies the sum instead.
+  # Codes and scales by tile. One scale for a column multiplies the sum instead,
+  # unless a minimum is added to what it multiplies.
   codes = q.codes.reshape(steps, -1, n)
-  scales = q.scale, q.zero_point
+  scales = q.scale, q.zero_point, q.minimum
+  after = not along_k and q.minimum is None
   if not along_k:
-    zero = q.zero_point
-    scales = None, None if zero is None else jnp.tile(zero, (steps, 1))
-  scales = jax.tree.map(lambda s: s.reshape(steps, blocks, n), scales)
+    scales = None if after else q.scale, q.zero_point, q.minimum
+    scales = jax.tree.map(lambda leaf: jnp.tile(leaf, (steps, 1)), scales)
+  scales = jax.tree.map(lambda leaf: leaf.reshape(steps, -1, n), scales)
 
   # One tile after the other, so that one of them is decoded at a time.
   body = functools.partial(_add_tile_product, q.fmt, precision)
@@ -289,7 +293,7 @@ def _scan_tiles(x, q: QArray, precision, dtype):
     starts = jnp.arange(0, n, columns)
     out = loops.carry(jnp.zeros((m, n), dtype), x, codes, scales)
     out = lax.scan(add_columns, out, starts)[0]
-  if not along_k:
+  if after:
     for f in _factors(q.scale, q.fmt):
       out = out * f
   return out
@@ -297,13 +301,16 @@ def _scan_tiles(x, q: QArray, precision, dtype):
 
 def _add_tile_product(fmt: BlockFormat, precision, acc, operands):
   """The product of a tile: each lane is decoded, scaled and multiplied."""
-  x, packed, (scale, zero) = operands
+  x, packed, (scale, zero, minimum) = operands
+  scale, minimum = map(_decoded, (scale, minimum))
   _, m, blocks, rows = x.shape
   for lane, w in zip(x, _lane_values(packed, fmt, (blocks, rows)), strict=True):
     if zero is not None:
       w = w - zero.astype(jnp.float32)[:, None]
     for f in _factors(scale, fmt):
       w = w * f[:, None]
+    if minimum is not None:
+      w = w + minimum.astype(jnp.float32)[:, None]
     part = lax.dot_general(
       lane.reshape(m, blocks * rows),
       w.reshape(blocks * rows, -1),
@@ -321,6 +328,11 @@ def _lane_values(packed, fmt: BlockFormat, shape):
     codec.decode(codes, spec(fmt.element)).reshape(*shape, -1)
     for codes in _packing.lanes(packed, fmt.element.bits, 0)
   ]
+
+
+def _decoded(scale):
+  """Scales that are quantized in their turn in float32, others as they are."""
+  return qarray.dequantize(scale) if isinstance(scale, QArray) else scale
 
 
 def _factors(scale, fmt: BlockFormat):
@@ -379,6 +391,8 @@ def _why_not_integer(lhs, rhs, dims) -> str | None:
       return f'{element} is not a signed integer'
     if q.scale is not None and any(q.scale.shape[d] != 1 for d in contracted):
       return 'scales vary along the contraction'
+    if q.minimum is not None:
+      return 'it has minima'
     if q.tensor_scale is None and q.scale is None:
       return 'it has no scale'
     if q.tensor_scale is not None and (
@@ -446,6 +460,8 @@ def exact_dtype(fmt: BlockFormat) -> DTypeLike:
   """bfloat16 where it holds element times block scale exactly, else float32."""
   element, scale = fmt.element, fmt.scale
   if scale is None or not isinstance(element, FloatFormat | IntFormat):
+    return jnp.float32
+  if fmt.minimum:
     return jnp.float32
   bits = element.width if isinstance(element, IntFormat) else 1
   if isinstance(element, FloatFormat):

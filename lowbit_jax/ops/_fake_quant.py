@@ -104,6 +104,7 @@ def fake_quant_with(
   axis: Axis = None,
   tensor_scale: ArrayLike | None = None,
   zero_point: ArrayLike | None = None,
+  minimum: ArrayLike | None = None,
   rounding: str = 'nearest_even',
   key: Key | None = None,
   random_bits: int = RANDOM_BITS,
@@ -126,8 +127,8 @@ def fake_quant_with(
     scale: block scales as in `quantize_with`; for formats with only a tensor
       scale, None.
     fmt: a block format.
-    axis: as in `quantize_with`; also `tensor_scale`, `zero_point`, `rounding`,
-      `key`, `random_bits`, `origin`.
+    axis: as in `quantize_with`; also `tensor_scale`, `zero_point`, `minimum`,
+      `rounding`, `key`, `random_bits`, `origin`.
     backward: 'identity', 'clipped', 'trust', or 'lsq', which also gives the
       float `scale` a gradient.
 
@@ -140,7 +141,7 @@ def fake_quant_with(
       f'backward={backward!r} is not one of {BACKWARDS_WITH}{hint}'
     )
   x, shape, axes = prepare(x, fmt, axis, rounding, key, random_bits)
-  check_scales(x.shape, fmt, axes, scale, tensor_scale, zero_point)
+  check_scales(x.shape, fmt, axes, (scale, tensor_scale, zero_point, minimum))
   if backward == 'lsq' and (
     scale is None or not jnp.issubdtype(jnp.asarray(scale).dtype, jnp.floating)
   ):
@@ -148,7 +149,7 @@ def fake_quant_with(
   start, full = split_origin(origin)
   options = Options(fmt, axes, '', rounding, random_bits, full, backward)
   extras = Extras(key, start, tensor_scale)
-  y = _compiled_with(x, scale, extras, zero_point, options)
+  y = _compiled_with(x, scale, extras, (zero_point, minimum), options)
   return jnp.reshape(y, shape)
 
 
@@ -207,12 +208,11 @@ def compiled(x: jax.Array, extras: Extras, options: Options) -> jax.Array:
   return _explicit.automatic(run, _explicit.as_first, x, extras)
 
 
-def _fake_with(x, scale, extras: Extras, zero_point, options: Options):
+def _fake_with(x, scale, extras: Extras, offsets, options: Options):
   fmt, axes, backward = options.fmt, options.axes, options.backward
-  fixed, given, extras, zero_point = _fixed((x, scale, extras, zero_point))
-  scales = check_scales(
-    x.shape, fmt, axes, given, extras.tensor_scale, zero_point
-  )
+  fixed, given, extras, offsets = _fixed((x, scale, extras, offsets))
+  leaves = given, extras.tensor_scale, *offsets
+  scales = check_scales(x.shape, fmt, axes, leaves)
   job = core.from_scales(fixed, fmt, axes, scales, rounding_of(options, extras))
   y = job.values()
   slopes = _Slopes()
@@ -226,9 +226,9 @@ def _fake_with(x, scale, extras: Extras, zero_point, options: Options):
 
 
 @functools.partial(jax.jit, static_argnums=4, inline=True)
-def _compiled_with(x, scale, extras: Extras, zero_point, options: Options):
+def _compiled_with(x, scale, extras: Extras, offsets, options: Options):
   run = functools.partial(_fake_with, options=options)
-  operands = x, scale, extras, zero_point
+  operands = x, scale, extras, offsets
   return _explicit.automatic(run, _explicit.as_first, *operands)
 
 
@@ -321,7 +321,7 @@ def _whole_mask(job: core.Job, y, backward: str, held: bool = False):
 
 def _scale_value(job: core.Job, number: float = 1.0):
   """`number` times the whole scale in float32, in the axes of the view."""
-  scale, tensor_scale, _ = job.scales
+  scale, tensor_scale = job.scales.scale, job.scales.tensor_scale
   s = jnp.float32(number)
   if scale is not None:
     assert job.fmt.scale is not None
@@ -335,6 +335,9 @@ def _scale_value(job: core.Job, number: float = 1.0):
 def _range(job: core.Job):
   """Smallest and largest value that the scales can represent."""
   element, zero = job.fmt.element, job.scales.zero_point
+  if job.scales.minimum is not None:
+    low = job.scales.minimum.astype(jnp.float32)
+    return low, low + _scale_value(job, element.max)
   if zero is None:
     low = -element.max if element.is_signed else 0.0
     return _scale_value(job, low), _scale_value(job, element.max)
@@ -348,7 +351,7 @@ def _mask(job: core.Job, y, backward: str, held: bool = False):
   if backward == 'clipped':
     low, high = _range(job)
     slack = jnp.abs(x) * _scale_slack(job.fmt, held)
-    if job.fmt.zero_point and not held:
+    if (job.fmt.zero_point or job.fmt.minimum) and not held:
       slack = slack + _scale_value(job, 0.5)
     return (x >= low - slack) & (x <= high + slack)
   trust = _largest_step(job.fmt) / 2

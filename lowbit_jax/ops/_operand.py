@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lowbit_jax import _explicit, qarray
 from lowbit_jax._typing import ArrayLike, DotDims, Shape
@@ -24,7 +25,8 @@ class Storage(NamedTuple):
 
   Attributes:
     unpack: gives the same numbers as a QArray.
-    float_leaves: names of the attributes that have a derivative.
+    float_leaves: names of the attributes that have a derivative, or hold leaves
+      that do.
     sides: operands of a product that it can be, 'lhs' and 'rhs'.
   """
 
@@ -34,7 +36,7 @@ class Storage(NamedTuple):
 
 
 STORAGES: dict[type, Storage] = {
-  QArray: Storage(lambda q: q, ('scale', 'tensor_scale')),
+  QArray: Storage(lambda q: q, ('scale', 'tensor_scale', 'minimum')),
   Prepacked: Storage(_prepack.unpack, sides=('rhs',)),
 }
 
@@ -172,12 +174,11 @@ def moving(x: Any, tangent: Any) -> Any:
     return None if _is_zero(tangent) else tangent
   names = STORAGES[type(x)].float_leaves
   leaves = {
-    name: getattr(tangent, name)
+    name: jax.tree.map(_instantiated, getattr(tangent, name), is_leaf=_is_zero)
     for name in names
-    if getattr(x, name) is not None and not _is_zero(getattr(tangent, name))
+    if getattr(x, name) is not None and not _is_still(getattr(tangent, name))
   }
-  all_leaves = jax.tree.leaves(tangent, is_leaf=_is_zero)
-  if not names and not all(map(_is_zero, all_leaves)):
+  if not names and not _is_still(tangent):
     kind = type(x).__name__
     raise TypeError(
       f'the scales of a {kind} weight have no derivative: differentiate with'
@@ -196,6 +197,20 @@ def dense_tangent(x: Any, tangent: Any) -> jax.Array:
 
   primals = {name: getattr(x, name) for name in tangent}
   return jax.jvp(values, (primals,), (tangent,))[1]
+
+
+def _is_still(tangent: Any) -> bool:
+  """Whether nothing moves in a tree of tangents."""
+  return all(map(_is_zero, jax.tree.leaves(tangent, is_leaf=_is_zero)))
+
+
+def _instantiated(t: Any) -> Any:
+  """A tangent as an array, zeros of integer leaves included."""
+  if not isinstance(t, jax.custom_derivatives.SymbolicZero):
+    return t
+  aval: Any = t.aval
+  shape, dtype = aval.shape, aval.dtype
+  return (np if dtype == jax.dtypes.float0 else jnp).zeros(shape, dtype)
 
 
 def _is_zero(t: Any) -> bool:

@@ -4,9 +4,10 @@ import dataclasses
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from lowbit_jax import _explicit
+from lowbit_jax import _explicit, formats, qarray
 from lowbit_jax.formats import BlockFormat
 from lowbit_jax.numerics._codec import blocked
 from lowbit_jax.qarray import QArray, check_qarray
@@ -84,6 +85,11 @@ def prepack(q: QArray, *, implementation: str) -> Prepacked:
       f'q has shape {q.shape} and blocks along axis {q.axis}; prepack takes'
       ' (k, n) in blocks along axis -2, stacks by vmap'
     )
+  if q.fmt.minimum or q.fmt.scale_blocks:
+    raise ValueError(
+      f'{q.fmt} has minima or two levels of scales, which kernels do not read:'
+      ' give q to dot as it is'
+    )
   order = functools.partial(weight, implementation=implementation)
   weight_ = _explicit.automatic(order, _explicit.gathered, q)
   return Prepacked(weight_, q.tensor_scale, q.fmt, q.pad[0], q.dtype)
@@ -94,6 +100,8 @@ def unpack(p: Prepacked) -> QArray:
   if not isinstance(p, Prepacked):
     raise TypeError(f'p must be Prepacked, got {type(p).__name__}')
   codes, scale, zero_point = _weights.unpack(p.weight)
+  if p.fmt.scale == formats.float16:
+    scale = scale.astype(jnp.float16)
   return QArray(
     codes, scale, p.tensor_scale, zero_point, p.fmt, -2, (p.pad,), p.dtype
   )
@@ -102,11 +110,15 @@ def unpack(p: Prepacked) -> QArray:
 def weight(q: QArray, implementation: str) -> _weights.Prepacked:
   """The leaves of a (k, n) QArray, but its tensor scale, for a kernel."""
   k, _ = q.shape
+  q = qarray.one_level(q)
+  scale = q.scale
+  if q.fmt.scale == formats.float16:  # which TPUs do not have
+    scale = scale.astype(jnp.float32)
   spec = blocked(q.fmt)
   config = _support.find('wq_matmul', implementation).load_config()
   return _weights.prepack(
     q.codes,
-    q.scale,
+    scale,
     q.zero_point,
     spec,
     tile=config.tile_rows(k, spec),

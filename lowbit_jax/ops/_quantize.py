@@ -233,6 +233,7 @@ def quantize_with(
   axis: Axis = None,
   tensor_scale: ArrayLike | None = None,
   zero_point: ArrayLike | None = None,
+  minimum: ArrayLike | None = None,
   rounding: str = 'nearest_even',
   key: Key | None = None,
   random_bits: int = RANDOM_BITS,
@@ -250,6 +251,8 @@ def quantize_with(
     tensor_scale: the tensor scale, for formats that have one.
     zero_point: integer zero points of the shape of `scale`, for formats that
       have them; clipped to 0 ... 2^bits - 1, the codes of the element.
+    minimum: float minima of the shape of `scale`, for formats that have them,
+      rounded as scales are.
     rounding: as in `quantize`; also `key`, `random_bits`, `origin`.
 
   Returns:
@@ -260,7 +263,8 @@ def quantize_with(
   x = jax.lax.stop_gradient(core.check_array(x, fmt))
   rows, axes = merged(x, fmt, axis, origin)
   _rounding.check_rounding(rounding, key, random_bits)
-  scales = check_scales(rows.shape, fmt, axes, scale, tensor_scale, zero_point)
+  leaves = scale, tensor_scale, zero_point, minimum
+  scales = check_scales(rows.shape, fmt, axes, leaves)
   start, full_shape = split_origin(origin)
   options = Options(fmt, axes, '', rounding, random_bits, full_shape)
   q = _quantize_with(rows, scales, Extras(key, start, None), options)
@@ -347,24 +351,31 @@ def check_scales(
   shape: Shape,
   fmt: BlockFormat,
   axes: tuple[int, ...],
-  scale: ArrayLike | None,
-  tensor_scale: ArrayLike | None,
-  zero_point: ArrayLike | None,
+  leaves: tuple[Any, ...],
 ) -> core.Scales:
-  """Given scales in stored form, or an error that says what they should be."""
+  """Given scales in stored form, or an error that says what they should be.
+
+  Args:
+    shape: of the array.
+    fmt: the format.
+    axes: its block axes.
+    leaves: scale, tensor_scale, zero_point and minimum, each or None.
+  """
+  scale, tensor_scale, zero_point, minimum = leaves
   padded = list(shape)
   pads = qarray.padding(shape, fmt, axes)
   for axis, pad in zip(axes, pads, strict=True):
     padded[axis] += pad
   expected = qarray.scale_shape(padded, fmt, axes)
 
-  def check(name, leaf, wanted, leaf_shape):
+  def check(name, leaf, wanted, leaf_shape) -> Any:
     if (leaf is not None) != wanted:
       state = 'needed' if wanted else 'not a part of the format'
       raise ValueError(f'{name} is {state} for {fmt}')
     if leaf is None:
       return None
-    leaf = jnp.asarray(leaf)
+    if not (isinstance(leaf, QArray) and fmt.scale_blocks):
+      leaf = jnp.asarray(leaf)
     if leaf.shape != leaf_shape:
       raise ValueError(
         f'{name}.shape={leaf.shape} must be {leaf_shape} for x.shape={shape} in'
@@ -373,6 +384,7 @@ def check_scales(
     return leaf
 
   scale = check('scale', scale, fmt.scale is not None, expected)
+  minimum = check('minimum', minimum, fmt.minimum, expected)
   zero_point = check('zero_point', zero_point, fmt.zero_point, expected)
   if tensor_scale is not None:
     if np.iscomplexobj(tensor_scale):
@@ -383,6 +395,13 @@ def check_scales(
   tensor_scale = check(
     'tensor_scale', tensor_scale, fmt.tensor_scale, (1,) * len(shape)
   )
+  levels = [q for q in (scale, minimum) if isinstance(q, QArray)]
+  if levels:
+    if len(levels) != 1 + fmt.minimum or any(
+      q.fmt != fmt.scale_blocks for q in levels
+    ):
+      raise ValueError(f'scales {levels} of {fmt} must be {fmt.scale_blocks}')
+    return core.Scales(stored=(scale, minimum))
   if scale is not None:
     assert fmt.scale is not None
     coded = _scaling.is_coded(fmt.scale)
@@ -391,6 +410,11 @@ def check_scales(
     elif not coded or scale.dtype != jnp.uint8:
       codes = ' or uint8 codes' if coded else ''
       raise TypeError(f'scale.dtype={scale.dtype} must be float{codes}')
+  if minimum is not None:
+    if not jnp.issubdtype(minimum.dtype, jnp.floating):
+      raise TypeError(f'minimum.dtype={minimum.dtype} must be float')
+    assert fmt.scale is not None
+    minimum = _scaling.from_values(minimum, fmt.scale)
   if zero_point is not None:
     if not jnp.issubdtype(zero_point.dtype, jnp.integer):
       raise TypeError(
@@ -400,4 +424,4 @@ def check_scales(
     top = fmt.element.code_max
     zero_point = zero_point.astype(jnp.float32)  # holds 0 to 255, and beyond
     zero_point = jnp.clip(zero_point, 0, top).astype(jnp.uint8)
-  return core.Scales(scale, tensor_scale, zero_point)
+  return core.Scales(scale, tensor_scale, zero_point, minimum)

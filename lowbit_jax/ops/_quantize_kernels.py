@@ -64,11 +64,13 @@ def _why_not(x, extras, options) -> str | None:
     return f'blocks lie along axes {options.axes}, not along the last one'
   if fmt.scale is None or fmt.zero_point or not fmt.block[0]:
     return f'{fmt} has no blocks with a scale and without a zero point'
+  if fmt.minimum or fmt.scale_blocks:
+    return f'{fmt} has minima or two levels of scales'
   held = extras.tensor_scale
   if held is not None and (not fmt.tensor_scale or jnp.size(held) != 1):
     return f'tensor_scale={held} does not fit {fmt}'
-  if fmt.scale.name == 'bfloat16':
-    return f'{fmt} has bfloat16 scales'
+  if fmt.scale.bits == 16:
+    return f'{fmt} has {fmt.scale} scales'
   if options.full_shape is not None and len(x.shape) != 2:
     return 'origin= with an array that is not a matrix'
   return None

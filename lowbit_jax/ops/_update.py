@@ -97,6 +97,10 @@ def _with_part(q: QArray, new: QArray, start) -> QArray:
     if old is None:
       return None
     at = list(start)
+    if isinstance(old, QArray):  # scales, one for each block
+      (axis,), (block,) = q.axes, q.fmt.block
+      at[axis] //= block
+      return _with_part(old, part, at)
     for axis in q.axes:
       at[axis] = start[axis] * old.shape[axis] // max(_padded(q, axis), 1)
     at = [jnp.asarray(i, jnp.int32) for i in at]  # of one dtype
@@ -107,6 +111,7 @@ def _with_part(q: QArray, new: QArray, start) -> QArray:
     codes=put(q.codes, new.codes),
     scale=put(q.scale, new.scale),
     zero_point=put(q.zero_point, new.zero_point),
+    minimum=put(q.minimum, new.minimum),
   )
 
 
@@ -125,7 +130,7 @@ def _check_block_axis(q: QArray, k: int, shape, start: tuple) -> tuple:
   size, full, first = shape[axis], q.shape[axis], start[axis]
   if size == full:
     first = 0
-  unit = qarray.alignment(q, k) if q.fmt.block[k] or q.scale is None else full
+  unit = qarray.unit(q, k) if q.fmt.block[k] or q.scale is None else full
   if not isinstance(first, int | np.integer):
     raise TypeError(
       f'start={start}: that of block axis {axis} must be an int, not'

@@ -126,14 +126,21 @@ def exact_values(q: ArrayLike | QArray) -> np.ndarray:
     y = y - np.expand_dims(np.asarray(q.zero_point, np.float64), inner)
   if q.scale is not None:
     assert fmt.scale is not None
-    scale = np.asarray(q.scale)
+    scale = _numbers(q.scale)
     if _scaling.is_coded(fmt.scale):
       scale = fmt.scale.values()[scale]
     y = y * np.expand_dims(scale.astype(np.float64), inner)
   if q.tensor_scale is not None:
     y = y * np.expand_dims(np.asarray(q.tensor_scale, np.float64), inner)
+  if q.minimum is not None:
+    y = y + np.expand_dims(_numbers(q.minimum).astype(np.float64), inner)
   at = tuple(slice(0, n) for n in q.shape)
   return y.reshape(codes.shape)[at]
+
+
+def _numbers(leaf) -> np.ndarray:
+  """Scales as they are stored; two levels as numbers."""
+  return exact_values(leaf) if isinstance(leaf, QArray) else np.asarray(leaf)
 
 
 def _quantized(x, fmt: BlockFormat, axis) -> QArray:

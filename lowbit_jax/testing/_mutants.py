@@ -37,7 +37,12 @@ def quantizer_mutants(fmt: BlockFormat) -> dict[str, Callable]:
       elif tensor_scale is not None:
         tensor_scale = 2 * tensor_scale
     return ops.quantize_with(
-      y, scale, fmt, tensor_scale=tensor_scale, zero_point=q.zero_point
+      y,
+      scale,
+      fmt,
+      tensor_scale=tensor_scale,
+      zero_point=q.zero_point,
+      minimum=q.minimum,
     )
 
   mutants = {
@@ -153,8 +158,11 @@ def dropped_tensor_scale(q: QArray) -> QArray:
 
 def wrong_group(q: QArray) -> QArray:
   """Every block with the scale of its neighbour."""
-  scale = jnp.roll(q.scale.ravel(), 1).reshape(q.scale.shape)
-  return qarray.replace(q, scale=scale)
+
+  def rolled(leaf):
+    return jnp.roll(leaf.ravel(), 1).reshape(leaf.shape)
+
+  return qarray.replace(q, scale=jax.tree.map(rolled, q.scale))
 
 
 def _doubled(scale, fmt: BlockFormat):

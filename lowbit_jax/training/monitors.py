@@ -174,7 +174,7 @@ def _lost(t, spec, axis: int, key, amax):
     return jnp.float32(jnp.nan), _flushed(t, spec(t, axis, key))
   job = _qdot._quantized(t, spec, axis, key, amax).job
   flushed = _flushed(job.blocks.view, job.values())
-  if job.scales.zero_point is not None:
+  if job.scales.zero_point is not None or job.scales.minimum is not None:
     return jnp.float32(jnp.nan), flushed
   top, step = _blocks.top_and_step(spec.fmt)
   element = core._scaled(

@@ -366,28 +366,11 @@ def merge(
   _check_blocks(frozen, start, stop, kind)
   at = _at(frozen.shape, start, stop, kind)
   total = qarray.dequantize(frozen[at], jnp.float32) + slice_
-  part = ops.quantize(
-    total.astype(frozen.dtype),
-    frozen.fmt,
-    axis=frozen.axis,
-    scale_rule=scale_rule,
-    tensor_scale=frozen.tensor_scale,
+  begin = (start, 0) if kind == 'sink' else (0, start)
+  weights = ops.update_slice(
+    frozen, total.astype(frozen.dtype), begin, scale_rule=scale_rule
   )
-  axis = -2 if kind == 'sink' else -1
-  padded = frozen.shape[axis] + _pad(frozen, axis)
-
-  def write(whole, new):
-    if whole is None:
-      return None
-    begin = start * whole.shape[axis] // padded
-    return lax.dynamic_update_slice_in_dim(whole, new, begin, axis)
-
-  weights = qarray.replace(
-    frozen,
-    codes=write(frozen.codes, part.codes),
-    scale=write(frozen.scale, part.scale),
-    zero_point=write(frozen.zero_point, part.zero_point),
-  )
+  part = weights[at]
   change = jnp.linalg.norm(qarray.dequantize(part, jnp.float32) - total)
   return Merged(weights, change / jnp.linalg.norm(total))
 
@@ -568,10 +551,6 @@ def _take(w, order: np.ndarray, axis: int):
 def _at(shape, start: int, stop: int, kind: str):
   inside = slice(start, stop)
   return (inside, slice(None)) if kind == 'sink' else (slice(None), inside)
-
-
-def _pad(q: QArray, axis: int) -> int:
-  return dict(zip(q.axes, q.pad, strict=True)).get(axis, 0)
 
 
 def _check_kind(kind: str) -> None:

@@ -136,6 +136,7 @@ def _rounded(w: QArray, u, key, scales: str) -> QArray:
       axis=w.axis,
       tensor_scale=w.tensor_scale,
       zero_point=w.zero_point,
+      minimum=w.minimum,
       rounding='stochastic',
       key=key,
     )
