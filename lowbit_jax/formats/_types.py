@@ -338,7 +338,8 @@ class BlockFormat:
       so that x ~ (element - z) * scale.
     scale_rule: the scale rule used where the caller names none.
     minimum: whether each block also has a minimum m, stored as the scale is, so
-      that x ~ element * scale + m.
+      that x ~ element * scale + m. The product is exact where the scale has at
+      most 16 bits; of others some processors round it before the sum.
     scale_blocks: for two levels of scales the format in which float32 scales,
       and minima, are quantized in their turn, in blocks along the block axis;
       None for one level.
@@ -367,11 +368,12 @@ class BlockFormat:
       f'{self.block=} must be a tuple of one or two sizes, 0 for a whole axis',
     )
     _check_types(self)
-    _require(
-      not self.zero_point
-      or (isinstance(self.element, IntFormat) and not self.element.signed),
-      f'zero_point needs an unsigned integer element, got {self.element}',
-    )
+    for name in ('zero_point', 'minimum'):
+      _require(
+        not getattr(self, name)
+        or (isinstance(self.element, IntFormat) and not self.element.signed),
+        f'{name} needs an unsigned integer element, got {self.element}',
+      )
     _require(
       not self.zero_point or self.scale is not None,
       'zero_point needs a block scale',

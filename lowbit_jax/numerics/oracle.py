@@ -434,11 +434,22 @@ def block_scale(
   if amax > 0:
     scale = max(scale, least)
     if tensor_scale is None:
-      bits = min(fmt.scale.mantissa_bits, FLOAT32.mantissa_bits)
-      scale = min(scale, largest_scale(fmt.element.max, bits))
+      scale = bounded_scale(scale, fmt)
   if fmt.scale.bits <= 8:
     return encode(scale, fmt.scale)
   return round_scale(scale, fmt.scale)
+
+
+def bounded_scale(scale: float, fmt: BlockFormat) -> float:
+  """The scale nearest to a positive one that is a normal float32, no less than
+  numbers of the scale format, and keeps the largest element finite."""
+  assert fmt.scale is not None
+  bits = min(fmt.scale.mantissa_bits, FLOAT32.mantissa_bits)
+  least = float(FLOAT32_MIN_NORMAL)
+  if fmt.scale.bits > 8:
+    least = max(least, fmt.scale.min_subnormal)
+  top = min(largest_scale(fmt.element.max, bits), fmt.scale.max)
+  return min(max(scale, least), top)
 
 
 def largest_scale(
@@ -505,12 +516,14 @@ class Block(NamedTuple):
       None without block scale.
     tensor_scale: float32 number, or None.
     zero_point: z of asymmetric integers, or None.
+    minimum: m of formats with minima, or None.
   """
 
   codes: tuple[int, ...]
   scale: int | float | None
   tensor_scale: float | None = None
   zero_point: int | None = None
+  minimum: float | None = None
 
 
 class _Rounding(NamedTuple):
@@ -564,6 +577,9 @@ def quantize_block(
   if fmt.zero_point:
     _require_rule(rule, 'minmax', fmt)
     return _quantize_zero_point(values, fmt, rounder)
+  if fmt.minimum:
+    _require_rule(rule, 'minmax', fmt)
+    return _quantize_minimum(values, fmt, rounder)
   _require_rule(rule, 'absmax', fmt)
   if fmt.tensor_scale != (tensor_scale is not None):
     raise ValueError(f'{fmt} has {fmt.tensor_scale=}, got {tensor_scale=}')
@@ -637,6 +653,41 @@ def _quantize_zero_point(values, fmt, rounder) -> Block:
   return Block(codes, scale, zero_point=zero_point)
 
 
+def _quantize_minimum(values, fmt, rounder) -> Block:
+  scale, minimum = _range_of(values, fmt)
+  return _with_scales(values, fmt, scale, minimum, rounder)
+
+
+def _range_of(values, fmt) -> tuple[float, float]:
+  """Scale and minimum of a block as stored, NaN and 0 if it is poisoned."""
+  if not all(is_finite(x) for x in values):
+    return math.nan, 0.0
+  limit = to_float32(FLOAT32.max / 2 * (1 - 2.0**-7))
+  low = min(max(min(values), -limit), limit)
+  high = min(max(max(values), -limit), limit)
+  if fmt.scale_blocks is not None:
+    low = min(low, 0.0)
+  if block_amax(values) == 0:
+    return 0.0, 0.0
+  span = to_float32(Fraction(high) - Fraction(low))
+  scale = multiply(span, reciprocal(fmt.element.max))
+  if scale > 0:
+    scale = bounded_scale(scale, fmt)
+  low = min(max(low, -fmt.scale.max), fmt.scale.max)
+  return round_scale(scale, fmt.scale), round_scale(low, fmt.scale)
+
+
+def _with_scales(values, fmt, scale, minimum, rounder) -> Block:
+  """A block of scale and minimum that are given."""
+  if scale != scale:
+    return Block(_zeros(values, fmt), scale, minimum=minimum)
+  r = inverse_scale(scale)
+  shift = Fraction(minimum or 0)
+  above = [to_float32(Fraction(x) - shift) if shift else x for x in values]
+  scaled = [_product(x, r) if is_finite(x) else x for x in above]
+  return Block(rounder.encode(scaled, fmt.element), scale, minimum=minimum)
+
+
 def dequantize_block(block: Block, fmt: BlockFormat) -> list[float]:
   """The float32 numbers that the block stands for.
 
@@ -655,6 +706,11 @@ def dequantize_block(block: Block, fmt: BlockFormat) -> list[float]:
     values = [multiply(x, scale) for x in values]
   if block.tensor_scale is not None:
     values = [multiply(x, block.tensor_scale) for x in values]
+  if block.minimum is not None and is_finite(block.scale):
+    # Elements times scales of 16 bits are exact: one rounding.
+    minimum = Fraction(block.minimum)
+    scale = Fraction(block.scale)
+    values = [to_float32(Fraction(e) * scale + minimum) for e in elements]
   return values
 
 
@@ -677,8 +733,12 @@ def quantize(
 ) -> list[Block]:
   """Quantizes a vector: the tensor scale, then block after block.
 
-  The last block may be short; padding it with zeros would change nothing.
+  The last block may be short; padding it with zeros would change nothing, but
+  for a minimum. With two levels of scales those of blocks, and minima, which
+  are at most 0, are quantized in their turn.
   """
+  if fmt.scale_blocks is not None:
+    return _quantize_two_levels(values, fmt, scale_rule or fmt.scale_rule)
   size = math.prod(fmt.block) or len(values)
   if fmt.scale is None:
     size = len(values)
@@ -692,4 +752,35 @@ def quantize(
       rounding=rounding,
     )
     for i in range(0, len(values), size)
+  ]
+
+
+def _quantize_two_levels(values, fmt: BlockFormat, rule: str) -> list[Block]:
+  """Blocks whose scales are what the quantized scales stand for."""
+  values = [float(flush(x)) for x in values]
+  (size,), flat = fmt.block, fmt.one_level
+  parts = [values[i : i + size] for i in range(0, len(values), size)]
+  minima: list[float | None] = [None] * len(parts)
+  if fmt.minimum:
+    _require_rule(rule, 'minmax', fmt)
+    ranges = [_range_of(part, fmt) for part in parts]
+    scales = [scale for scale, _ in ranges]
+    minima = [-m for m in _requantized([-m for _, m in ranges], fmt)]
+  else:
+    scales = [quantize_block(part, flat, rule).scale for part in parts]
+  rounder = _Rounding('nearest_even', None, RANDOM_BITS)
+  return [
+    _with_scales(part, flat, scale, minimum, rounder)
+    for part, scale, minimum in zip(
+      parts, _requantized(scales, fmt), minima, strict=True
+    )
+  ]
+
+
+def _requantized(scales, fmt: BlockFormat) -> list[float]:
+  """The numbers that scales stand for once they are quantized."""
+  assert fmt.scale_blocks is not None
+  blocks = quantize(scales, fmt.scale_blocks)
+  return [
+    x for block in blocks for x in dequantize_block(block, fmt.scale_blocks)
   ]

@@ -18,9 +18,11 @@ class Expected(NamedTuple):
   Attributes:
     values: float32, the shape of the input.
     codes: uint8, the padded shape.
-    scale: uint8 codes or float32 numbers, one per block; None without.
+    scale: uint8 codes or float32 numbers, one per block; None without. Of two
+      levels the numbers that they stand for.
     tensor_scale: float32 with the rank of the input, or None.
     zero_point: uint8 in the shape of `scale`, or None.
+    minimum: float32 in the shape of `scale`, or None.
   """
 
   values: np.ndarray
@@ -28,6 +30,7 @@ class Expected(NamedTuple):
   scale: np.ndarray | None
   tensor_scale: np.ndarray | None
   zero_point: np.ndarray | None
+  minimum: np.ndarray | None
 
 
 def quantizer_cases(fmt: BlockFormat) -> dict[str, np.ndarray]:
@@ -78,6 +81,8 @@ def expected(x: np.ndarray, fmt: BlockFormat, rule: str) -> Expected:
     fmt: a block format.
     rule: one of `ORACLE_RULES`.
   """
+  if fmt.minimum or fmt.scale_blocks is not None:
+    return _expected_rows(x, fmt, rule)
   height, width = _block_shape(fmt, x.shape)
   padded = _pad(x, height, width, _byte_group(fmt))
   tensor_scale = None
@@ -108,6 +113,29 @@ def expected(x: np.ndarray, fmt: BlockFormat, rule: str) -> Expected:
     None if fmt.scale is None else scale,
     None if tensor_scale is None else np.full((1, 1), tensor_scale, np.float32),
     zero_point if fmt.zero_point else None,
+    None,
+  )
+
+
+def _expected_rows(x: np.ndarray, fmt: BlockFormat, rule: str) -> Expected:
+  """`expected` where padding counts or blocks depend on their neighbours; codes
+  without those of padding."""
+  rows = [oracle.quantize(row.tolist(), fmt, rule) for row in x]
+
+  def numbers(get):
+    return np.array([[get(b) for b in row] for row in rows], np.float32)
+
+  def elements(get):
+    return [np.concatenate([get(b) for b in row]) for row in rows]
+
+  values = elements(lambda b: oracle.dequantize_block(b, fmt.one_level))
+  return Expected(
+    np.array(values, np.float32),
+    np.array(elements(lambda b: b.codes), np.uint8),
+    numbers(lambda b: b.scale),
+    None,
+    None,
+    numbers(lambda b: b.minimum) if fmt.minimum else None,
   )
 
 
