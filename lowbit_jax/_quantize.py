@@ -6,6 +6,7 @@ merge blocks, pack. The public functions and their derivatives are in
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -493,11 +494,10 @@ def _least_squares(blocks: Blocks, fmt: BlockFormat, scale, low, real):
     return jnp.clip(fb.round_half_even(y), 0, top)
 
   n, above = total(jnp.ones_like(x)), x - low
-  best = scale, low
-  least = error(*best, codes_of(scale))
-  for step in LEAST_SQUARES_STEPS:
+
+  def try_step(best, step):
     # The range on `step` levels more or less, and the line through the codes.
-    codes = codes_of(scale * jnp.float32(top / (top + step)))
+    codes = codes_of(scale * (top / (top + step)))
     a, aa, b, ab = map(total, (codes, codes**2, above, codes * above))
     inverse = _scaling.reciprocal(n * aa - a * a)
     slope, start = (n * ab - a * b) * inverse, (aa * b - a * ab) * inverse + low
@@ -506,14 +506,14 @@ def _least_squares(blocks: Blocks, fmt: BlockFormat, scale, low, real):
       from_zero = (ab + low * a) * _scaling.reciprocal(aa)
       slope = jnp.where(start > 0, from_zero, slope)
       start = jnp.minimum(start, 0)
-    found = error(slope, start, codes)
-    better = (found < least) & (slope > 0)
-    best = tuple(
-      jnp.where(better, new, old)
-      for new, old in zip((slope, start), best, strict=True)
-    )
-    least = jnp.where(better, found, least)
-  return best
+    found = slope, start, error(slope, start, codes)
+    is_better = (found[2] < best[2]) & (slope > 0)
+    choose = functools.partial(jnp.where, is_better)
+    return jax.tree.map(choose, found, best), None
+
+  first = scale, low, error(scale, low, codes_of(scale))
+  steps = jnp.asarray(LEAST_SQUARES_STEPS, jnp.float32)
+  return jax.lax.scan(try_step, first, steps)[0][:2]
 
 
 def _absmean(blocks: Blocks, amax, fmt: BlockFormat):

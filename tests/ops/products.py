@@ -11,7 +11,7 @@ from unittest import mock
 import jax
 import numpy as np
 
-from lowbit_jax import QArray, formats, qarray
+from lowbit_jax import QArray, formats, ops, qarray
 from lowbit_jax.ops import _partition
 
 U = 2.0**-24
@@ -35,7 +35,7 @@ def make(name: str, *shape, axis=-2, seed: int = 1) -> QArray:
   values = fmt.element.values()
   values = np.where(np.abs(values) <= fmt.element.max, values, np.nan)
   codes = random.choice(np.flatnonzero(np.isfinite(values)), padded)
-  scale = zero = tensor = None
+  scale = zero = tensor = minimum = None
   unit = 2 / fmt.element.max
   if fmt.tensor_scale:
     tensor = np.full((1,) * len(shape), 0.3, np.float32)
@@ -51,11 +51,27 @@ def make(name: str, *shape, axis=-2, seed: int = 1) -> QArray:
       scale = random.choice(near, blocks).astype(np.uint8)
     if fmt.zero_point:
       zero = random.randint(0, 2**fmt.element.bits, blocks).astype(np.uint8)
+    if fmt.minimum:
+      minimum = -scale * random.uniform(0, fmt.element.max, blocks)
+    scale, minimum = _stored(fmt, scale, axes), _stored(fmt, minimum, axes)
   leaves = scale, tensor, zero
   leaves = [leaf if leaf is None else jax.device_put(leaf) for leaf in leaves]
   packed = jax.device_put(pack(codes, fmt.element.bits, axes[0]))
   axis = axes if len(axes) > 1 else axes[0]
-  return QArray(packed, *leaves, fmt, axis, pad, np.dtype(np.float32))
+  return QArray(
+    packed, *leaves, fmt, axis, pad, np.dtype(np.float32), minimum=minimum
+  )
+
+
+def _stored(fmt, numbers, axes):
+  """Scales as a format stores them; those of two levels are quantized."""
+  if numbers is None or fmt.scale.bits <= 8:
+    return numbers
+  if fmt.scale_blocks is None:
+    return numbers.astype(fmt.scale.name)
+  sign = -1 if numbers.min() < 0 else 1
+  q = ops.quantize(np.float32(sign * numbers), fmt.scale_blocks, axis=axes[0])
+  return qarray.replace(q, scale=sign * q.scale)
 
 
 def pack(codes, bits: int, axis: int) -> np.ndarray:
@@ -98,12 +114,19 @@ def dense(x) -> np.ndarray:
   if x.zero_point is not None:
     w = w - spread(np.asarray(x.zero_point))
   if x.scale is not None:
-    scale = np.asarray(x.scale)
-    scale = fmt.scale.values()[scale] if scale.dtype == np.uint8 else scale
-    w = w * spread(scale.astype(np.float64))
+    scale = _numbers(x.scale)
+    coded = fmt.scale.bits <= 8
+    w = w * spread(fmt.scale.values()[scale.astype(int)] if coded else scale)
   if x.tensor_scale is not None:
     w = w * np.asarray(x.tensor_scale, np.float64)
+  if x.minimum is not None:
+    w = w + spread(_numbers(x.minimum))
   return w[tuple(slice(n) for n in x.shape)]
+
+
+def _numbers(scale) -> np.ndarray:
+  """Scales in float64, codes as they are."""
+  return np.float64(dense(scale) if isinstance(scale, QArray) else scale)
 
 
 def assert_product(got, spec: str, a, b, extra: float = 0.0):
