@@ -501,7 +501,7 @@ class SplitTest(GgufTest):
       self.assertEqual(file['c'].tobytes(), b'abcd')
       self.assertEqual(file.metadata, {'general.name': 'tiny'})
       whole = self.saved(file, metadata=file.metadata)
-      names = [info.name for info in file.stored]
+      names = [place.info.name for place in file.places]
     self.assertEqual(names, ['a', 'b.weight', 'c', 'b.scale'])
     again = self.open(whole)
     self.assertEqual(list(again), ['a', 'b.weight', 'c'])
@@ -570,6 +570,50 @@ class SaveTest(GgufTest):
       data = file_of(all_types(), pair)
       with self.open(data, 'third.gguf') as file:
         self.assertEqual(self.saved(file, metadata=file.metadata), data)
+
+  def test_the_tensors_of_a_file_come_back(self):
+    tensors = {t[0]: t for t in all_types() if t[0] != 'TQ1_0.weight'}
+    with self.open(file_of(list(tensors.values()))) as file:
+      again = self.saved({**file, 'x': np.ones(3, np.float32)})
+    order = [n for n in tensors if n != 'NVFP4.scale']
+    order.insert(order.index('NVFP4.weight') + 1, 'NVFP4.scale')
+    ones = ('x', (3,), 0, np.ones(3, np.float32).tobytes())
+    self.assertEqual(again, file_of([*(tensors[n] for n in order), ones]))
+
+  def test_the_bytes_of_another_writer_come_back(self):
+    data = goldens()['container'].tobytes()
+    with self.open(data) as file:
+      self.assertEqual(self.saved(file, metadata=file.metadata), data)
+
+  def test_a_type_with_the_format_of_another(self):
+    data, shape = golden_tensor('TQ1_0')
+    tensors = [('x', shape, CODES['TQ1_0'], data)]
+    with self.open(file_of(tensors)) as file:
+      self.assertEqual(self.saved(file), file_of(tensors))
+    with self.open(file_of(tensors)) as file:
+      q = file['x']
+      self.saved({'x': q})
+    with gguf.open(self.path) as file:
+      self.assertEqual(file.tensors['x'].layout, 'TQ2_0')
+      np.testing.assert_array_equal(file['x'].codes, q.codes)
+      np.testing.assert_array_equal(file['x'].scale, q.scale)
+
+  @parameterized.parameters(*LATER, *DECODED)
+  def test_types_that_are_not_read_are_copied(self, name):
+    code = CODES[name]
+    data = np.random.RandomState(0).bytes(LAYOUTS[code].nbytes)
+    shape = (LAYOUTS[code].elements,)
+    tensors = [('x', shape, code, data)]
+    with self.open(file_of(tensors)) as file:
+      self.assertEqual(self.saved(file), file_of(tensors))
+    big = file_of([('x', shape, code, data)], (), 3, '>')
+    with self.open(big) as file:
+      if name in DECODED:
+        with self.assertRaisesRegex(ValueError, 'big-endian'):
+          self.saved(file)
+      else:
+        little = [('x', shape, code, swapped(data, name))]
+        self.assertEqual(self.saved(file), file_of(little))
 
   def test_plain_numbers(self):
     plain = {
@@ -679,6 +723,7 @@ class SaveTest(GgufTest):
     for leaf, error, message in (
       (qarray.replace(q, fmt=formats.nf4_g64), TypeError, 'nf4_g64.*int4_g32'),
       (q.mT, ValueError, 'axis -2'),
+      (n[:, :32], ValueError, 'whole blocks of 64'),
       (qarray.replace(q, pad=(3,)), ValueError, r'padding \(3,\)'),
       (qarray.replace(q, merged=(2,)), ValueError, 'last axis'),
       (qarray.replace(q, scale=q.scale[:1]), ValueError, 'scale.shape'),

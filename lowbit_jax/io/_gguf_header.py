@@ -20,7 +20,9 @@ from lowbit_jax.io._gguf_layouts import CODES, LAYOUTS, Layout
 ALIGNMENT = 'general.alignment'
 _MAGIC = b'GGUF'
 _VERSIONS = (2, 3)
-_HEADER_BYTES = 2**28
+# Far more than files have; a Python object takes many times its bytes there.
+_HEADER_BYTES = 2**26
+_TENSORS, _PAIRS = 2**18, 2**16
 _RANK = 4
 _NAME_BYTES = 64
 _SIZE = 2**60  # bytes of a tensor; more would not fit into 64-bit offsets
@@ -70,7 +72,7 @@ def read(path: str, file: BinaryIO) -> Header:
     reader = values.Reader(data, 8, order)
     where = 'its header'
     try:
-      tensors, pairs = reader.count(24), reader.count(13)
+      tensors, pairs = reader.count(24, _TENSORS), reader.count(13, _PAIRS)
       metadata: dict[str, Any] = {}
       for i in range(pairs):
         where = f'key {i} of its metadata'
@@ -216,7 +218,7 @@ def _check_place(
   try:
     nbytes = info.nbytes
   except ValueError as error:
-    raise damaged(path, f'{where}: {error}') from error
+    raise damaged(path, f'{where} {error}') from error
   if offset != expected:
     raise damaged(
       path,

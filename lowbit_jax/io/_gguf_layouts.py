@@ -67,8 +67,8 @@ class Layout(NamedTuple):
     """
     if (shape[-1] if shape else 1) % self.elements:
       raise ValueError(
-        f'{shape=} has no rows of whole blocks of {self.elements}, as'
-        f' {self.name} needs'
+        f'has the shape {shape}, whose rows are no whole blocks of'
+        f' {self.elements}, as {self.name} needs'
       )
     return math.prod(shape) // self.elements * self.nbytes
 
@@ -168,6 +168,20 @@ def read(
   return _qarray(layout.fmt, parts, shape, tensor_scale)
 
 
+def little(layout: Layout, data: np.ndarray, order: Order) -> np.ndarray:
+  """Bytes of a tensor with all numbers in little-endian order."""
+  if order == '<':
+    return data
+  if layout.is_decoded:
+    raise ValueError(f'is of type {layout.name} in a big-endian file')
+  if layout.block is None:
+    stored = np.dtype(f'u{layout.nbytes}')
+  else:
+    stored = layout.block.fields
+  swapped = data.view(stored.newbyteorder('>'))
+  return swapped.astype(stored.newbyteorder('<')).view(np.uint8)
+
+
 def layout_of(leaf: Any) -> Layout:
   """The layout in which a leaf is written.
 
@@ -193,8 +207,8 @@ def write(layout: Layout, leaf: Any) -> Iterator[bytes | memoryview]:
     ValueError: for numbers that the layout cannot hold exactly.
   """
   if not isinstance(leaf, QArray):
-    array = np.ascontiguousarray(leaf)
-    yield _bytes(array.astype(array.dtype.newbyteorder('<'), copy=False))
+    array = np.ascontiguousarray(leaf, layout.dtype).view(f'u{layout.nbytes}')
+    yield _bytes(array.astype(f'<u{layout.nbytes}', copy=False))
     return
   fmt, block = leaf.fmt, layout.block
   assert block is not None
@@ -242,7 +256,7 @@ def _qarray(
   rows, size = shape[:-1], shape[-1]
   scale: Any = parts.scale
   if fmt.scale == _SCALE:
-    scale = scale.astype(_SCALE.name)
+    scale = scale.astype(_SCALE.name, copy=False)
   if fmt.tensor_scale:
     ones = (1,) * (len(shape) - 1)
     given = np.ones(1, np.float32) if tensor_scale is None else tensor_scale
@@ -266,9 +280,11 @@ def _check_parts(layout: Layout, parts: Parts) -> None:
   if layout.fmt is None:
     return
   if layout.fmt.element == formats.ternary:
-    codes = parts.codes
-    if ((codes >> 1) & ~codes & 0x55).any():
-      raise ValueError('holds a code that is none of -1, 0 and 1')
+    step = CHUNK // layout.elements
+    for start in range(0, len(parts.codes), step):
+      codes = parts.codes[start : start + step]
+      if ((codes >> 1) & ~codes & 0x55).any():
+        raise ValueError('holds a code that is none of -1, 0 and 1')
   if layout.name == 'NVFP4' and (parts.scale & 0x80).any():
     raise ValueError('holds a negative scale')
 

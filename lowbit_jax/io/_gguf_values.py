@@ -64,11 +64,13 @@ class Reader:
   def u64(self) -> int:
     return self._unpack_u64(self.take(8))[0]
 
-  def count(self, smallest: int) -> int:
-    """A number of things that take at least `smallest` bytes each."""
+  def count(self, smallest: int, most: int = 2**64) -> int:
+    """A number of things, at most `most` of at least `smallest` bytes each."""
     count = self.u64()
     if count * smallest > self.rest:
       raise ValueError(f'{count} entries do not fit into {self.rest} bytes')
+    if count > most:
+      raise ValueError(f'{count} entries are more than {most}')
     return count
 
   def string(self) -> bytes:

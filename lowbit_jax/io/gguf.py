@@ -11,7 +11,7 @@ import functools
 import os
 import re
 import stat
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, BinaryIO, NamedTuple
 
 import jax
@@ -31,17 +31,6 @@ _SPLIT = 'split.'
 _F32 = LAYOUTS[CODES['F32']]
 
 
-@dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class _GgufCheckpoint(Checkpoint):
-  """A checkpoint that can be written as the same bytes again.
-
-  Attributes:
-    stored: all tensors of the file in its order, companions included.
-  """
-
-  stored: tuple[Info, ...]
-
-
 class _Place(NamedTuple):
   """Where a tensor lies."""
 
@@ -51,13 +40,24 @@ class _Place(NamedTuple):
   info: Info
 
 
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class _GgufCheckpoint(Checkpoint):
+  """A checkpoint that can be written as the same bytes again.
+
+  Attributes:
+    places: of all tensors in their order, companions included.
+  """
+
+  places: tuple[_Place, ...]
+
+
 class _Entry(NamedTuple):
-  """A tensor to write."""
+  """A tensor to write, and what makes its bytes, piece by piece."""
 
   name: str
   shape: tuple[int, ...]
   layout: Layout
-  read: Callable[[], Any]
+  pieces: Callable[[], Iterable[Any]]
 
 
 def open(path: PathLike) -> Checkpoint:
@@ -91,21 +91,22 @@ def open(path: PathLike) -> Checkpoint:
   with contextlib.ExitStack() as stack:
     first, metadata = _part(path, stack)
     places = {place.info.name: place for place in first}
-    if _number(metadata, 'count') > 1:
+    if _number(path, metadata, 'count') > 1:
       for name, place in _other_places(path, metadata, stack):
         if name in places:
           raise damaged(place.path, f'its tensor {name!r} is in another part')
         places[name] = place
-      expected = _number(metadata, 'tensors.count')
+      expected = _number(path, metadata, 'tensors.count')
       if len(places) != expected:
         raise damaged(
           path, f'its parts have {len(places)} of {expected} tensors'
         )
       metadata = _unsplit(metadata)
-    stored = tuple(place.info for place in places.values())
     tensors = _tensors(places)
     release = stack.pop_all().close
-  return _GgufCheckpoint(path, tensors, metadata, release, stored)
+  return _GgufCheckpoint(
+    path, tensors, metadata, release, tuple(places.values())
+  )
 
 
 def save(
@@ -117,9 +118,10 @@ def save(
 ) -> None:
   """Writes a GGUF file, atomically: version 3, little-endian.
 
-  What `open` made of one file, with its metadata, becomes the same bytes again.
-  QArrays are written in the block type that has their codes and scales, without
-  rounding; tensors are read and written one at a time.
+  What `open` returned is copied as it is: with its metadata, the bytes of a
+  little-endian file of version 3 come back. Otherwise QArrays are written in
+  the block type that has their codes and scales, without rounding. Tensors are
+  read and written one at a time.
 
   Args:
     path: of the file; its directory must exist.
@@ -144,7 +146,7 @@ def save(
       f'path={path!r} exists; pass overwrite=True or choose another name'
     )
   metadata = {} if metadata is None else metadata
-  if _number(metadata, 'count') > 1:
+  if _number(path, metadata, 'count') > 1:
     raise ValueError(
       f'metadata says that it is of a split model, and save writes one file:'
       f' leave out the keys {_SPLIT}*'
@@ -158,7 +160,7 @@ def save(
     for entry in entries:
       size = 0
       with _at(entry.name):
-        for piece in layouts.write(entry.layout, entry.read()):
+        for piece in entry.pieces():
           size += file.write(piece)
       file.write(header.padding(size, alignment))
 
@@ -175,11 +177,12 @@ def _part(
   return [_Place(path, file, order, info) for info in infos], metadata
 
 
-def _number(metadata: Mapping[str, Any], key: str) -> int:
+def _number(path: str, metadata: Mapping[str, Any], key: str) -> int:
   """A number of the keys that describe a split, 0 where it is not there."""
   value = metadata.get(_SPLIT + key, 0)
-  is_number = isinstance(value, int | np.integer)
-  return int(value) if is_number else 0
+  if isinstance(value, int | np.integer):
+    return int(value)
+  raise ValueError(f'{path!r}: {_SPLIT}{key} is {value!r}, and no integer')
 
 
 def _unsplit(metadata: Mapping[str, Any]) -> dict[str, Any]:
@@ -190,17 +193,18 @@ def _other_places(
   path: str, metadata: Mapping[str, Any], stack: contextlib.ExitStack
 ) -> Iterator[tuple[str, _Place]]:
   """The tensors of the second and further parts of a split model."""
-  count = _number(metadata, 'count')
+  count = _number(path, metadata, 'count')
   match = _SPLIT_NAME.fullmatch(path)
   if match is None or match[2] != '00001' or match[3] != f'{count:05}':
+    number = _number(path, metadata, 'no') + 1
     raise ValueError(
-      f'{path!r} is part {_number(metadata, "no") + 1} of {count}; open the'
-      f' first by a name that ends in -00001-of-{count:05}.gguf'
+      f'{path!r} is part {number} of {count}; open the first by a name that'
+      f' ends in -00001-of-{count:05}.gguf'
     )
   for number in range(count):
     part = f'{match[1]}-{number + 1:05}-of-{count:05}.gguf'
     places, more = _part(part, stack) if number else ([], metadata)
-    found = _number(more, 'no'), _number(more, 'count')
+    found = _number(part, more, 'no'), _number(part, more, 'count')
     if found != (number, count):
       raise damaged(
         part, f'it says that it is part {found[0] + 1} of {found[1]}'
@@ -253,58 +257,66 @@ def _check_scale(scale: _Place, weight: Info) -> None:
     )
 
 
-def _read(place: _Place, scale: _Place | None) -> Leaf:
-  tensor_scale: Any = None if scale is None else _read(scale, None)
+@contextlib.contextmanager
+def _mapped(place: _Place) -> Iterator[np.ndarray]:
+  """The bytes of a tensor; errors about them name the file and the tensor."""
   info = place.info
   if place.file.closed:
     raise ValueError(f'{place.path!r} is closed: open it again')
-  # Mapped for itself, so that its pages go when nothing refers to them.
-  data = np.memmap(
-    place.file, np.uint8, 'r', offset=info.start, shape=(info.nbytes,)
-  ).view(np.ndarray)
   try:
+    # Mapped for itself, so that its pages go when nothing refers to them.
+    mapped = np.memmap(
+      place.file, np.uint8, 'r', offset=info.start, shape=(info.nbytes,)
+    )
+    yield mapped.view(np.ndarray)
+  except ValueError as error:
+    raise ValueError(f'{place.path!r}: its {info.name!r} {error}') from error
+
+
+def _read(place: _Place, scale: _Place | None) -> Leaf:
+  tensor_scale: Any = None if scale is None else _read(scale, None)
+  info = place.info
+  with _mapped(place) as data:
     return layouts.read(
       info.layout, data, info.shape, place.order, tensor_scale
     )
-  except ValueError as error:
-    raise ValueError(f'{place.path!r}: its {info.name!r} {error}') from error
+
+
+def _copied(place: _Place) -> Iterator[Any]:
+  with _mapped(place) as data:
+    yield layouts.little(place.info.layout, data, place.order)
 
 
 def _entries(tensors: Mapping[str, Any]) -> Iterator[_Entry]:
   """What is to be written, in its order."""
   if isinstance(tensors, _GgufCheckpoint):
-    yield from _stored_entries(tensors)
+    # As it is, types and companions included.
+    for place in tensors.places:
+      name, shape, layout, _ = place.info
+      yield _Entry(name, shape, layout, functools.partial(_copied, place))
     return
   for name, leaf in tensors.items():
     with _at(name):
       _check_leaf(name, leaf)
-      layout = layouts.layout_of(leaf)
-      read = functools.partial(tensors.__getitem__, name)
-      yield _Entry(name, tuple(leaf.shape), layout, read)
+      layout, shape = layouts.layout_of(leaf), tuple(leaf.shape)
+      layout.size(shape)
+      pieces = functools.partial(_written, layout, tensors, name)
+      yield _Entry(name, shape, layout, pieces)
       if isinstance(leaf, QArray) and leaf.tensor_scale is not None:
         scale = _flat_scale(leaf)
         companion = _companion(name)
         if companion in tensors:
           raise ValueError(f'has a tensor scale, and so has {companion!r}')
         if (scale != 1).any():
-          yield _Entry(companion, scale.shape, _F32, lambda s=scale: s)
+          pieces = functools.partial(layouts.write, _F32, scale)
+          yield _Entry(companion, scale.shape, _F32, pieces)
 
 
-def _stored_entries(checkpoint: _GgufCheckpoint) -> Iterator[_Entry]:
-  """Those of a file that was read: types, order and companions as there."""
-  weights = {_companion(name): name for name in checkpoint}
-  for info in checkpoint.stored:
-    layout = _F32 if info.layout.is_decoded else info.layout
-    read = functools.partial(checkpoint.__getitem__, info.name)
-    if info.name not in checkpoint:
-      read = functools.partial(_scale_of, checkpoint, weights[info.name])
-    yield _Entry(info.name, info.shape, layout, read)
-
-
-def _scale_of(checkpoint: Checkpoint, name: str) -> np.ndarray:
-  leaf = checkpoint[name]
-  assert isinstance(leaf, QArray)
-  return _flat_scale(leaf)
+def _written(
+  layout: Layout, tensors: Mapping[str, Any], name: str
+) -> Iterator[Any]:
+  # Asked for again, so that one at a time is in memory where they are read.
+  yield from layouts.write(layout, tensors[name])
 
 
 def _flat_scale(q: QArray) -> np.ndarray:
