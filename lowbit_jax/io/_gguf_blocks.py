@@ -4,8 +4,6 @@ A file interleaves each scale with the codes of its block, and stores codes in
 planes: byte j of 16 may hold the elements j and j + 16. A QArray has codes in
 order, packed little end first, apart from the scales. Both directions work on
 words of 64 bits that hold one code in each byte, eight elements at a time.
-
-Source of the layouts: ggml's `ggml-common.h` and `ggml-quants.c`.
 """
 
 from collections.abc import Callable
@@ -210,7 +208,7 @@ def _unpack(data: np.ndarray, bits: int) -> np.ndarray:
 # Where blocks keep the bits of their codes.
 
 
-def _planes(field: str, bits: int, group: int) -> Codes:
+def planar(field: str, bits: int, group: int) -> Codes:
   """Codes in planes: of `group` bytes, the low bits come first, in order."""
   shifts = np.arange(0, 8, bits).astype(_WORD)[:, None, None]
   mask = (2**bits - 1) * _ONES
@@ -231,7 +229,7 @@ def _planes(field: str, bits: int, group: int) -> Codes:
   return Codes(read, write)
 
 
-def _stream(field: str, bits: int) -> Codes:
+def in_order(field: str, bits: int) -> Codes:
   """Codes side by side, in order."""
 
   def read(blocks):
@@ -243,7 +241,7 @@ def _stream(field: str, bits: int) -> Codes:
   return Codes(read, write)
 
 
-def _high(low: Codes, bits: int, high: Codes) -> Codes:
+def with_high(low: Codes, bits: int, high: Codes) -> Codes:
   """Codes whose bits above `bits` are kept apart."""
   mask = (2**bits - 1) * _ONES
 
@@ -257,7 +255,7 @@ def _high(low: Codes, bits: int, high: Codes) -> Codes:
   return Codes(read, write)
 
 
-def _digits(*fields: tuple[str, int]) -> Codes:
+def ternary(*fields: tuple[str, int]) -> Codes:
   """Digits to the base 3: fields with the digits in each of their bytes.
 
   A byte holds up to five digits as the number 256 / 243 of them, rounded up, so
@@ -283,168 +281,3 @@ def _digits(*fields: tuple[str, int]) -> Codes:
       blocks[field] = (number * np.uint32(256) + 242) // 243
 
   return Codes(read, write)
-
-
-# Where they keep the integers of two-level scales.
-
-
-def _check_range(name: str, x: np.ndarray, low: int, high: int) -> np.ndarray:
-  if x.size and (x.min() < low or x.max() > high):
-    raise ValueError(f'{name} from {x.min()} to {x.max()}, not {low} to {high}')
-  return x
-
-
-def _read_nibbles(blocks):
-  packed = blocks['scales']
-  return packed & 15, packed >> 4
-
-
-def _write_nibbles(scale, minimum, blocks):
-  _check_range('scales', scale, 0, 15)
-  blocks['scales'] = scale | _check_range('minima', minimum, 0, 15) << 4
-
-
-def _read_six(blocks):
-  """Eight pairs of 6 bits: low four of the last four pairs are kept apart."""
-  a, b, c = np.split(blocks['scales'], 3, axis=1)
-  scale = np.concatenate([a & 63, (c & 15) | (a >> 6) << 4], -1)
-  return scale, np.concatenate([b & 63, (c >> 4) | (b >> 6) << 4], -1)
-
-
-def _write_six(scale, minimum, blocks):
-  scale = _check_range('scales', scale, 0, 63)
-  minimum = _check_range('minima', minimum, 0, 63)
-  (s, t), (m, k) = (np.split(x, 2, axis=1) for x in (scale, minimum))
-  a, b = s | (t >> 4) << 6, m | (k >> 4) << 6
-  blocks['scales'] = np.concatenate([a, b, (t & 15) | (k & 15) << 4], -1)
-
-
-def _read_signed_six(blocks):
-  """Sixteen of 6 bits: nibbles in 8 bytes, pairs of bits in planes of 4."""
-  low, high = np.split(blocks['scales'], [8], axis=1)
-  low = np.concatenate([low & 15, low >> 4], -1)
-  high = np.concatenate([(high >> shift) & 3 for shift in (0, 2, 4, 6)], -1)
-  return (low | high << 4).astype(np.int8) - np.int8(32), None
-
-
-def _write_signed_six(scale, minimum, blocks):
-  del minimum
-  scale = (_check_range('scales', scale, -32, 31) + 32).astype(np.uint8)
-  low, high = scale & 15, np.split(scale >> 4, 4, axis=1)
-  high = np.bitwise_or.reduce([h << 2 * k for k, h in enumerate(high)])
-  blocks['scales'] = np.concatenate([low[:, :8] | low[:, 8:] << 4, high], -1)
-
-
-def _read_int8(blocks):
-  return np.ascontiguousarray(blocks['scales']), None
-
-
-def _write_int8(scale, minimum, blocks):
-  del minimum
-  blocks['scales'] = _check_range('scales', scale, -128, 127)
-
-
-def _read_split_six(blocks):
-  """Eight of 6 bits: nibbles in 4 bytes, pairs of bits in a 16-bit number."""
-  low = blocks['low'][:, :, None] >> np.array([0, 4], np.uint8) & 15
-  high = blocks['high'][:, None] >> np.arange(0, 16, 2, dtype=np.uint16) & 3
-  scale = low.reshape(len(blocks), 8) | high.astype(np.uint8) << 4
-  return scale.astype(np.int8) - np.int8(32), None
-
-
-def _write_split_six(scale, minimum, blocks):
-  del minimum
-  scale = (_check_range('scales', scale, -32, 31) + 32).astype(np.uint8)
-  blocks['low'] = scale[:, ::2] & 15 | (scale[:, 1::2] & 15) << 4
-  high = (scale >> 4).astype(np.uint16) << np.arange(0, 16, 2, dtype=np.uint16)
-  blocks['high'] = high.sum(1, dtype=np.uint16)
-
-
-def _fields(*fields: tuple[str, str] | tuple[str, str, int]) -> np.dtype:
-  return np.dtype(list(fields))
-
-
-_D, _M, _DMIN = ('d', '<f2'), ('m', '<f2'), ('dmin', '<f2')
-_NIBBLES = _planes('qs', 4, 16)
-_TRITS = _digits(('qs', 5), ('qt', 5), ('qh', 4))
-_FIVE = _high(_NIBBLES, 4, _stream('qh', 1))
-
-
-def _bytes(name: str, size: int) -> tuple[str, str, int]:
-  return (name, 'u1', size)
-
-
-BLOCKS = {
-  'Q4_0': Block(32, 4, _fields(_D, _bytes('qs', 16)), _NIBBLES, 8),
-  'Q4_1': Block(32, 4, _fields(_D, _M, _bytes('qs', 16)), _NIBBLES),
-  'Q5_0': Block(
-    32, 5, _fields(_D, _bytes('qh', 4), _bytes('qs', 16)), _FIVE, 16
-  ),
-  'Q5_1': Block(
-    32, 5, _fields(_D, _M, _bytes('qh', 4), _bytes('qs', 16)), _FIVE
-  ),
-  'Q8_0': Block(32, 8, _fields(_D, _bytes('qs', 32)), None),
-  'Q2_K': Block(
-    256,
-    2,
-    _fields(_bytes('scales', 16), _bytes('qs', 64), _D, _DMIN),
-    _planes('qs', 2, 32),
-    integers=Integers(_read_nibbles, _write_nibbles),
-  ),
-  'Q3_K': Block(
-    256,
-    3,
-    _fields(_bytes('qh', 32), _bytes('qs', 64), _bytes('scales', 12), _D),
-    _high(_planes('qs', 2, 32), 2, _planes('qh', 1, 32)),
-    4,
-    Integers(_read_signed_six, _write_signed_six),
-  ),
-  'Q4_K': Block(
-    256,
-    4,
-    _fields(_D, _DMIN, _bytes('scales', 12), _bytes('qs', 128)),
-    _planes('qs', 4, 32),
-    integers=Integers(_read_six, _write_six),
-  ),
-  'Q5_K': Block(
-    256,
-    5,
-    _fields(
-      _D, _DMIN, _bytes('scales', 12), _bytes('qh', 32), _bytes('qs', 128)
-    ),
-    _high(_planes('qs', 4, 32), 4, _planes('qh', 1, 32)),
-    integers=Integers(_read_six, _write_six),
-  ),
-  'Q6_K': Block(
-    256,
-    6,
-    _fields(_bytes('qs', 128), _bytes('qh', 64), ('scales', 'i1', 16), _D),
-    _high(_planes('qs', 4, 64), 4, _planes('qh', 2, 32)),
-    32,
-    Integers(_read_int8, _write_int8),
-  ),
-  'IQ4_NL': Block(32, 4, _fields(_D, _bytes('qs', 16)), _NIBBLES),
-  'IQ4_XS': Block(
-    256,
-    4,
-    _fields(_D, ('high', '<u2'), _bytes('low', 4), _bytes('qs', 128)),
-    _NIBBLES,
-    integers=Integers(_read_split_six, _write_split_six),
-  ),
-  'TQ1_0': Block(
-    256,
-    2,
-    _fields(_bytes('qs', 32), _bytes('qt', 16), _bytes('qh', 4), _D),
-    _TRITS,
-    1,
-  ),
-  'TQ2_0': Block(
-    256, 2, _fields(_bytes('qs', 64), _D), _planes('qs', 2, 32), 1
-  ),
-  'MXFP4': Block(32, 4, _fields(('d', 'u1'), _bytes('qs', 16)), _NIBBLES),
-  'NVFP4': Block(
-    64, 4, _fields(_bytes('d', 4), _bytes('qs', 32)), _planes('qs', 4, 8)
-  ),
-  'Q1_0': Block(128, 1, _fields(_D, _bytes('qs', 16)), None),
-  'Q2_0': Block(64, 2, _fields(_D, _bytes('qs', 16)), None),
-}

@@ -93,7 +93,7 @@ def read(path: str, file: BinaryIO) -> Header:
         rows[name] = _row(reader)
     except ValueError as error:
       cut = '' if length == size else f'; headers up to {length} bytes are read'
-      raise damaged(path, f'{where} is not whole: {error}{cut}') from error
+      raise damaged(path, f'{where}: {error}{cut}') from error
     start = _aligned(reader.position, alignment)
     infos, end = [], start
     for name, (shape, code, offset) in rows.items():

@@ -13,7 +13,8 @@ import numpy as np
 from lowbit_jax import formats, qarray
 from lowbit_jax.formats import BlockFormat, CodebookFormat, ElementFormat
 from lowbit_jax.io._checkpoint import Leaf
-from lowbit_jax.io._gguf_blocks import BLOCKS, CHUNK, Block, Parts, join, split
+from lowbit_jax.io._gguf_blocks import CHUNK, Block, Parts, join, split
+from lowbit_jax.io._gguf_types import BLOCKS
 from lowbit_jax.io._gguf_values import Order
 from lowbit_jax.qarray import QArray
 

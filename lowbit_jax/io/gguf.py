@@ -248,7 +248,7 @@ def _tensors(places: Mapping[str, _Place]) -> dict[str, Tensor]:
 def _check_scale(scale: _Place, weight: Info) -> None:
   shape = scale.info.shape
   stack = weight.shape[:1] if len(weight.shape) > 2 else (1,)
-  if scale.info.layout != _F32 or shape not in ((), (1,), stack):
+  if scale.info.layout is not _F32 or shape not in ((), (1,), stack):
     raise damaged(
       scale.path,
       f'its tensor {scale.info.name!r}, of type {scale.info.layout.name} and'
