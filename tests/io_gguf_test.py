@@ -103,12 +103,11 @@ def file_of(tensors, pairs=(), version=3, order='<', padded=True):
   out = b'GGUF' + u32(version) + u64(len(tensors)) + u64(len(pairs))
   for key, code, value in pairs:
     out += text(key[8:]) + u32(code) + value
-  offset, body = 0, b''
+  body = b''
   for name, shape, code, data in tensors:
     out += text(name.encode()) + u32(len(shape))
     out += b''.join(map(u64, reversed(shape))) + u32(code) + u64(len(body))
     body += data + bytes(-len(data) % alignment)
-  del offset
   out += bytes(-len(out) % alignment) + body
   end = len(data) if tensors else 0
   return out if padded or not tensors else out[: len(out) - (-end % alignment)]
@@ -438,6 +437,21 @@ class OpenTest(GgufTest):
     for version in (0, 1, 4, 2**31):
       with self.assertRaisesRegex(ValueError, f'version {version};.*2 and 3'):
         self.open(file_of(tensors, version=version))
+
+  def test_metadata_of_big_endian_files(self):
+    number = np.array([3, -7], '>i2').tobytes()
+    pairs = (
+      (string('a'), 5, struct.pack('>i', -9)),
+      (string('b'), 9, struct.pack('>IQ', 3, 2) + number),
+      (string('c'), 9, struct.pack('>IQQ', 8, 1, 4) + b'text'),
+      (string('general.alignment'), 4, struct.pack('>I', 64)),
+    )
+    file = self.open(file_of([], pairs, 3, '>'))
+    self.assertEqual(file.metadata['a'], -9)
+    np.testing.assert_array_equal(file.metadata['b'], [3, -7])
+    self.assertTrue(file.metadata['b'].dtype.isnative)
+    self.assertEqual(file.metadata['c'], ['text'])
+    self.assertEqual(file.metadata['general.alignment'], 64)
 
   def test_what_was_read_outlives_the_file(self):
     data = file_of([('x', (3,), 0, bytes(12)), ('y', (1,), 0, bytes(4))])
