@@ -87,6 +87,13 @@ def same(a, b):
   return np.array_equal(np.asarray(a) + 0.0, np.asarray(b) + 0.0)
 
 
+def rescaled(q, scale):
+  """`q` with other scales, and a format that has their dtype."""
+  stored = getattr(formats, scale.dtype.name)
+  fmt = dataclasses.replace(q.fmt, scale=stored, name='mine')
+  return qarray.replace(q, scale=scale, fmt=fmt)
+
+
 def string(text):
   return struct.pack('<Q', len(text)) + text.encode()
 
@@ -717,12 +724,8 @@ class SaveTest(GgufTest):
     """A float32 or bfloat16 scale is written where it is a float16 number."""
     q = self.q()
     want = self.saved({'x': q})
-    coarse = qarray.replace(
-      q,
-      scale=np.full(q.scale.shape, 0.5, ml_dtypes.bfloat16),
-      fmt=dataclasses.replace(q.fmt, scale=formats.bfloat16, name='mine'),
-    )
-    self.saved({'x': coarse})
+    coarse = np.full(q.scale.shape, 0.5, ml_dtypes.bfloat16)
+    self.saved({'x': rescaled(q, coarse)})
     with gguf.open(self.path) as file:
       np.testing.assert_array_equal(file['x'].codes, q.codes)
       self.assertTrue((file['x'].scale == 0.5).all())
@@ -731,7 +734,7 @@ class SaveTest(GgufTest):
     )
     self.assertEqual(self.saved({'x': again}), want)
     for value in (0.1, 1e5, 1e-9):
-      wrong = qarray.replace(q, scale=np.full_like(q.scale, value))
+      wrong = rescaled(q, np.full(q.scale.shape, value, np.float32))
       with self.assertRaisesRegex(ValueError, r"tensors\['x'\].*float16"):
         self.saved({'x': wrong})
 
@@ -788,7 +791,7 @@ class SaveTest(GgufTest):
     before = pathlib.Path(self.path).read_bytes()
     with self.assertRaisesRegex(FileExistsError, 'overwrite=True'):
       gguf.save(self.path, {})
-    wrong = qarray.replace(self.q(), scale=np.full((2, 8), 0.1, np.float32))
+    wrong = rescaled(self.q(), np.full((2, 8), 0.1, np.float32))
     gguf.save(self.path, {'x': np.ones(1)}, overwrite=True)
     with self.assertRaises(ValueError):
       gguf.save(self.path, {'x': wrong}, overwrite=True)
