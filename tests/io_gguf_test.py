@@ -961,6 +961,7 @@ class DamageTest(GgufTest):
       self.check(data)
 
   @pytest.mark.slow
+  @pytest.mark.long('thousands of files are written and opened')
   def test_many_mutations(self):
     for data in self.mutations(6000):
       self.check(data)
