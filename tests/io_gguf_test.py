@@ -957,7 +957,7 @@ class DamageTest(GgufTest):
 
   def test_mutations(self):
     self.assertEqual(self.check(self.data), 1)
-    for data in self.mutations(150):
+    for data in self.mutations(90):
       self.check(data)
 
   @pytest.mark.slow
