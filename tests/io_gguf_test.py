@@ -849,6 +849,8 @@ HOSTILE = (
   ('text', file_of([], [pair(code=8, value=HUGE)]), 'to follow'),
   ('bool', file_of([], [pair(code=7, value=b'\2')]), 'neither 0 nor 1'),
   ('array', file_of([], [pair(code=9, value=b'\4\0\0\0' + HUGE)]), 'not fit'),
+  ('array_cut', file_of([], [pair(code=9, value=struct.pack('<IQ', 4, 9))]),
+   '9 entries do not fit'),
   ('texts', file_of([], [pair(code=9, value=b'\x08\0\0\0' + HUGE)]), 'not fit'),
   ('lists', file_of([], [pair(code=9, value=b'\x09\0\0\0' + HUGE)]), 'not fit'),
   ('entries', file_of([], [pair(code=9, value=b'\x0d\0\0\0' + bytes(8))]),
