@@ -478,6 +478,8 @@ class OpenTest(GgufTest):
     )
     with self.assertRaises(KeyError):
       file['NVFP4.scale']
+    self.assertNotIn('NVFP4.scale', file)
+    self.assertIn('NVFP4.weight', file)
     self.assertIn('input_scale', repr(list(file)))
 
   def test_what_is_no_file(self):
@@ -742,6 +744,7 @@ class SaveTest(GgufTest):
     q, t, n = self.q(), self.q('TQ2_0'), self.q('NVFP4')
     two = np.full_like(t.codes, 0b10_00_10_00)
     stack = np.ones((1, 2, 2), np.float32)
+    rows = np.ones((2, 1), np.float32)
     for leaf, error, message in (
       (qarray.replace(q, fmt=formats.nf4_g64), TypeError, 'nf4_g64.*int4_g32'),
       (q.mT, ValueError, 'axis -2'),
@@ -751,6 +754,7 @@ class SaveTest(GgufTest):
       (qarray.replace(q, scale=q.scale[:1]), ValueError, 'scale.shape'),
       (qarray.replace(t, codes=two), ValueError, 'none of -1, 0 and 1'),
       (qarray.replace(n, scale=n.scale | 0x80), ValueError, 'negative'),
+      (qarray.replace(n, tensor_scale=rows), ValueError, 'of three axes'),
       (
         qarray.replace(n.reshape(1, 2, -1), tensor_scale=stack),
         ValueError,
