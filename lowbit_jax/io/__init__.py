@@ -1,6 +1,7 @@
 """Files: trees of arrays and QArrays, saved and loaded with their formats.
 
 - `DamagedFileError`: A file does not hold what was written to it.
+- `gguf`: GGUF: the files of llama.cpp, read into packed QArrays and written.
 - `load`: Reads a tree that `save` wrote.
 - `save`: Writes a tree to a file, atomically.
 """

@@ -54,6 +54,9 @@ class Checkpoint(Mapping[str, Leaf]):
   def __getitem__(self, name: str) -> Leaf:
     return self.tensors[name].read()
 
+  def __contains__(self, name: object) -> bool:
+    return name in self.tensors  # without reading it
+
   def __iter__(self) -> Iterator[str]:
     return iter(self.tensors)
 
