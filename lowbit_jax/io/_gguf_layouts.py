@@ -13,30 +13,27 @@ import numpy as np
 from lowbit_jax import formats, qarray
 from lowbit_jax.formats import BlockFormat, CodebookFormat, ElementFormat
 from lowbit_jax.io._checkpoint import Leaf
-from lowbit_jax.io._gguf_blocks import CHUNK, Block, Parts, join, split
+from lowbit_jax.io._gguf_blocks import (
+  CHUNK,
+  Block,
+  Parts,
+  join,
+  pack,
+  split,
+  unpack,
+)
 from lowbit_jax.io._gguf_types import BLOCKS
 from lowbit_jax.io._gguf_values import Order
 from lowbit_jax.qarray import QArray
 
-# The scales in files are float16; QArrays hold them as this.
-_SCALE = formats.float32
-
-_NONLINEAR = CodebookFormat(
-  'iq4nl',
-  tuple(
-    map(
-      float,
-      (-127, -104, -83, -65, -49, -35, -22, -10)
-      + (1, 13, 25, 38, 53, 69, 89, 113),
-    )
-  ),
-)
 _SIGN = CodebookFormat('sign', (-1.0, 1.0))
 _QUATERNARY = CodebookFormat('quaternary', (-1.0, 0.0, 1.0, 2.0))
 
 
-def _grouped(element: ElementFormat, size: int) -> BlockFormat:
-  return formats.grouped(element, size, _SCALE)
+def _grouped(
+  element: ElementFormat, size: int, *, minimum: bool = False
+) -> BlockFormat:
+  return formats.grouped(element, size, formats.float16, minimum=minimum)
 
 
 class Layout(NamedTuple):
@@ -48,7 +45,7 @@ class Layout(NamedTuple):
     nbytes: of a block.
     dtype: of an array that is stored as it is.
     block: how blocks hold codes and scales.
-    fmt: the format of the QArray; a block without is not read yet.
+    fmt: the format of the QArray.
     is_decoded: whether the package `gguf` makes a float32 array of it.
   """
 
@@ -78,8 +75,6 @@ class Layout(NamedTuple):
     """The name, and where so that it cannot be read."""
     if self.is_decoded and importlib.util.find_spec('gguf') is None:
       return f'{self.name} (not read)'
-    if self.block is not None and self.fmt is None:
-      return f'{self.name} (not read)'
     return self.name
 
 
@@ -88,7 +83,7 @@ def _dense(name: str, dtype: Any) -> Layout:
   return Layout(name, 1, dtype.itemsize, dtype=dtype)
 
 
-def _packed(name: str, fmt: BlockFormat | None = None) -> Layout:
+def _packed(name: str, fmt: BlockFormat) -> Layout:
   block = BLOCKS[name]
   return Layout(
     name, block.elements, block.fields.itemsize, block=block, fmt=fmt
@@ -103,23 +98,23 @@ LAYOUTS = {
   0: _dense('F32', np.float32),
   1: _dense('F16', np.float16),
   2: _packed('Q4_0', _grouped(formats.int4, 32)),
-  3: _packed('Q4_1'),
+  3: _packed('Q4_1', _grouped(formats.uint4, 32, minimum=True)),
   6: _packed('Q5_0', _grouped(formats.int5, 32)),
-  7: _packed('Q5_1'),
+  7: _packed('Q5_1', _grouped(formats.uint5, 32, minimum=True)),
   8: _packed('Q8_0', _grouped(formats.int8, 32)),
-  10: _packed('Q2_K'),
-  11: _packed('Q3_K'),
-  12: _packed('Q4_K'),
-  13: _packed('Q5_K'),
-  14: _packed('Q6_K'),
+  10: _packed('Q2_K', formats.q2_k),
+  11: _packed('Q3_K', formats.q3_k),
+  12: _packed('Q4_K', formats.q4_k),
+  13: _packed('Q5_K', formats.q5_k),
+  14: _packed('Q6_K', formats.q6_k),
   16: _decoded('IQ2_XXS', 66),
   17: _decoded('IQ2_XS', 74),
   18: _decoded('IQ3_XXS', 98),
   19: _decoded('IQ1_S', 50),
-  20: _packed('IQ4_NL', _grouped(_NONLINEAR, 32)),
+  20: _packed('IQ4_NL', formats.iq4_nl),
   21: _decoded('IQ3_S', 110),
   22: _decoded('IQ2_S', 82),
-  23: _packed('IQ4_XS'),
+  23: _packed('IQ4_XS', formats.iq4_xs),
   24: _dense('I8', np.int8),
   25: _dense('I16', np.int16),
   26: _dense('I32', np.int32),
@@ -161,8 +156,7 @@ def read(
     return _array(data, layout.dtype, order).reshape(shape)
   if layout.is_decoded:
     return _decode(layout, data, order).reshape(shape)
-  if layout.fmt is None or layout.block is None:
-    raise ValueError(f'is of type {layout.name}, which is not read yet')
+  assert layout.fmt is not None and layout.block is not None
   fields = layout.block.fields.newbyteorder(order)
   parts = split(data.view(fields), layout.block)
   _check_parts(layout, parts)
@@ -214,14 +208,23 @@ def write(layout: Layout, leaf: Any) -> Iterator[bytes | memoryview]:
   fmt, block = leaf.fmt, layout.block
   assert block is not None
   blocks = math.prod(leaf.shape) // block.elements
-  codes = np.ascontiguousarray(leaf.codes).reshape(blocks, -1)
-  scale = np.ascontiguousarray(leaf.scale).reshape(blocks, -1)
+  scale, sub_scale = _stored_level(leaf.scale, blocks)
+  minimum, sub_minimum = _stored_level(leaf.minimum, blocks)
+  codes = _rows(leaf.codes, blocks)
+  whole = Parts(codes, scale, sub_scale, minimum, sub_minimum)
   step = CHUNK // block.elements
   for start in range(0, blocks, step):
     chunk = slice(start, start + step)
-    parts = Parts(codes[chunk], _stored_scale(scale[chunk], layout, fmt))
-    _check_parts(layout, parts)
-    yield _bytes(join(parts, block))
+    leaves: Any = (x if x is None else x[chunk] for x in whole)
+    part = Parts(*leaves)
+    part = part._replace(
+      scale=_stored_scale(part.scale, layout),
+      minimum=_stored_scale(part.minimum, layout),
+      sub_scale=_integers(part.sub_scale, fmt.scale_blocks),
+      sub_minimum=_integers(part.sub_minimum, fmt.scale_blocks),
+    )
+    _check_parts(layout, part)
+    yield _bytes(join(part, block))
 
 
 def _bytes(array: Any) -> memoryview:
@@ -254,26 +257,72 @@ def _qarray(
   shape: tuple[int, ...],
   tensor_scale: np.ndarray | None,
 ) -> QArray:
-  rows, size = shape[:-1], shape[-1]
-  scale: Any = parts.scale
-  if fmt.scale == _SCALE:
-    scale = scale.astype(_SCALE.name, copy=False)
+  rows = shape[:-1]
   if fmt.tensor_scale:
     ones = (1,) * (len(shape) - 1)
     given = np.ones(1, np.float32) if tensor_scale is None else tensor_scale
     tensor_scale = given.reshape(-1, *ones)
-  codes: Any = parts.codes
   result = QArray(
-    codes.reshape(*rows, size * fmt.element.bits // 8),
-    scale.reshape(*rows, size // fmt.block[0]),
+    parts.codes.reshape(*rows, -1),  # pyright: ignore[reportArgumentType]
+    _level(parts.scale, parts.sub_scale, fmt.scale_blocks, rows),
     tensor_scale,  # pyright: ignore[reportArgumentType]
     None,
     fmt,
     -1,
     (0,),
     np.dtype(np.float32),
+    minimum=_level(parts.minimum, parts.sub_minimum, fmt.scale_blocks, rows),
   )
   return qarray.validate(result)
+
+
+def _level(
+  scale: np.ndarray | None,
+  integers: np.ndarray | None,
+  fmt: BlockFormat | None,
+  rows: tuple[int, ...],
+) -> Any:
+  """Scales or minima: an array, or a QArray where they have two levels."""
+  if scale is None:
+    return None
+  scale = scale.reshape(*rows, -1)
+  if integers is None or fmt is None:
+    return scale
+  bits = fmt.element.bits
+  codes = pack(integers.view(np.uint8) & np.uint8(2**bits - 1), bits)
+  return QArray(
+    codes.reshape(*rows, -1),  # pyright: ignore[reportArgumentType]
+    scale,
+    None,
+    None,
+    fmt,
+    -1,
+    (0,),
+    np.dtype(np.float32),
+  )
+
+
+def _rows(leaf: Any, blocks: int) -> np.ndarray:
+  return np.ascontiguousarray(leaf).reshape(blocks, -1)
+
+
+def _stored_level(leaf: Any, blocks: int) -> tuple[Any, Any]:
+  """Numbers and, of two levels, packed integers; the inverse of `_level`."""
+  if leaf is None:
+    return None, None
+  if isinstance(leaf, QArray):
+    return _rows(leaf.scale, blocks), _rows(leaf.codes, blocks)
+  return _rows(leaf, blocks), None
+
+
+def _integers(
+  codes: np.ndarray | None, fmt: BlockFormat | None
+) -> np.ndarray | None:
+  """Packed codes as the integers that they stand for."""
+  if codes is None or fmt is None:
+    return None
+  values = fmt.element.values().astype(np.int16)
+  return values[unpack(codes, fmt.element.bits)]
 
 
 def _check_parts(layout: Layout, parts: Parts) -> None:
@@ -310,22 +359,18 @@ def _layout_of_qarray(q: QArray) -> Layout:
 
 def _is_stored_as(fmt: BlockFormat, stored: BlockFormat) -> bool:
   """Whether formats differ at most in how they hold float scales."""
-  floats = (formats.float32, formats.bfloat16, _SCALE)
-  is_float = stored.scale == _SCALE and fmt.scale in floats
+  floats = (formats.float32, formats.bfloat16, formats.float16)
+  if fmt.scale_blocks is None and fmt.scale in floats:
+    fmt = dataclasses.replace(fmt, scale=formats.float16)
   alike = dataclasses.replace(
-    fmt,
-    name=stored.name,
-    scale=_SCALE if is_float else fmt.scale,
-    scale_rule=stored.scale_rule,
+    fmt, name=stored.name, scale_rule=stored.scale_rule
   )
   return alike == stored
 
 
-def _stored_scale(
-  scale: np.ndarray, layout: Layout, fmt: BlockFormat
-) -> np.ndarray:
-  """Scales as a file has them."""
-  if scale.dtype == np.uint8:
+def _stored_scale(scale: Any, layout: Layout) -> Any:
+  """Scales or minima as a file has them."""
+  if scale is None or scale.dtype in (np.uint8, np.float16):
     return scale
   wide = scale.astype(np.float32)
   with np.errstate(over='ignore'):
