@@ -25,6 +25,7 @@ EVERY_DAY = ('uint4_g32_min_float16', 'q4_k')
 ALL = (
   *FLOAT16, *K_QUANTS,
   'int5_g32_float16', 'int8_g32_float16', 'uint5_g32_min_float16', 'iq4_nl',
+  'sign_g128_float16', 'ternary_g256_float16', 'quaternary_g64_float16',
 )  # fmt: skip
 
 
@@ -107,7 +108,8 @@ class OracleTest(parameterized.TestCase):
       'int4_g32_float16': 144, 'int5_g32_float16': 176, 'iq4_nl': 144,
       'int8_g32_float16': 272, 'uint4_g32_min_float16': 160,
       'uint5_g32_min_float16': 192, 'q2_k': 84, 'q3_k': 110, 'q4_k': 144,
-      'q5_k': 176, 'q6_k': 210, 'iq4_xs': 136,
+      'q5_k': 176, 'q6_k': 210, 'iq4_xs': 136, 'sign_g128_float16': 36,
+      'ternary_g256_float16': 66, 'quaternary_g64_float16': 72,
     }  # fmt: skip
     fmt = formats.get(name)
     self.assertEqual(fmt.bits_per_element * 32, block[name])

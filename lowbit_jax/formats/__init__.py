@@ -2,9 +2,9 @@
 
 Element formats are `bfloat16`, `e2m1`, `e2m3`, `e3m2`, `e4m3`, `e4m3b11fnuz`,
 `e4m3fn`, `e4m3fnuz`, `e5m2`, `e5m2fnuz`, `e8m0`, `float16`, `float32`, `int2`,
-`int3`, `int4`, `int5`, `int6`, `int7`, `int8`, `iq4nl`, `nf4`, `ternary`,
-`ue4m3`, `ue5m3`, `uint2`, `uint3`, `uint4`, `uint5`, `uint6`, `uint7` and
-`uint8`.
+`int3`, `int4`, `int5`, `int6`, `int7`, `int8`, `iq4nl`, `nf4`, `quaternary`,
+`sign`, `ternary`, `ue4m3`, `ue5m3`, `uint2`, `uint3`, `uint4`, `uint5`,
+`uint6`, `uint7` and `uint8`.
 
 Block formats are `e4m3fn_channel`, `e4m3fn_tensor`, `e5m2_channel`,
 `e5m2_tensor`, `fp8_128x128`, `fp8_1x128`, `int4_channel`, `int4_g128`,
@@ -96,6 +96,8 @@ from lowbit_jax.formats._catalogue import (
   q4_k as q4_k,
   q5_k as q5_k,
   q6_k as q6_k,
+  quaternary as quaternary,
+  sign as sign,
   ternary as ternary,
   ternary_channel as ternary_channel,
   ternary_tensor as ternary_tensor,

@@ -5,6 +5,8 @@ e5m2), the NVFP4 recipe of TransformerEngine, QLoRA appendix E (nf4), BitNet
 b1.58 (ternary), DeepSeek-V3 (fp8_1x128, fp8_128x128).
 """
 
+import dataclasses
+
 from lowbit_jax.formats._registry import register
 from lowbit_jax.formats._types import (
   BlockFormat,
@@ -234,6 +236,15 @@ iq4nl = register(
   )
 )
 iq4_nl = register(BlockFormat('iq4_nl', iq4nl, (32,), float16))
+sign = register(CodebookFormat('sign', (-1.0, 1.0)))
+quaternary = register(CodebookFormat('quaternary', (-1.0, 0.0, 1.0, 2.0)))
+for _element, _block in ((sign, 128), (ternary, 256)):
+  register(
+    dataclasses.replace(
+      grouped(_element, _block, float16), scale_rule='absmean'
+    )
+  )
+register(grouped(quaternary, 64, float16))
 
 
 def _k_quant(

@@ -11,7 +11,7 @@ import ml_dtypes
 import numpy as np
 
 from lowbit_jax import formats, qarray
-from lowbit_jax.formats import BlockFormat, CodebookFormat, ElementFormat
+from lowbit_jax.formats import BlockFormat
 from lowbit_jax.io._checkpoint import Leaf
 from lowbit_jax.io._gguf_blocks import (
   CHUNK,
@@ -26,14 +26,11 @@ from lowbit_jax.io._gguf_types import BLOCKS
 from lowbit_jax.io._gguf_values import Order
 from lowbit_jax.qarray import QArray
 
-_SIGN = CodebookFormat('sign', (-1.0, 1.0))
-_QUATERNARY = CodebookFormat('quaternary', (-1.0, 0.0, 1.0, 2.0))
 
-
-def _grouped(
-  element: ElementFormat, size: int, *, minimum: bool = False
-) -> BlockFormat:
-  return formats.grouped(element, size, formats.float16, minimum=minimum)
+def _named(name: str) -> BlockFormat:
+  fmt = formats.get(name)
+  assert isinstance(fmt, BlockFormat)
+  return fmt
 
 
 class Layout(NamedTuple):
@@ -97,11 +94,11 @@ def _decoded(name: str, nbytes: int) -> Layout:
 LAYOUTS = {
   0: _dense('F32', np.float32),
   1: _dense('F16', np.float16),
-  2: _packed('Q4_0', _grouped(formats.int4, 32)),
-  3: _packed('Q4_1', _grouped(formats.uint4, 32, minimum=True)),
-  6: _packed('Q5_0', _grouped(formats.int5, 32)),
-  7: _packed('Q5_1', _grouped(formats.uint5, 32, minimum=True)),
-  8: _packed('Q8_0', _grouped(formats.int8, 32)),
+  2: _packed('Q4_0', _named('int4_g32_float16')),
+  3: _packed('Q4_1', _named('uint4_g32_min_float16')),
+  6: _packed('Q5_0', _named('int5_g32_float16')),
+  7: _packed('Q5_1', _named('uint5_g32_min_float16')),
+  8: _packed('Q8_0', _named('int8_g32_float16')),
   10: _packed('Q2_K', formats.q2_k),
   11: _packed('Q3_K', formats.q3_k),
   12: _packed('Q4_K', formats.q4_k),
@@ -123,12 +120,12 @@ LAYOUTS = {
   29: _decoded('IQ1_M', 56),
   30: _dense('BF16', ml_dtypes.bfloat16),
   # Of two layouts with one format the first is written.
-  35: _packed('TQ2_0', _grouped(formats.ternary, 256)),
-  34: _packed('TQ1_0', _grouped(formats.ternary, 256)),
+  35: _packed('TQ2_0', _named('ternary_g256_float16')),
+  34: _packed('TQ1_0', _named('ternary_g256_float16')),
   39: _packed('MXFP4', formats.mxfp4),
   40: _packed('NVFP4', formats.nvfp4),
-  41: _packed('Q1_0', _grouped(_SIGN, 128)),
-  42: _packed('Q2_0', _grouped(_QUATERNARY, 64)),
+  41: _packed('Q1_0', _named('sign_g128_float16')),
+  42: _packed('Q2_0', _named('quaternary_g64_float16')),
 }
 CODES = {layout.name: code for code, layout in LAYOUTS.items()}
 
