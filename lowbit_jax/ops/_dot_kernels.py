@@ -68,7 +68,7 @@ def _plan(implementation: str, lhs, rhs, dims, precision) -> Plan:
   why = _dot_xla.why_not_tiles(lhs, as_qarray, dims)
   if dims[1][0]:
     why = 'it has batch dimensions'
-  if rhs.fmt.minimum:
+  if why is None and rhs.fmt.minimum:
     why = 'it has minima'
   if why is not None:
     raise NotImplementedError(why)
