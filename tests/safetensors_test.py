@@ -7,17 +7,22 @@ bitsandbytes 0.50.2.
 """
 
 import functools
+import itertools
 import json
 import os
 import pathlib
+import re
 import tempfile
+import tracemalloc
 
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+import pytest
 from absl.testing import absltest, parameterized
 
-from lowbit_jax import formats
-from lowbit_jax.io import safetensors
+from lowbit_jax import formats, qarray
+from lowbit_jax.io import DamagedFileError, safetensors
 
 GOLDENS = pathlib.Path(__file__).parent / 'io_goldens'
 MODULE = 'model.layers.0.mlp.up_proj'
@@ -270,6 +275,774 @@ class SafetensorsTest(parameterized.TestCase):
     q = self.read(parts, settings)
     self.assertEqual(q.fmt.name, 'uint4_g32')
     self.assert_bits(q, expected)
+
+  def test_old_packing_of_odd_bits(self):
+    random = np.random.RandomState(0)
+    settings = json.loads(json.dumps(configuration('ct/int3_g32_asym')))
+    weights = settings['config_groups']['group_0']['weights']
+    for bits, symmetric in ((3, False), (5, True), (6, False), (7, True)):
+      weights.update(num_bits=bits, symmetric=symmetric)
+      codes = random.randint(0, 2**bits, (96, 64))
+      zeros = random.randint(0, 2**bits, (96, 2))
+      for pack in (padded_words, dense_words):
+        parts = {
+          'weight_packed': pack(codes, bits),
+          'weight_scale': np.ones((96, 2), np.float32),
+          'weight_shape': np.array([96, 64]),
+        }
+        if not symmetric:
+          parts['weight_zero_point'] = pack(zeros.T, bits).T
+        q = self.read(parts, settings)
+        middle = 2 ** (bits - 1) if symmetric else np.repeat(zeros, 32, 1)
+        self.assert_bits(q, (codes - middle).astype(np.float32))
+
+  def test_packing_that_may_be_either(self):
+    settings = json.loads(json.dumps(configuration('ct/int5_g32_sym')))
+    settings['config_groups']['group_0']['weights'].update(strategy='channel')
+    parts = {
+      'weight_packed': dense_words(np.zeros((4, 12), int), 5),
+      'weight_scale': np.ones((4, 1), np.float32),
+      'weight_shape': np.array([4, 12]),
+    }
+    with self.assertRaisesRegex(
+      ValueError, 'may be packed as in old or in new'
+    ):
+      self.read(parts, settings)
+
+  def test_rows_that_fill_no_words(self):
+    settings = json.loads(json.dumps(configuration('ct/int8_channel_pack')))
+    weights = settings['config_groups']['group_0']['weights']
+    random = np.random.RandomState(0)
+    for bits, size in ((4, 13), (2, 5), (3, 111), (8, 9)):
+      weights.update(num_bits=bits)
+      codes = random.randint(0, 2**bits, (3, size))
+      q = self.read(
+        {
+          'weight_packed': dense_words(codes, bits),
+          'weight_scale': np.ones((3, 1), np.float32),
+          'weight_shape': np.array([3, size]),
+        },
+        settings,
+      )
+      expected = (codes - 2 ** (bits - 1)).astype(np.float32)
+      self.assert_bits(q, expected)
+
+  def test_asymmetric_bytes(self):
+    settings = json.loads(json.dumps(configuration('ct/int8_w8a8')))
+    settings['config_groups']['group_0']['weights']['symmetric'] = False
+    random = np.random.RandomState(0)
+    weight = random.randint(-128, 128, (4, 6)).astype(np.int8)
+    zeros = random.randint(-128, 128, (4, 1)).astype(np.int8)
+    scale = random.rand(4, 1).astype(ml_dtypes.bfloat16)
+    parts = {
+      'weight': weight,
+      'weight_scale': scale,
+      'weight_zero_point': zeros,
+    }
+    q = self.read(parts, settings)
+    self.assertEqual(q.scale.dtype, ml_dtypes.bfloat16)
+    difference = weight.astype(np.float32) - zeros.astype(np.float32)
+    self.assert_bits(q, difference * scale.astype(np.float32))
+
+  def test_stacks_of_experts(self):
+    parts, expected = golden('ct/int3_g32_asym')
+    stack = {end: np.stack([part] * 2) for end, part in parts.items()}
+    stack['weight_shape'] = np.array([2, 16, 64])
+    q = self.read(stack, configuration('ct/int3_g32_asym'))
+    self.assert_bits(q, np.stack([expected] * 2))
+
+  def test_groups_targets_and_formats(self):
+    four, four_y = golden('ct/int4_g32_sym')
+    eight, eight_y = golden('ct/fp8_dynamic')
+
+    def weights(case):
+      return configuration(f'ct/{case}')['config_groups']['group_0']['weights']
+
+    settings = {
+      'quant_method': 'compressed-tensors',
+      'format': 'mixed-precision',
+      'ignore': ['lm_head', 're:.*router', 'Embedding'],
+      'config_groups': {
+        'attention': {'targets': ['LlamaAttention'], 'weights': None},
+        'other': {
+          'targets': ['Linear'],
+          'format': 'pack-quantized',
+          'weights': weights('int4_g32_sym'),
+        },
+        'down': {
+          'targets': [r're:.*down_proj$', 'layers.1.up_proj'],
+          'format': 'float-quantized',
+          'weights': weights('fp8_dynamic'),
+        },
+      },
+    }
+    tensors = {'lm_head.weight': np.ones((3, 4), ml_dtypes.bfloat16)}
+    modules = {
+      'layers.0.up_proj': four,
+      'layers.0.down_proj': eight,
+      'layers.1.up_proj': eight,
+    }
+    for module, parts in modules.items():
+      tensors |= {f'{module}.{end}': part for end, part in parts.items()}
+    tensors['layers.0.up_proj.bias'] = np.ones(16, np.float16)
+    tensors['layers.0.down_proj.input_scale'] = np.ones(1, np.float32)
+    tensors['layers.0.self_attn.k_scale'] = np.ones(1, np.float32)
+    self.write(tensors, settings)
+    checkpoint = safetensors.open(self.folder)
+    plain = {
+      n for n in tensors if n.endswith(('bias', 'input_scale', 'k_scale'))
+    }
+    self.assertCountEqual(
+      checkpoint,
+      {'lm_head.weight', *(f'{m}.weight' for m in modules), *plain},
+    )
+    self.assert_bits(checkpoint['layers.0.up_proj.weight'], four_y)
+    self.assert_bits(checkpoint['layers.0.down_proj.weight'], eight_y)
+    self.assert_bits(checkpoint['layers.1.up_proj.weight'], eight_y)
+    text = checkpoint.describe()
+    self.assertRegex(text, r'compressed-tensors float-quantized +2 +2,048 ')
+    self.assertEqual(
+      sum(t.nbytes for t in checkpoint.tensors.values()),
+      sum(t.nbytes for t in tensors.values()),
+    )
+
+  def test_shards(self):
+    parts, expected = golden('ct/nvfp4')
+    shards = {'model-00001-of-00002.safetensors': {}, 'b.safetensors': {}}
+    for k, (end, part) in enumerate(parts.items()):
+      shards[sorted(shards)[k % 2]][f'up.{end}'] = part
+    for name, tensors in shards.items():
+      self.write(tensors, configuration('ct/nvfp4'), name)
+    self.index(shards)
+    with safetensors.open(self.folder) as checkpoint:
+      self.assertEqual(list(checkpoint), ['up.weight'])
+      q = checkpoint['up.weight']
+    np.testing.assert_allclose(decode(q), expected, rtol=2**-7)
+
+  def index(self, shards, **changes):
+    names = {name: shard for shard, part in shards.items() for name in part}
+    path = pathlib.Path(self.folder, 'model.safetensors.index.json')
+    path.write_text(json.dumps({'weight_map': {**names, **changes}}))
+
+  def test_bytes_stay_in_the_file(self):
+    self.write({'x': np.ones((1000, 8), np.float32)})
+    checkpoint = safetensors.open(self.path)
+    x = checkpoint['x']
+    self.assertFalse(x.flags.owndata)
+    self.assertFalse(x.flags.writeable)
+    checkpoint.close()
+    with self.assertRaisesRegex(ValueError, "'x'.* was closed"):
+      _ = checkpoint['x']
+    np.testing.assert_array_equal(x, 1)
+
+  def test_single_file_of_another_name(self):
+    self.write({'x': np.ones(3)}, name='adapter.safetensors')
+    self.assertEqual(list(safetensors.open(self.folder)), ['x'])
+
+  def test_saves_big_endian_fortran_jax_and_packed(self):
+    x = np.arange(6, dtype='>f4').reshape(2, 3)
+    six = np.arange(8).astype(ml_dtypes.float6_e2m3fn).reshape(2, 4)
+    other = np.arange(8).astype(ml_dtypes.float6_e3m2fn)
+    four = np.arange(4).astype(ml_dtypes.float4_e2m1fn)
+    tensors = {'x': x, 't': x.T, 'six': six, 'other': other, 'four': four}
+    tensors['jax'] = jnp.arange(3)
+    tensors['flag'] = np.array(True)
+    safetensors.save(self.path, tensors)
+    checkpoint = safetensors.open(self.path)
+    self.assertEqual(checkpoint.tensors['six'].nbytes, 6)
+    for name, before in tensors.items():
+      after = checkpoint[name]
+      self.assertEqual(after.dtype, before.dtype.newbyteorder('='))
+      np.testing.assert_array_equal(after, before)
+
+
+def entry(dtype='F32', shape=(2,), offsets=(0, 8), **more):
+  return {'dtype': dtype, 'shape': shape, 'data_offsets': offsets, **more}
+
+
+def file_of(header, data=bytes(8), size=None) -> bytes:
+  """A file with this header, as text or as what JSON writes."""
+  text = header if isinstance(header, bytes) else json.dumps(header).encode()
+  length = len(text) if size is None else size
+  return length.to_bytes(8, 'little') + text + data
+
+
+HOSTILE = (
+  (b'', 'ends before its header'),
+  (bytes(7), 'ends before its header'),
+  (bytes(8), 'Expecting value'),
+  (file_of({}, b'', 2**60), 'its header claims'),
+  (file_of({}, b'', 3), 'its header claims'),
+  (file_of([], b''), 'no JSON object'),
+  (file_of(b'{"x":1', b''), 'delimiter'),
+  (file_of(b'\xff{}', b''), 'decode'),
+  (file_of(b'[' * 100_000, b''), 'too deeply'),
+  (file_of(b'{"a":' * 100_000, b''), 'too deeply'),
+  (file_of(b'{"x":NaN}', b''), 'NaN is no number'),
+  (file_of(b'{"x":' + b'9' * 5000 + b'}', b''), 'integer'),
+  (file_of(b'{"x":{},"x":{}}', b''), "'x' is there twice"),
+  (file_of({'__metadata__': {'a': 1}}, b''), 'strings to strings'),
+  (file_of({'__metadata__': []}, b''), 'strings to strings'),
+  (file_of({'x': []}), "no dtype, shape and offsets of 'x'"),
+  (file_of({'x': {'dtype': 'F32'}}), "no dtype, shape and offsets of 'x'"),
+  (file_of({'x': entry(more=1)}), "no dtype, shape and offsets of 'x'"),
+  (file_of({'x': entry('F33')}), "'x' has the dtype 'F33'"),
+  (file_of({'x': entry([])}), "'x' has the dtype"),
+  (file_of({'x': entry('F' * 10**6)}), "'x' has the dtype"),
+  (file_of({'x' * 10**6: entry()}), 'a name of 1000000 characters'),
+  (file_of({'\ud800': entry()}), 'surrogates'),
+  (file_of({'x': entry(shape=(2.0,))}), "'x' has a shape that no array has"),
+  (file_of({'x': entry(shape=(True, 2))}), "'x' has a shape that no array"),
+  (file_of({'x': entry(shape=(-2,))}), "'x' has a shape that no array has"),
+  (file_of({'x': entry(shape=2)}), "'x' has a shape that no array has"),
+  (file_of({'x': entry(shape=(1,) * 33)}), "'x' has a shape that no array"),
+  (file_of({'x': entry(shape=(2**60, 2))}), "'x' has a shape that no array"),
+  (file_of({'x': entry(shape=(0, 2**40, 2**40))}), "'x' has a shape"),
+  (file_of({'x': entry(shape=(2**60,))}), "'x' has 8 bytes"),
+  (file_of({'x': entry(shape=(3,))}), "'x' has 8 bytes"),
+  (file_of({'x': entry(offsets=(0, 2**63))}), "offsets of 'x'"),
+  (file_of({'x': entry(offsets=(8, 0))}), "'x' has -8 bytes"),
+  (file_of({'x': entry(offsets=(0,))}), "offsets of 'x'"),
+  (file_of({'x': entry(offsets=(0.0, 8.0))}), "offsets of 'x'"),
+  (file_of({'x': entry(offsets=None)}), "offsets of 'x'"),
+  (file_of({'x': entry('F4', (3,), (0, 1))}), 'fills no whole bytes'),
+  (file_of({'x': entry(offsets=(8, 16))}, bytes(16)), "'x' leaves a hole"),
+  (file_of({'x': entry(offsets=(8, 16))}), "'x' leaves a hole"),
+  (file_of({'x': entry()}, bytes(9)), 'its tensors have 8 bytes'),
+  (file_of({'x': entry()}, bytes(7)), 'its tensors have 8 bytes'),
+  (file_of({'x': entry(), 'y': entry()}), "'y' overlaps"),
+  (
+    file_of({'x': entry(), 'y': entry(offsets=(4, 12))}, bytes(12)),
+    "'y' overlaps",
+  ),
+)
+
+
+class DamageTest(parameterized.TestCase):
+  """Whatever is in a file: a whole checkpoint, or an error that names it."""
+
+  def setUp(self):
+    super().setUp()
+    directory = tempfile.TemporaryDirectory()
+    self.addCleanup(directory.cleanup)
+    self.folder = directory.name
+    self.path = os.path.join(self.folder, 'model.safetensors')
+
+  def put(self, data, name='model.safetensors'):
+    if not isinstance(data, bytes):
+      data = json.dumps(data).encode()
+    pathlib.Path(self.folder, name).write_bytes(data)
+
+  @parameterized.parameters(*HOSTILE)
+  def test_refused(self, data, message):
+    self.put(data)
+    tracemalloc.start()
+    self.addCleanup(tracemalloc.stop)
+    with self.assertRaisesRegex(DamagedFileError, message) as raised:
+      safetensors.open(self.path)
+    self.assertIn(self.path, str(raised.exception))
+    self.assertLess(len(str(raised.exception)), 1000)
+    self.assertLess(tracemalloc.get_traced_memory()[1], 2**24)
+
+  def test_booleans_of_other_bytes(self):
+    self.put(file_of({'x': entry('BOOL', (8,))}, bytes([0, 1, 2] + [0] * 5)))
+    with self.assertRaisesRegex(DamagedFileError, "'x' has booleans"):
+      _ = safetensors.open(self.path)['x']
+
+  def test_numbers_at_odd_places(self):
+    data = np.arange(2, dtype=np.float32).tobytes()
+    header = {'b': entry('U8', (1,), (0, 1)), 'x': entry(offsets=(1, 9))}
+    self.put(file_of(header, b'7' + data))
+    x = safetensors.open(self.path)['x']
+    self.assertTrue(x.flags.aligned)
+    self.assertEqual(x.tolist(), [0, 1])
+
+  def test_what_is_no_file(self):
+    os.mkfifo(self.path)
+    for path in (self.path, '/dev/zero', self.folder):
+      with self.assertRaisesRegex(DamagedFileError, 'no regular file'):
+        safetensors.open(path)
+    os.unlink(self.path)
+    with self.assertRaises(FileNotFoundError):
+      safetensors.open(self.path)
+    with self.assertRaisesRegex(FileNotFoundError, 'has no file'):
+      safetensors.open(self.folder)
+
+  @parameterized.parameters(
+    '../x.safetensors',
+    '/tmp/x.safetensors',
+    'a/x.safetensors',
+    'a\\x.safetensors',
+    '.x.safetensors',
+    'x.safetensors\n',
+    'x.safetensors\0',
+    'x.bin',
+    '',
+    'C:x.safetensors',
+    3,
+    None,
+  )
+  def test_paths_in_an_index(self, shard):
+    self.put(file_of({'x': entry()}), 'x.safetensors')
+    self.put({'weight_map': {'x': shard}}, 'model.safetensors.index.json')
+    with self.assertRaisesRegex(DamagedFileError, "'x' is in .* no plain file"):
+      safetensors.open(self.folder)
+
+  def test_shards_that_differ_from_the_index(self):
+    index = 'model.safetensors.index.json'
+    one, two = 'a.safetensors', 'b.safetensors'
+    self.put(file_of({'x': entry()}), one)
+    self.put(
+      file_of({'y': entry(), 'z': entry(offsets=(8, 16))}, bytes(16)), two
+    )
+    for names, message in (
+      ({'x': one, 'y': two}, "b.safetensors.* has the tensor 'z'"),
+      ({'x': one, 'y': two, 'z': one}, "a.safetensors.* misses the tensor 'z'"),
+      ({}, 'no weight_map'),
+      ([], 'no weight_map'),
+    ):
+      self.put({'weight_map': names}, index)
+      with self.assertRaisesRegex(DamagedFileError, message):
+        safetensors.open(self.folder)
+    self.put({'weight_map': {'x': 'c.safetensors'}}, index)
+    with self.assertRaises(FileNotFoundError):
+      safetensors.open(self.folder)
+    self.put(b'[' * 10**5, index)
+    with self.assertRaisesRegex(DamagedFileError, 'index.json.*too deeply'):
+      safetensors.open(self.folder)
+    os.unlink(os.path.join(self.folder, index))
+    with self.assertRaisesRegex(ValueError, 'has 2 files, such as'):
+      safetensors.open(self.folder)
+    self.put({'weight_map': {'x': one}}, index)
+    self.put(file_of({'x': entry()}))
+    with self.assertRaisesRegex(ValueError, 'has both'):
+      safetensors.open(self.folder)
+
+  @parameterized.parameters(
+    ([], 'content is no object'),
+    ({'quantization_config': []}, 'quantization_config is no object'),
+    (b'{', 'config.json'),
+    ({'quantization': {'bits': 4}}, 'quant_method=None'),
+    ({'quantization_config': {'quant_method': 'aqlm'}}, "'aqlm' is not read"),
+    ({'quantization_config': {'quant_method': 4}}, 'of type str'),
+  )
+  def test_configurations(self, config, message):
+    self.put(file_of({'x': entry()}))
+    self.put(config, 'config.json')
+    with self.assertRaisesRegex(ValueError, message):
+      safetensors.open(self.path)
+
+
+GPTQ = {'quant_method': 'gptq', 'bits': 4, 'group_size': 32}
+AWQ = {
+  'quant_method': 'awq',
+  'bits': 4,
+  'group_size': 32,
+  'zero_point': True,
+  'version': 'gemm',
+}
+MODELOPT = {'quant_method': 'modelopt', 'quant_algo': 'NVFP4'}
+TILES = {'quant_method': 'fp8', 'weight_block_size': [16, 16]}
+
+
+def changed(config, **changes):
+  """A configuration of compressed-tensors with other fields of its group, of
+  its weights, or of itself."""
+  config = json.loads(json.dumps(config))
+  group = config['config_groups']['group_0']
+  for name, value in changes.items():
+    places = (config, group, group['weights'])
+    is_own = name.endswith('config')
+    place = next((p for p in places if name in p or is_own), places[-1])
+    place[name] = value
+  return config
+
+
+class FailClosedTest(parameterized.TestCase):
+  """What is not known is refused by name, and never served as it is."""
+
+  def setUp(self):
+    super().setUp()
+    directory = tempfile.TemporaryDirectory()
+    self.addCleanup(directory.cleanup)
+    self.folder = directory.name
+
+  def refused(self, tensors, settings, message):
+    path = os.path.join(self.folder, 'model.safetensors')
+    safetensors.save(path, tensors, overwrite=True)
+    config = pathlib.Path(self.folder, 'config.json')
+    config.unlink(missing_ok=True)
+    if settings is not None:
+      config.write_text(json.dumps({'quantization_config': settings}))
+    with self.assertRaisesRegex(ValueError, message) as raised:
+      dict(safetensors.open(self.folder))
+    self.assertStartsWith(str(raised.exception), repr(self.folder))
+    self.assertRegex(str(raised.exception), f"^'.*', '.*{MODULE}")
+
+  def refused_parts(self, parts, settings, message):
+    tensors = {f'{MODULE}.{end}': part for end, part in parts.items()}
+    self.refused(tensors, settings, message)
+
+  @parameterized.parameters(
+    ('int4_g32_sym', {'num_bits': 5}, 'rows of 8 words; 64 numbers of 5 bits'),
+    ('int4_g32_sym', {'num_bits': 1}, 'num_bits=1'),
+    ('int4_g32_sym', {'num_bits': True}, 'num_bits=True'),
+    ('int4_g32_sym', {'num_bits': None}, 'num_bits=None'),
+    ('int4_g32_sym', {'type': 'float'}, "type='float'"),
+    ('int4_g32_sym', {'group_size': 16}, r'expected F16/BF16/F32 \(16, 4\)'),
+    ('int4_g32_sym', {'group_size': 0}, 'blocks have the size 0'),
+    ('int4_g32_sym', {'group_size': 2**80}, 'blocks have the size'),
+    ('int4_g32_sym', {'strategy': 'channel'}, r'expected .* \(16, 1\)'),
+    ('int4_g32_sym', {'strategy': 'tensor'}, r'expected .* \(\) or \(1,\)'),
+    ('int4_g32_sym', {'strategy': 'block'}, "strategy='block'"),
+    ('int4_g32_sym', {'strategy': 'token'}, "strategy='token'"),
+    ('int4_g32_sym', {'symmetric': False}, 'weight_zero_point is missing'),
+    ('int4_g32_asym', {'symmetric': True}, 'symmetric weight is not zero'),
+    ('int4_g32_sym', {'symmetric': 1}, 'symmetric=1 .* of type bool'),
+    ('int4_g32_sym', {'format': 'marlin-24'}, "format='marlin-24'"),
+    ('int4_g32_sym', {'format': 'mixed-precision'}, "format='mixed-precision'"),
+    ('int4_g32_sym', {'format': 'int-quantized'}, 'its weight is missing'),
+    ('int8_w8a8', {'format': 'float-quantized'}, "type='int'"),
+    ('fp8_dynamic', {'format': 'int-quantized'}, "type='float'"),
+    ('fp8_dynamic', {'symmetric': False}, 'floats with zero points'),
+    ('fp8_dynamic', {'num_bits': 4}, 'num_bits=4'),
+    ('fp8_block', {'block_structure': [4]}, 'is no tile'),
+    ('fp8_block', {'block_structure': [4, 0]}, 'blocks have the size 0'),
+    ('fp8_block', {'block_structure': [8, 32]}, r'expected .* \(2, 2\)'),
+    ('nvfp4', {'strategy': 'group'}, "strategy='group'"),
+    ('nvfp4', {'format': 'mxfp4-pack-quantized'}, 'group_size=16'),
+    ('mxfp4', {'format': 'nvfp4-pack-quantized'}, "strategy='group'"),
+    ('mxfp8', {'format': 'float-quantized'}, 'weight_scale.* is U8'),
+    ('mxfp6', {'num_bits': 4}, 'num_bits=4'),
+    ('int4_g32_sym', {'ignore': [MODULE]}, 'ignores its module'),
+    ('int4_g32_sym', {'ignore': ['re:.*up_proj']}, 'ignores its module'),
+    ('int4_g32_sym', {'ignore': [3]}, 'the target 3 is no string'),
+    ('int4_g32_sym', {'targets': ['lm_head']}, 'no group'),
+    ('int4_g32_sym', {'targets': []}, 'no group'),
+    ('int4_g32_sym', {'targets': ['re:(']}, r"pattern '\('"),
+    ('int4_g32_sym', {'targets': ['re:(a*)*b']}, 'too long to match'),
+    ('int4_g32_sym', {'targets': ['re:' + '.*' * 12]}, 'too long to match'),
+    ('int4_g32_sym', {'targets': ['re:' + '(o|o)' * 40]}, 'too long to match'),
+    ('int4_g32_sym', {'targets': ['re:' + '(?:o?o)?' * 40]}, 'too long'),
+    ('int4_g32_sym', {'config_groups': {'a': 1}}, 'a group .* is no object'),
+    ('int4_g32_sym', {'config_groups': {}}, 'no group'),
+    ('int4_g32_sym', {'config_groups': [1]}, 'of type dict'),
+    ('int4_g32_sym', {'transform_config': {'a': 1}}, 'with transforms'),
+    ('int4_g32_sym', {'sparsity_config': {'format': 's'}}, "format='s'"),
+    ('int4_g32_sym', {'actorder': 'group'}, 'weight_g_idx is missing'),
+  )
+  def test_compressed_tensors(self, case, changes, message):
+    parts, _ = golden(f'ct/{case}')
+    config = changed(configuration(f'ct/{case}'), **changes)
+    self.refused_parts(parts, config, message)
+
+  def test_classes_that_cannot_be_told_apart(self):
+    config = configuration('ct/int4_g32_sym')
+    other = json.loads(json.dumps(config['config_groups']['group_0']))
+    other |= {'targets': ['Embedding'], 'format': 'int-quantized'}
+    config = changed(config)
+    config['config_groups']['other'] = other
+    parts, _ = golden('ct/int4_g32_sym')
+    self.refused_parts(parts, config, 'several groups')
+
+  @parameterized.parameters(
+    ('ct/int4_g32_sym', 'weight_shape', np.array([16, 65]), '65 numbers'),
+    ('ct/int4_g32_sym', 'weight_shape', np.array([8, 64]), 'weight_shape'),
+    ('ct/int4_g32_sym', 'weight_shape', np.array([16, -64]), 'weight_shape'),
+    ('ct/int4_g32_sym', 'weight_shape', np.array([16, 2**62]), 'numbers of'),
+    ('ct/int4_g32_sym', 'weight_shape', np.array([1024]), 'weight_shape'),
+    ('ct/int4_g32_sym', 'weight_scale', np.ones((16, 2), 'f8'), 'is F64'),
+    ('ct/int4_g32_sym', 'weight', np.ones(3), 'weight is not known'),
+    ('ct/int4_g32_asym', 'weight_zero_point', np.ones((2, 2)), 'is F64'),
+    ('ct/int4_g32_sym', 'weight_g_idx', np.arange(64) % 2, 'act-order'),
+    ('ct/int4_g32_sym', 'weight_global_scale', np.ones(1), 'not known to'),
+    ('ct/nvfp4', 'weight_global_scale', np.zeros(1, 'f4'), 'it divides'),
+    ('ct/nvfp4', 'weight_global_scale', np.float32([np.nan]), 'it divides'),
+    ('ct/nvfp4', 'weight_global_scale', np.float32([1e-40]), 'scale is'),
+    ('ct/nvfp4', 'weight_global_scale', None, 'global_scale is missing'),
+    ('ct/mxfp4', 'weight_scale', np.ones((16, 2), 'f4'), 'expected U8'),
+    ('ct/fp8_tensor', 'weight_scale', np.float32([np.inf]), 'tensor scale is'),
+  )
+  def test_parts(self, case, end, part, message):
+    parts, _ = golden(case)
+    parts[end] = part
+    parts = {end: part for end, part in parts.items() if part is not None}
+    self.refused_parts(parts, configuration(case), message)
+
+  @parameterized.parameters(
+    ({'bits': 5}, {}, 'bits=5'),
+    ({'bits': 8}, {}, 'expected'),
+    ({'group_size': 64}, {}, r'expected F16 \(1, 32\)'),
+    ({'group_size': 0}, {}, 'no size of a group'),
+    ({'checkpoint_format': 'marlin'}, {}, "checkpoint_format='marlin'"),
+    ({'dynamic': {'-:a': {}}}, {}, 'dynamic'),
+    ({'desc_act': True}, {'g_idx': None}, 'g_idx is missing'),
+    ({}, {'g_idx': np.arange(64, dtype=np.int32) % 2}, 'act-order'),
+    ({}, {'qzeros': None}, 'qzeros is missing'),
+    ({}, {'qzeros': np.full((2, 4), -1, np.int32)}, 'stands for 16 in some'),
+  )
+  def test_gptq(self, settings, changes, message):
+    parts, _ = golden('gptq4_g32')
+    parts['qzeros'] = parts.pop('qzeros_v2')
+    parts = {k: v for k, v in {**parts, **changes}.items() if v is not None}
+    self.refused_parts(parts, {**GPTQ, **settings}, message)
+
+  @parameterized.parameters(
+    ({'version': 'gemv'}, "version='gemv'"),
+    ({'bits': 3}, 'bits=3'),
+    ({'zero_point': False}, 'zero_point=False'),
+    ({'group_size': 128}, r'expected F16 \(1, 16\)'),
+  )
+  def test_awq(self, settings, message):
+    self.refused_parts(golden('awq_gemm_g32')[0], {**AWQ, **settings}, message)
+
+  @parameterized.parameters(
+    ({'quant_algo': 'NVFP4_AWQ'}, "quant_algo='NVFP4_AWQ'"),
+    ({'quant_algo': None}, 'quant_algo=None'),
+    ({'quant_algo': 'FP8'}, 'is U8'),
+    ({'quant_algo': 'MXFP4'}, 'weight_scale.* is F8_E4M3'),
+    ({'group_size': 8}, 'group_size=8'),
+    ({'quantized_layers': {'a': {}}}, 'lacks its module'),
+  )
+  def test_modelopt(self, settings, message):
+    parts, _ = golden('modelopt_nvfp4')
+    self.refused_parts(parts, {**MODELOPT, **settings}, message)
+    parts['pre_quant_scale'] = np.ones(64, np.float32)
+    self.refused_parts(parts, MODELOPT, 'pre_quant_scale is not known')
+
+  @parameterized.parameters(
+    ({'weight_block_size': None}, 'is no tile'),
+    ({'weight_block_size': [16, -16]}, 'is no tile'),
+    ({'weight_block_size': [128, 128]}, r'expected F32 \(1, 1\)'),
+    ({'fmt': 'e5m2'}, "fmt='e5m2'"),
+  )
+  def test_tiles(self, settings, message):
+    parts, _ = golden('deepseek_fp8_block16')
+    self.refused_parts(parts, {**TILES, **settings}, message)
+
+  def test_bitsandbytes(self):
+    for case, end, message in (
+      ('bnb_nf4_nested', None, 'nested'),
+      ('bnb_nf4', 'absmax', 'absmax is missing'),
+      ('bnb_nf4', 'quant_map', 'is not the table of NF4'),
+      ('bnb_nf4', 'quant_state.bitsandbytes__nf4', 'part of a quantized'),
+    ):
+      parts, _ = golden(case)
+      if end == 'quant_map':
+        parts[end] = parts[end][::-1]
+      else:
+        parts.pop(end, None)
+      parts = {
+        'weight' if end == 'weight' else f'weight.{end}': part
+        for end, part in parts.items()
+      }
+      self.refused_parts(parts, None, message)
+    parts, _ = golden('bnb_nf4')
+    state = parts['quant_state.bitsandbytes__nf4'].tobytes()
+    for before, after, message in (
+      (b'"nf4"', b'"fp4"', "quant_type='fp4'"),
+      (b'[32, 64]', b'[32, 65]', 'numbers'),
+      (b'[32, 64]', b'[2048]', 'numbers'),
+      (b'[32, 64]', b'[1e9,1]', 'numbers'),
+      (b': 64', b': 48', 'run on between rows'),
+      (b': 64', b': 0', 'run on between rows'),
+      (b'float16', b'int8', "dtype='int8'"),
+      (b'{', b'[', 'delimiter'),
+      (b'{', b'[' * 10_000, 'too deeply'),
+    ):
+      text = np.frombuffer(state.replace(before, after, 1), np.uint8)
+      changed_parts = {**parts, 'quant_state.bitsandbytes__nf4': text}
+      changed_parts = {
+        'weight' if end == 'weight' else f'weight.{end}': part
+        for end, part in changed_parts.items()
+      }
+      self.refused_parts(changed_parts, None, message)
+
+  @parameterized.parameters(
+    'ct/int4_g32_sym',
+    'ct/int8_w8a8',
+    'ct/fp8_tensor',
+    'ct/nvfp4',
+    'ct/mxfp4',
+    'ct/mxfp8',
+    'modelopt_nvfp4',
+    'modelopt_mxfp4',
+    'deepseek_fp8_block16',
+    'awq_gemm_g32',
+    'gptq4_g32',
+  )
+  def test_nothing_is_known_of_it(self, case):
+    parts, _ = golden(case)
+    self.refused_parts(parts, None, 'no config.json')
+    settings = {'quant_method': 'mxfp4'}
+    self.refused_parts(parts, settings, 'has no place for it')
+
+  @parameterized.parameters(
+    ({'_blocks': 'u1', '_scales': 'u1'}, None),
+    ({'.blocks': 'u1', '.scales': 'u1'}, None),
+    ({'.weight': 'u4', '.scales': 'f2', '.biases': 'f2'}, None),
+    ({'.weight': 'u1', '.scale': 'f4'}, None),
+    ({'': 'u1', '_scale': 'f4'}, None),
+    ({'': 'i1', '_scale_inv': 'f4'}, None),
+    ({'._weight_qdata': 'i1'}, None),
+    ({'.weight.absmax': 'f4'}, None),
+    ({'.weight': 'i1', '.SCB': 'f4'}, None),
+    ({'.weight': 'i1'}, GPTQ),
+    ({'.weight': 'i4'}, AWQ),
+    ({'.weight': ml_dtypes.float8_e4m3fn}, TILES),
+    ({'.gate_up_proj': ml_dtypes.float8_e4m3fn}, TILES),
+    ({'.gate_up_proj': ml_dtypes.float4_e2m1fn}, MODELOPT),
+  )
+  def test_layouts_of_others(self, ends, settings):
+    tensors = {
+      MODULE + end: np.ones((2, 4), dtype) for end, dtype in ends.items()
+    }
+    self.refused(tensors, settings, 'quantized')
+
+
+NONSENSE = (
+  *(None, True, 0, 1, -7, 1.5, 10**30, '', 'int', 'Linear', 're:.*'),
+  *([], [0], [[]], {}, {'a': 1}),
+)
+
+
+def places(node):
+  """(parent, key) of everything in a JSON value."""
+  items = node.items() if isinstance(node, dict) else enumerate(node)
+  for key, value in items:
+    yield node, key
+    if isinstance(value, dict | list):
+      yield from places(value)
+
+
+def edits(node):
+  """A JSON value with each of its parts replaced by each nonsense."""
+  for place in range(len(list(places(node)))):
+    for value in NONSENSE:
+      edited = json.loads(json.dumps(node))
+      parent, key = list(places(edited))[place]
+      parent[key] = value
+      yield edited
+
+
+class FuzzTest(parameterized.TestCase):
+  """Damaged files give a ValueError, or tensors that are whole."""
+
+  def folders(self):
+    """(tensors, configuration) of every layout."""
+    for case in goldens()[0]:
+      parts, _ = golden(case)
+      if case.startswith('ct/'):
+        yield parts, configuration(case)
+      elif case.startswith('bnb'):
+        parts = {
+          'weight' if end == 'weight' else f'weight.{end}': part
+          for end, part in parts.items()
+        }
+        yield parts, None
+      elif case.startswith('gptq'):
+        parts['qzeros'] = parts.pop('qzeros_v2')
+        yield parts, {**GPTQ, 'bits': int(case[4])}
+      elif case == 'hf_mxfp4':
+        parts = {f'x_{end}': part for end, part in parts.items()}
+        yield parts, {'quant_method': 'mxfp4'}
+      elif case == 'awq_gemm_g32':
+        yield parts, AWQ
+      elif case == 'deepseek_fp8_block16':
+        yield parts, TILES
+      else:
+        yield parts, {**MODELOPT, 'quant_algo': case.split('_')[1].upper()}
+
+  def mutations(self, data: bytes, random):
+    start, length = random.randint(len(data)), random.randint(1, 32)
+    flipped = bytearray(data)
+    flipped[start] ^= 1 << random.randint(8)
+    digits = [m.start() for m in re.finditer(rb'\d', data[:4096])]
+    edited = bytearray(data)
+    if digits:
+      edited[digits[random.randint(len(digits))]] = random.randint(48, 58)
+    yield data[:start]
+    yield bytes(flipped)
+    yield bytes(edited)
+    yield data[:start] + data[start + length :]
+    yield data[:start] + random.bytes(length) + data[start:]
+    yield data[:start] + data[start : start + length] + data[start:]
+
+  def check(self, folder):
+    try:
+      for tensor in safetensors.open(folder).values():
+        if isinstance(tensor, qarray.QArray):
+          qarray.validate(tensor)
+    except ValueError as error:
+      self.assertIn(str(folder), str(error))
+
+  def edit(self, step):
+    """Nonsense in configurations and headers, every so often."""
+    with tempfile.TemporaryDirectory() as name:
+      path = pathlib.Path(name, 'model.safetensors')
+      config = pathlib.Path(name, 'config.json')
+      for tensors, settings in self.folders():
+        config.unlink(missing_ok=True)
+        safetensors.save(path, tensors, overwrite=True)
+        whole = path.read_bytes()
+        size = 8 + int.from_bytes(whole[:8], 'little')
+        header = json.loads(whole[8:size])
+        if settings:
+          for edited in itertools.islice(edits(settings), 0, None, step):
+            config.write_text(json.dumps({'quantization_config': edited}))
+            self.check(name)
+          config.write_text(json.dumps({'quantization_config': settings}))
+        for edited in itertools.islice(edits(header), 0, None, step):
+          path.write_bytes(file_of(edited, whole[size:]))
+          self.check(name)
+
+  def fuzz(self, rounds):
+    random = np.random.RandomState(rounds)
+    with tempfile.TemporaryDirectory() as name:
+      folder = pathlib.Path(name)
+      for tensors, settings in self.folders():
+        for file in folder.iterdir():
+          file.unlink()
+        path = folder / 'model.safetensors'
+        safetensors.save(path, tensors)
+        files = {path: path.read_bytes()}
+        if settings:
+          config = folder / 'config.json'
+          files[config] = json.dumps({'quantization_config': settings}).encode()
+        for _ in range(rounds):
+          for damaged, data in files.items():
+            for file, whole in files.items():
+              file.write_bytes(whole)
+            for mutation in self.mutations(data, random):
+              damaged.write_bytes(mutation)
+              self.check(folder)
+
+  def test_some_mutations(self):
+    self.fuzz(1)
+    self.edit(37)  # shares no factor with the number of nonsense values
+
+  @pytest.mark.slow
+  @pytest.mark.long('thousands of files')
+  def test_thousands_of_mutations(self):
+    self.fuzz(30)
+    self.edit(1)
+
+
+def dense_words(codes, bits):
+  """Codes (rows, n) in words of 32 bits, from one to the next."""
+  stream = (codes[..., None] >> np.arange(bits) & 1).reshape(len(codes), -1)
+  stream = np.pad(stream, ((0, 0), (0, -stream.shape[1] % 32)))
+  data = np.packbits(stream.astype(np.uint8), axis=-1, bitorder='little')
+  return data.view(np.int32)
+
+
+def padded_words(codes, bits):
+  """Codes (rows, n), as many in each word as fit."""
+  count = 32 // bits
+  codes = np.pad(codes, ((0, 0), (0, -codes.shape[1] % count)))
+  codes = codes.reshape(len(codes), -1, count).astype(np.uint64)
+  shifts = (np.arange(count) * bits).astype(np.uint64)
+  return (codes << shifts).sum(-1, dtype=np.uint64).astype(np.uint32).view('i4')
 
 
 if __name__ == '__main__':

@@ -129,7 +129,7 @@ def _scaled(
   scale = _layouts.float_scale(part)
   # The codes of tiles would have to be packed along columns.
   known = ('tensor', 'channel', 'group') + ('block',) * (element.bits == 8)
-  strategy = choice(weights, 'strategy', known)
+  strategy = choice(_with_strategy(weights), 'strategy', known)
   if zero_point and strategy not in ('channel', 'group'):
     raise ValueError(f'zero points with {strategy=} are not read')
   if not zero_point:
@@ -162,6 +162,15 @@ def _scaled(
   return _layouts.tensor(parts, shape, fmt, leaves)
 
 
+def _with_strategy(weights: Mapping[str, Any]) -> Mapping[str, Any]:
+  """`weights` with the strategy that its group size means, if it has none."""
+  if weights.get('strategy') is not None:
+    return weights
+  size = weights.get('group_size')
+  name = 'tensor' if size is None else 'channel' if size == -1 else 'group'
+  return {**weights, 'strategy': name}
+
+
 def _positive(value: Any) -> int:
   if type(value) is not int or not 0 < value < 2**31:
     raise ValueError(f'its blocks have the size {value!r:.80}')
@@ -176,9 +185,9 @@ def _in_order(
   parts: Parts, weights: Mapping[str, Any], size: int, leaf: Leaf
 ) -> Leaf:
   """`leaf`, read after a check that columns lie in groups in order."""
-  if 'weight_g_idx' not in parts:
+  is_moved = weights.get('actorder') in (True, 'group', 'dynamic')
+  if 'weight_g_idx' not in parts and not is_moved:
     return leaf
-  choice(weights, 'strategy', ('group',))
   group = _positive(weights.get('group_size'))
   check = _layouts.check_order(parts['weight_g_idx'], size, group)
   return _layouts.after(check, leaf)
@@ -198,8 +207,9 @@ def _without_zeros(parts: Parts, leaf: Leaf) -> Leaf:
 
 
 def _pack_quantized(parts: Parts, weights: Mapping[str, Any]) -> Tensor:
-  choice(weights, 'type', ('int',))
-  bits = choice(weights, 'num_bits', (2, 3, 4, 5, 6, 7, 8))
+  choice({'type': 'int', **weights}, 'type', ('int',))
+  widths = (2, 3, 4, 5, 6, 7, 8)
+  bits = choice({'num_bits': 8, **weights}, 'num_bits', widths)
   symmetric = _is_symmetric(weights)
   packed = expect(parts['weight_packed'], ('I32',))
   shape = _shape(parts['weight_shape'], packed)
@@ -280,7 +290,7 @@ def _sign_bits(bits: int, size: int) -> np.ndarray:
 
 
 def _int_quantized(parts: Parts, weights: Mapping[str, Any]) -> Tensor:
-  choice(weights, 'type', ('int',))
+  choice({'type': 'int', **weights}, 'type', ('int',))
   symmetric = _is_symmetric(weights)
   weight = expect(parts['weight'], ('I8',))
   shape = _layouts.rows(weight)
@@ -352,7 +362,7 @@ def _microscaling(role: str, dtype: str, fmt: BlockFormat) -> _Layout:
 
 def _check_float(weights: Mapping[str, Any], bits: int) -> None:
   choice(weights, 'type', ('float',))
-  choice(weights, 'num_bits', (bits,))
+  choice({'num_bits': 8, **weights}, 'num_bits', (bits,))
   if not _is_symmetric(weights):
     raise ValueError('floats with zero points are not read')
 

@@ -104,7 +104,7 @@ class File:
       _check_metadata(self.metadata)
       entries = {name: _entry(name, node) for name, node in header.items()}
       _check_cover(entries, len(self._data) - start)
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
       raise DamagedFileError(path, str(error), _REMEDY) from error
     self.tensors = {
       name: self._stored(name, entry, start)
@@ -207,11 +207,14 @@ def parse(text: bytes) -> Any:
   """JSON of which no object has two fields of one name.
 
   Raises:
-    ValueError: for anything else, as a RecursionError for deep nesting.
+    ValueError: for anything else.
   """
-  return json.loads(
-    text.decode(), object_pairs_hook=_unique, parse_constant=_refuse_constant
-  )
+  try:
+    return json.loads(
+      text.decode(), object_pairs_hook=_unique, parse_constant=_refuse_constant
+    )
+  except RecursionError:
+    raise ValueError('its JSON is nested too deeply') from None
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -78,7 +78,8 @@ _PARTS = (
   *('weight_global_scale', 'weight_zero_point', 'weight_shape'),
   *('weight_g_idx', 'pre_quant_scale', 'qweight', 'qzeros', 'g_idx'),
   *('.absmax', '.quant_map', '.nested_absmax', '.nested_quant_map', '.SCB'),
-  *('_weight_qdata', '.W_q', '.q_weight', '.qidxs', '.trellis', '.codebooks'),
+  *('_weight_qdata', '.W_q', '.q_weight', '.Qidxs', '.trellis', '.codebooks'),
+  *('.weight._data', '.weight._scale', '.scale_weight', 'scaled_fp8'),
 )
 _PAIRS = {
   '_scale': ('',),
@@ -186,5 +187,5 @@ def _at(path: str, name: str) -> Iterator[None]:
     yield
   except DamagedFileError:
     raise
-  except (TypeError, ValueError) as error:
+  except ValueError as error:
     raise ValueError(f'{path!r}, {name!r}: {error}') from error

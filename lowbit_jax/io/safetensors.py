@@ -204,6 +204,6 @@ def _json(path: str) -> dict[str, Any]:
     )
   try:
     node = _container.parse(pathlib.Path(path).read_bytes())
-  except (ValueError, RecursionError) as error:
+  except ValueError as error:
     raise DamagedFileError(path, str(error), _REMEDY) from error
   return _object(path, 'content', node)
