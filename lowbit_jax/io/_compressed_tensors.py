@@ -145,7 +145,7 @@ def _scaled(
     block = shape[-1:]
   elif strategy == 'group':
     size = _positive(weights.get('group_size'))
-    fmt, block = formats.grouped(element, size, scale), (size,)
+    fmt, block = _layouts.group(element, size, scale), (size,)
   else:
     structure = field(weights, 'block_structure', list, [])
     if len(structure) != 2:
@@ -217,7 +217,7 @@ def _pack_quantized(parts: Parts, weights: Mapping[str, Any]) -> Tensor:
 
   def codes() -> np.ndarray:
     data = _dense(packed.read(), bits, is_dense)
-    return data ^ _sign_bits(bits, data.shape[-1]) if symmetric else data
+    return data ^ sign_bits(bits, data.shape[-1]) if symmetric else data
 
   def zero_point(counts: tuple[int, ...]) -> Leaf:
     # Packed along the rows of the weight.
@@ -265,12 +265,18 @@ def _is_dense(packed: Stored, size: int, bits: int) -> bool:
       f'{packed.name!r} has rows of {packed.shape[-1]} words; {size} numbers of'
       f' {bits} bits fill {widths[0]}, or in old files {widths[1]}'
     )
-  if widths[0] == widths[1] > 1 and 32 % bits:
+  if is_ambiguous(size, bits):
     raise ValueError(
       f'{packed.name!r} may be packed as in old or in new files: its rows of'
       f' {size} numbers of {bits} bits have the same width in both'
     )
   return packed.shape[-1] == widths[0]
+
+
+def is_ambiguous(size: int, bits: int) -> bool:
+  """Whether rows have one width, but other words, in old and in new files."""
+  dense, padded = (_words(size, bits, d) for d in (True, False))
+  return dense == padded > 1 and 32 % bits != 0
 
 
 def _dense(words: np.ndarray, bits: int, is_dense: bool) -> np.ndarray:
@@ -283,7 +289,7 @@ def _dense(words: np.ndarray, bits: int, is_dense: bool) -> np.ndarray:
   return _bits.pack(codes.reshape(*words.shape[:-1], -1), bits)
 
 
-def _sign_bits(bits: int, size: int) -> np.ndarray:
+def sign_bits(bits: int, size: int) -> np.ndarray:
   """Bytes with the top bit of each code: what offset binary differs by."""
   period = _bits.pack(np.full(8, 2 ** (bits - 1), np.uint8), bits)
   return np.resize(period, size)

@@ -162,6 +162,11 @@ def write(
     file.write(_bytes(tensors[name]).data)
 
 
+def dtype(name: str) -> np.dtype:
+  """The dtype of arrays that the container calls so."""
+  return _DTYPES[name]
+
+
 def check_writable(name: object, array: np.ndarray) -> None:
   """Refuses what the container cannot hold."""
   if not isinstance(name, str) or name == _METADATA:

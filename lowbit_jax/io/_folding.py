@@ -119,7 +119,7 @@ def tensors(
           {end: stored[prefix + end] for end in ends if prefix + end in stored}
         )
         names = {part.name for part in parts.values()}
-        if name in result or name in stored.keys() - names:
+        if name in result or (name in stored and name not in names):
           raise ValueError('two layouts claim this name')
         result[name] = _located(
           layout.plan(prefix.removesuffix('.'), parts, settings), path, name

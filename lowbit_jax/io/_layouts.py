@@ -222,6 +222,14 @@ def channel(
   )
 
 
+def group(element: ElementFormat, size: int, scale: FloatFormat) -> BlockFormat:
+  """`element` with a scale, and for unsigned integers a zero point, for so many
+  inputs."""
+  if (element, size, scale) == (formats.e4m3fn, 128, formats.float32):
+    return formats.fp8_1x128
+  return formats.grouped(element, size, scale)
+
+
 def tile(
   element: ElementFormat, block: tuple[int, int], scale: FloatFormat
 ) -> BlockFormat:

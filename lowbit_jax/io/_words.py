@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from lowbit_jax import formats
 from lowbit_jax.formats import BlockFormat, FloatFormat
 from lowbit_jax.io import _bits, _layouts
 from lowbit_jax.io._checkpoint import Tensor
@@ -119,7 +118,7 @@ def _groups(
   element = _layouts.integer(bits, signed=False)
   if size == -1:
     return group, part, _layouts.channel(element, scale, True)
-  return group, part, formats.grouped(element, size, scale)
+  return group, part, _layouts.group(element, size, scale)
 
 
 def _transposed(part: Stored, fmt: FloatFormat | None) -> _layouts.Leaf:

@@ -1,5 +1,6 @@
 """Safetensors files and folders, and the quantized layouts that they hold.
 
+- `export`: Writes a folder as programs that serve models read it.
 - `open`: Opens a file, or a folder as it is published with a model.
 - `save`: Writes arrays to a file, atomically.
 """
@@ -15,7 +16,7 @@ import numpy as np
 from lowbit_jax import _files
 from lowbit_jax._files import DamagedFileError
 from lowbit_jax._typing import ArrayLike, PathLike
-from lowbit_jax.io import _container, _folding
+from lowbit_jax.io import _container, _export, _folding
 from lowbit_jax.io._checkpoint import Checkpoint
 from lowbit_jax.qarray import QArray
 
@@ -108,11 +109,47 @@ def save(
     _container.write(file, arrays, metadata)
 
 
+def export(
+  path: PathLike,
+  tensors: Mapping[str, ArrayLike | QArray],
+  source: PathLike | None = None,
+  *,
+  shard_bytes: int = 5 * 10**9,
+) -> None:
+  """Writes a folder as programs that serve models read it.
+
+  QArrays are written in the layouts of compressed-tensors, in which `open`
+  gives them back as they are, and the configuration names their modules. The
+  folder appears complete or not at all.
+
+  Args:
+    path: folder to write, which does not exist yet.
+    tensors: arrays and QArrays by name, such as a checkpoint that `open` gave,
+      read one after the other. A QArray is the weight of a module, named
+      '....weight', of shape (..., outputs, inputs), with its blocks along the
+      inputs. The tensor scale of NVFP4 is written as its reciprocal, which may
+      differ in the last place.
+    source: folder whose config.json is kept and whose other files are copied,
+      except for weights, or None.
+    shard_bytes: a file that has so many bytes is followed by another.
+
+  Raises:
+    FileExistsError: if there is something of that name.
+    TypeError: for dtypes that the files do not have.
+    ValueError: for a QArray that compressed-tensors has no layout for.
+  """
+  path = os.fspath(path)
+  if os.path.lexists(path):
+    raise FileExistsError(f'path={path!r} exists; choose another name')
+  folder = None if source is None else os.fspath(source)
+  _export.write(path, tensors, folder, shard_bytes)
+
+
 def _array(name: object, value: object) -> np.ndarray:
   if isinstance(value, QArray):
     raise TypeError(
-      f'{name!r} is a QArray, for which a file of arrays has no place; save'
-      ' dequantize(q), or the whole tree by lowbit_jax.io.save'
+      f'{name!r} is a QArray, which takes several tensors: write a model by'
+      ' export, a tree by lowbit_jax.io.save, or dequantize(q)'
     )
   array = np.asarray(value)
   _container.check_writable(name, array)
