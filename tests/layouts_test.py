@@ -595,6 +595,9 @@ class FailClosedTest(parameterized.TestCase):
     ({'.weight': ml_dtypes.float8_e4m3fn}, checkpoints.TILES),
     ({'.gate_up_proj': ml_dtypes.float8_e4m3fn}, checkpoints.TILES),
     ({'.gate_up_proj': ml_dtypes.float4_e2m1fn}, checkpoints.MODELOPT),
+    ({'.gate_up_proj_packed': 'i4', '.gate_up_proj_scale': 'f4'}, None),
+    ({'.gate_up_proj': 'i1'}, checkpoints.TILES),
+    ({'.gate_up_proj': 'u4'}, checkpoints.TILES),
   )
   def test_layouts_of_others(self, ends, settings):
     tensors = {

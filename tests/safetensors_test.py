@@ -57,6 +57,29 @@ class SafetensorsTest(parameterized.TestCase):
     self.write({'x': np.ones(3)}, name='adapter.safetensors')
     self.assertEqual(list(safetensors.open(self.folder)), ['x'])
 
+  def test_what_save_refuses(self):
+    int4 = np.ones(2, ml_dtypes.int4)
+    for tensors, metadata, error, message in (
+      ({'x': int4}, None, TypeError, "'x' has dtype int4"),
+      ({'x': np.array('text')}, None, TypeError, "'x' has dtype <U4"),
+      ({'x': np.float64(1) + 1j}, None, TypeError, "'x' has dtype complex128"),
+      ({3: np.ones(2)}, None, TypeError, '3 is no name'),
+      ({'__metadata__': np.ones(2)}, None, TypeError, 'is no name'),
+      ({'x': np.ones(2)}, {'a': 1}, TypeError, 'must map strings'),
+      (
+        {'x': np.ones(3, ml_dtypes.float4_e2m1fn)},
+        *(None, ValueError, "'x' has 3 elements of 4 bits"),
+      ),
+    ):
+      with self.assertRaisesRegex(error, message):
+        safetensors.save(self.path, tensors, metadata)
+    self.assertEqual(os.listdir(self.folder), [])
+    safetensors.save(self.path, {'x': np.ones(2)})
+    with self.assertRaisesRegex(FileExistsError, 'overwrite=True'):
+      safetensors.save(self.path, {'y': np.ones(2)})
+    safetensors.save(self.path, {'y': np.ones(2)}, overwrite=True)
+    self.assertEqual(list(safetensors.open(self.path)), ['y'])
+
   def test_saves_big_endian_fortran_jax_and_packed(self):
     x = np.arange(6, dtype='>f4').reshape(2, 3)
     six = np.arange(8).astype(ml_dtypes.float6_e2m3fn).reshape(2, 4)

@@ -82,14 +82,15 @@ _PARTS = (
   *('.weight._data', '.weight._scale', '.scale_weight', 'scaled_fp8'),
 )
 _PAIRS = {
-  '_scale': ('',),
+  '_scale': ('', '_packed'),
   '_scales': ('', '_blocks'),
   '_scale_inv': ('',),
   '_zero_point': ('',),
   '.scale': ('', '.weight'),
   '.scales': ('', '.weight', '.blocks'),
 }
-_DENSE = ('F64', 'F32', 'F16', 'BF16')
+# What a quantized model may hold beside its weights, as masks and positions.
+_DENSE = ('F64', 'F32', 'F16', 'BF16', 'C64', 'I64', 'BOOL')
 
 
 def tensors(
@@ -164,8 +165,7 @@ def _dense(
   if name.endswith(_PARTS) or '.quant_state.' in name:
     raise ValueError(f'it is part of a quantized weight, but {known}')
   if settings is not None and part.dtype not in _DENSE:
-    is_narrow = part.dtype.startswith('F') and len(part.shape) > 1
-    if is_narrow or name.endswith('weight'):
+    if len(part.shape) > 1 or name.endswith('weight'):
       raise ValueError(f'it is quantized ({part.dtype}), but {known}')
   return Tensor(part.dtype, part.shape, part.nbytes, None, part.read)
 
