@@ -19,27 +19,14 @@ from lowbit_jax.io._checkpoint import Tensor
 from lowbit_jax.io._container import Stored
 from lowbit_jax.io._layouts import Leaf, Parts, choice, expect, field
 
-MARKER = 'weight_scale'
-ROLES = (
-  *('weight', 'weight_packed', 'weight_shape', 'weight_zero_point'),
-  *('weight_global_scale', 'weight_g_idx'),
-)
+_MARKER = 'weight_scale'
 _STEPS = 1e8  # of matching a regular expression
 
 _Layout = Callable[[Parts, Mapping[str, Any]], Tensor]
 
 
-def plan(module: str, parts: Parts, settings: Mapping[str, Any]) -> Tensor:
-  """How one weight is read.
-
-  Args:
-    module: name of the module.
-    parts: its tensors.
-    settings: the configuration.
-
-  Raises:
-    ValueError: for a weight that the configuration does not describe.
-  """
+def _plan(module: str, parts: Parts, settings: Mapping[str, Any]) -> Tensor:
+  """How one weight is read, as its group in the configuration says."""
   if field(settings, 'transform_config', dict):
     raise ValueError('it is to be used with transforms, which are not read')
   if sparsity := field(settings, 'sparsity_config', dict):
@@ -57,7 +44,7 @@ def _group(module: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     if _rank(module, pattern) in (0, 1):
       raise ValueError(
         f'the configuration ignores its module ({pattern!r:.80}), but it has a'
-        f' {MARKER}'
+        f' {_MARKER}'
       )
   ranked: dict[int, list[dict[str, Any]]] = {}
   for group in field(settings, 'config_groups', dict, {}).values():
@@ -125,7 +112,7 @@ def _scaled(
     codes: reads them.
     zero_point: from the shape of the scales to what reads the zero points.
   """
-  part = parts[MARKER]
+  part = parts[_MARKER]
   scale = _layouts.float_scale(part)
   # The codes of tiles would have to be packed along columns.
   known = ('tensor', 'channel', 'group') + ('block',) * (element.bits == 8)
@@ -329,7 +316,7 @@ def _nvfp4(parts: Parts, weights: Mapping[str, Any]) -> Tensor:
   packed = expect(parts['weight_packed'], ('U8',))
   *lead, width = _layouts.rows(packed)
   shape = (*lead, 2 * width)
-  scale = expect(parts[MARKER], ('F8_E4M3',), _layouts.blocks(shape, (16,)))
+  scale = expect(parts[_MARKER], ('F8_E4M3',), _layouts.blocks(shape, (16,)))
   divisor = expect(parts['weight_global_scale'], ('F32',), (), (1,))
 
   def tensor_scale() -> np.ndarray:
@@ -358,7 +345,7 @@ def _microscaling(role: str, dtype: str, fmt: BlockFormat) -> _Layout:
       raise ValueError(f'{packed.name!r} has rows of {width} bytes')
     shape = (*lead, width * 8 // bits)
     scale = expect(
-      parts[MARKER], _layouts.EXPONENT_SCALES, _layouts.blocks(shape, (32,))
+      parts[_MARKER], _layouts.EXPONENT_SCALES, _layouts.blocks(shape, (32,))
     )
     leaves = _layouts.Leaves(_layouts.raw(packed), _layouts.raw(scale))
     return _layouts.tensor(parts, shape, fmt, leaves)
@@ -383,3 +370,11 @@ _LAYOUTS: dict[str, _Layout] = {
   'mxfp6-pack-quantized': _microscaling(*_PACKED, formats.mxfp6_e2m3),
   'mxfp8-quantized': _microscaling('weight', 'F8_E4M3', formats.mxfp8_e4m3),
 }
+LAYOUT = _layouts.Layout(
+  _MARKER,
+  (
+    *('weight', 'weight_packed', 'weight_shape', 'weight_zero_point'),
+    *('weight_global_scale', 'weight_g_idx'),
+  ),
+  _plan,
+)

@@ -1,75 +1,27 @@
 """From tensors as they lie in files to one entry for each weight."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from lowbit_jax._files import DamagedFileError
 from lowbit_jax.io import _compressed_tensors, _whole_bytes, _words
 from lowbit_jax.io._checkpoint import Leaf, Tensor
 from lowbit_jax.io._container import Stored
-from lowbit_jax.io._layouts import Parts, field
+from lowbit_jax.io._layouts import Layout, Parts, field
 
 Settings = Mapping[str, Any] | None
 
-
-class _Layout(NamedTuple):
-  """Where a layout finds its weights.
-
-  Attributes:
-    marker: the end of the name of a tensor that each weight has.
-    roles: the ends of the names of its other tensors.
-    plan: from module, parts and configuration to the weight.
-    weight: what takes the place of the marker in the name of the weight.
-  """
-
-  marker: str
-  roles: tuple[str, ...]
-  plan: Callable[[str, Parts, Any], Tensor]
-  weight: str = 'weight'
-
-
-_NF4 = _Layout(
-  _whole_bytes.NF4_MARKER, _whole_bytes.NF4_ROLES, _whole_bytes.plan_nf4
-)
 _METHODS = {
-  'compressed-tensors': (
-    _Layout(
-      _compressed_tensors.MARKER,
-      _compressed_tensors.ROLES,
-      _compressed_tensors.plan,
-    ),
-  ),
-  'gptq': (_Layout(_words.MARKER, _words.ROLES, _words.plan_gptq),),
-  'awq': (_Layout(_words.MARKER, _words.ROLES, _words.plan_awq),),
-  'modelopt': (
-    _Layout(
-      _whole_bytes.MODELOPT_MARKER,
-      _whole_bytes.MODELOPT_ROLES,
-      _whole_bytes.plan_modelopt,
-    ),
-  ),
-  'fp8': (
-    _Layout(
-      _whole_bytes.TILES_MARKER,
-      _whole_bytes.FP8_ROLES,
-      _whole_bytes.plan_tiles,
-    ),
-    _Layout(
-      _whole_bytes.FP8_MARKER, _whole_bytes.FP8_ROLES, _whole_bytes.plan_fp8
-    ),
-  ),
-  'mxfp4': (
-    _Layout(
-      _whole_bytes.GPT_OSS_MARKER,
-      _whole_bytes.GPT_OSS_ROLES,
-      _whole_bytes.plan_gpt_oss,
-      '',
-    ),
-  ),
-  'bitsandbytes': (_NF4,),
+  'compressed-tensors': (_compressed_tensors.LAYOUT,),
+  'gptq': (_words.GPTQ,),
+  'awq': (_words.AWQ,),
+  'modelopt': (_whole_bytes.MODELOPT,),
+  'fp8': (_whole_bytes.FP8_TILES, _whole_bytes.FP8),
+  'mxfp4': (_whole_bytes.GPT_OSS,),
+  'bitsandbytes': (_whole_bytes.NF4,),
 }
-_WITHOUT_SETTINGS = (_NF4,)  # says all in its tensors
+_WITHOUT_SETTINGS = (_whole_bytes.NF4,)  # says all in its tensors
 
 # Ends of names that only parts of quantized weights have, and pairs of ends:
 # the first is a part where the second is there too.
@@ -135,7 +87,7 @@ def tensors(
   return dict(sorted(result.items(), key=lambda item: first[item[0]]))
 
 
-def _layouts(settings: Settings, path: str) -> tuple[_Layout, ...]:
+def _layouts(settings: Settings, path: str) -> tuple[Layout, ...]:
   if settings is None:
     return _WITHOUT_SETTINGS
   with _at(path, 'its configuration'):

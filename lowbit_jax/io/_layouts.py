@@ -34,23 +34,6 @@ EXPONENT_SCALES = ('U8', 'F8_E8M0')
 Leaf = Callable[[], np.ndarray]
 
 
-class Leaves(NamedTuple):
-  """What reads the leaves of a QArray.
-
-  Attributes:
-    codes: bytes (..., bytes of a row), of which those beyond the row are cut
-      off; padding is added.
-    scale: of the shape and dtype of the leaf.
-    tensor_scale: one number.
-    zero_point: of the shape of the scales.
-  """
-
-  codes: Leaf
-  scale: Leaf | None = None
-  tensor_scale: Leaf | None = None
-  zero_point: Leaf | None = None
-
-
 class Parts(dict[str, Stored]):
   """The tensors of one weight, by what follows the name of the module.
 
@@ -67,6 +50,40 @@ class Parts(dict[str, Stored]):
       raise ValueError(f'its {role} is missing')
     self.used.add(role)
     return super().__getitem__(role)
+
+
+class Layout(NamedTuple):
+  """Where weights of a layout lie, and how they are read.
+
+  Attributes:
+    marker: the end of the name of a tensor that each weight has.
+    roles: the ends of the names of its other tensors.
+    plan: from the name of a module, its parts and the configuration to its
+      weight; raises ValueError for what is not as the layout wants it.
+    weight: what takes the place of the marker in the name of the weight.
+  """
+
+  marker: str
+  roles: tuple[str, ...]
+  plan: Callable[[str, Parts, Any], Tensor]
+  weight: str = 'weight'
+
+
+class Leaves(NamedTuple):
+  """What reads the leaves of a QArray.
+
+  Attributes:
+    codes: bytes (..., bytes of a row), of which those beyond the row are cut
+      off; padding is added.
+    scale: of the shape and dtype of the leaf.
+    tensor_scale: one number.
+    zero_point: of the shape of the scales.
+  """
+
+  codes: Leaf
+  scale: Leaf | None = None
+  tensor_scale: Leaf | None = None
+  zero_point: Leaf | None = None
 
 
 def field(

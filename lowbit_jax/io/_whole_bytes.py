@@ -3,6 +3,7 @@
 ModelOpt, the FP8 of DeepSeek and of others, gpt-oss, bitsandbytes.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,29 +12,15 @@ import numpy as np
 from lowbit_jax import formats
 from lowbit_jax.io import _container, _layouts
 from lowbit_jax.io._checkpoint import Tensor
-from lowbit_jax.io._layouts import Parts, choice, expect, field
+from lowbit_jax.io._layouts import Layout, Parts, choice, expect, field
 
 _STATE_BYTES = 2**16
 _FP8 = ('F8_E4M3',)
-
-MODELOPT_MARKER = 'weight_scale'
-MODELOPT_ROLES = ('weight', 'weight_scale_2', 'pre_quant_scale')
-TILES_MARKER = 'weight_scale_inv'
-FP8_MARKER = 'weight_scale'
-FP8_ROLES = ('weight',)
-GPT_OSS_MARKER = '_blocks'
-GPT_OSS_ROLES = ('_scales',)
-NF4_MARKER = 'weight.quant_state.bitsandbytes__nf4'
-NF4_ROLES = (
-  *('weight', 'weight.absmax', 'weight.quant_map'),
-  *('weight.nested_absmax', 'weight.nested_quant_map'),
-)
+_STATE = 'weight.quant_state.bitsandbytes__nf4'
 
 
-def plan_modelopt(
-  module: str, parts: Parts, settings: Mapping[str, Any]
-) -> Tensor:
-  """How one weight of ModelOpt is read; raises ValueError for the unknown."""
+def _modelopt(module: str, parts: Parts, settings: Mapping[str, Any]) -> Tensor:
+  """How one weight of ModelOpt is read."""
   named = field(settings, 'quantization', dict, settings)
   if layers := field(named, 'quantized_layers', dict):
     named = field(layers, module, dict)
@@ -50,7 +37,7 @@ def _nvfp4(parts: Parts) -> Tensor:
   *lead, width = _layouts.rows(weight)
   shape = (*lead, 2 * width)
   counts = _layouts.blocks(shape, (16,))
-  scale = expect(parts[MODELOPT_MARKER], _FP8, counts)
+  scale = expect(parts['weight_scale'], _FP8, counts)
   factor = expect(parts['weight_scale_2'], ('F32',), (), (1,))
   leaves = _layouts.Leaves(
     _layouts.raw(weight), _layouts.raw(scale), factor.read
@@ -63,9 +50,9 @@ def _mxfp4(parts: Parts) -> Tensor:
   *lead, width = _layouts.rows(weight)
   shape = (*lead, 2 * width)
   counts = _layouts.blocks(shape, (32,))
-  flat = (int(np.prod(counts)), 1)
+  flat = (math.prod(counts), 1)
   # The reference implementation forgets the shape of the scales.
-  part = expect(parts[MODELOPT_MARKER], ('U8',), counts, flat)
+  part = expect(parts['weight_scale'], ('U8',), counts, flat)
   leaves = _layouts.Leaves(
     _layouts.raw(weight), lambda: part.read().reshape(counts)
   )
@@ -74,7 +61,7 @@ def _mxfp4(parts: Parts) -> Tensor:
 
 def _fp8(parts: Parts) -> Tensor:
   weight = expect(parts['weight'], _FP8)
-  factor = _layouts.numbers(_layouts.scalar(parts[FP8_MARKER]))
+  factor = _layouts.numbers(_layouts.scalar(parts['weight_scale']))
   leaves = _layouts.Leaves(_layouts.raw(weight), tensor_scale=factor)
   shape = _layouts.rows(weight)
   return _layouts.tensor(parts, shape, formats.e4m3fn_tensor, leaves)
@@ -89,19 +76,21 @@ _MODELOPT = {
 }
 
 
-def plan_fp8(module: str, parts: Parts, settings: Mapping[str, Any]) -> Tensor:
-  """How an FP8 weight with one scale is read; raises ValueError otherwise."""
+def _fp8_tensor(
+  module: str, parts: Parts, settings: Mapping[str, Any]
+) -> Tensor:
+  """How an FP8 weight with one scale is read."""
   del module
   choice({'fmt': 'e4m3'} | dict(settings), 'fmt', ('e4m3', 'float8_e4m3fn'))
   return _fp8(parts)._replace(layout='FP8')
 
 
-def plan_tiles(
+def _fp8_tiles(
   module: str, parts: Parts, settings: Mapping[str, Any]
 ) -> Tensor:
   """How an FP8 weight with a scale for each tile, as of DeepSeek, is read.
 
-  The scale multiplies, in spite of its name. Raises ValueError otherwise.
+  The scale multiplies, in spite of its name.
   """
   del module
   choice({'fmt': 'e4m3'} | dict(settings), 'fmt', ('e4m3', 'float8_e4m3fn'))
@@ -113,7 +102,7 @@ def plan_tiles(
   block = tuple(sizes)
   weight = expect(parts['weight'], _FP8)
   shape = _layouts.rows(weight)
-  part = parts[TILES_MARKER]
+  part = parts['weight_scale_inv']
   expect(part, (part.dtype,), _layouts.blocks(shape, block))
   if part.dtype == 'F8_E8M0':
     scale, leaf = formats.e8m0, _layouts.raw(part)
@@ -125,15 +114,10 @@ def plan_tiles(
   return tensor._replace(layout=f'FP8 {block[0]}x{block[1]}')
 
 
-def plan_gpt_oss(
-  module: str, parts: Parts, settings: Mapping[str, Any]
-) -> Tensor:
-  """How MXFP4 weights of experts are read: (experts, outputs, inputs).
-
-  Raises ValueError otherwise.
-  """
+def _gpt_oss(module: str, parts: Parts, settings: Mapping[str, Any]) -> Tensor:
+  """How MXFP4 weights of experts are read: (experts, outputs, inputs)."""
   del module, settings
-  part = expect(parts[GPT_OSS_MARKER], ('U8',))
+  part = expect(parts['_blocks'], ('U8',))
   *lead, count, size = _layouts.rows(part)
   if size != 16 or not lead:
     raise ValueError(
@@ -148,10 +132,10 @@ def plan_gpt_oss(
   return tensor._replace(layout='gpt-oss MXFP4')
 
 
-def plan_nf4(
+def _nf4(
   module: str, parts: Parts, settings: Mapping[str, Any] | None
 ) -> Tensor:
-  """How an NF4 weight of bitsandbytes is read; raises ValueError otherwise."""
+  """How an NF4 weight of bitsandbytes is read."""
   del module, settings
   state = _state(parts)
   choice(state, 'quant_type', ('nf4',))
@@ -161,11 +145,11 @@ def plan_nf4(
   dtype = choice(state, 'dtype', ('float16', 'bfloat16', 'float32'))
   weight = expect(parts['weight'], ('U8',))
   shape = field(state, 'shape', list, [])
-  size = 2 * int(np.prod(weight.shape))
+  size = 2 * weight.nbytes
   if (
-    len(shape) < 2
+    not 2 <= len(shape) <= 8
     or not all(type(n) is int and 0 < n <= size for n in shape)
-    or int(np.prod([float(n) for n in shape])) != size
+    or math.prod(shape) != size
   ):
     raise ValueError(f'{weight.name!r} has {size} numbers, no {shape!r:.80}')
   if block < 1 or shape[-1] % block:
@@ -190,10 +174,26 @@ def plan_nf4(
 
 def _state(parts: Parts) -> dict[str, Any]:
   """What bitsandbytes says of a weight, in JSON."""
-  part = expect(parts[NF4_MARKER], ('U8',))
+  part = expect(parts[_STATE], ('U8',))
   if part.nbytes > _STATE_BYTES:
     raise ValueError(f'{part.name!r} has {part.nbytes} bytes')
   state = _container.parse(part.read().tobytes())
   if not isinstance(state, dict):
     raise ValueError(f'{part.name!r} is no JSON object')
   return state
+
+
+MODELOPT = Layout(
+  'weight_scale', ('weight', 'weight_scale_2', 'pre_quant_scale'), _modelopt
+)
+FP8 = Layout('weight_scale', ('weight',), _fp8_tensor)
+FP8_TILES = Layout('weight_scale_inv', ('weight',), _fp8_tiles)
+GPT_OSS = Layout('_blocks', ('_scales',), _gpt_oss, '')
+NF4 = Layout(
+  _STATE,
+  (
+    *('weight', 'weight.absmax', 'weight.quant_map'),
+    *('weight.nested_absmax', 'weight.nested_quant_map'),
+  ),
+  _nf4,
+)

@@ -15,20 +15,18 @@ from lowbit_jax.io._checkpoint import Tensor
 from lowbit_jax.io._container import Stored
 from lowbit_jax.io._layouts import Parts, choice, expect, field
 
-MARKER = 'qweight'
-ROLES = ('qzeros', 'scales', 'g_idx')
-
+_MARKER = 'qweight'
 _AWQ_OUTPUTS = (0, 2, 4, 6, 1, 3, 5, 7)  # of the nibbles of a word
 
 
-def plan_gptq(module: str, parts: Parts, settings: Mapping[str, Any]) -> Tensor:
-  """How one weight of GPTQ is read; raises ValueError for what is not known."""
+def _gptq(module: str, parts: Parts, settings: Mapping[str, Any]) -> Tensor:
+  """How one weight of GPTQ is read."""
   del module
   bits = choice(settings, 'bits', (2, 3, 4, 8))
   version = _version(settings)
   if field(settings, 'dynamic', dict):
     raise ValueError('configurations with dynamic rules are not read yet')
-  words = expect(parts[MARKER], ('I32',))
+  words = expect(parts[_MARKER], ('I32',))
   height, outputs = _layouts.rows(words)
   if height % bits:
     raise ValueError(
@@ -66,13 +64,13 @@ def plan_gptq(module: str, parts: Parts, settings: Mapping[str, Any]) -> Tensor:
   return tensor._replace(layout=f'GPTQ {bits} bits, version {version}')
 
 
-def plan_awq(module: str, parts: Parts, settings: Mapping[str, Any]) -> Tensor:
-  """How one weight of AWQ is read; raises ValueError for what is not known."""
+def _awq(module: str, parts: Parts, settings: Mapping[str, Any]) -> Tensor:
+  """How one weight of AWQ is read."""
   del module
   choice(settings, 'bits', (4,))
   choice(settings, 'zero_point', (True,))
   choice(settings, 'version', ('gemm', 'GEMM'))
-  words = expect(parts[MARKER], ('I32',))
+  words = expect(parts[_MARKER], ('I32',))
   inputs, width = _layouts.rows(words)
   outputs = 8 * width
   group, scale, fmt = _groups(parts, settings, 4, inputs, outputs)
@@ -133,3 +131,7 @@ def _awq_nibbles(words: np.ndarray) -> np.ndarray:
   for k, output in enumerate(_AWQ_OUTPUTS):
     codes[output::8] = (words >> (4 * k) & 15).T
   return codes
+
+
+GPTQ = _layouts.Layout(_MARKER, ('qzeros', 'scales', 'g_idx'), _gptq)
+AWQ = _layouts.Layout(_MARKER, ('qzeros', 'scales'), _awq)
