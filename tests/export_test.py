@@ -1,5 +1,6 @@
 """Folders of compressed-tensors that are written."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -9,7 +10,7 @@ import ml_dtypes
 import numpy as np
 from absl.testing import absltest, parameterized
 
-from lowbit_jax import formats
+from lowbit_jax import formats, qarray
 from lowbit_jax.io import safetensors
 from tests import checkpoints
 
@@ -164,9 +165,20 @@ class ExportTest(parameterized.TestCase):
     q = checkpoints.random_qarray(formats.int4_g32, (64, 64), random)
     with self.assertRaisesRegex(ValueError, "'weight'.* pass its mT"):
       safetensors.export(self.target, {'weight': q.mT})
+    four = checkpoints.random_qarray(formats.nvfp4, (4, 64), random)
+    for number in (0, -1, np.nan, np.inf, 1e-45):
+      scale = np.full((1, 1), number, np.float32)
+      tensors = {'weight': qarray.replace(four, tensor_scale=scale)}
+      with self.assertRaisesRegex(ValueError, "'weight' has the tensor scale"):
+        safetensors.export(self.target, tensors)
     tensors = {'a.weight': q, 'a.weight_scale': np.ones(3)}
-    with self.assertRaisesRegex(ValueError, "'a.weight_scale' stands for two"):
-      safetensors.export(self.target, tensors)
+    for options in ({}, {'shard_bytes': 1}):
+      with self.assertRaisesRegex(ValueError, "'a.weight_scale' stands for"):
+        safetensors.export(self.target, tensors, **options)
+    scaled = dataclasses.replace(formats.mxfp4, tensor_scale=True)
+    q = checkpoints.random_qarray(scaled, (4, 64), random)
+    with self.assertRaisesRegex(ValueError, 'has no layout'):
+      safetensors.export(self.target, {'a.weight': q})
     with self.assertRaisesRegex(TypeError, "'a' is a QArray"):
       safetensors.save(self.target, {'a': q})
 

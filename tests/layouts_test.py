@@ -217,6 +217,13 @@ class LayoutsTest(parameterized.TestCase):
         middle = 2 ** (bits - 1) if symmetric else np.repeat(zeros, 32, 1)
         self.assert_bits(q, (codes - middle).astype(np.float32))
 
+  def test_groups_in_order(self):
+    parts, expected = checkpoints.golden('ct/int4_g32_sym')
+    settings = checkpoints.configuration('ct/int4_g32_sym')
+    for index in (np.arange(64) // 32, np.full(64, -1)):
+      stored = {**parts, 'weight_g_idx': index.astype(np.int32)}
+      self.assert_bits(self.read(stored, settings), expected)
+
   def test_packing_that_may_be_either(self):
     settings = json.loads(
       json.dumps(checkpoints.configuration('ct/int5_g32_sym'))
@@ -434,6 +441,15 @@ class FailClosedTest(parameterized.TestCase):
       checkpoints.configuration(f'ct/{case}'), **changes
     )
     self.refused_parts(parts, config, message)
+
+  def test_weights_that_are_there_twice(self):
+    parts, _ = checkpoints.golden('gptq4_g32')
+    parts['qzeros'] = parts.pop('qzeros_v2')
+    parts['weight'] = np.ones((32, 64), np.float32)
+    self.refused_parts(parts, checkpoints.GPTQ, 'two layouts claim')
+    parts, _ = checkpoints.golden('deepseek_fp8_block16')
+    parts['weight_scale'] = np.ones((), np.float32)
+    self.refused_parts(parts, checkpoints.TILES, 'two layouts claim')
 
   def test_classes_that_cannot_be_told_apart(self):
     config = checkpoints.configuration('ct/int4_g32_sym')

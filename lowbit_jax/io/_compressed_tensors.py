@@ -20,7 +20,7 @@ from lowbit_jax.io._container import Stored
 from lowbit_jax.io._layouts import Leaf, Parts, choice, expect, field
 
 _MARKER = 'weight_scale'
-_STEPS = 1e8  # of matching a regular expression
+_STEPS = 1e7  # of matching a regular expression
 
 _Layout = Callable[[Parts, Mapping[str, Any]], Tensor]
 

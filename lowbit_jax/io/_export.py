@@ -99,6 +99,7 @@ def _shards(
   shards: list[dict[str, int]] = []
   groups: dict[str, dict[str, Any]] = {}
   held: dict[str, np.ndarray] = {}
+  seen: set[str] = set()
   for name in tensors:
     value = tensors[name]
     if isinstance(value, QArray):
@@ -113,8 +114,9 @@ def _shards(
       found = {prefix + end: part for end, part in weight.parts.items()}
     else:
       found = {name: np.asarray(value)}
-    if odd := found.keys() & (held.keys() | set().union(*shards)):
-      raise ValueError(f'{min(odd)!r} stands for two tensors')
+    if twice := found.keys() & seen:
+      raise ValueError(f'{min(twice)!r} stands for two tensors')
+    seen |= found.keys()
     for part, array in found.items():
       _container.check_writable(part, array)
     held |= found
@@ -268,14 +270,19 @@ def _nvfp4(name: str, q: QArray) -> _Weight:
   parts = {
     'weight_packed': _whole_rows(name, q),
     'weight_scale': scale,
-    'weight_global_scale': _divisor(np.asarray(q.tensor_scale).reshape(1)),
+    'weight_global_scale': _divisor(
+      name, np.asarray(q.tensor_scale).reshape(1)
+    ),
   }
   return _Weight('nvfp4-pack-quantized', settings, parts)
 
 
-def _divisor(factor: np.ndarray) -> np.ndarray:
+def _divisor(name: str, factor: np.ndarray) -> np.ndarray:
   """The float32 number whose reciprocal is `factor`, or is nearest to it."""
-  near = 1 / factor
+  with np.errstate(all='ignore'):
+    near = 1 / factor
+  if not 0 < near[0] < np.inf:
+    raise ValueError(f'{name!r} has the tensor scale {factor[0]}')
   candidates = [near, np.nextafter(near, 0), np.nextafter(near, np.inf)]
   return min(candidates, key=lambda n: abs(float(1 / n[0]) - float(factor[0])))
 
