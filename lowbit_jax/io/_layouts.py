@@ -6,6 +6,7 @@ tensors only, and refuses what it does not expect; the rest is done when the
 tensor is read.
 """
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -227,6 +228,7 @@ def integer(bits: int, *, signed: bool) -> IntFormat:
   return IntFormat(f'{"" if signed else "u"}int{bits}', bits, signed)
 
 
+@functools.lru_cache
 def channel(
   element: ElementFormat, scale: FloatFormat, zero_point: bool
 ) -> BlockFormat:
@@ -239,6 +241,7 @@ def channel(
   )
 
 
+@functools.lru_cache
 def group(element: ElementFormat, size: int, scale: FloatFormat) -> BlockFormat:
   """`element` with a scale, and for unsigned integers a zero point, for so many
   inputs."""
@@ -247,6 +250,7 @@ def group(element: ElementFormat, size: int, scale: FloatFormat) -> BlockFormat:
   return formats.grouped(element, size, scale)
 
 
+@functools.lru_cache
 def tile(
   element: ElementFormat, block: tuple[int, int], scale: FloatFormat
 ) -> BlockFormat:
