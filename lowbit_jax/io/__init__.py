@@ -3,6 +3,8 @@
 - `DamagedFileError`: A file does not hold what was written to it.
 - `gguf`: GGUF: the files of llama.cpp, read into packed QArrays and written.
 - `load`: Reads a tree that `save` wrote.
+- `safetensors`: Safetensors files and folders, and the quantized layouts that
+  they hold.
 - `save`: Writes a tree to a file, atomically.
 """
 

@@ -1,0 +1,199 @@
+"""Layouts of FP8, MXFP4, NVFP4 and NF4 beside those of compressed-tensors.
+
+ModelOpt, the FP8 of DeepSeek and of others, gpt-oss, bitsandbytes.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from lowbit_jax import formats
+from lowbit_jax.io import _container, _layouts
+from lowbit_jax.io._checkpoint import Tensor
+from lowbit_jax.io._layouts import Layout, Parts, choice, expect, field
+
+_STATE_BYTES = 2**16
+_FP8 = ('F8_E4M3',)
+_STATE = 'weight.quant_state.bitsandbytes__nf4'
+
+
+def _modelopt(module: str, parts: Parts, settings: Mapping[str, Any]) -> Tensor:
+  """How one weight of ModelOpt is read."""
+  named = field(settings, 'quantization', dict, settings)
+  if layers := field(named, 'quantized_layers', dict):
+    named = field(layers, module, dict)
+    if named is None:
+      raise ValueError('quantized_layers of its configuration lacks its module')
+  algorithm = choice(named, 'quant_algo', tuple(_MODELOPT))
+  choice({'group_size': 16} | dict(named), 'group_size', (16, 32))
+  tensor = _MODELOPT[algorithm](parts)
+  return tensor._replace(layout=f'ModelOpt {algorithm}')
+
+
+def _nvfp4(parts: Parts) -> Tensor:
+  weight = expect(parts['weight'], ('U8',))
+  *lead, width = _layouts.rows(weight)
+  shape = (*lead, 2 * width)
+  counts = _layouts.blocks(shape, (16,))
+  scale = expect(parts['weight_scale'], _FP8, counts)
+  factor = expect(parts['weight_scale_2'], ('F32',), (), (1,))
+  leaves = _layouts.Leaves(
+    _layouts.raw(weight), _layouts.raw(scale), factor.read
+  )
+  return _layouts.tensor(parts, shape, formats.nvfp4, leaves)
+
+
+def _mxfp4(parts: Parts) -> Tensor:
+  weight = expect(parts['weight'], ('U8',))
+  *lead, width = _layouts.rows(weight)
+  shape = (*lead, 2 * width)
+  counts = _layouts.blocks(shape, (32,))
+  flat = (math.prod(counts), 1)
+  # The reference implementation forgets the shape of the scales.
+  part = expect(parts['weight_scale'], ('U8',), counts, flat)
+  leaves = _layouts.Leaves(
+    _layouts.raw(weight), lambda: part.read().reshape(counts)
+  )
+  return _layouts.tensor(parts, shape, formats.mxfp4, leaves)
+
+
+def _fp8(parts: Parts) -> Tensor:
+  weight = expect(parts['weight'], _FP8)
+  factor = _layouts.numbers(_layouts.scalar(parts['weight_scale']))
+  leaves = _layouts.Leaves(_layouts.raw(weight), tensor_scale=factor)
+  shape = _layouts.rows(weight)
+  return _layouts.tensor(parts, shape, formats.e4m3fn_tensor, leaves)
+
+
+_MODELOPT = {
+  'FP8': _fp8,
+  'NVFP4': _nvfp4,
+  'W4A16_NVFP4': _nvfp4,
+  'MXFP4': _mxfp4,
+  'W4A8_MXFP4_FP8': _mxfp4,
+}
+
+
+def _fp8_tensor(
+  module: str, parts: Parts, settings: Mapping[str, Any]
+) -> Tensor:
+  """How an FP8 weight with one scale is read."""
+  del module
+  choice({'fmt': 'e4m3'} | dict(settings), 'fmt', ('e4m3', 'float8_e4m3fn'))
+  return _fp8(parts)._replace(layout='FP8')
+
+
+def _fp8_tiles(
+  module: str, parts: Parts, settings: Mapping[str, Any]
+) -> Tensor:
+  """How an FP8 weight with a scale for each tile, as of DeepSeek, is read.
+
+  The scale multiplies, in spite of its name.
+  """
+  del module
+  choice({'fmt': 'e4m3'} | dict(settings), 'fmt', ('e4m3', 'float8_e4m3fn'))
+  sizes = field(settings, 'weight_block_size', list, [])
+  if len(sizes) != 2 or not all(
+    type(n) is int and 0 < n < 2**31 for n in sizes
+  ):
+    raise ValueError(f'weight_block_size={sizes!r:.80} is no tile')
+  block = tuple(sizes)
+  weight = expect(parts['weight'], _FP8)
+  shape = _layouts.rows(weight)
+  part = parts['weight_scale_inv']
+  expect(part, (part.dtype,), _layouts.blocks(shape, block))
+  if part.dtype == 'F8_E8M0':
+    scale, leaf = formats.e8m0, _layouts.raw(part)
+  else:
+    scale, leaf = _layouts.float_scale(part), _layouts.numbers(part)
+  fmt = _layouts.tile(formats.e4m3fn, block, scale)
+  leaves = _layouts.Leaves(_layouts.raw(weight), leaf)
+  tensor = _layouts.tensor(parts, shape, fmt, leaves)
+  return tensor._replace(layout=f'FP8 {block[0]}x{block[1]}')
+
+
+def _gpt_oss(module: str, parts: Parts, settings: Mapping[str, Any]) -> Tensor:
+  """How MXFP4 weights of experts are read: (experts, outputs, inputs)."""
+  del module, settings
+  part = expect(parts['_blocks'], ('U8',))
+  *lead, count, size = _layouts.rows(part)
+  if size != 16 or not lead:
+    raise ValueError(
+      f'{part.name!r} has the shape {part.shape}; expected blocks of 16 bytes'
+    )
+  scale = expect(parts['_scales'], ('U8',), (*lead, count))
+  leaves = _layouts.Leaves(
+    lambda: part.read().reshape(*lead, 16 * count), scale.read
+  )
+  shape = (*lead, 32 * count)
+  tensor = _layouts.tensor(parts, shape, formats.mxfp4, leaves)
+  return tensor._replace(layout='gpt-oss MXFP4')
+
+
+def _nf4(
+  module: str, parts: Parts, settings: Mapping[str, Any] | None
+) -> Tensor:
+  """How an NF4 weight of bitsandbytes is read."""
+  del module, settings
+  state = _state(parts)
+  choice(state, 'quant_type', ('nf4',))
+  if 'weight.nested_absmax' in parts or 'nested_blocksize' in state:
+    raise ValueError('its absmax is quantized too (nested), not read yet')
+  block = field(state, 'blocksize', int, 0)
+  dtype = choice(state, 'dtype', ('float16', 'bfloat16', 'float32'))
+  weight = expect(parts['weight'], ('U8',))
+  shape = field(state, 'shape', list, [])
+  size = 2 * weight.nbytes
+  if (
+    not 2 <= len(shape) <= 8
+    or not all(type(n) is int and 0 < n <= size for n in shape)
+    or math.prod(shape) != size
+  ):
+    raise ValueError(f'{weight.name!r} has {size} numbers, no {shape!r:.80}')
+  if block < 1 or shape[-1] % block:
+    raise ValueError(f'blocks of {block} run on between rows of {shape[-1]}')
+  counts = _layouts.blocks(shape, (block,))
+  scale = expect(parts['weight.absmax'], ('F32',), (size // block,))
+  table = expect(parts['weight.quant_map'], ('F32',), (16,))
+
+  def codes() -> np.ndarray:
+    if not np.array_equal(
+      table.read(), np.array(formats.nf4.table, np.float32)
+    ):
+      raise ValueError(f'{table.name!r} is not the table of NF4')
+    data = weight.read().reshape(*shape[:-1], shape[-1] // 2)
+    return data >> 4 | data << 4  # the first number is in the high nibble
+
+  leaves = _layouts.Leaves(codes, lambda: scale.read().reshape(counts))
+  fmt = formats.grouped(formats.nf4, block)
+  tensor = _layouts.tensor(parts, shape, fmt, leaves, dtype)
+  return tensor._replace(layout='bitsandbytes NF4')
+
+
+def _state(parts: Parts) -> dict[str, Any]:
+  """What bitsandbytes says of a weight, in JSON."""
+  part = expect(parts[_STATE], ('U8',))
+  if part.nbytes > _STATE_BYTES:
+    raise ValueError(f'{part.name!r} has {part.nbytes} bytes')
+  state = _container.parse(part.read().tobytes())
+  if not isinstance(state, dict):
+    raise ValueError(f'{part.name!r} is no JSON object')
+  return state
+
+
+MODELOPT = Layout(
+  'weight_scale', ('weight', 'weight_scale_2', 'pre_quant_scale'), _modelopt
+)
+FP8 = Layout('weight_scale', ('weight',), _fp8_tensor)
+FP8_TILES = Layout('weight_scale_inv', ('weight',), _fp8_tiles)
+GPT_OSS = Layout('_blocks', ('_scales',), _gpt_oss, '')
+NF4 = Layout(
+  _STATE,
+  (
+    *('weight', 'weight.absmax', 'weight.quant_map'),
+    *('weight.nested_absmax', 'weight.nested_quant_map'),
+  ),
+  _nf4,
+)
