@@ -166,7 +166,7 @@ class LayoutsTest(parameterized.TestCase):
     settings = {'quant_method': 'gptq', 'bits': bits, 'group_size': 32}
     second = {**settings, 'checkpoint_format': 'gptq_v2'}
     q = self.read({**parts, 'qzeros': zeros}, second)
-    self.assertEqual(q.fmt.name, f'uint{bits}_g32')
+    self.assertEqual(q.fmt.name, f'uint{bits}_g32_float16')
     self.assert_bits(q, expected)
     # Version 1 stores each field less by one; none is 0, so none borrows.
     ones = np.packbits(
@@ -192,7 +192,7 @@ class LayoutsTest(parameterized.TestCase):
       'version': 'gemm',
     }
     q = self.read(parts, settings)
-    self.assertEqual(q.fmt.name, 'uint4_g32')
+    self.assertEqual(q.fmt.name, 'uint4_g32_float16')
     self.assert_bits(q, expected)
 
   def test_old_packing_of_odd_bits(self):

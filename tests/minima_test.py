@@ -17,6 +17,7 @@ from absl.testing import absltest, parameterized
 
 import lowbit_jax as lowbit
 from lowbit_jax import formats, io, numerics, ops, qarray, testing
+from lowbit_jax.io import safetensors
 from tests.ops import products
 
 FLOAT16 = ('int4_g32_float16', 'uint4_g32_min_float16')
@@ -327,6 +328,14 @@ class FormatTest(parameterized.TestCase):
       ops.quantize(
         data(32), formats.q4_k, scale_rule=lambda x, mask: x.max(axis=-1)
       )
+
+  @parameterized.parameters('q4_k', 'q6_k', 'uint4_g32_min_float16')
+  def test_folders_have_no_layout_for_them(self, name):
+    with tempfile.TemporaryDirectory() as folder:
+      path = os.path.join(folder, 'model')
+      with self.assertRaisesRegex(ValueError, 'has no layout'):
+        safetensors.export(path, {'a.weight': quantized(name, 4, 256)})
+      self.assertEqual(os.listdir(folder), [])
 
   def test_prepack_is_refused(self):
     w = quantized('q4_k', 256, 8, axis=0)

@@ -189,6 +189,7 @@ def _weight(name: str, q: QArray) -> _Weight:
   if q.tensor_scale is not None and q.tensor_scale.size > 1:
     raise ValueError(f'{name!r} is a stack of tensors; pass its members')
   scale = fmt.scale
+  one_level = not fmt.tensor_scale and fmt.scale_blocks is None
   if scale == formats.e8m0 and fmt.block == (32,):
     if fmt.element in _MICROSCALING and not fmt.tensor_scale:
       return _microscaling(name, q)
@@ -196,7 +197,7 @@ def _weight(name: str, q: QArray) -> _Weight:
     *(formats.e2m1, (16,), formats.e4m3fn, True),
   ):
     return _nvfp4(name, q)
-  elif scale is None or (scale.bits > 8 and not fmt.tensor_scale):
+  elif scale is None or (scale.bits > 8 and one_level):
     if fmt.element == formats.e4m3fn:
       return _float(q)
     if _is_packable(fmt):

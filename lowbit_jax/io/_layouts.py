@@ -26,7 +26,7 @@ from lowbit_jax.qarray import QArray
 
 # The formats in which scales of these dtypes are held.
 FLOAT_SCALES = {
-  'F16': formats.float32,
+  'F16': formats.float16,
   'BF16': formats.bfloat16,
   'F32': formats.float32,
 }
