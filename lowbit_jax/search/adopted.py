@@ -197,7 +197,23 @@ def _log2_start():
     return _mp().log(1 + t, 2)
 
   interval = (math.sqrt(0.5) - 1, math.sqrt(2) - 1)
-  return _fit(range(1, 11), exact, interval, offset=lambda t: t * _LOG2_E)
+  def model(t, c):
+    powers = t[:, None] ** np.arange(3)
+    q = powers @ np.append(c[4:], 1)
+    quotient = powers @ c[1:4] / q
+    inner = (t**3 / q)[:, None] * powers
+    jacobian = [t**2, *inner.T, *(-quotient[:, None] * inner[:, :2]).T]
+    y = t * _LOG2_E + t**2 * (c[0] + t * quotient)
+    return y, np.stack(jacobian, axis=1)
+
+  def weight(t, f):
+    # Errors in ULP, small at the ends, where those of rounding are large.
+    return (0.1 + abs(t)) / certificates.ulp32(f)
+
+  start = [-0.7213, 1.0, 0.68, 0.0048, 2.08, 2.98]
+  return polisher.minimax(
+    model, polisher.extended(exact), interval, start, weight=weight
+  ).constants
 
 
 def _sin_start():
@@ -373,9 +389,9 @@ FUNCTIONS = {
       exact=lambda x: _mp().log(x, 2),
       interval=(_TINY, _MAX),
       timed=(0.01, 100),
-      wrapper='log2_split: log2(2^n (1 + t)) = n + t log2(e) + t P(t)',
+      wrapper='log2_split: n + t log2(e) + t^2 (c + t P(t) / Q(t))',
       start=_log2_start,
-      polished=(0.5, 2),
+      polished=(0.68, 1.5),
       edges=(
         (0.0, -_INF),
         (-0.0, -_INF),

@@ -77,18 +77,15 @@ EXP = (
   float.fromhex('0x1.126782p-7'),
   float.fromhex('0x1.6ae72cp-10'),
 )
-# log2(1 + t) = t log2(e) + t P(t), with log2(e) in float32
+# log2(1 + t) = t log2(e) + t^2 (c + t P(t) / Q(t)), with log2(e) in float32 and
+# the highest coefficient of Q one
 LOG2 = (
-  float.fromhex('0x1.49dd38p-26'),
-  float.fromhex('-0x1.71547p-1'),
-  float.fromhex('0x1.ec7092p-2'),
-  float.fromhex('-0x1.715a8p-2'),
-  float.fromhex('0x1.277e48p-2'),
-  float.fromhex('-0x1.eabc88p-3'),
-  float.fromhex('0x1.a305f8p-3'),
-  float.fromhex('-0x1.874bf8p-3'),
-  float.fromhex('0x1.7d493ap-3'),
-  float.fromhex('-0x1.c25a52p-4'),
+  float.fromhex('-0x1.715476p-1'),
+  float.fromhex('0x1.0045f8p+0'),
+  float.fromhex('0x1.5e9c22p-1'),
+  float.fromhex('0x1.3ca354p-8'),
+  float.fromhex('0x1.0a73c2p+1'),
+  float.fromhex('0x1.7e1afcp+1'),
 )
 # sin(r) = r + r u P(u) and cos(r) = 1 - u / 2 + u^2 Q(u), u = r^2
 SIN_COS = (
@@ -247,7 +244,8 @@ def log2_split(core: Core) -> Core:
 
   def log2(x: jax.Array) -> jax.Array:
     n, m = binade(x)
-    return guarded_log(x, n + core(m))
+    # Before the sum, where the guards need not wait for the core.
+    return guarded_log(x, n) + core(m)
 
   return log2
 
@@ -313,10 +311,12 @@ def log2(x: jax.Array, c: Sequence = LOG2) -> jax.Array:
 
   The leading term is split, so that its product rounds together with the sum.
   """
+  The quotient comes third, where its own rounding counts for little.
 
   def core(m):
     t = m - 1.0
-    return t * _LOG2_E + t * _horner(c, t)
+    quotient = _horner(c[1:4], t) / _horner((*c[4:], 1.0), t)
+    return t * _LOG2_E + (t * t) * (c[0] + t * quotient)
 
   return log2_split(core)(x)
 
@@ -484,7 +484,7 @@ def binade(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def guarded_log(x: jax.Array, y: jax.Array) -> jax.Array:
-  """The logarithm `y` of positive normal x, and the limits elsewhere."""
+  """`y` for positive normal x, and the limits of the logarithm elsewhere."""
   y = jnp.where(x < _INF, y, x)
   y = jnp.where(x < _MIN_NORMAL, -_INF, y)
   return jnp.where(x > -_MIN_NORMAL, y, float('nan'))
