@@ -93,7 +93,8 @@ def polish(name: str, *, seed: int = SEED) -> polisher.Fit:
   Returns:
     The fit; equal arguments give equal constants on one kind of processor.
   """
-  entry = FUNCTIONS[name]
+  # sin and cos share their constants.
+  entry = FUNCTIONS['sin' if name == 'cos' else name]
   return polisher.float32_coefficients(
     lambda c, x: entry.core(x, c),
     entry.start(),
@@ -196,7 +197,6 @@ def _log2_start():
   def exact(t):
     return _mp().log(1 + t, 2)
 
-  interval = (math.sqrt(0.5) - 1, math.sqrt(2) - 1)
   def model(t, c):
     powers = t[:, None] ** np.arange(3)
     q = powers @ np.append(c[4:], 1)
@@ -210,6 +210,7 @@ def _log2_start():
     # Errors in ULP, small at the ends, where those of rounding are large.
     return (0.1 + abs(t)) / certificates.ulp32(f)
 
+  interval = (math.sqrt(0.5) - 1, math.sqrt(2) - 1)
   start = [-0.7213, 1.0, 0.68, 0.0048, 2.08, 2.98]
   return polisher.minimax(
     model, polisher.extended(exact), interval, start, weight=weight

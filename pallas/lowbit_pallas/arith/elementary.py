@@ -45,17 +45,18 @@ _LN2 = (float.fromhex('0x1.62E4p-1'), float.fromhex('0x1.7F7D1Cp-20'))
 _EXP_MAX = float.fromhex('0x1.62e42ep+6')
 _EXP_MIN = float.fromhex('-0x1.5d589ep+6')
 
-# pi/2 to 2^-68. All parts but the last have 8 significant bits or less, so that
+# pi/2 to 2^-69. The first two parts have 8 significant bits or less, so that
 # their products with an integer below 2^16 are exact, and none is negative, so
 # that -0 stays -0.
 _PI_2 = (
   float.fromhex('0x1.92p+0'),
-  float.fromhex('0x1.f8p-12'),
-  float.fromhex('0x1.a8p-19'),
-  float.fromhex('0x1.1p-26'),
-  float.fromhex('0x1.0ap-34'),
-  float.fromhex('0x1.4611a6p-42'),
+  float.fromhex('0x1.fap-12'),
+  float.fromhex('0x1.54442cp-20'),
+  float.fromhex('0x1.184698p-44'),
 )
+# The last two in one, rounded up: as a constant of its own, because products
+# that are equal would be computed once, and not fused.
+_PI_2_REST = float.fromhex('0x1.54442ep-20')
 _TWO_OVER_PI = float.fromhex('0x1.45f306p-1')
 SIN_LIMIT = 1e5
 
@@ -310,8 +311,8 @@ def log2(x: jax.Array, c: Sequence = LOG2) -> jax.Array:
   """log2(x) within 1 ulp, exact at powers of two; float32.
 
   The leading term is split, so that its product rounds together with the sum.
-  """
   The quotient comes third, where its own rounding counts for little.
+  """
 
   def core(m):
     t = m - 1.0
@@ -334,9 +335,10 @@ def cos(x: jax.Array, c: Sequence = SIN_COS) -> jax.Array:
 def _sin(x, c, quarters: int):
   r, excess, k = reduce_pio2(x)
   u = r * r
-  sin_r = r - (excess - (r * u) * _horner(c[:3], u))
-  # r / 2 times r is fused, where u / 2 would carry the rounding of u.
-  cos_r = 1.0 - ((0.5 * r) * r - (u * u * _horner(c[3:], u) + excess * r))
+  cube = r * u
+  sin_r = r - (excess - cube * _horner(c[:3], u))
+  # r / 2 is exact in the difference, where u / 2 would carry the rounding of u.
+  cos_r = 1.0 - r * (0.5 * r - (excess + cube * _horner(c[3:], u)))
   return quadrant(sin_r, cos_r, k + quarters)
 
 
@@ -493,19 +495,21 @@ def guarded_log(x: jax.Array, y: jax.Array) -> jax.Array:
 def reduce_pio2(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
   """(r, excess, k): x = k pi/2 + r - excess, |r| < 0.7855, |x| <= SIN_LIMIT.
 
-  Cody and Waite's reduction in six parts. The first three leave no error. The
-  next two take the rounding of their differences along, since x may be as near
-  to a multiple of pi/2 as 2^-27.8 (found by visiting them all).
+  Cody and Waite's reduction in four parts. The first two leave no error. What
+  the next difference rounds off is found with a fused product and taken along,
+  since x may be as near to a multiple of pi/2 as 2^-27.8 (found by visiting
+  them all). Without fused products the error is 2^-28 or less.
 
   Returns:
     `r` and `excess` float32, with |excess| <= 2^-24; `k` int32. For x = -0, `r`
     is -0 and `excess` +0, whose difference is -0.
   """
   shifted, n = _nearest(x * _TWO_OVER_PI)
-  a = ((x - n * _PI_2[0]) - n * _PI_2[1]) - n * _PI_2[2]  # exact
-  b, from_b = _less(a, n * _PI_2[3])
-  c, from_c = _less(b, n * _PI_2[4] - from_b)  # exact
-  return c, n * _PI_2[5] - from_c, shifted
+  a = (x - n * _PI_2[0]) - n * _PI_2[1]  # exact
+  # The last bit is cleared lest the product be fused: a - r must be exact.
+  w = bits.from_bits(bits.to_bits(n * _PI_2_REST) & -2)
+  r = a - w
+  return r, n * _PI_2[3] - ((a - r) - n * _PI_2[2]), shifted
 
 
 def quadrant(sin: jax.Array, cos: jax.Array, k: jax.Array) -> jax.Array:
@@ -544,9 +548,3 @@ def _guarded(x, lowest: float, above: float, y: jax.Array) -> jax.Array:
   """y, but 0 for x < lowest, inf for x >= above, and NaN for NaN."""
   y = jnp.where(x < above, y, x + _INF)
   return jnp.where(x < lowest, 0.0, y)
-
-
-def _less(a: jax.Array, w: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """a - w and what its rounding lost (Dekker), for |a| >= |w|."""
-  difference = a - w
-  return difference, (a - difference) - w
