@@ -170,9 +170,11 @@ def _mp():
   return certificates.import_mpmath()
 
 
-def _exp_start(powers=range(1, 7)):
+def _exp_start():
   interval = (-_HALF_LN2, _HALF_LN2)
-  return _fit(powers, lambda x: _mp().exp(x), interval, offset=np.ones_like)
+  return _fit(
+    range(1, 7), lambda x: _mp().exp(x), interval, offset=np.ones_like
+  )
 
 
 def _expm1_start():
@@ -230,12 +232,19 @@ def _sin_start():
 
 
 def _softplus_start():
+  """P is rounded one constant after the other; the rest makes up for it."""
+  reference = polisher.extended(lambda e: _mp().log1p(e))
+  terms, log = 9, []
 
-  def exact(x):
-    return _mp().log1p(x)
+  def model(e, c):
+    jacobian = (e * e)[:, None] * (e - 1)[:, None] ** np.arange(terms)
+    return e + jacobian @ [*log, *c], jacobian[:, len(log) :]
 
-  log = _fit(range(2, 11), exact, (0, 1), offset=lambda x: x)
-  return [*log, *_exp_start()]
+  while len(log) < terms:
+    zeros = [0] * (terms - len(log))
+    c = polisher.minimax(model, reference, (0, 1), zeros).constants
+    log.append(np.float32(c[0]))
+  return [*log, *_expm1_start()]
 
 
 def _mills(t):
@@ -449,8 +458,8 @@ FUNCTIONS = {
       exact=lambda x: 1 / (1 + _mp().exp(-x)),
       interval=(-87.33654, 30.0),
       timed=(-15, 15),
-      wrapper='e / (1 + e) or 1 / (1 + e) with e = e^-|x|, compensated',
-      start=_exp_start,
+      wrapper='1 / (1 + s (1 + q)), e^-x = s (1 + q), and a Newton step',
+      start=_expm1_start,
       polished=(-20, 20),
       edges=(
         (0.0, 0.5),
@@ -493,7 +502,7 @@ FUNCTIONS = {
       exact=_exact_softplus,
       interval=(-87.33654, 30.0),
       timed=(-15, 15),
-      wrapper='max(x, 0) + log(1 + e), e = e^-|x|',
+      wrapper='max(x, 0) + e + e^2 P(e - 1), e = e^-|x| and what it rounds off',
       start=_softplus_start,
       polished=(-20, 20),
       edges=(

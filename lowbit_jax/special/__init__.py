@@ -14,7 +14,7 @@ the measurements, over every float32 argument.
 - `log_kv`: log K_v(x), the modified Bessel function of the second kind.
 - `sigmoid`: 1 / (1 + e^-x), within 1.5 ULP.
 - `sin`: sin(x), within 1 ULP for every x.
-- `softplus`: log(1 + e^x), within 2 ULP.
+- `softplus`: log(1 + e^x), within 1.5 ULP.
 - `tanh`: tanh(x), within 2 ULP.
 - `von_mises_fisher`: The von Mises-Fisher distribution on the unit sphere in p
   dimensions.

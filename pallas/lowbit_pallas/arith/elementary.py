@@ -31,7 +31,8 @@ Core = Callable[[jax.Array], jax.Array]
 # Adding 1.5 2^23 leaves the nearest integer in the low bits, for |n| < 2^22.
 _INTEGER = 12582912.0
 _INTEGER_BITS = 0x4B400000
-_ONE_BITS = 0x3F800000
+# With 127 more they are the biased exponent of 2^n.
+_EXPONENT = _INTEGER + 127.0
 _SQRT_HALF_BITS = 0x3F3504F3
 _SIGN = -(2**31)
 _MIN_NORMAL = 2.0**-126
@@ -111,14 +112,13 @@ TANH = (
   float.fromhex('0x1.6495b8p-11'),
   float.fromhex('0x1.050272p-18'),
 )
-# e^r = 1 + r P(r)
+# e^r = 1 + r + r^2 Q(r)
 SIGMOID = (
-  float.fromhex('0x1p+0'),
-  float.fromhex('0x1.fffffcp-2'),
-  float.fromhex('0x1.55541ap-3'),
-  float.fromhex('0x1.555822p-5'),
-  float.fromhex('0x1.126782p-7'),
-  float.fromhex('0x1.6ae72cp-10'),
+  float.fromhex('0x1.fffffep-2'),
+  float.fromhex('0x1.55549ep-3'),
+  float.fromhex('0x1.555674p-5'),
+  float.fromhex('0x1.122768p-7'),
+  float.fromhex('0x1.6bec08p-10'),
 )
 ERF = (
   float.fromhex('-0x1.18e158p-1'),
@@ -149,23 +149,22 @@ GELU = (
   float.fromhex('0x1.122768p-7'),
   float.fromhex('0x1.6bec08p-10'),
 )
-# log(1 + e) = e + e^2 P(e); e^r = 1 + r Q(r)
+# log(1 + e) = e + e^2 P(e - 1); e^r = 1 + r + r^2 Q(r)
 SOFTPLUS = (
-  float.fromhex('-0x1.ffffd2p-2'),
-  float.fromhex('0x1.554dfp-2'),
-  float.fromhex('-0x1.ff26e2p-3'),
-  float.fromhex('0x1.935cap-3'),
-  float.fromhex('-0x1.3a7a86p-3'),
-  float.fromhex('0x1.b579dp-4'),
-  float.fromhex('-0x1.d8633ep-5'),
-  float.fromhex('0x1.4b0852p-6'),
-  float.fromhex('-0x1.b2f608p-9'),
-  float.fromhex('0x1p+0'),
-  float.fromhex('0x1.fffffcp-2'),
-  float.fromhex('0x1.55541ap-3'),
-  float.fromhex('0x1.555822p-5'),
-  float.fromhex('0x1.126782p-7'),
-  float.fromhex('0x1.6ae72cp-10'),
+  float.fromhex('-0x1.3a37ap-2'),
+  float.fromhex('0x1.d1bcaep-4'),
+  float.fromhex('-0x1.755566p-5'),
+  float.fromhex('0x1.356022p-6'),
+  float.fromhex('-0x1.34a2a8p-7'),
+  float.fromhex('-0x1.120f4ep-12'),
+  float.fromhex('-0x1.1922f4p-7'),
+  float.fromhex('-0x1.874fap-8'),
+  float.fromhex('-0x1.a5f552p-9'),
+  float.fromhex('0x1.fffffep-2'),
+  float.fromhex('0x1.5554acp-3'),
+  float.fromhex('0x1.555674p-5'),
+  float.fromhex('0x1.122768p-7'),
+  float.fromhex('0x1.6bec08p-10'),
 )
 _TANH_TERMS = 5
 _ERF_TERMS = 4
@@ -174,6 +173,7 @@ _SOFTPLUS_TERMS = 9
 _TANH_LIMIT = 9.3
 _ERF_LIMIT = 3.93
 _GELU_LIMIT = 13.25
+_EXP_LIMIT = 88.0  # e^-88 is subnormal, e^88 finite
 
 
 # Slope of z at zero, alpha and beta: see `tanh`. The slope times 1 + alpha is
@@ -375,27 +375,31 @@ def _saturating(x, scale, c, terms: int):
 def sigmoid(x: jax.Array, c: Sequence = SIGMOID) -> jax.Array:
   """1 / (1 + e^-x) within 1.5 ulp; float32.
 
-  With e = e^-|x| it is 1 / (1 + e) or e / (1 + e). What 1 + e rounds off and
-  what the quotient leaves over are put right in one step.
+  With e^-x = s (1 + q) the quotient y has one Newton step, with the residual
+  1 - y - y s - y s q. Since q is not rounded to 1 + q in it, nor s to 1 + s,
+  it makes good what the denominator has rounded off.
   """
-  e = _exp_of_minus(jnp.abs(x), c)
-  d = 1.0 + e
-  # Through integers, because XLA simplifies (e + 1) - 1 to e.
-  low = e - (bits.to_bits(d) - _ONE_BITS).astype(jnp.float32) * 2.0**-23
-  numerator = jnp.where(x < 0.0, e, 1.0)
-  inverse = 1.0 / d
-  y = numerator * inverse
-  return y + inverse * ((numerator - y * d) - y * low)
+  s, q = _exp_of_minus(_clamped(x, _EXP_LIMIT), c)
+  y = 1.0 / (1.0 + s * (1.0 + q))
+  return y + y * (((1.0 - y) - y * s) - y * (s * q))
 
 
 def softplus(x: jax.Array, c: Sequence = SOFTPLUS) -> jax.Array:
-  """log(1 + e^x) within 2 ulp; float32.
+  """log(1 + e^x) within 1.5 ulp; float32.
 
-  It is max(x, 0) + log(1 + e^-|x|).
+  It is max(x, 0) + log(1 + e) with e = e^-|x|. What e rounds off counts half
+  in log(1 + e) where the error is largest, near e = 1, and so it does here.
   """
   p, q = c[:_SOFTPLUS_TERMS], c[_SOFTPLUS_TERMS:]
-  e = _exp_of_minus(jnp.abs(x), q)
-  return jnp.where(x < 0.0, 0.0, x) + (e + (e * e) * _horner(p, e))
+  a = jnp.abs(x)
+  s, q = _exp_of_minus(jnp.where(a > _EXP_LIMIT, _EXP_LIMIT, a), q)
+  d = 1.0 + q
+  low = q + (1.0 - d)
+  e = s * d
+  u = e - 1.0
+  # The largest term of e P is added last: the others round less.
+  rest = e * (u * _horner(p[1:], u)) + 0.5 * low
+  return e + (jnp.where(x < 0.0, 0.0, x) + e * (e * p[0] + rest))
 
 
 def gelu(x: jax.Array, c: Sequence = GELU) -> jax.Array:
@@ -453,11 +457,17 @@ def _plus_one(a):
   return d, (a - (d - one)) + (1.0 - one)
 
 
-def _exp_of_minus(a, c):
-  """e^-a for a >= 0, without guards but NaN for NaN."""
-  t = -jnp.where(a > 88.0, 88.0, a)
-  shifted, r = _reduce_ln2(t)
-  return exp_core(r, c) * _power(shifted)
+def _exp_of_minus(x, c):
+  """(s, q) with e^-x = s (1 + q), for |x| <= _EXP_LIMIT; q is NaN for NaN.
+
+  s is a power of two, or 0 where that is subnormal.
+  """
+  shifted = x * -_LOG2_E + _EXPONENT
+  # XLA simplifies (x + c) - c to x, but leaves c - (x + c).
+  minus_n = _EXPONENT - shifted
+  r = (minus_n * _LN2[0] - x) + minus_n * _LN2[1]
+  s = bits.from_bits(bits.to_bits(shifted) << 23)
+  return s, r + (r * r) * _horner(c, r)
 
 
 def _horner(c: Sequence, x: jax.Array) -> jax.Array:
