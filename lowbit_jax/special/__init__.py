@@ -8,7 +8,7 @@ the measurements, over every float32 argument.
 - `erf`: The error function, within 1.5 ULP.
 - `exp`: e^x, within 1 ULP.
 - `exp2`: 2^x, within 1 ULP; whole numbers give exact powers.
-- `gelu`: x Phi(x) with the normal distribution function Phi, within 2 ULP.
+- `gelu`: x Phi(x) with the normal distribution function Phi, within 1.5 ULP.
 - `log2`: log2(x), within 1 ULP; powers of two give whole numbers.
 - `log_iv`: log I_v(x), the modified Bessel function of the first kind.
 - `log_kv`: log K_v(x), the modified Bessel function of the second kind.
