@@ -248,15 +248,15 @@ def _softplus_start():
 
 
 def _mills(t):
-  """(1 + a) e^(a^2/2) Phi(-a) - 1/2 for t = (a - 4) / (a + 4)."""
+  """(1 + a) e^(a^2/2) Phi(-a) - 1/2 for t = (a - 3) / (a + 3)."""
   mp = _mp()
-  a = 4 * (1 + t) / (1 - t)
+  a = 3 * (1 + t) / (1 - t)
   normal = mp.erfc(a / mp.sqrt(2)) / 2
   return (1 + a) * normal * mp.exp(a * a / 2) - mp.mpf(1) / 2
 
 
 def _gelu_start():
-  interval = (-1, (13.3 - 4) / (13.3 + 4))
+  interval = (-1, (13.3 - 3) / (13.3 + 3))
   mills = _fit(range(11), _mills, interval, weight='abs')
   return [*mills, *_expm1_start()]
 
