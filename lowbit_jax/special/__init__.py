@@ -15,7 +15,7 @@ the measurements, over every float32 argument.
 - `sigmoid`: 1 / (1 + e^-x), within 1.5 ULP.
 - `sin`: sin(x), within 1 ULP for every x.
 - `softplus`: log(1 + e^x), within 1.5 ULP.
-- `tanh`: tanh(x), within 2 ULP.
+- `tanh`: tanh(x), within 1.5 ULP.
 - `von_mises_fisher`: The von Mises-Fisher distribution on the unit sphere in p
   dimensions.
 """

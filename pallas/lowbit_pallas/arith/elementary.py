@@ -98,19 +98,13 @@ SIN_COS = (
   float.fromhex('-0x1.6c0c34p-10'),
   float.fromhex('0x1.99eb9ep-16'),
 )
-# z = x s + x u P(u) / (1 + u Q(u)), u = x^2, with the slope s of the first of
-# SCALE: see `tanh`.
+# 4 (x - z) = x u P(u) / Q(u), u = x^2, where Q is u^2 + ...: see `tanh`.
 TANH = (
-  float.fromhex('-0x1.f9adf2p-2'),
-  float.fromhex('-0x1.09420ep-2'),
-  float.fromhex('-0x1.33524cp-5'),
-  float.fromhex('-0x1.946f6ap-10'),
-  float.fromhex('-0x1.4f163ap-17'),
-  float.fromhex('0x1.99a8dap-1'),
-  float.fromhex('0x1.ada40cp-3'),
-  float.fromhex('0x1.53d15ap-6'),
-  float.fromhex('0x1.6495b8p-11'),
-  float.fromhex('0x1.050272p-18'),
+  float.fromhex('0x1.3df65p+8'),
+  float.fromhex('0x1.dab5e2p+1'),
+  float.fromhex('0x1.0f456ap-12'),
+  float.fromhex('0x1.dcf198p+9'),
+  float.fromhex('0x1.aa0e38p+6'),
 )
 # e^r = 1 + r + r^2 Q(r)
 SIGMOID = (
@@ -120,15 +114,15 @@ SIGMOID = (
   float.fromhex('0x1.122768p-7'),
   float.fromhex('0x1.6bec08p-10'),
 )
+# z = x + x u P(u) / Q(u), u = x^2, where Q is u^4 + ...: see `erf`.
 ERF = (
-  float.fromhex('-0x1.18e158p-1'),
-  float.fromhex('-0x1.34fa7ap-4'),
-  float.fromhex('-0x1.5e5e46p-8'),
-  float.fromhex('-0x1.05f64ep-12'),
-  float.fromhex('0x1.0cfb5p-2'),
-  float.fromhex('0x1.f8d9d6p-6'),
-  float.fromhex('0x1.0e36ap-9'),
-  float.fromhex('0x1.2b6336p-14'),
+  float.fromhex('-0x1.dbf01ap+16'),
+  float.fromhex('-0x1.70295p+12'),
+  float.fromhex('-0x1.c887f4p+8'),
+  float.fromhex('0x1.9b204ep+19'),
+  float.fromhex('0x1.1d5f44p+17'),
+  float.fromhex('0x1.66f01ap+13'),
+  float.fromhex('0x1.b5d522p+8'),
 )
 # (1 + a) R(a) = 1/2 + P(t), t = (a - 3) / (a + 3); e^r = 1 + r + r^2 Q(r)
 GELU = (
@@ -166,27 +160,19 @@ SOFTPLUS = (
   float.fromhex('0x1.122768p-7'),
   float.fromhex('0x1.6bec08p-10'),
 )
-_TANH_TERMS = 5
-_ERF_TERMS = 4
 _GELU_TERMS = 11
 _SOFTPLUS_TERMS = 9
-_TANH_LIMIT = 9.3
+_TANH_LIMIT = 9.5
 _ERF_LIMIT = 3.93
 _GELU_LIMIT = 13.25
 _EXP_LIMIT = 88.0  # e^-88 is subnormal, e^88 finite
 
 
-# Slope of z at zero, alpha and beta: see `tanh`. The slope times 1 + alpha is
-# 4 f'(0) to 2^-27, by the choice of neighbours of 1/2 and of 0.19.
-TANH_SCALE = (
-  float.fromhex('0x1.55555p+1'),
-  float.fromhex('0x1.00000cp-1'),
-  1 / 32,
-)
-ERF_SCALE = (
-  float.fromhex('0x1.e5434cp+1'),
-  float.fromhex('0x1.863f86p-3'),
-  1 / 64,
+# alpha and beta of `erf`: 1 + alpha is its slope at zero, and beta makes 1 the
+# largest value of the cubic.
+ERF_CUBIC = (
+  float.fromhex('0x1.06eba8p-3'),
+  float.fromhex('0x1.b3e78ep-3'),
 )
 
 
@@ -343,33 +329,35 @@ def _sin(x, c, quarters: int):
 
 
 def tanh(x: jax.Array, c: Sequence = TANH) -> jax.Array:
-  """tanh(x) within 2 ulp, +-1 beyond +-9.3; float32.
+  """tanh(x) within 1.5 ulp, +-1 beyond +-9.5; float32.
 
-  With h = 2 sin(asin(tanh x) / 3) it is (3 h - h^3) / 2, a polynomial that
-  is flat where h = 1: the error of a rational function for h dies out where
-  tanh saturates. In terms of z ~ 4 h, which is normal wherever x is, that is
-  (z + z (alpha - beta z^2)) / 4, where a power of two for beta does not round.
+  With z ~ 2 tanh(x / 2) it is 4 z / (4 + z^2), which is flat where |z| = 2: the
+  error of a rational function for z dies out where tanh saturates. To round
+  little, what is divided is the distance from m, x within +-1:
+
+    m - tanh(x) = (m z^2 + 4 (m - z)) / (4 + z^2)
   """
   x = _clamped(x, _TANH_LIMIT)
-  return _saturating(x, TANH_SCALE, c, _TANH_TERMS)
+  m = _clamped(x, 1.0)
+  u = x * x
+  q = (x * u) * (_horner(c[:3], u) / _horner((*c[3:], 1.0), u))
+  z = x - 0.25 * q
+  # The last product, m z times z, does not round: it is fused with the sum.
+  return m - ((m * z) * z + (4.0 * (m - x) + q)) / (z * z + 4.0)
 
 
 def erf(x: jax.Array, c: Sequence = ERF) -> jax.Array:
   """erf(x) within 1.5 ulp, +-1 beyond +-3.93; float32.
 
-  As `tanh`, with z ~ 5.04 h.
+  It is z + z (alpha - beta z^2), which is flat where erf saturates: there the
+  error of a rational function for z dies out.
   """
+  alpha, beta = ERF_CUBIC
   x = _clamped(x, _ERF_LIMIT)
-  return _saturating(x, ERF_SCALE, c, _ERF_TERMS)
-
-
-def _saturating(x, scale, c, terms: int):
-  slope, alpha, beta = scale
-  u = x * x
-  p, q = _horner(c[:terms], u), 1.0 + u * _horner(c[terms:], u)
   # 2^-60 is nothing but the sign of the product at zero.
-  z = x * slope + x * (2.0**-60 + u * (p / q))
-  return 0.25 * (z + z * (alpha - (z * beta) * z))
+  u = x * x - 2.0**-60
+  z = x + (x * u) * (_horner(c[:3], u) / _horner((*c[3:], 1.0), u))
+  return z + z * (alpha - beta * (z * z))
 
 
 def sigmoid(x: jax.Array, c: Sequence = SIGMOID) -> jax.Array:
