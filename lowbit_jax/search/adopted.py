@@ -48,6 +48,8 @@ class Adopted:
     start: gives the constants of minimax fits.
     polished: interval for the polish in float32.
     edges: inputs and the results that they must give bit for bit.
+    samples: inputs of the polish.
+    evaluations: limit on the moves that it tries.
   """
 
   name: str
@@ -60,6 +62,8 @@ class Adopted:
   start: Callable[[], Sequence[float] | np.ndarray]
   polished: tuple[float, float]
   edges: tuple[tuple[float, float], ...]
+  samples: int = 2**21
+  evaluations: int = 2000
 
   @property
   def function(self) -> Callable:
@@ -93,12 +97,15 @@ def polish(name: str, *, seed: int = SEED) -> polisher.Fit:
   Returns:
     The fit; equal arguments give equal constants on one kind of processor.
   """
-  entry = FUNCTIONS[name]
+  # sin and cos share their constants.
+  entry = FUNCTIONS['sin' if name == 'cos' else name]
   return polisher.float32_coefficients(
     lambda c, x: entry.core(x, c),
     entry.start(),
     entry.reference,
     entry.polished,
+    samples=entry.samples,
+    evaluations=entry.evaluations,
     seed=seed,
   )
 
@@ -169,9 +176,11 @@ def _mp():
   return certificates.import_mpmath()
 
 
-def _exp_start(powers=range(1, 7)):
+def _exp_start():
   interval = (-_HALF_LN2, _HALF_LN2)
-  return _fit(powers, lambda x: _mp().exp(x), interval, offset=np.ones_like)
+  return _fit(
+    range(1, 7), lambda x: _mp().exp(x), interval, offset=np.ones_like
+  )
 
 
 def _expm1_start():
@@ -196,8 +205,24 @@ def _log2_start():
   def exact(t):
     return _mp().log(1 + t, 2)
 
+  def model(t, c):
+    powers = t[:, None] ** np.arange(3)
+    q = powers @ np.append(c[4:], 1)
+    quotient = powers @ c[1:4] / q
+    inner = (t**3 / q)[:, None] * powers
+    jacobian = [t**2, *inner.T, *(-quotient[:, None] * inner[:, :2]).T]
+    y = t * _LOG2_E + t**2 * (c[0] + t * quotient)
+    return y, np.stack(jacobian, axis=1)
+
+  def weight(t, f):
+    # Errors in ULP, small at the ends, where those of rounding are large.
+    return (0.1 + abs(t)) / certificates.ulp32(f)
+
   interval = (math.sqrt(0.5) - 1, math.sqrt(2) - 1)
-  return _fit(range(1, 11), exact, interval, offset=lambda t: t * _LOG2_E)
+  start = [-0.7213, 1.0, 0.68, 0.0048, 2.08, 2.98]
+  return polisher.minimax(
+    model, polisher.extended(exact), interval, start, weight=weight
+  ).constants
 
 
 def _sin_start():
@@ -213,57 +238,73 @@ def _sin_start():
 
 
 def _softplus_start():
+  """P is rounded one constant after the other; the rest makes up for it."""
+  reference = polisher.extended(lambda e: _mp().log1p(e))
+  terms, log = 9, []
 
-  def exact(x):
-    return _mp().log1p(x)
+  def model(e, c):
+    jacobian = (e * e)[:, None] * (e - 1)[:, None] ** np.arange(terms)
+    return e + jacobian @ [*log, *c], jacobian[:, len(log) :]
 
-  log = _fit(range(2, 11), exact, (0, 1), offset=lambda x: x)
-  return [*log, *_exp_start()]
+  while len(log) < terms:
+    zeros = [0] * (terms - len(log))
+    c = polisher.minimax(model, reference, (0, 1), zeros).constants
+    log.append(np.float32(c[0]))
+  return [*log, *_expm1_start()]
 
 
 def _mills(t):
-  """(1 + a) e^(a^2/2) Phi(-a) - 1/2 for t = (a - 4) / (a + 4)."""
+  """(1 + a) e^(a^2/2) Phi(-a) - 1/2 for t = (a - 3) / (a + 3)."""
   mp = _mp()
-  a = 4 * (1 + t) / (1 - t)
+  a = 3 * (1 + t) / (1 - t)
   normal = mp.erfc(a / mp.sqrt(2)) / 2
   return (1 + a) * normal * mp.exp(a * a / 2) - mp.mpf(1) / 2
 
 
 def _gelu_start():
-  interval = (-1, (13.3 - 4) / (13.3 + 4))
+  interval = (-1, (13.3 - 3) / (13.3 + 3))
   mills = _fit(range(11), _mills, interval, weight='abs')
   return [*mills, *_expm1_start()]
 
 
-def _leading(slope: float, terms: int) -> polisher.Model:
-  """slope + u P(u) / (1 + u Q(u)), u = x^2, with `terms` constants in P."""
+def _leading(terms: int) -> polisher.Model:
+  """1 + u P(u) / (1 + u Q(u)), u = x^2, with `terms` constants in P."""
 
   def model(x, c):
-    powers = (x * x)[:, None] ** np.arange(1, len(c) - terms + 1)
-    q = 1 + powers @ c[terms:]
-    y = powers[:, :terms] @ c[:terms] / q
-    jacobian = [powers[:, :terms], -y[:, None] * powers]
-    return slope + y, np.concatenate(jacobian, axis=1) / q[:, None]
+    others = len(c) - terms
+    powers = (x * x)[:, None] ** np.arange(1, max(terms, others) + 1)
+    p, q = powers[:, :terms], powers[:, :others]
+    denominator = 1 + q @ c[terms:]
+    y = p @ c[:terms] / denominator
+    jacobian = np.concatenate([p, -y[:, None] * q], axis=1)
+    return 1 + y, jacobian / denominator[:, None]
 
   return model
 
 
-def _saturating_start(reference, limit, constants, terms, start):
-  """Minimax for z / x, in the relative error of (z + z (alpha - beta z^2)) / 4.
+def _saturating_start(reference, inverse, slope, limit, terms, start):
+  """Minimax for z / x in the relative error of f(z), where it saturates.
 
-  To first order that is the error of z times (1 + alpha - 3 beta z^2) / 4.
+  Args:
+    reference: f(z(x)).
+    inverse: of f.
+    slope: derivative of f, by which an error of z is multiplied; times f, if it
+      is the absolute error of f(z).
+    limit: of x.
+    terms: constants in P.
+    start: constants of P and Q as in `_leading`.
+
+  Returns:
+    The constants of P and Q divided by the last, which is 1 and left out.
   """
-  slope, alpha, beta = constants
-  model = _leading(slope, terms)
-  flat = np.sqrt((1 + _LONG(alpha)) / (3 * beta))  # where the cubic is largest
-  top = flat * (1 + _LONG(alpha)) / 6
+  model = _leading(terms)
 
   @functools.cache
   def tables(x):
     x = np.frombuffer(x, _LONG)
     y = reference(x)
-    z = 2 * flat * np.sin(np.arcsin(y / top) / 3)
-    return z / x, (1 + alpha - 3 * beta * z * z) / 4 * x / y
+    z = inverse(y)
+    return z / x, slope(z) * x / y
 
   def weighted(x, c):
     weight = tables(x.tobytes())[1]
@@ -274,22 +315,39 @@ def _saturating_start(reference, limit, constants, terms, start):
     return np.prod(tables(x.tobytes()), axis=0)
 
   interval = (limit * 1e-4, limit)
-  return polisher.minimax(
+  *c, last = polisher.minimax(
     weighted, target, interval, start, weight='abs'
   ).constants
+  return np.array([*c[:terms], 1, *c[terms:]]) / last
 
 
 def _tanh_start():
-  start = [-0.4938, -0.2317, -0.02874, -9.76e-4, -5.66e-6]
-  start += [0.7447, 0.1768, 0.01528, 4.26e-4, 2.2e-6]
-  return _saturating_start(np.tanh, 9.02, elementary.TANH_SCALE, 5, start)
+  start = [-0.08333, -9.746e-4, -6.96e-8, 0.111695, 0.00105151]
+  c = _saturating_start(
+    np.tanh,
+    lambda y: 2 * y / (1 + np.sqrt((1 - y) * (1 + y))),
+    lambda z: (1 - z * z / 4) / (1 + z * z / 4) ** 2,
+    10.0,  # so far that z at the limit of `tanh` gives 1
+    3,
+    start,
+  )
+  return [*(-4 * c[:3]), *c[3:]]
 
 
 def _erf_start():
-  start = [-0.5486, -0.05812, -0.00423, -1.697e-4]
-  start += [0.231131, 0.02483, 0.001541, 4.916e-5]
-  reference = polisher.extended(lambda x: _mp().erf(x))
-  return _saturating_start(reference, 3.93, elementary.ERF_SCALE, 4, start)
+  alpha, beta = (_LONG(c) for c in elementary.ERF_CUBIC)
+  flat = np.sqrt((1 + alpha) / (3 * beta))  # where the cubic is largest
+  top = flat * (1 + alpha) * 2 / 3
+  start = [-0.1447, -0.00698, -5.395e-4, 0.1734, 0.01361, 5.169e-4, 1.185e-6]
+  return _saturating_start(
+    polisher.extended(lambda x: _mp().erf(x)),
+    lambda y: 2 * flat * np.sin(np.arcsin(y / top) / 3),
+    # Absolute errors, because rounding leaves least room where erf is near 1.
+    lambda z: (1 + alpha - 3 * beta * z * z) * ((1 + alpha - beta * z * z) * z),
+    3.93,
+    3,
+    start,
+  )
 
 
 def _sigmoid(x):
@@ -373,9 +431,9 @@ FUNCTIONS = {
       exact=lambda x: _mp().log(x, 2),
       interval=(_TINY, _MAX),
       timed=(0.01, 100),
-      wrapper='log2_split: log2(2^n (1 + t)) = n + t log2(e) + t P(t)',
+      wrapper='log2_split: n + t log2(e) + t^2 (c + t P(t) / Q(t))',
       start=_log2_start,
-      polished=(0.5, 2),
+      polished=(0.68, 1.5),
       edges=(
         (0.0, -_INF),
         (-0.0, -_INF),
@@ -420,9 +478,9 @@ FUNCTIONS = {
       exact=lambda x: _mp().tanh(x),
       interval=(0.0, 20.0),
       timed=(-6, 6),
-      wrapper='(z + z (a - b z^2)) / 4, z = x (s + u P(u) / (1 + u Q(u)))',
+      wrapper='4 z / (4 + z^2), z = x - x u P(u) / Q(u)',
       start=_tanh_start,
-      polished=(0.9, 4.0),
+      polished=(0.7, 4.0),
       edges=_SATURATING,
     ),
     Adopted(
@@ -432,8 +490,8 @@ FUNCTIONS = {
       exact=lambda x: 1 / (1 + _mp().exp(-x)),
       interval=(-87.33654, 30.0),
       timed=(-15, 15),
-      wrapper='e / (1 + e) or 1 / (1 + e) with e = e^-|x|, compensated',
-      start=_exp_start,
+      wrapper='1 / (1 + s (1 + q)), e^-x = s (1 + q), and a Newton step',
+      start=_expm1_start,
       polished=(-20, 20),
       edges=(
         (0.0, 0.5),
@@ -452,9 +510,11 @@ FUNCTIONS = {
       exact=lambda x: _mp().erf(x),
       interval=(0.0, 10.0),
       timed=(-4, 4),
-      wrapper='as tanh',
+      wrapper='z + z (a - b z^2), z = x + x u P(u) / Q(u)',
       start=_erf_start,
-      polished=(0.001, 4.1),
+      polished=(1.1, 2.0),
+      samples=2**23,
+      evaluations=1500,
       edges=_SATURATING,
     ),
     Adopted(
@@ -476,7 +536,7 @@ FUNCTIONS = {
       exact=_exact_softplus,
       interval=(-87.33654, 30.0),
       timed=(-15, 15),
-      wrapper='max(x, 0) + log(1 + e), e = e^-|x|',
+      wrapper='max(x, 0) + e + e^2 P(e - 1), e = e^-|x| and what it rounds off',
       start=_softplus_start,
       polished=(-20, 20),
       edges=(

@@ -8,14 +8,14 @@ the measurements, over every float32 argument.
 - `erf`: The error function, within 1.5 ULP.
 - `exp`: e^x, within 1 ULP.
 - `exp2`: 2^x, within 1 ULP; whole numbers give exact powers.
-- `gelu`: x Phi(x) with the normal distribution function Phi, within 2 ULP.
+- `gelu`: x Phi(x) with the normal distribution function Phi, within 1.5 ULP.
 - `log2`: log2(x), within 1 ULP; powers of two give whole numbers.
 - `log_iv`: log I_v(x), the modified Bessel function of the first kind.
 - `log_kv`: log K_v(x), the modified Bessel function of the second kind.
 - `sigmoid`: 1 / (1 + e^-x), within 1.5 ULP.
 - `sin`: sin(x), within 1 ULP for every x.
-- `softplus`: log(1 + e^x), within 2 ULP.
-- `tanh`: tanh(x), within 2 ULP.
+- `softplus`: log(1 + e^x), within 1.5 ULP.
+- `tanh`: tanh(x), within 1.5 ULP.
 - `von_mises_fisher`: The von Mises-Fisher distribution on the unit sphere in p
   dimensions.
 """

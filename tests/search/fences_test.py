@@ -37,6 +37,7 @@ _KEPT = {
   '(x * y) * z': lambda x, y, z: (x * y) * z,
   '(x + y) + z': lambda x, y, z: (x + y) + z,
   '(x + y) - y': lambda x, y, z: (x + y) - y,
+  'c - (x + c)': lambda x, y, z: _MAGIC - (x + _MAGIC),
 }
 
 

@@ -292,7 +292,7 @@ class MutantTest(parameterized.TestCase):
     self.assertGreater(error, 1.5)
     self.assertGreater(low, 0)
 
-  @parameterized.parameters(3, 4, 5)
+  @parameterized.parameters(2, 3)
   def test_without_a_part_of_pi_2(self, part):
     kept = list(elementary._PI_2)
     kept[part] = 0.0
@@ -302,6 +302,14 @@ class MutantTest(parameterized.TestCase):
     whole = np.asarray(_compiled(elementary.sin)(x))
     self.assertLess(np.max(certify.ulp_error(whole, f)), 1)
     with mock.patch.object(elementary, '_PI_2', tuple(kept)):
+      y = np.asarray(jax.jit(lambda x: elementary.sin(x))(x))
+    self.assertGreater(np.max(certify.ulp_error(y, f)), 2)
+
+  def test_with_equal_products(self):
+    """One of them would be rounded where it must not be."""
+    x = (np.arange(1, 60000) * (math.pi / 2)).astype(_F)
+    f = np.sin(x.astype(np.float64))
+    with mock.patch.object(elementary, '_PI_2_REST', elementary._PI_2[2]):
       y = np.asarray(jax.jit(lambda x: elementary.sin(x))(x))
     self.assertGreater(np.max(certify.ulp_error(y, f)), 2)
 
