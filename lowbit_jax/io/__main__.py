@@ -1,7 +1,7 @@
 """Says what a file of tensors holds, before anything in it is trusted.
 
-  python -m lowbit_jax.io model.gguf
-  python -m lowbit_jax.io folder_of_a_model
+python -m lowbit_jax.io model.gguf
+python -m lowbit_jax.io folder_of_a_model
 """
 
 import argparse

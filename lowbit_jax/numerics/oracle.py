@@ -706,12 +706,18 @@ def dequantize_block(block: Block, fmt: BlockFormat) -> list[float]:
     values = [multiply(x, scale) for x in values]
   if block.tensor_scale is not None:
     values = [multiply(x, block.tensor_scale) for x in values]
-  if block.minimum is not None and is_finite(block.scale):
-    # Elements times scales of 16 bits are exact: one rounding.
-    minimum = Fraction(block.minimum)
-    scale = Fraction(block.scale)
-    values = [to_float32(Fraction(e) * scale + minimum) for e in elements]
+  if block.minimum is not None:
+    assert block.scale is not None
+    values = [_plus(e, block.scale, block.minimum) for e in elements]
   return values
+
+
+def _plus(element: Number, scale: float, minimum: float) -> float:
+  """element * scale + minimum, rounded once: with scales of at most 16 bits the
+  product is exact in float32."""
+  if scale != scale:
+    return scale
+  return to_float32(Fraction(element) * Fraction(scale) + Fraction(minimum))
 
 
 def _times_power_of_two(element: Number, scale_code: int) -> float:
