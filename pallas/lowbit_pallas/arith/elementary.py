@@ -337,13 +337,13 @@ def tanh(x: jax.Array, c: Sequence = TANH) -> jax.Array:
 
     m - tanh(x) = (m z^2 + 4 (m - z)) / (4 + z^2)
   """
-  x = _clamped(x, _TANH_LIMIT)
   m = _clamped(x, 1.0)
   u = x * x
   q = (x * u) * (_horner(c[:3], u) / _horner((*c[3:], 1.0), u))
   z = x - 0.25 * q
   # The last product, m z times z, does not round: it is fused with the sum.
-  return m - ((m * z) * z + (4.0 * (m - x) + q)) / (z * z + 4.0)
+  y = m - ((m * z) * z + (4.0 * (m - x) + q)) / (z * z + 4.0)
+  return jnp.where(u > _TANH_LIMIT**2, m, y)
 
 
 def erf(x: jax.Array, c: Sequence = ERF) -> jax.Array:
