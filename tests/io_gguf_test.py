@@ -6,10 +6,12 @@ bytes of blocks and their decoded float32 numbers, and a whole file.
 """
 
 import collections
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import importlib.util
+import io as streams
 import os
 import pathlib
 import struct
@@ -28,7 +30,12 @@ from absl.testing import absltest, parameterized
 
 import lowbit_jax as lowbit
 from lowbit_jax import formats, io, qarray
-from lowbit_jax.io import _gguf_blocks as blocks, gguf
+from lowbit_jax.io import (
+  __main__ as describe,
+  _gguf_blocks as blocks,
+  gguf,
+  safetensors,
+)
 from lowbit_jax.io._gguf_layouts import CODES, LAYOUTS
 from lowbit_jax.io._gguf_types import BLOCKS
 
@@ -1043,6 +1050,30 @@ class ModelTest(GgufTest):
     seconds, memory, held = map(float, done.stdout.split())
     self.assertLess(seconds, 2)
     self.assertLess(memory, held + 64e6)
+
+
+class DescriptionTest(absltest.TestCase):
+  def test_command_line(self):
+    with tempfile.TemporaryDirectory() as folder:
+      good = os.path.join(folder, 'a.gguf')
+      gguf.save(good, {'a': np.ones(3, np.float32)})
+      bad = os.path.join(folder, 'b.gguf')
+      pathlib.Path(bad).write_bytes(b'GGUF' + bytes(40))
+      plain = os.path.join(folder, 'c.safetensors')
+      safetensors.save(plain, {'b': np.ones((2, 3), np.float16)})
+      out, errors = streams.StringIO(), streams.StringIO()
+      with (
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(errors),
+      ):
+        code = describe.main([good, bad, plain, folder + '/none'])
+      self.assertEqual(code, 1)
+    self.assertRegex(out.getvalue(), r'F32 +1 +3 +32 +12 +array')
+    self.assertRegex(out.getvalue(), r'F16 +1 +6 +16 +12 +array')
+    lines = errors.getvalue().splitlines()
+    self.assertLen(lines, 2)
+    self.assertIn('b.gguf', lines[0])
+    self.assertIn('/none', lines[1])
 
 
 if __name__ == '__main__':

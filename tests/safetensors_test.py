@@ -6,13 +6,17 @@ import pathlib
 import tempfile
 import tracemalloc
 
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from absl.testing import absltest, parameterized
 
-from lowbit_jax.io import DamagedFileError, safetensors
+import lowbit_jax as lowbit
+from lowbit_jax import formats
+from lowbit_jax.io import DamagedFileError, _qarrays, safetensors
 from tests import checkpoints
+from tests.ops import products
 
 
 class SafetensorsTest(parameterized.TestCase):
@@ -56,6 +60,68 @@ class SafetensorsTest(parameterized.TestCase):
   def test_single_file_of_another_name(self):
     self.write({'x': np.ones(3)}, name='adapter.safetensors')
     self.assertEqual(list(safetensors.open(self.folder)), ['x'])
+
+  @parameterized.parameters(
+    'mxfp4', 'nvfp4', 'uint4_g32', 'q4_k', 'fp8_128x128', 'int4_g32_float16'
+  )
+  def test_qarrays_in_the_layout_of_this_library(self, name):
+    q = products.make(name, 130, 256, axis=-1).astype(jnp.bfloat16)
+    tensors = {'a.weight': q, 'a.bias': np.ones(3)}
+    safetensors.save(self.path, tensors, {'made': 'here'})
+    with safetensors.open(self.path) as checkpoint:
+      self.assertEqual(list(checkpoint), ['a.weight', 'a.bias'])
+      self.assertEqual(checkpoint.metadata, {'made': 'here'})
+      self.assertEqual(checkpoint.tensors['a.weight'].nbytes, q.nbytes)
+      back = checkpoint['a.weight']
+      copy = os.path.join(self.folder, 'copy.safetensors')
+      safetensors.save(copy, checkpoint, checkpoint.metadata)
+    self.assertEqual(
+      (back.fmt, back.axis, back.pad, back.dtype),
+      (q.fmt, q.axis, q.pad, q.dtype),
+    )
+    jax.tree.map(np.testing.assert_array_equal, back, q)
+    self.assertEqual(
+      pathlib.Path(copy).read_bytes(), pathlib.Path(self.path).read_bytes()
+    )
+
+  @parameterized.named_parameters(
+    (
+      'format',
+      {'fmt': {'kind': 'BlockFormat'}},
+      'a BlockFormat has the fields',
+    ),
+    ('axis', {'axis': 'x'}, 'axis'),
+    ('pad', {'pad': [40]}, 'pad='),
+    ('pad_no_int', {'pad': ['x']}, 'pad='),
+    ('dtype', {'dtype': 'int8'}, 'dtype='),
+    ('merged', {'merged': [7]}, 'merged='),
+    ('leaf', {'leaves': {'codes': None, 'bytes': None}}, "no leaf 'bytes'"),
+    ('no_codes', {'leaves': {'scale': None}}, 'no codes'),
+    ('missing', {'leaves': {'codes': None, 'minimum': None}}, 'is missing'),
+    ('level', {'leaves': {'codes': None, 'scale': {}}}, 'no object of'),
+    ('unknown', {'more': 1}, 'no object of'),
+  )
+  def test_descriptions_that_no_qarray_has(self, change, message):
+    x = lowbit.quantize(jnp.ones((2, 32)), formats.mxfp4)
+    node = _qarrays.description(x) | change
+    text = json.dumps({'a': node})
+    parts = {name: np.asarray(v) for name, v in _qarrays.arrays('a', x)}
+    safetensors.save(self.path, parts, {_qarrays.KEY: text})
+    with self.assertRaisesRegex(ValueError, f"model.safetensors'.*{message}"):
+      safetensors.open(self.path)
+
+  def test_leaves_that_do_not_fit(self):
+    x = lowbit.quantize(jnp.ones((2, 32)), formats.mxfp4)
+    text = json.dumps({'a': _qarrays.description(x)})
+    for codes in (np.ones((2, 16), np.int8), np.ones((3, 16), np.uint8)):
+      parts = {'a.codes': codes, 'a.scale': np.asarray(x.scale)}
+      metadata = {_qarrays.KEY: text}
+      safetensors.save(self.path, parts, metadata, overwrite=True)
+      with self.assertRaisesRegex(ValueError, "'a': "):
+        safetensors.open(self.path)
+    with self.assertRaisesRegex(ValueError, 'stands for two tensors'):
+      twice = {'a': x, 'a.codes': np.ones(2)}
+      safetensors.save(self.path, twice, overwrite=True)
 
   def test_what_save_refuses(self):
     int4 = np.ones(2, ml_dtypes.int4)

@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from lowbit_jax import _files
+from lowbit_jax import _files, qarray
 from lowbit_jax._files import DamagedFileError
 from lowbit_jax._typing import ArrayLike, PathLike
-from lowbit_jax.io import _container, _export, _folding
+from lowbit_jax.io import _container, _export, _folding, _qarrays
 from lowbit_jax.io._checkpoint import Checkpoint
 from lowbit_jax.qarray import QArray
 
@@ -67,42 +67,62 @@ def open(path: PathLike) -> Checkpoint:
     for file in files:
       file.close()
 
+  try:
+    own = dict(_qarrays.tensors(stored, metadata.pop(_qarrays.KEY, None)))
+  except ValueError as error:
+    raise ValueError(f'{path!r}, {error}') from error
   tensors = _folding.tensors(stored, _settings(folder), path)
+  if twice := own.keys() & tensors.keys():
+    raise ValueError(f'{path!r}, {min(twice)!r}: it is there twice')
+  tensors = own | tensors
   return Checkpoint(path, tensors, metadata, release)
 
 
 def save(
   path: PathLike,
-  tensors: Mapping[str, ArrayLike],
+  tensors: Mapping[str, ArrayLike | QArray],
   metadata: Mapping[str, str] | None = None,
   *,
   overwrite: bool = False,
 ) -> None:
-  """Writes arrays to a file, atomically.
+  """Writes arrays and QArrays to a file, atomically.
 
-  The bytes are those that the reference implementation writes. Elements of 4
-  and 6 bits are packed.
+  For arrays the bytes are those that the reference implementation writes.
+  Elements of 4 and 6 bits are packed. QArrays of every format are written in a
+  layout that this library alone reads: their leaves are tensors, and the
+  metadata says of which format, see docs/howto/read_safetensors.md. For other
+  programs there is `export`.
 
   Args:
     path: file to write; its directory must exist.
-    tensors: arrays of any shape by name.
+    tensors: arrays of any shape and QArrays by name.
     metadata: strings by name, or None.
     overwrite: whether an existing file may be replaced.
 
   Raises:
     FileExistsError: if the file exists and `overwrite` is False.
     OSError: if the file cannot be written, with its name and the reason.
-    TypeError: for names that are no strings, QArrays and dtypes that the
-      files do not have.
-    ValueError: for elements that fill no whole bytes.
+    TypeError: for names that are no strings, and dtypes that the files do not
+      have.
+    ValueError: for elements that fill no whole bytes, QArrays that are not
+      whole, and names that are taken twice.
   """
   path = os.fspath(path)
   if os.path.exists(path) and not overwrite:
     raise FileExistsError(
       f'path={path!r} exists; pass overwrite=True or choose another name'
     )
-  arrays = {name: _array(name, value) for name, value in tensors.items()}
-  metadata = dict(metadata or {})
+  arrays, descriptions = {}, {}
+  for name, value in tensors.items():
+    parts = [(name, value)]
+    if isinstance(value, QArray):
+      descriptions[name] = _qarrays.description(qarray.validate(value))
+      parts = list(_qarrays.arrays(name, value))
+    for part, array in parts:
+      if part in arrays or (part in tensors and part != name):
+        raise ValueError(f'{part!r} stands for two tensors')
+      arrays[part] = _array(part, array)
+  metadata = {**(metadata or {}), **_qarrays.encoded(descriptions)}
   if not all(isinstance(v, str) for v in (*metadata, *metadata.values())):
     raise TypeError(f'metadata={metadata!r:.200} must map strings to strings')
   with _files.replacing(path) as file:
@@ -146,11 +166,6 @@ def export(
 
 
 def _array(name: object, value: object) -> np.ndarray:
-  if isinstance(value, QArray):
-    raise TypeError(
-      f'{name!r} is a QArray, which takes several tensors: write a model by'
-      ' export, a tree by lowbit_jax.io.save, or dequantize(q)'
-    )
   array = np.asarray(value)
   _container.check_writable(name, array)
   return array.astype(array.dtype.newbyteorder('='), copy=False)
