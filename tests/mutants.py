@@ -121,6 +121,20 @@ MUTANTS = (
     'tests/ops/dot_test.py::DotTest',
   ),
   Mutant(
+    'ops', 'minima of a tile are forgotten',
+    'lowbit_jax/ops/_dot_xla.py',
+    'w = w + minimum.astype(jnp.float32)[:, None]',
+    'w = w',
+    'tests/minima_test.py::ProductTest',
+  ),
+  Mutant(
+    'qarray', 'padding counts as the least number of a block',
+    'lowbit_jax/_quantize.py',
+    'low = jnp.min(jnp.where(real, x, math.inf), **inner)',
+    'low = jnp.min(x, **inner)',
+    'tests/minima_test.py::OracleTest',
+  ),
+  Mutant(
     'ops', 'int32 sums may overflow',
     'lowbit_jax/ops/_dot_xla.py',
     'if size * 128**2 >= 1 << 31:',
@@ -158,8 +172,8 @@ MUTANTS = (
   Mutant(
     'qarray', 'a slice may begin within a block',
     'lowbit_jax/qarray.py',
-    'if step != 1 or start % unit or (stop % unit and stop != n):',
-    'if step != 1 or (stop % unit and stop != n):',
+    'if step != 1 or start % whole or (stop % whole and stop != n):',
+    'if step != 1 or (stop % whole and stop != n):',
     'tests/qarray_test.py::IndexTest',
   ),
   Mutant(

@@ -88,7 +88,7 @@ BATTERY = {
   'complex array': np.ones(3, np.complex64),
   'ints': np.arange(5, dtype=np.int32),
 }
-FEW = ('string', 'list', 'traced')
+FEW = ('string', 'traced')
 
 
 class Call(NamedTuple):
