@@ -354,11 +354,11 @@ def _scaled(y, blocks: Blocks, fmt: BlockFormat, scale, tensor_scale):
   if scale is None and tensor_scale is None:
     return y
   outer = None if tensor_scale is None else blocks.expand(tensor_scale)
-  inverse = map(_once, _scaling.inverse_factors(scale, fmt, outer))
+  inverse = map(once, _scaling.inverse_factors(scale, fmt, outer))
   return block.scaled(y, tuple(inverse))
 
 
-def _once(factor):
+def once(factor):
   """A factor of blocks, in a form that is computed once for each.
 
   XLA:CPU computes what it broadcasts for every element anew, unless there is a
@@ -378,11 +378,11 @@ def _decode(codes, fmt, scales: 'Scales', offset, blocks: Blocks):
     y = y - scales.zero_point.astype(jnp.float32)
   if scales.scale is not None:
     for factor in _scaling.factors(scales.scale, fmt.scale):
-      y = y * _once(factor)
+      y = y * once(factor)
   if scales.tensor_scale is not None:
     y = y * blocks.expand(scales.tensor_scale)
   if scales.minimum is not None:
-    y = y + _once(scales.minimum.astype(jnp.float32))
+    y = y + once(scales.minimum.astype(jnp.float32))
   return y
 
 

@@ -27,7 +27,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.custom_batching import custom_vmap
 
-from lowbit_jax import qarray
+from lowbit_jax import _quantize as core, qarray
 from lowbit_jax._typing import DotDims, DTypeLike, Precision
 from lowbit_jax.formats import BlockFormat, FloatFormat, IntFormat
 from lowbit_jax.numerics import _packing, _scaling
@@ -332,7 +332,9 @@ def _lane_values(packed, fmt: BlockFormat, shape):
 
 def _decoded(scale):
   """Scales that are quantized in their turn in float32, others as they are."""
-  return qarray.dequantize(scale) if isinstance(scale, QArray) else scale
+  if not isinstance(scale, QArray):
+    return scale
+  return core.once(qarray.dequantize(scale))
 
 
 def _factors(scale, fmt: BlockFormat):
