@@ -21,7 +21,9 @@ class _Fields(NamedTuple):
   static: tuple[str, ...]
 
 
-_waiting = {QArray: _Fields(qarray.LEAVES, ('fmt', 'axis', 'pad', 'dtype'))}
+_waiting = {
+  QArray: _Fields(qarray.LEAVES, ('fmt', 'axis', 'pad', 'dtype', 'merged'))
+}
 
 
 def know(

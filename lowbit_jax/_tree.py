@@ -44,19 +44,15 @@ def partition(tree: PyTree, *, scales: bool = False) -> tuple[PyTree, PyTree]:
   """
 
   def split(x):
-    if isinstance(x, QArray):
-      if not scales:
-        return None, x
-      float_leaves = {n: _is_float(getattr(x, n)) for n in qarray.LEAVES}
-      parts = (
-        {
-          n: getattr(x, n) if f == keep else None
-          for n, f in float_leaves.items()
-        }
-        for keep in (True, False)
-      )
-      return tuple(qarray.replace(x, **p) for p in parts)
-    return (x, None) if _is_float(x) else (None, x)
+    if not isinstance(x, QArray):
+      return (x, None) if _is_float(x) else (None, x)
+    if not scales:
+      return None, x
+    parts = {n: split(getattr(x, n)) for n in qarray.LEAVES}
+    return tuple(
+      qarray.replace(x, **{n: part[i] for n, part in parts.items()})
+      for i in (0, 1)
+    )
 
   leaves, treedef = jax.tree.flatten(tree, is_leaf=is_qarray)
   pairs = [split(x) for x in leaves]

@@ -15,10 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from absl.testing import absltest, parameterized
+from flax import serialization
 
 import lowbit_jax as lowbit
 from lowbit_jax import formats, io, numerics, ops, qarray, testing
 from lowbit_jax.io import safetensors
+from lowbit_jax.nn import linen  # noqa: F401  (which tells Flax of QArrays)
 from tests.ops import products
 
 FLOAT16 = ('int4_g32_float16', 'uint4_g32_min_float16')
@@ -186,6 +188,29 @@ class ArrayTest(parameterized.TestCase):
     with self.assertRaisesRegex(TypeError, 'scale of a q4_k array'):
       numbers = ops.dequantize(q.scale)
       lowbit.QArray.from_codes(codes, numbers, q.fmt, minimum=q.minimum)
+
+  def test_trainable_scales(self):
+    q = quantized('q4_k', 2, 512)
+    trainable, frozen = lowbit.partition({'w': q, 'b': 1.0}, scales=True)
+    dtypes = {leaf.dtype for leaf in jax.tree.leaves(trainable['w'])}
+    self.assertEqual(dtypes, {np.dtype(np.float16)})
+    self.assertLen(jax.tree.leaves(trainable['w']), 2)  # scales, and minima
+    back = lowbit.combine(trainable, frozen)
+    testing.assert_bits_equal(back['w'], q)
+    grads = jax.grad(
+      lambda t: jnp.sum(ops.dequantize(lowbit.combine(t, frozen)['w']))
+    )(trainable)
+    self.assertTrue(jnp.all(grads['w'].scale.scale > 0))
+
+  def test_flax_state(self):
+    for q in (
+      quantized('q4_k', 2, 512),
+      ops.quantize(data(2, 4, 16), formats.mxfp4, axis=(-2, -1)),
+    ):
+      state = serialization.to_bytes({'w': q})
+      empty = jax.tree.map(jnp.zeros_like, q)
+      back = serialization.from_bytes({'w': empty}, state)
+      testing.assert_bits_equal(back['w'], q)
 
   def test_files_and_exports(self):
     q = quantized('q4_k', 3, 576)

@@ -134,7 +134,7 @@ def _assert_qarrays(actual, expected, prefix: str, any_nan: bool) -> None:
       raise AssertionError(
         f'{prefix}{name} is a {type(q).__name__}, the other one a QArray'
       )
-  for name in ('fmt', 'axis', 'pad', 'dtype'):
+  for name in ('fmt', 'axis', 'pad', 'dtype', 'merged'):
     a, b = getattr(actual, name), getattr(expected, name)
     if a != b:
       raise AssertionError(f'{prefix}{name} is {a}, want {b}')
