@@ -358,7 +358,7 @@ def _scaled(y, blocks: Blocks, fmt: BlockFormat, scale, tensor_scale):
   return block.scaled(y, tuple(inverse))
 
 
-def once(factor):
+def once(factor: jax.Array) -> jax.Array:
   """A factor of blocks, in a form that is computed once for each.
 
   XLA:CPU computes what it broadcasts for every element anew, unless there is a

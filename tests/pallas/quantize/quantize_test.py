@@ -296,6 +296,7 @@ class TpuTest(parameterized.TestCase):
     x = data((2, 2100), 'bfloat16')
     self.check('bfp8_g16', x, task_of('bfp8_g16', rule='ceil'))
 
+  @pytest.mark.slow
   def test_tiles_of_a_slice_of_a_large_array(self):
     origin = ((2**20 - 70, 2**15), (2**20, 2**16))
     self.check_tiles('nvfp4', (70, 4200), 4096, origin=origin)
