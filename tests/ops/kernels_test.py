@@ -60,7 +60,10 @@ class DotTest(parameterized.TestCase):
   def test_weights(self):
     self.check_weights('uint4_g32', 2.0**-9)
 
-  @parameterized.parameters(('mxfp6_e2m3', 0.0), ('int4_tensor', 0.0))
+  @parameterized.parameters(
+    ('mxfp6_e2m3', 0.0), ('int4_tensor', 0.0),
+    ('int4_g32_float16', 2.0**-9), ('q6_k', 2.0**-9),
+  )  # fmt: skip
   @pytest.mark.slow
   def test_more_weights(self, name, rounding):
     self.check_weights(name, rounding)
