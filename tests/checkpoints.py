@@ -8,12 +8,16 @@ bitsandbytes 0.50.2.
 
 import functools
 import json
+import os
 import pathlib
+import tempfile
 
 import ml_dtypes
 import numpy as np
+from absl.testing import parameterized
 
 from lowbit_jax import qarray
+from lowbit_jax.io import safetensors
 
 GOLDENS = pathlib.Path(__file__).parent / 'io_goldens'
 MODULE = 'model.layers.0.mlp.up_proj'
@@ -27,6 +31,23 @@ AWQ = {
 }
 MODELOPT = {'quant_method': 'modelopt', 'quant_algo': 'NVFP4'}
 TILES = {'quant_method': 'fp8', 'weight_block_size': [16, 16]}
+
+
+class FolderTest(parameterized.TestCase):
+  """A test with a folder, and in it the path of a file."""
+
+  def setUp(self):
+    super().setUp()
+    directory = tempfile.TemporaryDirectory()
+    self.addCleanup(directory.cleanup)
+    self.folder = directory.name
+    self.path = os.path.join(self.folder, 'model.safetensors')
+
+  def write(self, tensors, config=None, name='model.safetensors'):
+    safetensors.save(os.path.join(self.folder, name), tensors, overwrite=True)
+    if config is not None:
+      text = json.dumps({'quantization_config': config})
+      pathlib.Path(self.folder, 'config.json').write_text(text)
 
 
 def codes_of(q) -> np.ndarray:

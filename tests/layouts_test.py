@@ -17,20 +17,7 @@ from lowbit_jax.io import safetensors
 from tests import checkpoints
 
 
-class LayoutsTest(parameterized.TestCase):
-  def setUp(self):
-    super().setUp()
-    directory = tempfile.TemporaryDirectory()
-    self.addCleanup(directory.cleanup)
-    self.folder = directory.name
-    self.path = os.path.join(self.folder, 'model.safetensors')
-
-  def write(self, tensors, config=None, name='model.safetensors'):
-    safetensors.save(os.path.join(self.folder, name), tensors, overwrite=True)
-    if config is not None:
-      text = json.dumps({'quantization_config': config})
-      pathlib.Path(self.folder, 'config.json').write_text(text)
-
+class LayoutsTest(checkpoints.FolderTest):
   def read(self, parts, config=None, module=checkpoints.MODULE):
     """The weight of a module, of which these are the parts."""
     prefix = f'{module}.' if module else ''

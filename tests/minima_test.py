@@ -317,6 +317,28 @@ class FakeQuantTest(absltest.TestCase):
     inside = (x >= 0) & (x <= 15)
     np.testing.assert_array_equal(dx, inside.astype(jnp.float32))
 
+  def test_a_learned_scale(self):
+    fmt = formats.get('uint4_g32_min_float16')
+    x = jnp.linspace(-9.0, 40.0, 32)  # from 5 below the range to 14 above
+    scale, minimum = jnp.full(1, 2.0), jnp.full(1, -4.0)
+
+    def run(scale):
+      return ops.fake_quant_with(x, scale, fmt, minimum=minimum, backward='lsq')
+
+    slopes = jax.jacfwd(run)(scale)[:, 0] * math.sqrt(32 * 15)
+    exact = (x + 4.0) / 2.0
+    want = jnp.where(
+      (exact >= 0) & (exact <= 15),
+      jnp.round(exact) - exact,
+      jnp.clip(exact, 0, 15),  # the element, by which the scale is multiplied
+    )
+    np.testing.assert_allclose(slopes, want, rtol=1e-5, atol=1e-5)
+    q = quantized('q4_k', 2, 256)
+    with self.assertRaisesRegex(TypeError, 'learns float block scales'):
+      ops.fake_quant_with(
+        data(2, 256), q.scale, q.fmt, minimum=q.minimum, backward='lsq'
+      )
+
   def test_it_is_the_quantized_value(self):
     x = data(2, 576, shift=0.3)
     fmt = formats.q4_k

@@ -3,7 +3,6 @@
 import json
 import os
 import pathlib
-import tempfile
 import tracemalloc
 
 import jax
@@ -19,20 +18,7 @@ from tests import checkpoints
 from tests.ops import products
 
 
-class SafetensorsTest(parameterized.TestCase):
-  def setUp(self):
-    super().setUp()
-    directory = tempfile.TemporaryDirectory()
-    self.addCleanup(directory.cleanup)
-    self.folder = directory.name
-    self.path = os.path.join(self.folder, 'model.safetensors')
-
-  def write(self, tensors, config=None, name='model.safetensors'):
-    safetensors.save(os.path.join(self.folder, name), tensors, overwrite=True)
-    if config is not None:
-      text = json.dumps({'quantization_config': config})
-      pathlib.Path(self.folder, 'config.json').write_text(text)
-
+class SafetensorsTest(checkpoints.FolderTest):
   def test_every_dtype_byte_for_byte(self):
     with safetensors.open(
       checkpoints.GOLDENS / 'plain.safetensors'
@@ -251,15 +237,8 @@ HOSTILE = (
 )
 
 
-class DamageTest(parameterized.TestCase):
+class DamageTest(checkpoints.FolderTest):
   """Whatever is in a file: a whole checkpoint, or an error that names it."""
-
-  def setUp(self):
-    super().setUp()
-    directory = tempfile.TemporaryDirectory()
-    self.addCleanup(directory.cleanup)
-    self.folder = directory.name
-    self.path = os.path.join(self.folder, 'model.safetensors')
 
   def put(self, data, name='model.safetensors'):
     if not isinstance(data, bytes):
@@ -307,7 +286,7 @@ class DamageTest(parameterized.TestCase):
 
   @parameterized.parameters(
     '../x.safetensors',
-    '/tmp/x.safetensors',
+    '/elsewhere/x.safetensors',
     'a/x.safetensors',
     'a\\x.safetensors',
     '.x.safetensors',

@@ -205,17 +205,6 @@ def _unpack(data: np.ndarray, bits: int) -> np.ndarray:
   return words
 
 
-def pack(codes: np.ndarray, bits: int) -> np.ndarray:
-  """Packs uint8 codes along the last of two axes, little end first."""
-  words = np.ascontiguousarray(codes).view(_WORD)
-  return _pack(np.ascontiguousarray(words.T), bits)
-
-
-def unpack(data: np.ndarray, bits: int) -> np.ndarray:
-  """The inverse of `pack`."""
-  return np.ascontiguousarray(_unpack(data, bits).T).view(np.uint8)
-
-
 # Where blocks keep the bits of their codes.
 
 

@@ -12,16 +12,9 @@ import numpy as np
 
 from lowbit_jax import formats, qarray
 from lowbit_jax.formats import BlockFormat
+from lowbit_jax.io import _bits
 from lowbit_jax.io._checkpoint import Leaf
-from lowbit_jax.io._gguf_blocks import (
-  CHUNK,
-  Block,
-  Parts,
-  join,
-  pack,
-  split,
-  unpack,
-)
+from lowbit_jax.io._gguf_blocks import CHUNK, Block, Parts, join, split
 from lowbit_jax.io._gguf_types import BLOCKS
 from lowbit_jax.io._gguf_values import Order
 from lowbit_jax.qarray import QArray
@@ -286,7 +279,7 @@ def _level(
   if integers is None or fmt is None:
     return scale
   bits = fmt.element.bits
-  codes = pack(integers.view(np.uint8) & np.uint8(2**bits - 1), bits)
+  codes = _bits.pack(integers.view(np.uint8) & np.uint8(2**bits - 1), bits)
   return QArray(
     codes.reshape(*rows, -1),  # pyright: ignore[reportArgumentType]
     scale,
@@ -319,7 +312,7 @@ def _integers(
   if codes is None or fmt is None:
     return None
   values = fmt.element.values().astype(np.int16)
-  return values[unpack(codes, fmt.element.bits)]
+  return values[_bits.unpack(codes, fmt.element.bits)]
 
 
 def _check_parts(layout: Layout, parts: Parts) -> None:

@@ -25,6 +25,7 @@ from lowbit_jax.ops._quantize import (
   rounding_of,
   split_origin,
 )
+from lowbit_jax.qarray import QArray
 from lowbit_jax.recipe import BACKWARDS
 from lowbit_pallas.arith.codec import RANDOM_BITS
 
@@ -143,7 +144,9 @@ def fake_quant_with(
   x, shape, axes = prepare(x, fmt, axis, rounding, key, random_bits)
   check_scales(x.shape, fmt, axes, (scale, tensor_scale, zero_point, minimum))
   if backward == 'lsq' and (
-    scale is None or not jnp.issubdtype(jnp.asarray(scale).dtype, jnp.floating)
+    scale is None
+    or isinstance(scale, QArray)
+    or not jnp.issubdtype(jnp.asarray(scale).dtype, jnp.floating)
   ):
     raise TypeError("backward='lsq' learns float block scales; scale has none")
   start, full = split_origin(origin)
@@ -404,6 +407,9 @@ def _lsq_slope(job: core.Job, y):
   outer = 1.0 if tensor is None else blocks.expand(tensor)
   inverse = _scaling.reciprocal(_scale_value(job))
   inside = _mask(job, y, 'clipped', held=True)
-  slope = jnp.where(inside, (y - x) * inverse, y * inverse)
+  element = y
+  if job.scales.minimum is not None:
+    element = y - job.scales.minimum.astype(jnp.float32)
+  slope = jnp.where(inside, (y - x) * inverse, element * inverse)
   n = np.maximum(core.block_counts(blocks), 1)
   return slope * outer / blocks.expand(np.sqrt(n * job.fmt.element.max))

@@ -252,7 +252,8 @@ def quantize_with(
     zero_point: integer zero points of the shape of `scale`, for formats that
       have them; clipped to 0 ... 2^bits - 1, the codes of the element.
     minimum: float minima of the shape of `scale`, for formats that have them,
-      rounded as scales are.
+      rounded as scales are. With two levels of scales, scale and minimum are
+      quantized in their turn, minima above 0 to 0, or QArrays that are kept.
     rounding: as in `quantize`; also `key`, `random_bits`, `origin`.
 
   Returns:
