@@ -280,7 +280,9 @@ class StochasticSuiteTest(parameterized.TestCase):
   def test_own_rounding_passes(self):
     self._own_rounding_passes('nvfp4_16x16')
 
-  @parameterized.parameters('nvfp4', 'uint4_g32', 'nf4_g64')
+  @parameterized.parameters(
+    'nvfp4', 'uint4_g32', 'nf4_g64', 'uint4_g32_min_float16', 'q6_k', 'iq4_nl'
+  )
   @pytest.mark.slow
   def test_own_rounding_passes_in_more_formats(self, name):
     self._own_rounding_passes(name)

@@ -141,8 +141,10 @@ def check_stochastic(
 
 
 def _check_bias(y, pattern, low, gap, resolution: float, label: str) -> None:
-  """Asserts that the mean over the rows of `y` is `pattern`."""
+  """Asserts that the mean over the rows of `y` is `pattern`, or the end of the
+  range where the rounding of the scale left it outside."""
   rows = len(y)
+  pattern = np.clip(pattern, low, low + gap)
   p = np.where(gap > 0, (pattern - low) / np.where(gap > 0, gap, 1), 0)
   allowed = SIGMAS * np.sqrt(p * (1 - p) / rows) + resolution
   bias = np.abs(y.mean(axis=0) - pattern)
@@ -238,7 +240,8 @@ def _stochastic_block(fmt: BlockFormat, scale_rule: str | None):
   x = jnp.asarray(_spread(pattern[None], fmt))
   q = _quantize(x, fmt, scale_rule=scale_rule or fmt.scale_rule)
   step = _unit(q)
-  points = grid * step
+  least = 0.0 if q.minimum is None else float(np.ravel(q.minimum)[0])
+  points = grid * step + least
   at = np.searchsorted(points, pattern * (1 - 1e-6 * np.sign(pattern)), 'right')
   at = np.clip(at, 1, len(points) - 1)
   low, high = points[at - 1], points[at]
