@@ -102,7 +102,7 @@ MUTANTS = (
   Mutant(
     'ops', 'a learned step has no gradient where it clips',
     'lowbit_jax/ops/_fake_quant.py',
-    'slope = jnp.where(inside, (y - x) * inverse, y * inverse)',
+    'slope = jnp.where(inside, (y - x) * inverse, element * inverse)',
     'slope = jnp.where(inside, (y - x) * inverse, 0)',
     'tests/ops/fake_quant_test.py::LearnedStepTest',
   ),
