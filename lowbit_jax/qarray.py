@@ -186,7 +186,7 @@ class QArray:
     if self.ndim < 2:
       raise ValueError(f'mT needs at least 2 axes, got shape {self.shape}')
     _check_apart(self, 'transposed')
-    moved = jax.tree.map(lambda leaf: jnp.swapaxes(leaf, -1, -2), self)
+    moved = jax.tree.map(lambda leaf: leaf.swapaxes(-1, -2), self)
     return with_axes(moved, [{-1: -2, -2: -1}.get(a, a) for a in self.axes])
 
   def astype(self, dtype: DTypeLike) -> 'QArray':

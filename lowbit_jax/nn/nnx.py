@@ -9,12 +9,14 @@ Einsum contract them packed.
 - `Embed`: `nnx.Embed` that decodes only the rows that it looks up.
 - `QuantizedParam`: A quantized weight. Not a Param: gradients and optimizers
   pass it by.
+- `assign`: Puts arrays and QArrays into the parameters of a model, in place.
 - `frozen`: A `QuantizedParam` with the metadata of another variable.
 - `quantize`: Replaces the selected parameters of a model by `QuantizedParam`s,
   in place.
 """
 
-from collections.abc import Callable
+import difflib
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -39,6 +41,7 @@ from lowbit_jax.nn._frozen import (
   frozen as frozen,
 )
 from lowbit_jax.nn._view import Viewed
+from lowbit_jax.qarray import QArray
 from lowbit_jax.recipe import QuantSpec
 
 
@@ -105,6 +108,65 @@ def quantize(
     if id(variable) in new:
       setattr(module, name, new[id(variable)])
       _use_packed(module)
+  return model
+
+
+def assign(
+  model: flax_nnx.Module, values: Mapping[str, jax.Array | QArray]
+) -> flax_nnx.Module:
+  """Puts arrays and QArrays into the parameters of a model, in place.
+
+  For weights that were quantized elsewhere, such as those of a file. Parameters
+  that get a QArray become `QuantizedParam`s, and Linear, LinearGeneral and
+  Einsum contract them packed, as after `quantize`.
+
+  Args:
+    model: an NNX module; that of `nnx.eval_shape` will do.
+    values: by the path of the parameter, such as 'blocks/0/up/kernel', of its
+      shape.
+
+  Returns:
+    `model`.
+
+  Raises:
+    TypeError: for what is no module.
+    ValueError: for a path that the model does not have, and for another shape.
+
+  Examples:
+    >>> import jax.numpy as jnp
+    >>> from flax import nnx
+    >>> import lowbit_jax as lowbit
+    >>> model = nnx.Linear(64, 8, rngs=nnx.Rngs(0))
+    >>> w = lowbit.quantize(jnp.ones((64, 8)), lowbit.formats.mxfp4, axis=-2)
+    >>> model = lowbit.nn.nnx.assign(model, {'kernel': w})
+    >>> model(jnp.ones((1, 64))).shape
+    (1, 8)
+  """
+  if not isinstance(model, flax_nnx.Module):
+    raise TypeError(f'{model=} must be an nnx.Module')
+  holders = _holders(model)
+  shapes = {path: v.get_raw_value().shape for path, _, _, v in holders}
+  for path, value in values.items():
+    if path not in shapes:
+      known = ', '.join(difflib.get_close_matches(path, shapes)) or 'none'
+      raise ValueError(f'the model has no {path!r:.200}; similar are {known}')
+    if value.shape != shapes[path]:
+      raise ValueError(
+        f'{path!r} has the shape {shapes[path]}, its value {value.shape}'
+      )
+  new = {}  # a shared variable counts where it is found first
+  for path, module, name, variable in holders:
+    if path in values:
+      value = values[path]
+      packed = isinstance(value, QArray)
+      new[id(variable)] = frozen(variable, value) if packed else value
+    if (value := new.get(id(variable))) is None:
+      continue
+    if isinstance(value, QuantizedParam):
+      setattr(module, name, value)
+      _use_packed(module)
+    else:
+      variable.set_value(value)
   return model
 
 
