@@ -111,18 +111,23 @@ class Tokenizer:
     """
     return self.model.decode(list(ids), skip_special_tokens=False)
 
-  def stream(self) -> 'Stream':
-    """A decoder of ids that arrive one by one."""
-    return Stream(self)
+  def stream(self, before: Iterable[int] = ()) -> 'Stream':
+    """A decoder of ids that arrive one by one.
+
+    Args:
+      before: ids that stand before them, such as a prompt. After nothing,
+        SentencePiece drops the space before the first word.
+    """
+    return Stream(self, before)
 
 
 class Stream:
   """Decodes ids one by one, and gives only characters that are complete."""
 
-  def __init__(self, tokenizer: Tokenizer) -> None:
+  def __init__(self, tokenizer: Tokenizer, before: Iterable[int]) -> None:
     self._decode = tokenizer.decode
     # What was given last: a token may look otherwise at the start of a text.
-    self._before: list[int] = []
+    self._before = list(before)
     self._waiting: list[int] = []
 
   def push(self, token: int) -> str:
@@ -162,7 +167,9 @@ def from_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
   model = builders[kind](metadata, {t: i for i, t in enumerate(tokens)})
   types = _per_token(metadata, 'token_type', len(tokens))
   recognised = [
-    tokenizers.AddedToken(token, normalized=False, special=type_ == _CONTROL)
+    tokenizers.AddedToken(
+      token, normalized=False, special=bool(type_ == _CONTROL)
+    )
     for token, type_ in zip(tokens, types, strict=True)
     if type_ in (_CONTROL, _USER)
   ]

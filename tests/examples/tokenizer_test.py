@@ -248,6 +248,12 @@ class SentencePieceTest(parameterized.TestCase):
   def test_what_a_chat_needs(self):
     self.assertEqual((self.coder.bos_token, self.coder.eos), ('<s>', {2}))
 
+  def test_stream_after_a_prompt(self):
+    prompt, answer = self.coder.encode('a'), self.coder.encode('b c')
+    for before, expected in (([], 'b c'), (prompt, ' b c')):
+      stream = self.coder.stream(before)
+      self.assertEqual(''.join(map(stream.push, answer)), expected)
+
   def test_without_space_before_text(self):
     key = 'tokenizer.ggml.add_space_prefix'
     coder = tokenizer.from_gguf(self.metadata | {key: np.False_})
