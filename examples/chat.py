@@ -95,7 +95,7 @@ class _Chat:
     sampling = generation.Sampling(
       _TEMPERATURE.value, _TOP_K.value, _TOP_P.value
     )
-    self.generator = generation.Generator(model, sampling, _SEED.value)
+    self.generator = generation.Generator(model, sampling)
     self.messages: list[dict[str, str]] = []
 
   def answer(self, question: str) -> None:
@@ -111,7 +111,8 @@ class _Chat:
       )
     ids, text = self.tokenizer.encode(prompt), ''
     stream, ends = self.tokenizer.stream(ids), self.tokenizer.eos
-    for token in self.generator.generate(ids, _MAX_TOKENS.value, ends):
+    made = self.generator.generate(ids, _MAX_TOKENS.value, ends, _SEED.value)
+    for token in made:
       if token not in ends:
         text += (piece := stream.push(token))
         print(piece, end='', flush=True)

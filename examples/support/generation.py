@@ -50,7 +50,8 @@ class Sampling(NamedTuple):
       shares = jax.nn.softmax(ordered)
       before = jnp.cumsum(shares, axis=-1) - shares
       # The first token has nothing before it, so that one always remains.
-      least = jnp.where(before < self.top_p, ordered, jnp.inf).min(axis=-1)
+      some = max(self.top_p, 1e-9)
+      least = jnp.where(before < some, ordered, jnp.inf).min(axis=-1)
       logits = jnp.where(logits < least[:, None], -jnp.inf, logits)
     return jax.random.categorical(key, logits, axis=-1)
 
@@ -70,15 +71,13 @@ class Generator:
     seconds: that making them took, compilation aside.
   """
 
-  def __init__(
-    self, model: llama.Llama, sampling: Sampling = GREEDY, seed: int = 0
-  ) -> None:
+  def __init__(self, model: llama.Llama, sampling: Sampling = GREEDY) -> None:
     self.seen: list[int] = []
     self.compile_seconds = self.prompt_seconds = self.seconds = 0.0
     self.prompt_tokens = self.tokens = 0
     self._context = model.config.context
     self._sampling = sampling
-    self._key = jax.random.key(seed)
+    self._key = jax.random.key(0)
     graph, self._state = nnx.split(model)
     self._model = model
     self._cache: llama.Cache | None = None
@@ -93,7 +92,11 @@ class Generator:
     self._run = jax.jit(run, donate_argnums=2)
 
   def generate(
-    self, prompt: Sequence[int], most: int, ends: frozenset[int] = frozenset()
+    self,
+    prompt: Sequence[int],
+    most: int,
+    ends: frozenset[int] = frozenset(),
+    seed: int = 0,
   ) -> Iterator[int]:
     """Tokens that follow a prompt, as they are made.
 
@@ -102,6 +105,7 @@ class Generator:
         nothing is computed anew.
       most: how many tokens at most; fewer where the context ends.
       ends: tokens that end an answer, the last one that is given.
+      seed: of what is drawn; the same one draws the same tokens.
 
     Raises:
       PromptTooLong: if the prompt leaves no room.
@@ -114,6 +118,7 @@ class Generator:
         f' {self._context} positions; shorten it'
       )
     most = min(most, self._context - len(prompt))
+    self._key = jax.random.key(seed)
     self._reserve(len(prompt) + most)
     token = self._read(prompt)
     for count in range(1, most + 1):
