@@ -48,11 +48,18 @@ def _failed(argv: Sequence[str], message: Any) -> int:
 
 
 @contextlib.contextmanager
-def own_directory(path: str | pathlib.Path) -> Iterator[pathlib.Path]:
-  """The directory, made if it does not exist, for this process alone."""
+def own_directory(
+  path: str | pathlib.Path, flag: str = '--workdir'
+) -> Iterator[pathlib.Path]:
+  """The directory, made if it does not exist, for this process alone.
+
+  Args:
+    path: of the directory.
+    flag: that names it on the command line.
+  """
   path = pathlib.Path(path)
   path.mkdir(parents=True, exist_ok=True)
-  with _results.lock(path, 'wait for it, or give another --workdir'):
+  with _results.lock(path, f'wait for it, or give another {flag}'):
     yield path
 
 

@@ -11,7 +11,6 @@ from lowbit_jax import _results
 from support import checkpoints, command
 
 Key = TypeVar('Key', bound=Hashable)
-_REMEDY = 'move it away to repeat the run, or give another --workdir'
 
 
 class Store:
@@ -20,11 +19,14 @@ class Store:
   Args:
     directory: where they are; made if it does not exist.
     result: what a file calls the result of its run, a JSON value.
+    flag: that names the directory of the sweep on the command line.
   """
 
-  def __init__(self, directory: pathlib.Path, result: str):
+  def __init__(
+    self, directory: pathlib.Path, result: str, flag: str = '--workdir'
+  ):
     self.directory = directory
-    self._result = result
+    self._result, self._flag = result, flag
     self._kind = f'run with {result} 1'
     directory.mkdir(parents=True, exist_ok=True)
 
@@ -42,11 +44,12 @@ class Store:
     path = self.directory / f'{name}.json'
     if not path.exists():
       return None
-    content = _results.read_json(path, self._kind, _REMEDY)
+    remedy = f'move it away to repeat the run, or give another {self._flag}'
+    content = _results.read_json(path, self._kind, remedy)
     if changed := checkpoints.differences(content['run'], run):
       raise checkpoints.CheckpointError(
         f'{path} belongs to another sweep ({changed}). It was left as it is: '
-        'repeat the flags of that sweep, or give another --workdir.'
+        f'repeat the flags of that sweep, or give another {self._flag}.'
       )
     return content[self._result]
 

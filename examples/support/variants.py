@@ -66,6 +66,26 @@ def with_activations(model: nnx.Module, fmt: BlockFormat) -> nnx.Module:
   return copy
 
 
+def with_head(model: nnx.Module, other: nnx.Module) -> nnx.Module:
+  """A copy of a model with the embedding and the head of another one."""
+  values = {
+    path: value
+    for path, value in _parameters(other).items()
+    if HEADS.fullmatch(path)
+  }
+  return lowbit.nn.nnx.assign(nnx.clone(model), values)
+
+
+def bits(model: nnx.Module, *, head: bool = False) -> float:
+  """Bits per weight of the linear layers, and of the head if that counts."""
+  chosen = [
+    value
+    for path, value in _parameters(model).items()
+    if LINEARS.fullmatch(path) or (head and HEADS.fullmatch(path))
+  ]
+  return 8 * sum(w.nbytes for w in chosen) / sum(w.size for w in chosen)
+
+
 def nbytes(model: nnx.Module) -> int:
   """Bytes of all parameters."""
   return sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(model)))
