@@ -30,7 +30,12 @@ class Keys:
     self._asked: set[str] = set()
 
   def __contains__(self, key: str) -> bool:
+    """Whether a key is there, with a value other than None."""
     return self._values.get(self._prefix + key) is not None
+
+  def has(self, key: str) -> bool:
+    """Whether a key is there, be it with None."""
+    return self._prefix + key in self._values
 
   def integer(
     self, key: str, default: Any = _REQUIRED, *, least: int = 1
