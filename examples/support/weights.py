@@ -288,7 +288,7 @@ def _places(
   """Shardings of the leaves of a parameter."""
   leaves = jax.tree.leaves(whole)
   if mesh is None:
-    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     return [place] * len(leaves)
   for candidate in _specs(spec, whole.ndim, stacked):
     try:
