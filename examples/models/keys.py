@@ -30,7 +30,12 @@ class Keys:
     self._asked: set[str] = set()
 
   def __contains__(self, key: str) -> bool:
+    """Whether a key is there, with a value other than None."""
     return self._values.get(self._prefix + key) is not None
+
+  def has(self, key: str) -> bool:
+    """Whether a key is there, be it with None."""
+    return self._prefix + key in self._values
 
   def integer(
     self, key: str, default: Any = _REQUIRED, *, least: int = 1
@@ -101,8 +106,8 @@ class Keys:
   def error(self, key: str, kind: str) -> ConfigError:
     """That the value of a key is not as it must be."""
     name = self._prefix + key
-    value = repr(self._values.get(name))
-    return ConfigError(f'{name} is {value:.200}; what is read is {kind}')
+    shown = _shown(self._values.get(name))
+    return ConfigError(f'{name} is {shown}; what is read is {kind}')
 
   def check_all_read(self, harmless: Sequence[str]) -> None:
     """Refuses a key that nobody asked for, unless its value switches it off.
@@ -115,8 +120,8 @@ class Keys:
       if name.startswith(self._prefix) and name not in known:
         if isinstance(value, str) or np.ndim(value) or value:
           raise ConfigError(
-            f'{name} is {value!r:.200}, and is not known; a model without it is'
-            ' read'
+            f'{name} is {_shown(value)}, and is not known; a model without it'
+            ' is read'
           )
 
   def _value(self, key, default, kind, fits, cast=lambda value: value):
@@ -130,6 +135,11 @@ class Keys:
     if not fits(value):
       raise self.error(key, kind)
     return cast(value)
+
+
+def _shown(value: Any) -> str:
+  plain = value.item() if isinstance(value, np.generic) else value
+  return f'{plain!r:.200}'
 
 
 def _is(value: Any, kind: type) -> bool:

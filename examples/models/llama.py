@@ -19,6 +19,8 @@ from models.llama_config import Config, ConfigError
 
 # What stands before the linear layers of a block, and of the model: a scale of
 # the one, along its outputs, can be folded into the others, along their inputs.
+# A value head goes to all heads of `out` that share it. A model need not have
+# all followers; without any, as where the embedding is the head, nothing folds.
 FOLLOWERS: Mapping[str, tuple[str, ...]] = {
   'attention_norm/scale': (
     'attention/query/kernel',
@@ -164,18 +166,13 @@ class Llama(nnx.Module):
 
       return blocks(rngs)
 
-    self.embed = lowbit.nn.nnx.Embed(
-      config.vocabulary, config.width, rngs=rngs, **options
-    )
+    own = {'rngs': rngs, **options}
+    vocabulary, width = config.vocabulary, config.width
+    self.embed = lowbit.nn.nnx.Embed(vocabulary, width, **own)
     self.stacks = nnx.List([stack(size) for size in sizes])
-    self.norm = norm(config, config.width, {'rngs': rngs, **options})
-    self.head = (
-      None
-      if config.tied
-      else nnx.Linear(
-        config.width, config.vocabulary, use_bias=False, rngs=rngs, **options
-      )
-    )
+    self.norm = norm(config, width, own)
+    head = nnx.Linear(width, vocabulary, use_bias=False, **own)
+    self.head = None if config.tied else head
 
   def __call__(self, tokens: jax.Array) -> jax.Array:
     """Logits (batch, tokens, vocabulary) of what follows each of the tokens

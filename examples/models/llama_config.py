@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lowbit_jax.io._checkpoint import Checkpoint
-from models import rope_config, rotary
+from models import kinds_of_blocks, rope_config, rotary
 from models.keys import ConfigError as ConfigError, Keys
 
 
@@ -102,18 +102,14 @@ def from_huggingface(config: Mapping[str, Any]) -> Config:
   keys = Keys(config)
   kind = keys.choice('model_type', HUGGING_FACE)
   keys.choice('hidden_act', ('silu', 'swish'), 'silu')
-  width, heads = (
-    keys.integer('hidden_size'),
-    keys.integer('num_attention_heads'),
-  )
+  width = keys.integer('hidden_size')
+  heads = keys.integer('num_attention_heads')
   if 'head_dim' not in keys and width % heads:
-    raise keys.error(
-      'hidden_size', f'a multiple of num_attention_heads={heads}'
-    )
+    raise keys.error('hidden_size', f'a multiple of {heads} heads')
   size = keys.integer('head_dim', width // heads)
   context = keys.integer('max_position_embeddings')
   blocks = keys.integer('num_hidden_layers')
-  still = rope_config.still(keys, blocks) if kind == 'smollm3' else ()
+  still = kinds_of_blocks.still(keys, blocks) if kind == 'smollm3' else ()
   hidden, experts = 'intermediate_size', 0
   if kind in ('mixtral', 'qwen3_moe'):
     name = 'num_experts' if 'num_experts' in keys else 'num_local_experts'
@@ -136,7 +132,7 @@ def from_huggingface(config: Mapping[str, Any]) -> Config:
     biases=_biases(keys, kind),
     head_norms=kind in ('qwen3', 'qwen3_moe'),
     still=still,
-    windows=_windows(keys, kind, blocks, still),
+    windows=kinds_of_blocks.windows(keys, kind, blocks, still),
     experts=experts,
     chosen=keys.integer('num_experts_per_tok') if experts else 0,
     normalized=kind != 'qwen3_moe' or keys.flag('norm_topk_prob', False),
@@ -170,37 +166,6 @@ def _biases(keys: Keys, kind: str) -> tuple[str, ...]:
   return biases
 
 
-def _windows(
-  keys: Keys, kind: str, blocks: int, still: tuple[int, ...]
-) -> tuple[int, ...]:
-  """Of each block; none where all blocks see everything."""
-  if kind == 'llama':
-    return ()
-  size = keys.integer('sliding_window', None)
-  switched = kind in ('qwen2', 'qwen3', 'qwen3_moe', 'smollm3')
-  if switched and not keys.flag('use_sliding_window', False):
-    size = None
-  by_block = kind in ('qwen2', 'qwen3', 'smollm3')
-  if by_block and 'layer_types' in keys:
-    kinds = keys.list('layer_types', ('full_attention', 'sliding_attention'))
-    if len(kinds) != blocks or (size is None and len(set(kinds)) > 1):
-      raise keys.error(
-        'layer_types',
-        f'one for each of num_hidden_layers={blocks}, and all'
-        " 'full_attention' without use_sliding_window and sliding_window",
-      )
-    slides = [k for k in range(blocks) if kinds[k] == 'sliding_attention']
-  elif kind == 'smollm3':
-    slides = still
-  elif by_block:
-    slides = range(keys.integer('max_window_layers', 28, least=0), blocks)
-  else:
-    slides = range(blocks)
-  if size is None or not slides:
-    return ()
-  return tuple(size if k in slides else EVERYTHING for k in range(blocks))
-
-
 def from_gguf(checkpoint: Checkpoint) -> Config:
   """The configuration that the metadata of a GGUF file describes.
 
@@ -232,16 +197,14 @@ def from_gguf(checkpoint: Checkpoint) -> Config:
   if bool(experts) != (kind == 'qwen3moe') and kind != 'llama':
     raise keys.error('expert_count', f'another number in {kind!r}')
   window = keys.integer('attention.sliding_window', 0, least=0)
-  hidden = keys.integer('feed_forward_length')
-  if kind == 'qwen3moe':
-    hidden = keys.integer('expert_feed_forward_length')
+  hidden = 'expert_' * (kind == 'qwen3moe') + 'feed_forward_length'
   embedding = 'token_embd.weight'
   if embedding not in checkpoint:
     raise ConfigError(f'{embedding!r} is missing')
   config = Config(
     vocabulary=checkpoint.tensors[embedding].shape[0],
     width=width,
-    hidden=hidden,
+    hidden=keys.integer(hidden),
     blocks=blocks,
     heads=heads,
     kv_heads=keys.integer('attention.head_count_kv', heads),
@@ -265,7 +228,6 @@ def from_gguf(checkpoint: Checkpoint) -> Config:
   return config
 
 
-EVERYTHING = 2**30  # a window that no context reaches
 GGUF_LINEARS = {
   'query': 'attn_q',
   'key': 'attn_k',
@@ -277,6 +239,7 @@ GGUF_LINEARS = {
 }
 # Keys of an architecture that say nothing about its function, or say it twice.
 _HARMLESS = (
+  'feed_forward_length',
   'rope.scaling.finetuned',
   'tensor_data_layout',
   'vocab_size',

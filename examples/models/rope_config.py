@@ -41,17 +41,6 @@ def from_huggingface(
   return _KINDS[kind](rope, section, original, context)
 
 
-def still(keys: Keys, blocks: int) -> tuple[int, ...]:
-  """The blocks without rotation: of SmolLM3 each fourth, or as listed."""
-  if 'no_rope_layers' not in keys:
-    step = keys.integer('no_rope_layer_interval', 4)
-    return tuple(range(step - 1, blocks, step))
-  rotates = keys.list('no_rope_layers', (0, 1))
-  if len(rotates) < blocks:
-    raise keys.error('no_rope_layers', f'a list of num_hidden_layers={blocks}')
-  return tuple(k for k in range(blocks) if not rotates[k])
-
-
 def _original(keys: Keys, section: Keys) -> int | None:
   """The context in training; it stands in one of two places."""
   values = {

@@ -28,7 +28,7 @@ class LanguageModel:
   Attributes:
     model: with its parameters, packed as the checkpoint has them.
     config: of the model.
-    checkpoint: that it came from, still open.
+    checkpoint: that it came from; it is closed, and says what was there.
   """
 
   model: llama.Llama
@@ -73,7 +73,7 @@ def load(
   if mesh is not None and 'model' not in mesh.axis_names:
     raise ValueError(f"{mesh.axis_names=} must have an axis 'model'")
   checkpoint, config, (whole, block) = _opened(path)
-  try:
+  with checkpoint:
     sizes = weights.stacks(checkpoint, block, config.blocks)
     model = weights.load(
       lambda: llama.Llama(config, sizes, rngs=nnx.Rngs(0)),
@@ -86,9 +86,6 @@ def load(
       specs=llama_names.specs(config),
       progress=progress,
     )
-  except BaseException:
-    checkpoint.close()
-    raise
   return LanguageModel(model, config, checkpoint)
 
 

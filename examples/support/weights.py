@@ -135,8 +135,8 @@ def load(
     harmless: whether a tensor of the checkpoint, by name, may be left out.
     mesh: devices to place the parameters on, None for the default device.
     specs: how parameters of a block, by path inside of it, and of the whole
-      model are split over the mesh; whole on every device by default, and
-      where a part would not have whole blocks of its format.
+      model are split over the mesh; whole on every device by default. Where
+      parts would be unequal or cut blocks, another axis is split.
     progress: wraps the sequence of paths, such as tqdm.
 
   Returns:
@@ -274,20 +274,42 @@ def _placed(
       whole = kind.unflatten(
         jax.ShapeDtypeStruct((*lead, *x.shape), x.dtype) for x in leaves
       )
-      buffers = [_Buffers(x, s) for x, s in _leaves(whole, mesh, spec)]
+      places = _places(whole, count is not None, mesh, spec)
+      buffers = list(map(_Buffers, jax.tree.leaves(whole), places))
     for buffer, leaf in zip(buffers, leaves, strict=True):
       buffer.write(leaf, k if count else None)
   assert kind is not None
   return kind.unflatten(buffer.array() for buffer in buffers)
 
 
-def _leaves(whole: Any, mesh: Mesh | None, spec: PartitionSpec) -> Iterator:
-  """Leaves and their shardings."""
+def _places(
+  whole: Any, stacked: bool, mesh: Mesh | None, spec: PartitionSpec
+) -> list[Sharding]:
+  """Shardings of the leaves of a parameter."""
+  leaves = jax.tree.leaves(whole)
   if mesh is None:
-    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    return ((leaf, place) for leaf in jax.tree.leaves(whole))
-  places = lowbit.shardings(whole, NamedSharding(mesh, spec))
-  return zip(jax.tree.leaves(whole), jax.tree.leaves(places), strict=True)
+    place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return [place] * len(leaves)
+  for candidate in _specs(spec, whole.ndim, stacked):
+    try:
+      places = lowbit.shardings(whole, NamedSharding(mesh, candidate))
+      places = jax.tree.leaves(places)
+      for leaf, place in zip(leaves, places, strict=True):
+        place.shard_shape(leaf.shape)
+      return places
+    except ValueError:  # The parts would cut blocks or be unequal.
+      continue
+  return [NamedSharding(mesh, PartitionSpec())] * len(leaves)
+
+
+def _specs(
+  spec: PartitionSpec, rank: int, stacked: bool
+) -> Iterator[PartitionSpec]:
+  """How a parameter may be split: as wanted, or along its last axes."""
+  yield spec
+  if names := [name for name in spec if name is not None]:
+    for axis in reversed(range(stacked, rank)):
+      yield PartitionSpec(*[None] * axis, *names)
 
 
 class _Buffers:

@@ -3,7 +3,8 @@
 `CASES` are objects as in config.json, some as transformers 4 writes them and
 some as transformers 5 does. Weights are made of integers of NumPy's frozen
 `RandomState` stream, without any elementary function, and have the names of
-Hugging Face folders.
+Hugging Face folders. `write_gguf` does what the converter of llama.cpp does
+with such folders (the commit 0c1e570, `conversion/`).
 """
 
 import json
@@ -14,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from lowbit_jax.io import safetensors
+from lowbit_jax.io import gguf, safetensors
 
 TOKENS = 24
 _SIZES = {
@@ -242,3 +243,151 @@ def write(folder: pathlib.Path, config: dict[str, Any]) -> pathlib.Path:
   (folder / 'config.json').write_text(json.dumps(config))
   safetensors.save(folder / 'model.safetensors', weights(config))
   return folder
+
+
+_ARCHITECTURES = {
+  'llama': 'llama',
+  'mistral': 'llama',
+  'mixtral': 'llama',
+  'qwen3_moe': 'qwen3moe',
+}
+_GGUF_NAMES = (
+  ('model.embed_tokens.', 'token_embd.'),
+  ('model.norm.', 'output_norm.'),
+  ('lm_head.', 'output.'),
+  ('model.layers.', 'blk.'),
+  ('input_layernorm.', 'attn_norm.'),
+  ('post_attention_layernorm.', 'ffn_norm.'),
+  ('self_attn.q_proj.', 'attn_q.'),
+  ('self_attn.k_proj.', 'attn_k.'),
+  ('self_attn.v_proj.', 'attn_v.'),
+  ('self_attn.qkv_proj.', 'attn_qkv.'),
+  ('self_attn.o_proj.', 'attn_output.'),
+  ('self_attn.q_norm.', 'attn_q_norm.'),
+  ('self_attn.k_norm.', 'attn_k_norm.'),
+  ('block_sparse_moe.gate.', 'ffn_gate_inp.'),
+  ('mlp.gate.', 'ffn_gate_inp.'),
+  ('mlp.gate_proj.', 'ffn_gate.'),
+  ('mlp.gate_up_proj.', 'ffn_up.'),
+  ('mlp.up_proj.', 'ffn_up.'),
+  ('mlp.down_proj.', 'ffn_down.'),
+)
+_EXPERTS = {
+  'w1': 'gate',
+  'w2': 'down',
+  'w3': 'up',
+  'gate_proj': 'gate',
+  'down_proj': 'down',
+  'up_proj': 'up',
+}
+
+
+def write_gguf(path: pathlib.Path, config: dict[str, Any]) -> pathlib.Path:
+  """The same model as a GGUF file."""
+  architecture = _ARCHITECTURES.get(config['model_type'], config['model_type'])
+  tensors, experts = {}, {}
+  for name, value in weights(config).items():
+    if '.experts.' in name:
+      block, _, rest = name.removeprefix('model.layers.').partition('.')
+      kind = _EXPERTS[rest.split('.')[-2]]
+      key = f'blk.{block}.ffn_{kind}_exps.weight'
+      experts.setdefault(key, []).append(value)
+      continue
+    if architecture in ('llama', 'smollm3'):
+      value = _paired(name, value, config)
+    for old, new in _GGUF_NAMES:
+      name = name.replace(old, new)
+    tensors[name] = value
+  tensors |= {name: np.stack(values) for name, values in experts.items()}
+  values, factors = _rope(config, architecture)
+  metadata = _metadata(config, architecture) | values
+  metadata = {f'{architecture}.{k}': v for k, v in metadata.items()}
+  metadata['general.architecture'] = architecture
+  gguf.save(path, tensors | factors, metadata=metadata)
+  return path
+
+
+def _paired(name: str, value: np.ndarray, config: dict[str, Any]) -> np.ndarray:
+  """Rows of queries and keys with their halves beside each other."""
+  heads = config['num_attention_heads']
+  if '.k_proj.' in name:
+    heads = config.get('num_key_value_heads', heads)
+  elif '.q_proj.' not in name:
+    return value
+  halves = value.reshape(heads, 2, -1, *value.shape[1:])
+  return halves.swapaxes(1, 2).reshape(value.shape)
+
+
+def _metadata(config: dict[str, Any], architecture: str) -> dict[str, Any]:
+  heads = config['num_attention_heads']
+  metadata = {
+    'block_count': config['num_hidden_layers'],
+    'context_length': config['max_position_embeddings'],
+    'embedding_length': config['hidden_size'],
+    'feed_forward_length': config['intermediate_size'],
+    'attention.head_count': heads,
+    'attention.head_count_kv': config.get('num_key_value_heads', heads),
+    'attention.layer_norm_rms_epsilon': config['rms_norm_eps'],
+  }
+  if 'head_dim' in config:
+    metadata['attention.key_length'] = config['head_dim']
+    metadata['attention.value_length'] = config['head_dim']
+  if architecture == 'phi3':
+    metadata['attention.sliding_window'] = config.get('sliding_window', 0)
+  experts = config.get('num_experts', config.get('num_local_experts'))
+  if experts:
+    metadata['expert_count'] = experts
+    metadata['expert_used_count'] = config['num_experts_per_tok']
+  if 'moe_intermediate_size' in config:
+    metadata['expert_feed_forward_length'] = config['moe_intermediate_size']
+  if architecture in ('llama', 'smollm3'):
+    metadata['vocab_size'] = config['vocab_size']
+  return metadata
+
+
+def _rope(
+  config: dict[str, Any], architecture: str
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+  """Metadata and tensors of the rotation."""
+  rope = config.get('rope_scaling') or config.get('rope_parameters') or {}
+  kind = rope.get('rope_type', rope.get('type'))
+  theta = rope.get('rope_theta', config.get('rope_theta'))
+  size = config['hidden_size'] // config['num_attention_heads']
+  size = config.get('head_dim', size)
+  values: dict[str, Any] = {} if theta is None else {'rope.freq_base': theta}
+  if architecture in ('llama', 'smollm3'):
+    values['rope.dimension_count'] = size
+  if kind in ('linear', 'yarn'):
+    values['rope.scaling.type'] = kind
+    values['rope.scaling.factor'] = rope['factor']
+  original = rope.get('original_max_position_embeddings')
+  if kind == 'yarn':
+    values['rope.scaling.original_context_length'] = original
+    values['rope.scaling.yarn_beta_fast'] = rope['beta_fast']
+  if kind == 'llama3':
+    return values, {'rope_freqs.weight': _llama3_factors(rope, theta, size)}
+  if kind != 'longrope':
+    return values, {}
+  original = config['original_max_position_embeddings']
+  ratio = config['max_position_embeddings'] / original
+  gain = math.sqrt(1 + math.log(ratio) / math.log(original))
+  values['rope.dimension_count'] = int(size * config['partial_rotary_factor'])
+  values['rope.scaling.original_context_length'] = original
+  values['rope.scaling.attn_factor'] = gain
+  return values, {
+    f'rope_factors_{key}.weight': np.array(rope[f'{key}_factor'], np.float32)
+    for key in ('long', 'short')
+  }
+
+
+def _llama3_factors(
+  rope: dict[str, Any], theta: float, size: int
+) -> np.ndarray:
+  factors = []
+  low, high = rope['low_freq_factor'], rope['high_freq_factor']
+  for k in range(0, size, 2):
+    waves = theta ** (k / size) * 2 * math.pi
+    turns = rope['original_max_position_embeddings'] / waves
+    smooth = min(max((turns - low) / (high - low), 0), 1)
+    factors.append(1 / ((1 - smooth) / rope['factor'] + smooth))
+  return np.array(factors, np.float32)
