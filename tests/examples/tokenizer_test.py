@@ -87,8 +87,11 @@ class ByteLevelTest(parameterized.TestCase):
   def test_splits(self, pre, expected):
     expected = expected.split('|')
     text = ''.join(expected)
-    # The first merges would make one token of all, if nothing split it.
-    coder = tokenizer.from_gguf(_byte_level([text, *expected], pre))
+    # From the start of each piece, merges lead to the end of the text: where
+    # nothing splits it, they go on.
+    starts = itertools.accumulate(map(len, expected), initial=0)
+    words = [text[start:] for start in starts]
+    coder = tokenizer.from_gguf(_byte_level(words, pre))
     self.assertEqual(_pieces(coder, text), expected)
 
   @parameterized.parameters(('llama-bpe', 1), ('gpt-2', 2), ('qwen2', 2))
@@ -254,6 +257,16 @@ class SentencePieceTest(parameterized.TestCase):
       stream = self.coder.stream(before)
       self.assertEqual(''.join(map(stream.push, answer)), expected)
 
+  def test_without_bytes_unknown_letters_are_one(self):
+    coder = tokenizer.from_gguf(
+      self.metadata
+      | _keys(
+        {'tokens': ['?', 'a'], 'scores': [0, 0], 'token_type': [2, 1]}
+        | {'bos_token_id': 0, 'eos_token_id': 0}
+      )
+    )
+    self.assertEqual(coder.encode('xyaz'), [0, 1, 0])
+
   def test_without_space_before_text(self):
     key = 'tokenizer.ggml.add_space_prefix'
     coder = tokenizer.from_gguf(self.metadata | {key: np.False_})
@@ -299,10 +312,10 @@ class FolderTest(parameterized.TestCase):
     self.assertEqual((coder.bos, coder.bos_token), (0, '<|bos|>'))
     self.assertEqual((coder.eos, coder.eos_token), ({1}, '<|stop|>'))
     self.assertEqual(coder.chat_template, 'of the configuration')
-    self.write('generation_config.json', {'eos_token_id': [1, 2]})
+    self.write('generation_config.json', {'eos_token_id': [2, 3]})
     self.write('chat_template.jinja', 'of the file')
     coder = tokenizer.from_folder(self.folder)
-    self.assertEqual(coder.eos, {1, 2})
+    self.assertEqual(coder.eos, {1, 2, 3})
     self.assertEqual(coder.chat_template, 'of the file')
     self.write('generation_config.json', {'eos_token_id': 3})
     self.assertEqual(tokenizer.from_folder(self.folder).eos, {1, 3})
