@@ -20,32 +20,30 @@ window are kept in OUT/runs as they are made: the same command goes on from
 there, and more formats or windows cost only what is new.
 """
 
+import dataclasses
 import functools
 import hashlib
-import itertools
 import math
 import pathlib
-import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from absl import app, flags
-from flax import nnx
 
 from lowbit_jax import formats
-from models import llama_config
 from support import (
   command,
   language_models,
   quality,
   report,
   runs,
+  sentence_models,
   smollm2,
   variants,
-  weights,
 )
 from support.checkpoints import CheckpointError
+from support.variants import Pair
 
 _TEXT_FILE = pathlib.Path(__file__).parent / 'data' / 'tom_sawyer.txt'
 _FORMATS = (
@@ -61,7 +59,10 @@ _MODEL = flags.DEFINE_string(
   'model', '', 'GGUF file or folder; "" fetches SmolLM2-135M-Instruct.'
 )
 _TEXT = flags.DEFINE_string(
-  'text', str(_TEXT_FILE), 'UTF-8 file; the default has two windows.'
+  'text', None, 'UTF-8 file; one of two windows by default.'
+)
+_SENTENCES = flags.DEFINE_string(
+  'sentences', None, 'UTF-8 file, one on each line, for the BERT family.'
 )
 _WINDOWS = flags.DEFINE_integer(
   'windows', 1, 'Windows of the text.', lower_bound=1
@@ -96,20 +97,11 @@ def _are_formats(names: Sequence[str], words: Sequence[str]) -> bool:
   return True
 
 
+flags.mark_flags_as_mutual_exclusive(['text', 'sentences'])
 flags.register_validator('weights', lambda v: _are_formats(v, ['none']))
 flags.register_validator(
   'activations', lambda v: _are_formats(v, ['none', 'same'])
 )
-
-
-class Pair(NamedTuple):
-  """Formats by name, 'none' for float."""
-
-  weights: str
-  activations: str
-
-
-_FLOAT = Pair('none', 'none')
 
 
 class Row(NamedTuple):
@@ -139,238 +131,239 @@ class Row(NamedTuple):
   tokens_per_second: float
 
 
-_HEADER = (
-  f'{"weights":<14} {"activations":<14} {"bits":>6} {"MB":>7} {"nll":>8} '
-  f'{"over float":>19} {"KL":>8} {"top 1":>7} {"tokens/s":>9}'
-)
+class SentenceRow(NamedTuple):
+  """One line of the table of a model of sentences.
 
-
-def _line(row: Row) -> str:
-  delta = f'{row.delta:+.4f} ± {row.stderr:.4f}'
-  return (
-    f'{row.weights:<14} {row.activations:<14} {row.bits:>6.3f} '
-    f'{row.bytes / 1e6:>7.1f} {row.nll:>8.5f} {delta:>19} {row.kl:>8.4f} '
-    f'{row.top1:>7.1%} {row.tokens_per_second:>9.1f}'
-  )
-
-
-def _pairs(weights: Sequence[str], activations: Sequence[str]) -> list[Pair]:
-  """Each pair once, the float model first."""
-  pairs = [
-    Pair(w, w if a == 'same' else a)
-    for w, a in itertools.product(weights, activations)
-  ]
-  return list(dict.fromkeys([_FLOAT, *pairs]))
-
-
-def _packed(loaded: nnx.Module, floats: nnx.Module, name: str) -> nnx.Module:
-  """The model with linear layers in a format.
-
-  Embedding and head stay as the checkpoint has them, unless the head counts.
+  Attributes:
+    weights, activations, method, bits, bytes: as in `Row`.
+    cosine: mean of those between embeddings and those of the float model.
   """
-  fmt = formats.get(name)
-  assert isinstance(fmt, formats.BlockFormat)
-  model = variants.quantized(floats, fmt, head=_HEAD.value)
-  return model if _HEAD.value else variants.with_head(model, loaded)
+
+  weights: str
+  activations: str
+  method: str
+  bits: float
+  bytes: int
+  cosine: float
 
 
-def _rounding(model: Any, name: str) -> Any:
-  """The model with inputs of linear layers in a format, or in none."""
-  if name == 'none':
-    return model
-  fmt = formats.get(name)
-  assert isinstance(fmt, formats.BlockFormat)
-  return variants.with_activations(model, fmt)
+class _Text:
+  """Windows of a text that a language model reads.
 
+  Attributes:
+    header: of the table.
+    value: that the plot shows.
+    variants: of the model.
+    parts: what is measured one after the other, with what tells them apart.
+    title: what is measured.
+  """
 
-class _Models:
-  """A language model in the formats of the table, made when asked for."""
+  header = (
+    f'{"weights":<14} {"activations":<14} {"bits":>6} {"MB":>7} {"nll":>8} '
+    f'{"over float":>19} {"KL":>8} {"top 1":>7} {"tokens/s":>9}'
+  )
+  value = 'loss over that of the float model, nats per token'
 
-  def __init__(self, loaded: Any) -> None:
-    self._loaded = loaded
-    self._packed = functools.lru_cache(1)(
-      lambda name: _packed(loaded, self.floats, name)
-    )
+  def __init__(self, path: pathlib.Path) -> None:
+    found = language_models.load(path)
+    file = pathlib.Path(_TEXT.value or _TEXT_FILE)
+    tokens = found.tokenizer.encode(_read(file))
+    count, context = _WINDOWS.value, found.config.context
+    self._windows = quality.windows(tokens, count, context)
+    self.variants = variants.Variants(found.model, _HEAD.value)
+    self.parts = [{'window': _digest(window)} for window in self._windows]
+    length = self._windows.shape[1]
+    self.title = f'{path.name}, {count} x {length} tokens of {file.name}'
 
   @functools.cached_property
-  def floats(self) -> Any:
-    return variants.decoded(self._loaded)
+  def _judge(self) -> quality.Judge:
+    return quality.Judge(self.variants.floats, self._windows)
 
-  def __call__(self, pair: Pair) -> Any:
-    weights = pair.weights
-    model = self.floats if weights == 'none' else self._packed(weights)
-    return _rounding(model, pair.activations)
+  def run(self, model: Any) -> Any:
+    """What can be traced to see whether a model works."""
+    return model.states(self._windows[:1])[0]
+
+  def scorer(self, model: Any) -> Callable[[int], dict[str, Any]]:
+    """What measures a model on one of the parts."""
+    program = quality.Program(model)
+    return lambda part: self._judge.scores(program, part)._asdict()
+
+  def row(self, pair: Pair, results: Any, floats: Any) -> Row:
+    """The line of a pair from results of all parts, and those in float."""
+    scores, originals = (
+      [
+        quality.Scores(*(one[name] for name in quality.Scores._fields))
+        for one in some
+      ]
+      for some in (results, floats)
+    )
+    gap = quality.gap(scores, originals)
+    bits, nbytes = results[0]['bits'], results[0]['bytes']
+    return Row(*pair, _method(pair), 'float', bits, nbytes, *gap)
+
+  def line(self, row: Row) -> str:
+    delta = f'{row.delta:+.4f} ± {row.stderr:.4f}'
+    return (
+      f'{row.weights:<14} {row.activations:<14} {row.bits:>6.3f} '
+      f'{row.bytes / 1e6:>7.1f} {row.nll:>8.5f} {delta:>19} {row.kl:>8.4f} '
+      f'{row.top1:>7.1%} {row.tokens_per_second:>9.1f}'
+    )
+
+  def summary(self, rows: Sequence[Row]) -> str:
+    return f'float perplexity {math.exp(rows[0].nll):.5f}'
+
+  def point(self, row: Row) -> report.Point:
+    return _point(row, row.delta, row.stderr)
 
 
-def _check(loaded: Any, pairs: Sequence[Pair], tokens: np.ndarray) -> None:
-  """Refuses formats that do not fit the model, before the first is measured."""
+class _Sentences:
+  """Sentences that a model of the BERT family embeds; see `_Text`."""
 
-  def states(pair):
-    floats = variants.decoded(loaded)
-    name = pair.weights
-    model = floats if name == 'none' else _packed(loaded, floats, name)
-    return _rounding(model, pair.activations).states(tokens[:1])[0]
+  header = (
+    f'{"weights":<14} {"activations":<14} {"bits":>6} {"MB":>7} {"cosine":>9}'
+  )
+  value = '1 - mean cosine to embeddings of the float model'
 
-  for pair in pairs:
-    with warnings.catch_warnings():
-      warnings.simplefilter('error', UserWarning)
-      try:
-        nnx.eval_shape(functools.partial(states, pair))
-      except (TypeError, ValueError, UserWarning) as error:
-        raise ValueError(
-          f'weights in {pair.weights} with activations in {pair.activations}:'
-          f' {error}'
-        ) from error
+  def __init__(self, path: pathlib.Path) -> None:
+    if _HEAD.value:
+      raise ValueError('--head: models of sentences have no head')
+    self._found = sentence_models.load(path)
+    file = pathlib.Path(_SENTENCES.value)
+    self._sentences = [s for s in _read(file).splitlines() if s.strip()]
+    if not self._sentences:
+      raise ValueError(f'{str(file)!r} has no sentence')
+    self.variants = variants.Variants(self._found.model)
+    self.parts = [{'sentences': _digest('\n'.join(self._sentences).encode())}]
+    count = len(self._sentences)
+    self.title = f'{path.name}, {count} sentences of {file.name}'
+
+  @functools.cached_property
+  def _floats(self) -> np.ndarray:
+    return self._embeddings(self.variants.floats)
+
+  def _embeddings(self, model: Any) -> np.ndarray:
+    found = dataclasses.replace(self._found, model=model)
+    return found.embed(self._sentences)
+
+  def run(self, model: Any) -> Any:
+    tokens = np.zeros((1, self._found.config.context), np.int32)
+    return model.embeddings(tokens, tokens == 0)
+
+  def scorer(self, model: Any) -> Callable[[int], dict[str, Any]]:
+    made = self._embeddings(model)
+    cosine = sentence_models.mean_cosine(made, self._floats)
+    return lambda part: {'cosine': cosine}
+
+  def row(self, pair: Pair, results: Any, floats: Any) -> SentenceRow:
+    del floats
+    bits, nbytes, cosine = (results[0][k] for k in ('bits', 'bytes', 'cosine'))
+    return SentenceRow(*pair, _method(pair), bits, nbytes, cosine)
+
+  def line(self, row: SentenceRow) -> str:
+    return (
+      f'{row.weights:<14} {row.activations:<14} {row.bits:>6.3f} '
+      f'{row.bytes / 1e6:>7.1f} {row.cosine:>9.6f}'
+    )
+
+  def summary(self, rows: Sequence[SentenceRow]) -> str:
+    return f'lowest cosine {min(row.cosine for row in rows):.6f}'
+
+  def point(self, row: SentenceRow) -> report.Point:
+    return _point(row, 1 - row.cosine, 0.0)
 
 
-def _digest(path: pathlib.Path) -> str:
+def _method(pair: Pair) -> str:
+  return 'none' if pair.weights == 'none' else _METHOD.value
+
+
+def _read(path: pathlib.Path) -> str:
+  try:
+    return path.read_text('utf-8')
+  except UnicodeDecodeError as error:
+    raise ValueError(f'{str(path)!r} is not UTF-8 text: {error}') from error
+
+
+def _digest(data: Any) -> str:
+  return hashlib.sha256(data).hexdigest()[:16]
+
+
+def _digest_files(path: pathlib.Path) -> str:
   """Of a file, or of all files of a folder."""
   files = sorted(path.iterdir()) if path.is_dir() else [path]
-  whole = hashlib.sha256()
+  digests = b''
   for file in filter(pathlib.Path.is_file, files):
     with file.open('rb') as opened:
-      whole.update(hashlib.file_digest(opened, 'sha256').digest())
-  return whole.hexdigest()[:16]
-
-
-def _tokens(tokenizer: Any, path: str) -> list[int]:
-  try:
-    text = pathlib.Path(path).read_text('utf-8')
-  except UnicodeDecodeError as error:
-    raise ValueError(f'{path!r} is not UTF-8 text: {error}') from error
-  return tokenizer.encode(text)
+      digests += hashlib.file_digest(opened, 'sha256').digest()
+  return _digest(digests)
 
 
 def _measure(
+  task: _Text | _Sentences,
   pairs: Sequence[Pair],
-  loaded: Any,
-  windows: np.ndarray,
   store: runs.Store,
   run: dict[str, Any],
-) -> list[Row]:
+) -> list[Any]:
   """The rows of the table, which it prints one by one."""
-  models = _Models(loaded)
-  judge = None
   rows, floats = [], None
-  with command.progress(total=len(pairs) * len(windows), unit='window') as bar:
+  total = len(pairs) * len(task.parts)
+  with command.progress(total=total, unit='part') as bar:
     for pair in pairs:
       bar.set_description(' '.join(pair))
-      results, program = [], None
-      for number, tokens in enumerate(windows):
+      results, model, scorer = [], None, None
+      for number, part in enumerate(task.parts):
         name = f'{pair.weights}.{pair.activations}.{number}'
-        text = hashlib.sha256(tokens.tobytes()).hexdigest()[:16]
-        about = {**run, **pair._asdict(), 'window': text}
+        about = {**run, **pair._asdict(), **part}
         result = store.load(name, about)
         if result is None:
-          judge = judge or quality.Judge(models.floats, windows)
-          if program is None:
-            model = models(pair)
-            program = quality.Program(model)
-          result = {
-            'bits': variants.bits(model, head=_HEAD.value),
-            'bytes': variants.nbytes(model),
-            **judge.scores(program, number)._asdict(),
-          }
+          if scorer is None:
+            model = task.variants(pair)
+            scorer = task.scorer(model)
+          result = {**task.variants.sizes(model), **scorer(number)}
           store.save(name, about, result)
         results.append(result)
         bar.update()
-      bits, nbytes = results[0]['bits'], results[0]['bytes']
-      scores = [
-        quality.Scores(*(r[field] for field in quality.Scores._fields))
-        for r in results
-      ]
-      floats = floats or scores
-      gap = quality.gap(scores, floats)
-      method = 'none' if pair.weights == 'none' else _METHOD.value
-      rows.append(Row(*pair, method, 'float', bits, nbytes, *gap))
-      bar.write(_line(rows[-1]))
+      floats = floats or results
+      rows.append(task.row(pair, results, floats))
+      bar.write(task.line(rows[-1]))
   return rows
 
 
-def _plot(path: pathlib.Path, rows: Sequence[Row], title: str) -> None:
-  """Loss over that of the float model against bytes, a mark for each row."""
-  figure = report.new_figure(9, 6)
-  axes = figure.add_subplot()
-  rows = [row for row in rows if row.bytes < rows[0].bytes]
-  rows = [row for row in rows if math.isfinite(row.delta)]
-  sizes = [row.bytes / 1e6 for row in rows]
-  deltas = [row.delta for row in rows]
-  axes.set_yscale('symlog', linthresh=0.01, linscale=0.6)
-  axes.axhline(0, color='0.4', lw=1, ls='--', zorder=1)
-  kinds = {
-    'float activations': lambda row: row.activations == 'none',
-    'activations as weights': lambda row: row.activations == row.weights,
-    'other activations': lambda row: (
-      row.activations not in ('none', row.weights)
-    ),
-  }
-  for label, belongs in kinds.items():
-    chosen = [row for row in rows if belongs(row)]
-    if chosen:
-      axes.errorbar(
-        [row.bytes / 1e6 for row in chosen],
-        [row.delta for row in chosen],
-        [row.stderr for row in chosen],
-        fmt='o',
-        ms=5,
-        lw=1,
-        ecolor='0.75',
-        zorder=2,
-        label=label,
-      )
-  low, high = min(sizes, default=0), max(sizes, default=1)
-  room = max(high - low, 0.1 * high)
-  axes.set_xlim(low - 0.1 * room, high + 0.2 * room)
-  axes.set_ylim(
-    min([-0.01, *(2 * d for d in deltas)]), 3 * max([0.01, *deltas])
-  )
-  axes.set_xlabel('megabytes of all parameters')
-  axes.set_ylabel('loss over that of the float model, nats per token')
-  axes.set_title(title, fontsize=11)
-  axes.grid(alpha=0.25)
-  if rows:
-    axes.legend(loc='upper right')
-    labels = [
-      row.weights
-      if row.activations in ('none', row.weights)
-      else f'{row.weights} × {row.activations}'
-      for row in rows
-    ]
-    points = list(zip(sizes, deltas, strict=True))
-    report.place_labels(axes, points, labels, 8.5)
-  report.write_figure(path, figure)
+def _point(row: Row | SentenceRow, value: float, error: float) -> report.Point:
+  if row.activations == 'none':
+    label, group = row.weights, 'float activations'
+  elif row.activations == row.weights:
+    label, group = row.weights, 'activations like weights'
+  else:
+    label, group = f'{row.weights} × {row.activations}', 'other activations'
+  return report.Point(label, group, row.bytes, value, error)
 
 
 def _evaluate(out: pathlib.Path) -> None:
+  if _SENTENCES.value and not _MODEL.value:
+    raise ValueError('--sentences needs --model, one of the BERT family')
   path = pathlib.Path(_MODEL.value or smollm2.fetch())
-  language_model = language_models.load(path)
-  config, loaded = language_model.config, language_model.model
-  tokens = _tokens(language_model.tokenizer, _TEXT.value)
-  windows = quality.windows(tokens, _WINDOWS.value, config.context)
-  pairs = _pairs(_WEIGHTS.value, _ACTIVATIONS.value)
-  if config.experts and any(pair.activations != 'none' for pair in pairs):
-    raise ValueError(
-      f'{str(path)!r} is a mixture of experts, whose activations stay in float:'
-      ' give --activations=none'
-    )
-  _check(loaded, pairs, windows)
+  task = _Sentences(path) if _SENTENCES.value else _Text(path)
+  pairs = variants.pairs(_WEIGHTS.value, _ACTIVATIONS.value)
+  for pair in pairs:
+    task.variants.check(pair, task.run)
   store = runs.Store(out / 'runs', 'scores', '--out')
-  run = {'model': _digest(path), 'head': _HEAD.value, 'method': _METHOD.value}
-  about = f'{path.name}, {len(windows)} x {windows.shape[1]} tokens'
-  print(f'{about} of {pathlib.Path(_TEXT.value).name}\n{_HEADER}', flush=True)
+  run = {'model': _digest_files(path)}
+  run |= {'head': _HEAD.value, 'method': _METHOD.value}
+  print(f'{task.title}\n{task.header}', flush=True)
   try:
-    rows = _measure(pairs, loaded, windows, store, run)
+    rows = _measure(task, pairs, store, run)
   except KeyboardInterrupt:
     runs.print_kept(store)
     raise
-  perplexity = math.exp(rows[0].nll)
   table, plot = out / 'evaluate.csv', out / 'evaluate.png'
   report.write_csv(table, rows)
-  print(f'perplexity of the float model: {perplexity:.5f}')
+  print(task.summary(rows))
   if not report.can_plot():
     print(f'saved {table}; no plot, because matplotlib is not installed')
     return
-  _plot(plot, rows, f'{about}, float perplexity {perplexity:.3f}')
+  points = [task.point(row) for row in rows if row.weights != 'none']
+  title = f'{task.title}: {task.summary(rows)}'
+  report.write_size_plot(plot, points, task.value, title)
   print(f'saved {table} and {plot}')
 
 
@@ -380,13 +373,7 @@ def _run() -> None:
 
 
 def main(argv: Sequence[str]) -> int:
-  errors = (
-    smollm2.FetchError,
-    llama_config.ConfigError,
-    weights.CheckpointMismatch,
-    CheckpointError,
-    ValueError,
-  )
+  errors = smollm2.FetchError, CheckpointError, ValueError
   return command.main(argv, _run, errors)
 
 

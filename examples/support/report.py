@@ -238,3 +238,68 @@ def write_plot(path: str | os.PathLike[str], rows: list[Row], title: str):
       7 if many else 8.5,
     )
   write_figure(path, figure)
+
+
+class Point(NamedTuple):
+  """A model in a plot of what its size costs.
+
+  Attributes:
+    label: beside the point.
+    group: points of one group share a colour.
+    bytes: of the model.
+    value: what it costs.
+    error: standard error of that.
+  """
+
+  label: str
+  group: str
+  bytes: int
+  value: float
+  error: float
+
+
+def write_size_plot(
+  path: str | os.PathLike[str],
+  points: Sequence[Point],
+  value: str,
+  title: str,
+):
+  """Saves a plot of values, 0 for the original model, against bytes as PNG.
+
+  Args:
+    path: file to write.
+    points: those whose value is not finite are left out.
+    value: what the values are.
+    title: of the plot.
+  """
+  points = [point for point in points if math.isfinite(point.value)]
+  figure = new_figure(9, 6)
+  axes = figure.add_subplot()
+  axes.set_yscale('symlog', linthresh=0.01, linscale=0.6)
+  axes.axhline(0, color='0.4', lw=1, ls='--', zorder=1)
+  for group in dict.fromkeys(point.group for point in points):
+    chosen = [point for point in points if point.group == group]
+    axes.errorbar(
+      [point.bytes / 1e6 for point in chosen],
+      [point.value for point in chosen],
+      [point.error for point in chosen],
+      fmt='o',
+      ms=5,
+      lw=1,
+      ecolor='0.75',
+      zorder=2,
+      label=group,
+    )
+  places = [(point.bytes / 1e6, point.value) for point in points]
+  if points:
+    sizes, values = zip(*places, strict=True)
+    room = max(max(sizes) - min(sizes), 0.1 * max(sizes))
+    axes.set_xlim(min(sizes) - 0.1 * room, max(sizes) + 0.2 * room)
+    axes.set_ylim(2 * min(-0.005, *values), 3 * max(0.01, *values))
+    axes.legend(loc='upper right')
+  axes.set_xlabel('megabytes of all parameters')
+  axes.set_ylabel(value)
+  axes.set_title(title, fontsize=11)
+  axes.grid(alpha=0.25)
+  place_labels(axes, places, [point.label for point in points], 8.5)
+  write_figure(path, figure)

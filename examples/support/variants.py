@@ -1,14 +1,21 @@
-"""A language model in other formats than those of its checkpoint."""
+"""A model in other formats than those of its checkpoint."""
 
+import functools
+import itertools
 import re
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 import lowbit_jax as lowbit
+from lowbit_jax import formats
 from lowbit_jax.formats import BlockFormat
 from lowbit_jax.recipe import QuantSpec
+from models import experts
 
 # Linear layers of the blocks, a router aside, and what the head may be.
 LINEARS = re.compile(r'stacks/\d+/(attention|mlp)/(?!router)\w+/kernel')
@@ -55,10 +62,16 @@ def quantized(
 
 
 def with_activations(model: nnx.Module, fmt: BlockFormat) -> nnx.Module:
-  """A copy of a model whose linear layers round what they are given."""
+  """A copy of a model whose linear layers round what they are given.
+
+  Raises:
+    ValueError: for a mixture of experts, whose products are no linear layers.
+  """
   copy = nnx.clone(model)
   product = lowbit.nn.dot_general(lhs=QuantSpec(fmt))
   for path, module in nnx.iter_modules(copy):
+    if isinstance(module, experts.Experts):
+      raise ValueError('activations of a mixture of experts stay in float')
     name = '/'.join(map(str, (*path, 'kernel')))
     if isinstance(module, nnx.Linear) and LINEARS.fullmatch(name):
       module.dot_general = product
@@ -66,29 +79,114 @@ def with_activations(model: nnx.Module, fmt: BlockFormat) -> nnx.Module:
   return copy
 
 
-def with_head(model: nnx.Module, other: nnx.Module) -> nnx.Module:
-  """A copy of a model with the embedding and the head of another one."""
-  values = {
-    path: value
-    for path, value in _parameters(other).items()
-    if HEADS.fullmatch(path)
-  }
-  return lowbit.nn.nnx.assign(nnx.clone(model), values)
-
-
-def bits(model: nnx.Module, *, head: bool = False) -> float:
-  """Bits per weight of the linear layers, and of the head if that counts."""
-  chosen = [
-    value
-    for path, value in _parameters(model).items()
-    if LINEARS.fullmatch(path) or (head and HEADS.fullmatch(path))
-  ]
-  return 8 * sum(w.nbytes for w in chosen) / sum(w.size for w in chosen)
-
-
 def nbytes(model: nnx.Module) -> int:
   """Bytes of all parameters."""
   return sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(model)))
+
+
+class Pair(NamedTuple):
+  """Formats of linear layers and of their inputs by name, 'none' for float."""
+
+  weights: str
+  activations: str
+
+
+def pairs(weights: Sequence[str], activations: Sequence[str]) -> list[Pair]:
+  """Every pair of two lists once, that of the float model first.
+
+  Args:
+    weights: formats by name, 'none' for float.
+    activations: the same, and 'same' for the format of the weights.
+  """
+  every = [
+    Pair(w, w if a == 'same' else a)
+    for w, a in itertools.product(weights, activations)
+  ]
+  return list(dict.fromkeys([Pair('none', 'none'), *every]))
+
+
+class Variants:
+  """A model in pairs of formats, each made when it is asked for.
+
+  Args:
+    loaded: the model as its checkpoint has it.
+    head: whether the head is quantized too. If not, it and the embedding stay
+      as they are, packed or not.
+  """
+
+  def __init__(self, loaded: nnx.Module, head: bool = False) -> None:
+    self._loaded, self._head = loaded, head
+    self._packed = functools.lru_cache(1)(
+      lambda name: self._quantized(self.floats, name)
+    )
+
+  @functools.cached_property
+  def floats(self) -> Any:
+    """The model with float32 parameters."""
+    return decoded(self._loaded)
+
+  def __call__(self, pair: Pair) -> Any:
+    """The model in a pair of formats."""
+    is_float = pair.weights == 'none'
+    model = self.floats if is_float else self._packed(pair.weights)
+    return self._rounding(model, pair.activations)
+
+  def check(self, pair: Pair, run: Callable[[Any], Any]) -> None:
+    """Makes sure that a pair fits, without computing anything.
+
+    Args:
+      pair: of formats.
+      run: what is to be done with the model.
+
+    Raises:
+      ValueError: if it does not; also where a kernel would be padded much.
+    """
+
+    def traced():
+      model = decoded(self._loaded)
+      if pair.weights != 'none':
+        model = self._quantized(model, pair.weights)
+      return run(self._rounding(model, pair.activations))
+
+    try:
+      with warnings.catch_warnings():
+        warnings.simplefilter('error', UserWarning)
+        nnx.eval_shape(traced)
+    except (TypeError, ValueError, UserWarning) as error:
+      raise ValueError(
+        f'weights in {pair.weights} with activations in {pair.activations}:'
+        f' {error}'
+      ) from error
+
+  def sizes(self, model: nnx.Module) -> dict[str, float]:
+    """'bits' per weight of what is quantized, and 'bytes' of all parameters."""
+    chosen = [
+      value
+      for path, value in _parameters(model).items()
+      if LINEARS.fullmatch(path) or (self._head and HEADS.fullmatch(path))
+    ]
+    held, count = sum(w.nbytes for w in chosen), sum(w.size for w in chosen)
+    return {'bits': 8 * held / count, 'bytes': nbytes(model)}
+
+  def _quantized(self, floats: nnx.Module, name: str) -> nnx.Module:
+    model = quantized(floats, _format(name), head=self._head)
+    if not self._head:
+      kept = {
+        path: value
+        for path, value in _parameters(self._loaded).items()
+        if HEADS.fullmatch(path)
+      }
+      lowbit.nn.nnx.assign(model, kept)
+    return model
+
+  def _rounding(self, model: Any, name: str) -> Any:
+    return model if name == 'none' else with_activations(model, _format(name))
+
+
+def _format(name: str) -> BlockFormat:
+  fmt = formats.get(name)
+  assert isinstance(fmt, BlockFormat)
+  return fmt
 
 
 def _parameters(model: nnx.Module) -> dict[str, jax.Array | lowbit.QArray]:
