@@ -6,7 +6,7 @@ are quantized to each format and multiplied packed, with float activations, and
 with activations that are quantized too:
 
   python examples/evaluate.py
-  python examples/evaluate.py --weights=mxfp4,nvfp4 --activations=none,same
+  python examples/evaluate.py --weights=mxfp4,nvfp4 --activations=mxfp8_e4m3
   python examples/evaluate.py --model=FOLDER --text=FILE --windows=8
 
 Each window of the text, of 1024 tokens or as many as the model sees, is read on
@@ -14,6 +14,11 @@ its own, without a token that begins it. The table says how much the loss grows
 over that of the float model on the same tokens, with its standard error over
 tokens; how far the distributions of the next token are from those of the float
 model (KL, in nats); and how often both find the same token most likely.
+
+Models of the BERT family embed sentences, one on each line of a file, and the
+table has the mean cosine to the embeddings of the float model:
+
+  python examples/evaluate.py --model=FOLDER --sentences=FILE
 
 Results go to OUT/evaluate.csv and OUT/evaluate.png. Those of each format and
 window are kept in OUT/runs as they are made: the same command goes on from
@@ -72,7 +77,7 @@ _WEIGHTS = flags.DEFINE_list(
 )
 _ACTIVATIONS = flags.DEFINE_list(
   'activations',
-  ['none'],
+  ['none', 'same'],
   'Formats of their inputs; "none" is float, "same" that of the weights.',
 )
 _HEAD = flags.DEFINE_bool('head', False, 'Quantize the head too.')
@@ -164,9 +169,8 @@ class _Text:
   )
   value = 'loss over that of the float model, nats per token'
 
-  def __init__(self, path: pathlib.Path) -> None:
+  def __init__(self, path: pathlib.Path, file: pathlib.Path) -> None:
     found = language_models.load(path)
-    file = pathlib.Path(_TEXT.value or _TEXT_FILE)
     tokens = found.tokenizer.encode(_read(file))
     count, context = _WINDOWS.value, found.config.context
     self._windows = quality.windows(tokens, count, context)
@@ -183,10 +187,14 @@ class _Text:
     """What can be traced to see whether a model works."""
     return model.states(self._windows[:1])[0]
 
-  def scorer(self, model: Any) -> Callable[[int], dict[str, Any]]:
-    """What measures a model on one of the parts."""
-    program = quality.Program(model)
-    return lambda part: self._judge.scores(program, part)._asdict()
+  def scorer(self, pair: Pair) -> Callable[[int], dict[str, Any]]:
+    """What measures the model in a pair of formats on one of the parts."""
+    model = self.variants(pair)
+    sizes, program = self.variants.sizes(model), quality.Program(model)
+    return lambda part: {
+      **sizes,
+      **self._judge.scores(program, part)._asdict(),
+    }
 
   def row(self, pair: Pair, results: Any, floats: Any) -> Row:
     """The line of a pair from results of all parts, and those in float."""
@@ -224,11 +232,10 @@ class _Sentences:
   )
   value = '1 - mean cosine to embeddings of the float model'
 
-  def __init__(self, path: pathlib.Path) -> None:
+  def __init__(self, path: pathlib.Path, file: pathlib.Path) -> None:
     if _HEAD.value:
       raise ValueError('--head: models of sentences have no head')
     self._found = sentence_models.load(path)
-    file = pathlib.Path(_SENTENCES.value)
     self._sentences = [s for s in _read(file).splitlines() if s.strip()]
     if not self._sentences:
       raise ValueError(f'{str(file)!r} has no sentence')
@@ -249,10 +256,11 @@ class _Sentences:
     tokens = np.zeros((1, self._found.config.context), np.int32)
     return model.embeddings(tokens, tokens == 0)
 
-  def scorer(self, model: Any) -> Callable[[int], dict[str, Any]]:
+  def scorer(self, pair: Pair) -> Callable[[int], dict[str, Any]]:
+    model = self.variants(pair)
     made = self._embeddings(model)
     cosine = sentence_models.mean_cosine(made, self._floats)
-    return lambda part: {'cosine': cosine}
+    return lambda part: {**self.variants.sizes(model), 'cosine': cosine}
 
   def row(self, pair: Pair, results: Any, floats: Any) -> SentenceRow:
     del floats
@@ -309,16 +317,14 @@ def _measure(
   with command.progress(total=total, unit='part') as bar:
     for pair in pairs:
       bar.set_description(' '.join(pair))
-      results, model, scorer = [], None, None
+      results, scorer = [], None
       for number, part in enumerate(task.parts):
         name = f'{pair.weights}.{pair.activations}.{number}'
         about = {**run, **pair._asdict(), **part}
         result = store.load(name, about)
         if result is None:
-          if scorer is None:
-            model = task.variants(pair)
-            scorer = task.scorer(model)
-          result = {**task.variants.sizes(model), **scorer(number)}
+          scorer = scorer or task.scorer(pair)
+          result = scorer(number)
           store.save(name, about, result)
         results.append(result)
         bar.update()
@@ -342,7 +348,10 @@ def _evaluate(out: pathlib.Path) -> None:
   if _SENTENCES.value and not _MODEL.value:
     raise ValueError('--sentences needs --model, one of the BERT family')
   path = pathlib.Path(_MODEL.value or smollm2.fetch())
-  task = _Sentences(path) if _SENTENCES.value else _Text(path)
+  if _SENTENCES.value:
+    task = _Sentences(path, pathlib.Path(_SENTENCES.value))
+  else:
+    task = _Text(path, pathlib.Path(_TEXT.value or _TEXT_FILE))
   pairs = variants.pairs(_WEIGHTS.value, _ACTIVATIONS.value)
   for pair in pairs:
     task.variants.check(pair, task.run)

@@ -116,7 +116,7 @@ class Program:
     made, seconds = self._timed(self._states, tokens[None])
     return made[0], seconds
 
-  def logits(self, states: jax.Array) -> tuple[jax.Array, float]:
+  def logits(self, states: jax.Array | np.ndarray) -> tuple[jax.Array, float]:
     """Logits (positions, vocabulary), and the seconds it took."""
     return self._timed(self._logits, states)
 

@@ -295,7 +295,7 @@ def write_size_plot(
     sizes, values = zip(*places, strict=True)
     room = max(max(sizes) - min(sizes), 0.1 * max(sizes))
     axes.set_xlim(min(sizes) - 0.1 * room, max(sizes) + 0.2 * room)
-    axes.set_ylim(2 * min(-0.005, *values), 3 * max(0.01, *values))
+    axes.set_ylim(2 * min(-0.002, *values), 3 * max(0.01, *values))
     axes.legend(loc='upper right')
   axes.set_xlabel('megabytes of all parameters')
   axes.set_ylabel(value)
