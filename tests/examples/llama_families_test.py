@@ -4,6 +4,7 @@ The golden logits are those of `tests/golden/make_llama_families.py`.
 """
 
 import dataclasses
+import json
 import pathlib
 import tempfile
 
@@ -130,6 +131,23 @@ class LogitsTest(parameterized.TestCase):
   def test_equal_those_of_transformers_in_every_way(self, case):
     for way in whole, stepwise:
       self.check(case, way)
+
+
+class FolderTest(parameterized.TestCase):
+  @parameterized.named_parameters(*_CASES)
+  def test_as_transformers_saves_it(self, case):
+    """The configuration in its newest form, and the names of all tensors."""
+    saved = json.loads(_GOLDEN.with_suffix('.json').read_text())[case]
+    config = llama_config.from_huggingface(saved['config'])
+    self.assertEqual(
+      config, llama_config.from_huggingface(families.CASES[case])
+    )
+    kind = saved['config']['model_type']
+    table, block = llama_names.huggingface(config, kind)
+    names = {name for s in table.values() for name in s.names(0)}
+    for k in range(config.blocks):
+      names |= {name for s in block.values() for name in s.names(k)}
+    self.assertEqual(sorted(names), saved['tensors'])
 
 
 def parameters(config, checkpoint, tables) -> dict[str, np.ndarray]:
