@@ -247,7 +247,6 @@ class ShardedTest(parameterized.TestCase):
     return model, mesh
 
   @parameterized.named_parameters(
-    ('dense', 'llama3', families.weights(families.CASES['llama3'])),
     ('packed', 'llama3', quantized('llama3')),
     ('experts', 'qwen3_moe', quantized('qwen3_moe')),
     ('fewer_experts_than_devices', 'mixtral', quantized('mixtral')),
