@@ -64,6 +64,12 @@ class ConfigTest(parameterized.TestCase):
       'truncate is False',
     ),
     (
+      'unknown_of_rope',
+      'llama2',
+      {'rope_scaling': {**_ROPE, 'long_mscale': 1.25}},
+      'rope_scaling/long_mscale is 1.25',
+    ),
+    (
       'two_contexts',
       'llama2',
       {
