@@ -146,6 +146,39 @@ class LayoutsTest(checkpoints.FolderTest):
       rounded = checkpoints.decode(q).astype(np.float16).astype(np.float32)
       np.testing.assert_array_equal(rounded, expected)
 
+  @parameterized.parameters(
+    ('bnb_nf4_nested', 'nf4_g64', ()),
+    ('bnb_nf4_nested2', 'nf4_g32', ()),
+    ('bnb_nf4_merged', 'nf4_g64', (48,)),
+    ('bnb_nf4_odd', 'nf4_g64', (11, 15)),
+    ('bnb_fp4', 'bnb_fp4_g64', ()),
+    ('bnb_fp4_nested', 'bnb_fp4_g32', (48,)),
+  )
+  def test_four_bits_of_bitsandbytes(self, case, name, merged):
+    parts, expected = checkpoints.golden(case)
+    q = self.read(parts)
+    self.assertEqual((q.fmt.name, q.merged), (name, merged))
+    rounded = checkpoints.decode(q).astype(q.dtype).astype(np.float32)
+    self.assertEqual(q.shape, expected.shape)
+    np.testing.assert_array_equal(rounded, expected)  # FP4 has two zeros
+    np.testing.assert_array_equal(np.asarray(q, np.float32), expected)
+
+  def test_four_bits_stored_as_numbers(self):
+    parts, _ = checkpoints.golden('bnb_nf4')
+    expected = checkpoints.decode(self.read(parts))
+    for dtype in (ml_dtypes.bfloat16, np.float16, np.float32):
+      stored = parts['weight'].reshape(-1).view(dtype)[:, None]
+      self.assert_bits(self.read({**parts, 'weight': stored}), expected)
+
+  def test_int8_of_bitsandbytes(self):
+    parts, expected = checkpoints.golden('bnb_int8')
+    for end in ('weight_format', 'bias'):  # old files do not have the first
+      q = self.read(parts, {'quant_method': 'bitsandbytes'})
+      self.assertEqual(q.fmt, formats.int8_channel)
+      # Each side rounds twice.
+      np.testing.assert_array_max_ulp(checkpoints.decode(q), expected, 2)
+      parts.pop(end, None)
+
   @parameterized.parameters(3, 4, 8)
   def test_gptq(self, bits):
     parts, expected = checkpoints.golden(f'gptq{bits}_g32')
@@ -531,9 +564,11 @@ class FailClosedTest(parameterized.TestCase):
 
   def test_bitsandbytes(self):
     for case, end, message in (
-      ('bnb_nf4_nested', None, 'nested'),
       ('bnb_nf4', 'weight.absmax', 'absmax is missing'),
       ('bnb_nf4', 'weight.quant_map', 'is not the table of NF4'),
+      ('bnb_fp4', 'weight.quant_map', 'is not the table of FP4'),
+      ('bnb_nf4_nested', 'weight.nested_absmax', 'nested_absmax is missing'),
+      ('bnb_nf4_nested', 'weight.nested_quant_map', 'quant_map is missing'),
       (
         'bnb_nf4',
         'weight.quant_state.bitsandbytes__nf4',
@@ -553,8 +588,10 @@ class FailClosedTest(parameterized.TestCase):
       (b'[32, 64]', b'[32, 65]', 'numbers'),
       (b'[32, 64]', b'[2048]', 'numbers'),
       (b'[32, 64]', b'[1e9,1]', 'numbers'),
-      (b': 64', b': 48', 'run on between rows'),
-      (b': 64', b': 0', 'run on between rows'),
+      (b'[32, 64]', b'[22, 93]', 'has 2048 numbers'),
+      (b': 64', b': 48', 'blocksize=48'),
+      (b': 64', b': 0', 'blocksize=0'),
+      (b': 64', b': 32', r'expected F32 \(64,\)'),
       (b'float16', b'int8', "dtype='int8'"),
       (b'{', b'[', 'delimiter'),
       (b'{', b'[' * 10_000, 'too deeply'),
@@ -562,6 +599,35 @@ class FailClosedTest(parameterized.TestCase):
       text = np.frombuffer(state.replace(before, after, 1), np.uint8)
       again = {**parts, 'weight.quant_state.bitsandbytes__nf4': text}
       self.refused_parts(again, None, message)
+    parts, _ = checkpoints.golden('bnb_nf4_nested')
+    state = parts['weight.quant_state.bitsandbytes__nf4'].tobytes()
+    for before, after, message in (
+      (b'"nested_blocksize": 256', b'"nested_blocksize": 128', 'size=128'),
+      (b'"nested_dtype": "float32"', b'"nested_dtype": "float16"', 'float16'),
+      (b'"nested_offset": ', b'"nested_offset": 1e99, "x": ', 'no float32'),
+      (b'"nested_offset"', b'"x"', 'nested_offset=nan'),
+      (b'"nested_blocksize"', b'"x"', 'absmax.* is U8'),
+    ):
+      self.assertIn(before, state)
+      text = np.frombuffer(state.replace(before, after, 1), np.uint8)
+      again = {**parts, 'weight.quant_state.bitsandbytes__nf4': text}
+      self.refused_parts(again, None, message)
+    plain, _ = checkpoints.golden('bnb_nf4')
+    plain['weight.nested_absmax'] = parts['weight.nested_absmax']
+    self.refused_parts(plain, None, 'nested_absmax is not known')
+
+  @parameterized.parameters(
+    ('SCB', np.ones(11, np.float32), r'expected F32 \(12,\)'),
+    ('SCB', np.ones(12, np.float16), 'is F16'),
+    ('weight', np.ones((12, 20), np.uint8), 'is U8'),
+    ('weight', np.ones(12, np.int8), 'expected rows'),
+    ('weight_format', np.uint8(1), 'not in rows'),
+    ('weight_format', np.float32(0), 'is F32'),
+  )
+  def test_int8_of_bitsandbytes(self, end, part, message):
+    parts, _ = checkpoints.golden('bnb_int8')
+    settings = {'quant_method': 'bitsandbytes'}
+    self.refused_parts({**parts, end: part}, settings, message)
 
   @parameterized.parameters(
     'ct/int4_g32_sym',
@@ -591,7 +657,7 @@ class FailClosedTest(parameterized.TestCase):
     ({'': 'i1', '_scale_inv': 'f4'}, None),
     ({'._weight_qdata': 'i1'}, None),
     ({'.weight.absmax': 'f4'}, None),
-    ({'.weight.quant_state.bitsandbytes__fp4': 'u1'}, None),
+    ({'.weight.quant_state.bitsandbytes__int4': 'u1'}, None),
     ({'.weight': 'i1', '.SCB': 'f4'}, None),
     ({'.weight': 'i1'}, checkpoints.GPTQ),
     ({'.weight': 'i4'}, checkpoints.AWQ),
@@ -644,6 +710,8 @@ class FuzzTest(parameterized.TestCase):
       parts, _ = checkpoints.golden(case)
       if case.startswith('ct/'):
         yield parts, checkpoints.configuration(case)
+      elif case == 'bnb_int8':
+        yield parts, {'quant_method': 'bitsandbytes'}
       elif case.startswith('bnb'):
         yield parts, None
       elif case.startswith('gptq'):

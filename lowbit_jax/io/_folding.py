@@ -5,13 +5,19 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from lowbit_jax._files import DamagedFileError
-from lowbit_jax.io import _compressed_tensors, _whole_bytes, _words
+from lowbit_jax.io import (
+  _bitsandbytes,
+  _compressed_tensors,
+  _whole_bytes,
+  _words,
+)
 from lowbit_jax.io._checkpoint import Leaf, Tensor
 from lowbit_jax.io._container import Stored
 from lowbit_jax.io._layouts import Layout, Parts, field
 
 Settings = Mapping[str, Any] | None
 
+_BITSANDBYTES = _bitsandbytes.NF4, _bitsandbytes.FP4
 _METHODS = {
   'compressed-tensors': (_compressed_tensors.LAYOUT,),
   'gptq': (_words.GPTQ,),
@@ -19,9 +25,9 @@ _METHODS = {
   'modelopt': (_whole_bytes.MODELOPT,),
   'fp8': (_whole_bytes.FP8_TILES, _whole_bytes.FP8),
   'mxfp4': (_whole_bytes.GPT_OSS,),
-  'bitsandbytes': (_whole_bytes.NF4,),
+  'bitsandbytes': (*_BITSANDBYTES, _bitsandbytes.INT8),
 }
-_WITHOUT_SETTINGS = (_whole_bytes.NF4,)  # says all in its tensors
+_WITHOUT_SETTINGS = _BITSANDBYTES  # say all in their tensors
 
 # Ends of names that only parts of quantized weights have, and pairs of ends:
 # the first is a part where the second is there too.

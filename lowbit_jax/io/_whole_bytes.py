@@ -1,22 +1,18 @@
-"""Layouts of FP8, MXFP4, NVFP4 and NF4 beside those of compressed-tensors.
+"""Layouts of FP8, MXFP4 and NVFP4 beside those of compressed-tensors.
 
-ModelOpt, the FP8 of DeepSeek and of others, gpt-oss, bitsandbytes.
+ModelOpt, the FP8 of DeepSeek and of others, gpt-oss.
 """
 
 import math
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-
 from lowbit_jax import formats
-from lowbit_jax.io import _container, _layouts
+from lowbit_jax.io import _layouts
 from lowbit_jax.io._checkpoint import Tensor
 from lowbit_jax.io._layouts import Layout, Parts, choice, expect, field
 
-_STATE_BYTES = 2**16
 _FP8 = ('F8_E4M3',)
-_STATE = 'weight.quant_state.bitsandbytes__nf4'
 
 
 def _modelopt(module: str, parts: Parts, settings: Mapping[str, Any]) -> Tensor:
@@ -132,68 +128,9 @@ def _gpt_oss(module: str, parts: Parts, settings: Mapping[str, Any]) -> Tensor:
   return tensor._replace(layout='gpt-oss MXFP4')
 
 
-def _nf4(
-  module: str, parts: Parts, settings: Mapping[str, Any] | None
-) -> Tensor:
-  """How an NF4 weight of bitsandbytes is read."""
-  del module, settings
-  state = _state(parts)
-  choice(state, 'quant_type', ('nf4',))
-  if 'weight.nested_absmax' in parts or 'nested_blocksize' in state:
-    raise ValueError('its absmax is quantized too (nested), not read yet')
-  block = field(state, 'blocksize', int, 0)
-  dtype = choice(state, 'dtype', ('float16', 'bfloat16', 'float32'))
-  weight = expect(parts['weight'], ('U8',))
-  shape = field(state, 'shape', list, [])
-  size = 2 * weight.nbytes
-  if (
-    not 2 <= len(shape) <= 8
-    or not all(type(n) is int and 0 < n <= size for n in shape)
-    or math.prod(shape) != size
-  ):
-    raise ValueError(f'{weight.name!r} has {size} numbers, no {shape!r:.80}')
-  if block < 1 or shape[-1] % block:
-    raise ValueError(f'blocks of {block} run on between rows of {shape[-1]}')
-  counts = _layouts.blocks(shape, (block,))
-  scale = expect(parts['weight.absmax'], ('F32',), (size // block,))
-  table = expect(parts['weight.quant_map'], ('F32',), (16,))
-
-  def codes() -> np.ndarray:
-    if not np.array_equal(
-      table.read(), np.array(formats.nf4.table, np.float32)
-    ):
-      raise ValueError(f'{table.name!r} is not the table of NF4')
-    data = weight.read().reshape(*shape[:-1], shape[-1] // 2)
-    return data >> 4 | data << 4  # the first number is in the high nibble
-
-  leaves = _layouts.Leaves(codes, lambda: scale.read().reshape(counts))
-  fmt = formats.grouped(formats.nf4, block)
-  tensor = _layouts.tensor(parts, shape, fmt, leaves, dtype)
-  return tensor._replace(layout='bitsandbytes NF4')
-
-
-def _state(parts: Parts) -> dict[str, Any]:
-  """What bitsandbytes says of a weight, in JSON."""
-  part = expect(parts[_STATE], ('U8',))
-  if part.nbytes > _STATE_BYTES:
-    raise ValueError(f'{part.name!r} has {part.nbytes} bytes')
-  state = _container.parse(part.read().tobytes())
-  if not isinstance(state, dict):
-    raise ValueError(f'{part.name!r} is no JSON object')
-  return state
-
-
 MODELOPT = Layout(
   'weight_scale', ('weight', 'weight_scale_2', 'pre_quant_scale'), _modelopt
 )
 FP8 = Layout('weight_scale', ('weight',), _fp8_tensor)
 FP8_TILES = Layout('weight_scale_inv', ('weight',), _fp8_tiles)
 GPT_OSS = Layout('_blocks', ('_scales',), _gpt_oss, '')
-NF4 = Layout(
-  _STATE,
-  (
-    *('weight', 'weight.absmax', 'weight.quant_map'),
-    *('weight.nested_absmax', 'weight.nested_quant_map'),
-  ),
-  _nf4,
-)

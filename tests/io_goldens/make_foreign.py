@@ -1,0 +1,63 @@
+"""Makes foreign.npz and foreign.json of random numbers.
+
+Needs bitsandbytes 0.50.2 and torch. Each case has the tensors of one weight as
+they are saved, and `y`, how the package itself decodes them.
+"""
+
+import json
+import pathlib
+
+import bitsandbytes.functional
+import numpy as np
+import torch
+
+FOLDER = pathlib.Path(__file__).parent
+arrays, meta = {}, {}
+
+
+def store(case, **tensors):
+  """Keeps a case; NumPy lacks some dtypes, which are stored as bytes."""
+  dtypes = {}
+  for name, x in tensors.items():
+    x = x.detach().contiguous()
+    dtype = str(x.dtype).removeprefix('torch.')
+    is_known = hasattr(np, dtype)
+    array = x.numpy() if is_known else x.view(torch.uint8).numpy()
+    arrays[f'{case}/{name}'] = array
+    if name != 'y':
+      dtypes[name] = dtype
+  meta[case] = {'dtypes': dtypes}
+
+
+def four_bits(case, shape, block, kind, dtype, nested=False):
+  """A weight of bitsandbytes in which every code occurs."""
+  random = torch.Generator().manual_seed(len(meta))
+  x = torch.randn(shape, generator=random).to(dtype)
+  weight, state = bitsandbytes.functional.quantize_4bit(
+    x, blocksize=block, compress_statistics=nested, quant_type=kind
+  )
+  weight = torch.randint(256, weight.shape, dtype=torch.uint8, generator=random)
+  y = bitsandbytes.functional.dequantize_4bit(weight, state)
+  parts = state.as_dict(packed=True)
+  parts = {f'weight.{name}': part for name, part in parts.items()}
+  store(case, weight=weight, y=y.float(), **parts)
+
+
+def int8(case):
+  """A weight of LLM.int8."""
+  random = torch.Generator().manual_seed(len(meta))
+  x = torch.randn((12, 20), generator=random).half()
+  weight, scale, _ = bitsandbytes.functional.int8_vectorwise_quant(x)
+  y = bitsandbytes.functional.int8_vectorwise_dequant(weight, scale)
+  row = torch.tensor(0, dtype=torch.uint8)
+  store(case, weight=weight, SCB=scale, weight_format=row, y=y)
+
+
+four_bits('bnb_nf4_nested2', (56, 160), 32, 'nf4', torch.float32, True)
+four_bits('bnb_nf4_merged', (6, 48), 64, 'nf4', torch.bfloat16)
+four_bits('bnb_nf4_odd', (3, 11, 15), 64, 'nf4', torch.float32, True)
+four_bits('bnb_fp4', (8, 64), 64, 'fp4', torch.float32)
+four_bits('bnb_fp4_nested', (6, 48), 32, 'fp4', torch.float16, True)
+int8('bnb_int8')
+np.savez_compressed(FOLDER / 'foreign.npz', **arrays)
+(FOLDER / 'foreign.json').write_text(json.dumps(meta, indent=2) + '\n')
