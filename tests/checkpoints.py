@@ -31,6 +31,14 @@ AWQ = {
 }
 MODELOPT = {'quant_method': 'modelopt', 'quant_algo': 'NVFP4'}
 TILES = {'quant_method': 'fp8', 'weight_block_size': [16, 16]}
+# Other configurations with which their goldens are read.
+SETTINGS = {
+  'bnb_int8': {'quant_method': 'bitsandbytes'},
+  'deepseek_fp8_block16': TILES,
+  'fp8_8x16': {'quant_method': 'fp8', 'weight_block_size': [8, 16]},
+  'fp8_1x32': {'quant_method': 'fp8', 'weight_block_size': [1, 32]},
+  'fp8_experts': {**TILES, 'expert_dtype': 'fp4'},
+}
 
 
 class FolderTest(parameterized.TestCase):

@@ -123,6 +123,31 @@ class LayoutsTest(checkpoints.FolderTest):
     parts, expected = checkpoints.golden('ct/fp8_tensor')
     q = self.read(parts, {'quant_method': 'fp8', 'activation_scheme': 'static'})
     self.assert_bits(q, expected)
+    # Another name for the scale.
+    parts['weight_scale_inv'] = parts.pop('weight_scale').reshape(())
+    settings = {'quant_method': 'fp8', 'weight_block_size': None}
+    self.assert_bits(self.read(parts, settings), expected)
+
+  @parameterized.parameters(
+    ('fp8_8x16', 'e4m3fn_8x16_e8m0'),
+    ('fp8_1x32', 'mxfp8_e4m3'),
+    ('fp8_experts', 'mxfp4'),
+  )
+  def test_fp8_with_powers_of_two(self, case, name):
+    parts, expected = checkpoints.golden(case)
+    for dtype in (np.uint8, ml_dtypes.float8_e8m0fnu):
+      scale = parts['weight_scale_inv'].view(dtype)
+      q = self.read(
+        {**parts, 'weight_scale_inv': scale}, checkpoints.SETTINGS[case]
+      )
+      self.assertEqual(q.fmt.name, name)
+      self.assert_bits(q, expected)
+
+  def test_fp8_of_fbgemm(self):
+    parts, expected = checkpoints.golden('ct/fp8_dynamic')
+    q = self.read(parts, {'quant_method': 'fbgemm_fp8'})
+    self.assertEqual(q.fmt.element, formats.e4m3fn)
+    self.assert_bits(q, expected)
 
   def test_gpt_oss(self):
     parts, expected = checkpoints.golden('hf_mxfp4')
@@ -553,7 +578,8 @@ class FailClosedTest(parameterized.TestCase):
     )
 
   @parameterized.parameters(
-    ({'weight_block_size': None}, 'is no tile'),
+    ({'weight_block_size': None}, r'expected .* \(\) or \(1,\)'),
+    ({'weight_block_size': []}, 'is no tile'),
     ({'weight_block_size': [16, -16]}, 'is no tile'),
     ({'weight_block_size': [128, 128]}, r'expected F32 \(1, 1\)'),
     ({'fmt': 'e5m2'}, "fmt='e5m2'"),
@@ -561,6 +587,30 @@ class FailClosedTest(parameterized.TestCase):
   def test_tiles(self, settings, message):
     parts, _ = checkpoints.golden('deepseek_fp8_block16')
     self.refused_parts(parts, {**checkpoints.TILES, **settings}, message)
+
+  @parameterized.parameters(
+    ({'expert_dtype': None}, {}, 'expert_dtype=None'),
+    ({'expert_dtype': 'fp8'}, {}, "expert_dtype='fp8'"),
+    ({}, {'weight_scale_inv': np.ones((4, 2), np.float32)}, 'is F32'),
+    ({}, {'weight_scale_inv': np.ones((2, 4), np.uint8)}, r'expected .*4, 2'),
+    ({}, {'weight': np.ones((4, 32), np.uint8)}, 'is U8'),
+  )
+  def test_experts(self, settings, changes, message):
+    parts, _ = checkpoints.golden('fp8_experts')
+    settings = {**checkpoints.SETTINGS['fp8_experts'], **settings}
+    self.refused_parts({**parts, **changes}, settings, message)
+
+  @parameterized.parameters(
+    ('weight_scale', np.ones(16, np.float32), r'expected F32 \(16, 1\)'),
+    ('weight_scale', np.ones((1, 64), np.float32), r'expected F32 \(16, 1\)'),
+    ('weight_scale', np.ones((16, 1), np.uint8), 'is U8'),
+    ('weight', np.ones((16, 64), np.int8), 'is I8'),
+    ('weight', np.ones((2, 8, 64), ml_dtypes.float8_e4m3fn), 'two axes'),
+  )
+  def test_fbgemm(self, end, part, message):
+    parts, _ = checkpoints.golden('ct/fp8_dynamic')
+    settings = {'quant_method': 'fbgemm_fp8'}
+    self.refused_parts({**parts, end: part}, settings, message)
 
   def test_bitsandbytes(self):
     for case, end, message in (
@@ -710,8 +760,8 @@ class FuzzTest(parameterized.TestCase):
       parts, _ = checkpoints.golden(case)
       if case.startswith('ct/'):
         yield parts, checkpoints.configuration(case)
-      elif case == 'bnb_int8':
-        yield parts, {'quant_method': 'bitsandbytes'}
+      elif case in checkpoints.SETTINGS:
+        yield parts, checkpoints.SETTINGS[case]
       elif case.startswith('bnb'):
         yield parts, None
       elif case.startswith('gptq'):
@@ -722,8 +772,6 @@ class FuzzTest(parameterized.TestCase):
         yield parts, {'quant_method': 'mxfp4'}
       elif case == 'awq_gemm_g32':
         yield parts, checkpoints.AWQ
-      elif case == 'deepseek_fp8_block16':
-        yield parts, checkpoints.TILES
       else:
         yield (
           parts,

@@ -24,6 +24,7 @@ _METHODS = {
   'awq': (_words.AWQ,),
   'modelopt': (_whole_bytes.MODELOPT,),
   'fp8': (_whole_bytes.FP8_TILES, _whole_bytes.FP8),
+  'fbgemm_fp8': (_whole_bytes.FBGEMM,),
   'mxfp4': (_whole_bytes.GPT_OSS,),
   'bitsandbytes': (*_BITSANDBYTES, _bitsandbytes.INT8),
 }

@@ -255,6 +255,9 @@ def tile(
   element: ElementFormat, block: tuple[int, int], scale: FloatFormat
 ) -> BlockFormat:
   """`element` with a scale for each tile of so many rows and columns."""
+  if block[0] == 1:
+    is_mx = (element, block[1], scale) == (formats.e4m3fn, 32, formats.e8m0)
+    return formats.mxfp8_e4m3 if is_mx else group(element, block[1], scale)
   if (element, block, scale) == (formats.e4m3fn, (128, 128), formats.float32):
     return formats.fp8_128x128
   suffix = '' if scale == formats.float32 else f'_{scale.name}'

@@ -4,8 +4,10 @@ ModelOpt, the FP8 of DeepSeek and of others, gpt-oss.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+import numpy as np
 
 from lowbit_jax import formats
 from lowbit_jax.io import _layouts
@@ -41,23 +43,25 @@ def _nvfp4(parts: Parts) -> Tensor:
   return _layouts.tensor(parts, shape, formats.nvfp4, leaves)
 
 
-def _mxfp4(parts: Parts) -> Tensor:
-  weight = expect(parts['weight'], ('U8',))
+def _mxfp4(
+  parts: Parts, role: str = 'weight_scale', dtypes: Sequence[str] = ('U8',)
+) -> Tensor:
+  weight = expect(parts['weight'], dtypes)
   *lead, width = _layouts.rows(weight)
   shape = (*lead, 2 * width)
   counts = _layouts.blocks(shape, (32,))
   flat = (math.prod(counts), 1)
   # The reference implementation forgets the shape of the scales.
-  part = expect(parts['weight_scale'], ('U8',), counts, flat)
+  part = expect(parts[role], _layouts.EXPONENT_SCALES, counts, flat)
   leaves = _layouts.Leaves(
-    _layouts.raw(weight), lambda: part.read().reshape(counts)
+    _layouts.raw(weight), lambda: part.read().view(np.uint8).reshape(counts)
   )
   return _layouts.tensor(parts, shape, formats.mxfp4, leaves)
 
 
-def _fp8(parts: Parts) -> Tensor:
+def _fp8(parts: Parts, role: str = 'weight_scale') -> Tensor:
   weight = expect(parts['weight'], _FP8)
-  factor = _layouts.numbers(_layouts.scalar(parts['weight_scale']))
+  factor = _layouts.numbers(_layouts.scalar(parts[role]))
   leaves = _layouts.Leaves(_layouts.raw(weight), tensor_scale=factor)
   shape = _layouts.rows(weight)
   return _layouts.tensor(parts, shape, formats.e4m3fn_tensor, leaves)
@@ -77,8 +81,24 @@ def _fp8_tensor(
 ) -> Tensor:
   """How an FP8 weight with one scale is read."""
   del module
-  choice({'fmt': 'e4m3'} | dict(settings), 'fmt', ('e4m3', 'float8_e4m3fn'))
+  _check_fp8(settings)
   return _fp8(parts)._replace(layout='FP8')
+
+
+def _fp8_rows(module: str, parts: Parts, settings: Mapping[str, Any]) -> Tensor:
+  """How an FP8 weight of FBGEMM is read, which has a scale for each row."""
+  del module, settings
+  weight = expect(parts['weight'], _FP8)
+  shape = _layouts.rows(weight)
+  if len(shape) != 2:
+    raise ValueError(f'{weight.name!r} has the shape {shape}, not two axes')
+  part = parts['weight_scale']
+  fmt = _layouts.channel(formats.e4m3fn, _layouts.float_scale(part), False)
+  expect(part, (part.dtype,), (shape[0], 1))
+  leaves = _layouts.Leaves(_layouts.raw(weight), _layouts.numbers(part))
+  return _layouts.tensor(parts, shape, fmt, leaves)._replace(
+    layout='FBGEMM FP8'
+  )
 
 
 def _fp8_tiles(
@@ -86,10 +106,17 @@ def _fp8_tiles(
 ) -> Tensor:
   """How an FP8 weight with a scale for each tile, as of DeepSeek, is read.
 
-  The scale multiplies, in spite of its name.
+  The scale multiplies, in spite of its name. Experts may be FP4, two in each
+  signed byte, with a scale for 32 inputs.
   """
   del module
-  choice({'fmt': 'e4m3'} | dict(settings), 'fmt', ('e4m3', 'float8_e4m3fn'))
+  _check_fp8(settings)
+  if parts['weight'].dtype == 'I8':
+    choice(settings, 'expert_dtype', ('fp4',))
+    tensor = _mxfp4(parts, 'weight_scale_inv', ('I8',))
+    return tensor._replace(layout='FP8, experts of MXFP4')
+  if settings.get('weight_block_size') is None:
+    return _fp8(parts, 'weight_scale_inv')._replace(layout='FP8')
   sizes = field(settings, 'weight_block_size', list, [])
   if len(sizes) != 2 or not all(
     type(n) is int and 0 < n < 2**31 for n in sizes
@@ -100,7 +127,7 @@ def _fp8_tiles(
   shape = _layouts.rows(weight)
   part = parts['weight_scale_inv']
   expect(part, (part.dtype,), _layouts.blocks(shape, block))
-  if part.dtype == 'F8_E8M0':
+  if part.dtype in _layouts.EXPONENT_SCALES:
     scale, leaf = formats.e8m0, _layouts.raw(part)
   else:
     scale, leaf = _layouts.float_scale(part), _layouts.numbers(part)
@@ -108,6 +135,10 @@ def _fp8_tiles(
   leaves = _layouts.Leaves(_layouts.raw(weight), leaf)
   tensor = _layouts.tensor(parts, shape, fmt, leaves)
   return tensor._replace(layout=f'FP8 {block[0]}x{block[1]}')
+
+
+def _check_fp8(settings: Mapping[str, Any]) -> None:
+  choice({'fmt': 'e4m3'} | dict(settings), 'fmt', ('e4m3', 'float8_e4m3fn'))
 
 
 def _gpt_oss(module: str, parts: Parts, settings: Mapping[str, Any]) -> Tensor:
@@ -133,4 +164,5 @@ MODELOPT = Layout(
 )
 FP8 = Layout('weight_scale', ('weight',), _fp8_tensor)
 FP8_TILES = Layout('weight_scale_inv', ('weight',), _fp8_tiles)
+FBGEMM = Layout('weight_scale', ('weight',), _fp8_rows)
 GPT_OSS = Layout('_blocks', ('_scales',), _gpt_oss, '')

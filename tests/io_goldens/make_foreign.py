@@ -1,7 +1,7 @@
 """Makes foreign.npz and foreign.json of random numbers.
 
-Needs bitsandbytes 0.50.2 and torch. Each case has the tensors of one weight as
-they are saved, and `y`, how the package itself decodes them.
+Needs torch, bitsandbytes 0.50.2 and transformers 5.24. Each case has the tensors
+of one weight as they are saved, and `y`, how the package itself decodes them.
 """
 
 import json
@@ -10,6 +10,7 @@ import pathlib
 import bitsandbytes.functional
 import numpy as np
 import torch
+from transformers.integrations import finegrained_fp8
 
 FOLDER = pathlib.Path(__file__).parent
 arrays, meta = {}, {}
@@ -43,6 +44,18 @@ def four_bits(case, shape, block, kind, dtype, nested=False):
   store(case, weight=weight, y=y.float(), **parts)
 
 
+def fp8(case, shape, counts, *, is_packed=False):
+  """An FP8 weight, or one of FP4 experts, with powers of two as scales."""
+  random = torch.Generator().manual_seed(len(meta))
+  weight = torch.randint(-128, 128, shape, dtype=torch.int8, generator=random)
+  if not is_packed:  # without the two NaN
+    weight = weight.where((weight & 127) != 127, 0).view(torch.float8_e4m3fn)
+  scale = torch.randint(118, 132, counts, dtype=torch.uint8, generator=random)
+  decode = finegrained_fp8.Fp8Dequantize(None)._dequantize_one
+  y = decode(weight, scale, torch.float32)
+  store(case, weight=weight, weight_scale_inv=scale, y=y)
+
+
 def int8(case):
   """A weight of LLM.int8."""
   random = torch.Generator().manual_seed(len(meta))
@@ -59,5 +72,8 @@ four_bits('bnb_nf4_odd', (3, 11, 15), 64, 'nf4', torch.float32, True)
 four_bits('bnb_fp4', (8, 64), 64, 'fp4', torch.float32)
 four_bits('bnb_fp4_nested', (6, 48), 32, 'fp4', torch.float16, True)
 int8('bnb_int8')
+fp8('fp8_8x16', (16, 64), (2, 4))
+fp8('fp8_1x32', (4, 64), (4, 2))
+fp8('fp8_experts', (4, 32), (4, 2), is_packed=True)
 np.savez_compressed(FOLDER / 'foreign.npz', **arrays)
 (FOLDER / 'foreign.json').write_text(json.dumps(meta, indent=2) + '\n')
