@@ -1,6 +1,6 @@
 """Makes foreign.npz and foreign.json of random numbers.
 
-Needs torch, bitsandbytes 0.50.2 and transformers 5.24. Each case has the tensors
+Needs torch, bitsandbytes 0.50.2 and transformers 5.24. A case has the tensors
 of one weight as they are saved, and `y`, how the package itself decodes them.
 """
 
