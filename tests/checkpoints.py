@@ -38,6 +38,15 @@ SETTINGS = {
   'fp8_8x16': {'quant_method': 'fp8', 'weight_block_size': [8, 16]},
   'fp8_1x32': {'quant_method': 'fp8', 'weight_block_size': [1, 32]},
   'fp8_experts': {**TILES, 'expert_dtype': 'fp4'},
+  'modelopt_fp8_rows': {**MODELOPT, 'quant_algo': 'FP8_PER_CHANNEL_PER_TOKEN'},
+  'modelopt_fp8_tiles': {**MODELOPT, 'quant_algo': 'fp8_pb_wo'},
+  'modelopt_int8': {**MODELOPT, 'quant_algo': 'W8A16'},
+  'modelopt_int4': {
+    **MODELOPT,
+    'quant_algo': 'W4A16_AWQ',
+    'group_size': 128,
+    'has_zero_point': False,
+  },
 }
 
 

@@ -98,6 +98,30 @@ class LayoutsTest(checkpoints.FolderTest):
     q = self.read(parts, {'quant_method': 'modelopt', 'quant_algo': 'FP8'})
     self.assert_bits(q, expected)
 
+  @parameterized.parameters(
+    ('modelopt_fp8_rows', 'e4m3fn_channel'),
+    ('modelopt_fp8_tiles', 'fp8_128x128'),
+    ('modelopt_int8', 'int8_channel'),
+    ('modelopt_int4', 'int4_g128'),
+  )
+  def test_modelopt(self, case, name):
+    parts, expected = checkpoints.golden(case)
+    settings = checkpoints.SETTINGS[case]
+    q = self.read(parts, settings)
+    self.assertEqual(q.fmt.name, name)
+    self.assert_bits(q, expected)
+    other = {'W8A16': 'W8A8_SQ_PER_CHANNEL', 'fp8_pb_wo': 'FP8_PB_WO'}
+    name = settings['quant_algo']
+    settings = {**settings, 'quant_algo': other.get(name, name)}
+    self.assert_bits(self.read(parts, settings), expected)
+
+  def test_modelopt_mxfp8(self):
+    parts, expected = checkpoints.golden('modelopt_mxfp8')
+    settings = {**checkpoints.MODELOPT, 'quant_algo': 'MXFP8', 'group_size': 32}
+    q = self.read(parts, settings)
+    self.assertEqual(q.fmt, formats.mxfp8_e4m3)
+    self.assert_bits(q, expected)
+
   def test_fp8_tiles(self):
     parts, expected = checkpoints.golden('deepseek_fp8_block16')
     settings = {'quant_method': 'fp8', 'weight_block_size': [16, 16]}
@@ -576,6 +600,53 @@ class FailClosedTest(parameterized.TestCase):
     self.refused_parts(
       parts, checkpoints.MODELOPT, 'pre_quant_scale is not known'
     )
+
+  @parameterized.parameters(
+    ('fp8_rows', {'weight_scale': np.ones((8, 1), 'f4')}, r'expected F32 .8,'),
+    ('fp8_rows', {'weight_scale': np.ones(24, 'f4')}, r'expected F32 .8,'),
+    ('fp8_rows', {'weight_scale': np.ones((), 'f4')}, r'expected F32 .8,'),
+    ('fp8_rows', {'weight': np.ones((8, 24), 'i1')}, 'is I8'),
+    (
+      'fp8_rows',
+      {'weight': np.ones((2, 8, 24), ml_dtypes.float8_e4m3fn)},
+      'two axes',
+    ),
+    ('fp8_tiles', {'weight_scale': np.ones((2, 1), 'f4')}, r'2, 1, 1, 1'),
+    (
+      'fp8_tiles',
+      {'weight': np.ones((255, 128), ml_dtypes.float8_e4m3fn)},
+      'no whole tiles',
+    ),
+    ('int8', {'weight': np.ones((8, 24), 'u1')}, 'is U8'),
+    ('int8', {'weight_scale': np.ones((1, 8), 'f4')}, r'expected F32 .8,'),
+    ('int4', {'weight_scale': np.ones((4, 2), 'f4')}, r'expected F32 .8, 2'),
+    ('int4', {'weight_scale': np.ones((8, 4), 'f4')}, r'expected F32 .8, 2'),
+    ('int4', {'weight': np.ones((4, 256), 'i1')}, 'is I8'),
+    ('int4', {'weight_scale_2': np.float32(1)}, 'scale_2 is not known'),
+    ('int4', {'pre_quant_scale': np.ones(256, 'f4')}, 'pre_quant_scale is not'),
+    ('int8', {'pre_quant_scale': np.ones(24, 'f4')}, 'pre_quant_scale is not'),
+  )
+  def test_parts_of_modelopt(self, case, changes, message):
+    case = f'modelopt_{case}'
+    parts, _ = checkpoints.golden(case)
+    self.refused_parts(
+      {**parts, **changes}, checkpoints.SETTINGS[case], message
+    )
+
+  @parameterized.parameters(
+    ({'group_size': 48}, 'groups of 48 do not fill rows of 256'),
+    ({'group_size': 0}, 'groups of 0'),
+    ({'group_size': None}, 'groups of 0'),
+    ({'group_size': True}, 'of type int'),
+    ({'group_size': 64}, r'expected F32 \(8, 4\)'),
+    ({'has_zero_point': True}, 'has_zero_point=True'),
+    ({'quant_algo': 'W4A8_AWQ'}, "quant_algo='W4A8_AWQ'"),
+    ({'quant_algo': 'FP8_PB_REAL'}, "quant_algo='FP8_PB_REAL'"),
+  )
+  def test_int4_of_modelopt(self, settings, message):
+    parts, _ = checkpoints.golden('modelopt_int4')
+    settings = {**checkpoints.SETTINGS['modelopt_int4'], **settings}
+    self.refused_parts(parts, settings, message)
 
   @parameterized.parameters(
     ({'weight_block_size': None}, r'expected .* \(\) or \(1,\)'),

@@ -4,14 +4,16 @@ ModelOpt, the FP8 of DeepSeek and of others, gpt-oss.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from lowbit_jax import formats
-from lowbit_jax.io import _layouts
+from lowbit_jax.formats import ElementFormat
+from lowbit_jax.io import _bits, _layouts
 from lowbit_jax.io._checkpoint import Tensor
+from lowbit_jax.io._container import Stored
 from lowbit_jax.io._layouts import Layout, Parts, choice, expect, field
 
 _FP8 = ('F8_E4M3',)
@@ -24,9 +26,12 @@ def _modelopt(module: str, parts: Parts, settings: Mapping[str, Any]) -> Tensor:
     named = field(layers, module, dict)
     if named is None:
       raise ValueError('quantized_layers of its configuration lacks its module')
-  algorithm = choice(named, 'quant_algo', tuple(_MODELOPT))
-  choice({'group_size': 16} | dict(named), 'group_size', (16, 32))
-  tensor = _MODELOPT[algorithm](parts)
+  algorithm = choice(named, 'quant_algo', ('W4A16_AWQ', *_MODELOPT))
+  if algorithm == 'W4A16_AWQ':
+    tensor = _int4(parts, named)
+  else:
+    choice({'group_size': 16} | dict(named), 'group_size', (16, 32))
+    tensor = _MODELOPT[algorithm](parts)
   return tensor._replace(layout=f'ModelOpt {algorithm}')
 
 
@@ -67,12 +72,85 @@ def _fp8(parts: Parts, role: str = 'weight_scale') -> Tensor:
   return _layouts.tensor(parts, shape, formats.e4m3fn_tensor, leaves)
 
 
+def _mxfp8(parts: Parts) -> Tensor:
+  weight = expect(parts['weight'], _FP8)
+  shape = _layouts.rows(weight)
+  scale = expect(parts['weight_scale'], ('U8',), _layouts.blocks(shape, (32,)))
+  leaves = _layouts.Leaves(_layouts.raw(weight), scale.read)
+  return _layouts.tensor(parts, shape, formats.mxfp8_e4m3, leaves)
+
+
+def _tiles(parts: Parts) -> Tensor:
+  """FP8 in tiles of 128 x 128, whose scales have two more axes of one."""
+  weight = expect(parts['weight'], _FP8)
+  height, width = shape = _matrix(weight)
+  if height % 128 or width % 128:
+    raise ValueError(f'{weight.name!r} has the shape {shape}, no whole tiles')
+  counts = height // 128, width // 128
+  part = expect(parts['weight_scale'], ('F32',), (counts[0], 1, counts[1], 1))
+  leaves = _layouts.Leaves(
+    _layouts.raw(weight), lambda: part.read().reshape(counts)
+  )
+  return _layouts.tensor(parts, shape, formats.fp8_128x128, leaves)
+
+
+def _rows(element: ElementFormat, dtype: str) -> Callable[[Parts], Tensor]:
+  """A scale for each row, in one axis."""
+
+  def plan(parts: Parts) -> Tensor:
+    weight = expect(parts['weight'], (dtype,))
+    shape = _matrix(weight)
+    part = expect(parts['weight_scale'], ('F32',), shape[:1])
+    fmt = _layouts.channel(element, formats.float32, False)
+    leaves = _layouts.Leaves(_layouts.raw(weight), lambda: part.read()[:, None])
+    return _layouts.tensor(parts, shape, fmt, leaves)
+
+  return plan
+
+
+def _int4(parts: Parts, settings: Mapping[str, Any]) -> Tensor:
+  """Signed integers of 4 bits, those of two rows in each byte."""
+  choice({'has_zero_point': False} | dict(settings), 'has_zero_point', (False,))
+  size = field(settings, 'group_size', int, 0)
+  weight = expect(parts['weight'], ('U8',))
+  height, width = _matrix(weight)
+  if size < 1 or width % size:
+    raise ValueError(f'groups of {size} do not fill rows of {width}')
+  shape = 2 * height, width
+  part = parts['weight_scale']
+  scale = _layouts.float_scale(part)
+  expect(part, (part.dtype,), (2 * height, width // size))
+
+  def codes() -> np.ndarray:
+    data = weight.read()
+    nibbles = np.stack([data & 15, data >> 4], axis=1).reshape(shape)
+    return _bits.pack(nibbles, 4)
+
+  leaves = _layouts.Leaves(codes, _layouts.numbers(part))
+  fmt = _layouts.group(formats.int4, size, scale)
+  return _layouts.tensor(parts, shape, fmt, leaves)
+
+
+def _matrix(part: Stored) -> tuple[int, ...]:
+  """The shape of a weight that is no stack of experts."""
+  shape = _layouts.rows(part)
+  if len(shape) != 2:
+    raise ValueError(f'{part.name!r} has the shape {shape}, not two axes')
+  return shape
+
+
 _MODELOPT = {
   'FP8': _fp8,
+  'FP8_PER_CHANNEL_PER_TOKEN': _rows(formats.e4m3fn, 'F8_E4M3'),
+  'FP8_PB_WO': _tiles,
+  'fp8_pb_wo': _tiles,  # as the exporter spells it
+  'W8A16': _rows(formats.int8, 'I8'),
+  'W8A8_SQ_PER_CHANNEL': _rows(formats.int8, 'I8'),
   'NVFP4': _nvfp4,
   'W4A16_NVFP4': _nvfp4,
   'MXFP4': _mxfp4,
   'W4A8_MXFP4_FP8': _mxfp4,
+  'MXFP8': _mxfp8,
 }
 
 
@@ -89,9 +167,7 @@ def _fp8_rows(module: str, parts: Parts, settings: Mapping[str, Any]) -> Tensor:
   """How an FP8 weight of FBGEMM is read, which has a scale for each row."""
   del module, settings
   weight = expect(parts['weight'], _FP8)
-  shape = _layouts.rows(weight)
-  if len(shape) != 2:
-    raise ValueError(f'{weight.name!r} has the shape {shape}, not two axes')
+  shape = _matrix(weight)
   part = parts['weight_scale']
   fmt = _layouts.channel(formats.e4m3fn, _layouts.float_scale(part), False)
   expect(part, (part.dtype,), (shape[0], 1))
