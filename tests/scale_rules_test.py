@@ -6,7 +6,9 @@ holds the random numbers of which the goldens beside it were made.
 """
 
 import functools
+import os
 import pathlib
+import tempfile
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +16,8 @@ import numpy as np
 import pytest
 from absl.testing import absltest, parameterized
 
-from lowbit_jax import formats, numerics, ops, qarray, testing
+from lowbit_jax import formats, io, numerics, ops, qarray, testing
+from lowbit_jax.io import gguf
 from lowbit_jax.numerics import oracle
 from lowbit_jax.training import optimizers
 
@@ -131,6 +134,7 @@ class SignedTest(parameterized.TestCase):
   def test_formats_that_are_refused(self):
     for name in ('fp8_1x128', 'nf4_g64', 'ternary_channel', 'int8_tensor',
                  'nvint4', 'mxint8', 'uint4_g32', 'q4_k'):  # fmt: skip
+      self.assertNotIn('signed_absmax', numerics.scale_rules(formats.get(name)))
       for rule in RULES:
         with self.assertRaisesRegex(ValueError, f'{rule}.*{name}.*rules are'):
           ops.quantize(data(32), formats.get(name), scale_rule=rule)
@@ -268,6 +272,20 @@ class UseTest(parameterized.TestCase):
     part = quantize(new, q.fmt, scale_rule='signed_absmax')
     y[1:3, 32:] = ops.dequantize(part)
     np.testing.assert_array_equal(ops.dequantize(qarray.validate(got)), y)
+
+  def test_files(self):
+    q = quantize(data(4, 64), Q4_0, scale_rule='signed_absmax')
+    self.assertEqual(float(integers(q).min()), -8)
+    with tempfile.TemporaryDirectory() as folder:
+      path = os.path.join(folder, 'a.gguf')
+      gguf.save(path, {'w': q})
+      with gguf.open(path) as file:
+        np.testing.assert_array_equal(
+          ops.dequantize(file['w']), ops.dequantize(q)
+        )
+      path = os.path.join(folder, 'a.lowbit')
+      io.save(path, {'w': q})
+      testing.assert_bits_equal(io.load(path)['w'], q)
 
   def test_given_scales_are_symmetric(self):
     q = self.held(2, 64)

@@ -29,7 +29,7 @@ reciprocal = exact.reciprocal
 SMALLEST = exact.SMALLEST
 
 EXPONENT_RULES = (*exact.EXPONENT_RULES, 'mse')
-FLOAT_RULES = ('absmax', 'absmean', 'sweep', 'least_squares')
+FLOAT_RULES = ('absmax', 'absmean', 'sweep')
 UNEVEN_RULES = ('signed_absmax', 'full_range')
 CODED_RULES = ('absmax', 'four_over_six', 'sweep')
 ZERO_POINT_RULES = ('minmax',)
@@ -63,7 +63,10 @@ def scale_rules(fmt: BlockFormat) -> tuple[str, ...]:
     has_mantissa = isinstance(fmt.element, FloatFormat)
     return tuple(r for r in EXPONENT_RULES if has_mantissa or r != 'even')
   if not is_coded(fmt.scale):
-    return FLOAT_RULES + (UNEVEN_RULES if longer_end(fmt.element) else ())
+    if fmt.tensor_scale:
+      return FLOAT_RULES
+    uneven = UNEVEN_RULES if longer_end(fmt.element) else ()
+    return (*FLOAT_RULES, 'least_squares', *uneven)
   # Four over six is about the gap between the E2M1 values 4 and 6.
   six = fmt.element.max == 6.0
   return tuple(r for r in CODED_RULES if six or r != 'four_over_six')
