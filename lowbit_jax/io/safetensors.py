@@ -156,7 +156,9 @@ def export(
   Raises:
     FileExistsError: if there is something of that name.
     TypeError: for dtypes that the files do not have.
-    ValueError: for a QArray that compressed-tensors has no layout for.
+    ValueError: for a QArray that compressed-tensors has no layout for, or whose
+      shape it does not decompress: rows that are no whole blocks, and stacks of
+      4-bit and 6-bit floats and of tiles.
   """
   path = os.fspath(path)
   if os.path.lexists(path):
