@@ -7,14 +7,13 @@ every quantized module, so that nothing else is taken for quantized.
 import json
 import os
 import pathlib
-import secrets
 import shutil
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from lowbit_jax import formats, qarray
+from lowbit_jax import _files, formats, qarray
 from lowbit_jax.formats import BlockFormat, ElementFormat, IntFormat
 from lowbit_jax.io import _bits, _compressed_tensors, _container
 from lowbit_jax.qarray import QArray
@@ -61,10 +60,7 @@ def write(
     source: folder of which other files are copied, or None.
     shard_bytes: after which another file begins.
   """
-  parent, name = os.path.split(os.path.abspath(folder))
-  partial = os.path.join(parent, f'.{name}-{secrets.token_hex(8)}.partial')
-  os.mkdir(partial)
-  try:
+  with _files.building(folder) as partial:
     config = _copied(source, partial)
     shards, groups = _shards(partial, tensors, shard_bytes)
     if groups:
@@ -72,10 +68,6 @@ def write(
     if config:
       _put(partial, 'config.json', config)
     _name_shards(partial, shards)
-    os.rename(partial, folder)
-  except BaseException:
-    shutil.rmtree(partial, ignore_errors=True)
-    raise
 
 
 def _copied(source: str | None, folder: str) -> dict[str, Any]:

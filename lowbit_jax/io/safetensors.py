@@ -140,7 +140,8 @@ def export(
 
   QArrays are written in the layouts of compressed-tensors, in which `open`
   gives them back as they are, and the configuration names their modules. The
-  folder appears complete or not at all.
+  folder appears complete or not at all; what an export that was killed left
+  beside it, the next one deletes.
 
   Args:
     path: folder to write, which does not exist yet.
