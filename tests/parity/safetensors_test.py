@@ -182,7 +182,22 @@ class DamageTest(parameterized.TestCase):
       count += self.check(bytes(data))
     self.assertBetween(count, 400, 1900)  # both kinds are there
 
-  def test_holes_overlaps_and_sizes(self):
+  def test_holes_and_overlaps(self):
+    size = 8 + int.from_bytes(self.whole[:8], 'little')
+    header, data = json.loads(self.whole[8:size]), self.whole[size:]
+    names = [name for name in header if name != '__metadata__']
+    for k in range(1, len(names)):
+      place = header[names[k]]['data_offsets'][0]
+      for moved in (-8, 0, 8):
+        edited = json.loads(json.dumps(header))
+        for name in names[k:]:
+          begin, end = header[name]['data_offsets']
+          edited[name]['data_offsets'] = [begin + moved, end + moved]
+        filled = data[: place + min(moved, 0)] + bytes(max(moved, 0))
+        whole = checkpoints.file_of(edited, filled + data[place:])
+        self.assertEqual(self.check(whole), moved != 0, (names[k], moved))
+
+  def test_edited_shapes_and_offsets(self):
     random = np.random.RandomState(0)
     size = 8 + int.from_bytes(self.whole[:8], 'little')
     header, data = json.loads(self.whole[8:size]), self.whole[size:]
