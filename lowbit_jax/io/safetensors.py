@@ -140,7 +140,8 @@ def export(
 
   QArrays are written in the layouts of compressed-tensors, in which `open`
   gives them back as they are, and the configuration names their modules. The
-  folder appears complete or not at all.
+  folder appears complete or not at all; what an export that was killed left
+  beside it, the next one deletes.
 
   Args:
     path: folder to write, which does not exist yet.
@@ -156,7 +157,9 @@ def export(
   Raises:
     FileExistsError: if there is something of that name.
     TypeError: for dtypes that the files do not have.
-    ValueError: for a QArray that compressed-tensors has no layout for.
+    ValueError: for a QArray that compressed-tensors has no layout for, or whose
+      shape it does not decompress: rows that are no whole blocks, and stacks of
+      4-bit and 6-bit floats and of tiles.
   """
   path = os.fspath(path)
   if os.path.lexists(path):
