@@ -72,7 +72,8 @@ class Transformed:
     qarray.check_qarray(self.weight, 'weight')
     if not isinstance(self.transform, Transform):
       raise TypeError(
-        f'transform={self.transform!r} must be one of lowbit_jax.transforms'
+        'transform must be one of lowbit_jax.transforms, got'
+        f' {type(self.transform).__name__}'
       )
     if type(self.rank) is not int or not 0 <= self.rank <= self.ndim:
       raise ValueError(

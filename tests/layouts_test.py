@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from absl.testing import absltest, parameterized
 
-from lowbit_jax import formats, qarray
+from lowbit_jax import formats, ops, qarray
 from lowbit_jax.io import safetensors
 from tests import checkpoints
 
@@ -675,6 +675,11 @@ class FuzzTest(parameterized.TestCase):
           {**checkpoints.MODELOPT, 'quant_algo': case.split('_')[1].upper()},
         )
 
+    parts, _ = checkpoints.golden('ct/int4_g32_sym')
+    parts['weight_g_idx'] = np.arange(64, dtype=np.int32) % 2
+    config = checkpoints.configuration('ct/int4_g32_sym')
+    yield parts, checkpoints.changed(config, actorder='group')
+
   def mutations(self, data: bytes, random):
     start, length = random.randint(len(data)), random.randint(1, 32)
     flipped = bytearray(data)
@@ -695,6 +700,8 @@ class FuzzTest(parameterized.TestCase):
       for tensor in safetensors.open(folder).values():
         if isinstance(tensor, qarray.QArray):
           qarray.validate(tensor)
+        elif isinstance(tensor, ops.Transformed):
+          qarray.validate(tensor.weight)
     except ValueError as error:
       self.assertIn(str(folder), str(error))
 

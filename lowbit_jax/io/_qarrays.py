@@ -120,6 +120,8 @@ def _tensor(
   if is_transformed:
     weight = node['weight']
     parts = _parts(f'{name}.weight', weight, stored)
+    if not all(type(node[name]) is int for name in ('axis', 'rank')):
+      raise ValueError('its axis and rank must be ints')
     names = field(node, 'arrays', list, [])
     leaves = {n: _part(f'{name}.transform.{n}', stored) for n in names}
   whole = qarray.validate(_qarray(weight, parts, _shape))
@@ -128,7 +130,7 @@ def _tensor(
     q = _qarray(weight, parts, _Part.array)
     if not is_transformed:
       return q
-    axis, rank = field(node, 'axis', int), field(node, 'rank', int)
+    axis, rank = node['axis'], node['rank']
     arrays = {n: part.array() for n, part in leaves.items()}
     transform = _transforms.joined(node['transform'], arrays, q.ndim - rank)
     return Transformed(q, transform, axis, rank)

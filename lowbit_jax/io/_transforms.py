@@ -69,7 +69,7 @@ def joined(
 
 def _made(cls: Any, node: dict, arrays: Mapping, stacked: int) -> Any:
   # One by one, so that the class checks each member of a stack.
-  if not stacked or not arrays:
+  if stacked <= 0 or not arrays:
     return cls(**node, **arrays)
   members = [
     _made(cls, node, dict(zip(arrays, rows, strict=True)), stacked - 1)
