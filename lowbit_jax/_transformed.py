@@ -59,8 +59,8 @@ class Transformed:
     ...   rotation.apply_dual(w), lowbit.formats.mxfp4, axis=-2
     ... )
     >>> weight = lowbit.ops.Transformed(q, rotation, -2)
-    >>> lowbit.dot(jnp.ones((1, 64)), weight)[0, 0].item()
-    64.0
+    >>> lowbit.dot(jnp.ones((1, 64)), weight).shape
+    (1, 8)
   """
 
   weight: QArray
