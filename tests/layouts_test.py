@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from absl.testing import absltest, parameterized
 
-from lowbit_jax import formats, qarray
+from lowbit_jax import formats, ops, qarray
 from lowbit_jax.io import safetensors
 from tests import checkpoints
 
@@ -538,7 +538,15 @@ class FailClosedTest(parameterized.TestCase):
     ('ct/int4_g32_sym', 'weight_scale', np.ones((16, 2), 'f8'), 'is F64'),
     ('ct/int4_g32_sym', 'weight', np.ones(3), 'weight is not known'),
     ('ct/int4_g32_asym', 'weight_zero_point', np.ones((2, 2)), 'is F64'),
-    ('ct/int4_g32_sym', 'weight_g_idx', np.arange(64) % 2, 'act-order'),
+    ('ct/int4_g32_sym', 'weight_g_idx', np.arange(64) % 3, 'g_idx.* 32 col'),
+    ('ct/int4_g32_sym', 'weight_g_idx', np.ones(64, 'i4'), 'g_idx.* 32 col'),
+    ('ct/int4_g32_sym', 'weight_g_idx', 1 - np.arange(64) // 22, 'g_idx.* col'),
+    ('ct/int4_g32_sym', 'weight_g_idx', np.arange(64) // 32 - 1, 'g_idx.* col'),
+    ('ct/int4_g32_sym', 'weight_g_idx', np.arange(63) // 32, r'expected .*64'),
+    ('ct/int4_g32_sym', 'weight_g_idx', np.ones(64, 'f4'), 'is F32'),
+    ('ct/int8_channel_pack', 'weight_g_idx', np.zeros(64, 'i4'), 'strategy='),
+    ('ct/fp8_block', 'weight_g_idx', np.zeros(64, 'i4'), 'strategy='),
+    ('ct/mxfp4', 'weight_g_idx', np.zeros(64, 'i4'), 'g_idx is not known to'),
     ('ct/int4_g32_sym', 'weight_global_scale', np.ones(1), 'not known to'),
     ('ct/nvfp4', 'weight_global_scale', np.zeros(1, 'f4'), 'it divides'),
     ('ct/nvfp4', 'weight_global_scale', np.float32([np.nan]), 'it divides'),
@@ -562,7 +570,12 @@ class FailClosedTest(parameterized.TestCase):
     ({'checkpoint_format': 'marlin'}, {}, "checkpoint_format='marlin'"),
     ({'dynamic': {'-:a': {}}}, {}, 'dynamic'),
     ({'desc_act': True}, {'g_idx': None}, 'g_idx is missing'),
-    ({}, {'g_idx': np.arange(64, dtype=np.int32) % 2}, 'act-order'),
+    ({}, {'g_idx': np.arange(64, dtype=np.int32) % 3}, 'g_idx.* 32 columns'),
+    ({}, {'g_idx': np.int32([2, *[0] * 31, *[1] * 32])}, 'g_idx.* 32 columns'),
+    ({}, {'g_idx': np.int32([-1, *[0] * 31, *[1] * 32])}, 'g_idx.* 32 columns'),
+    ({}, {'g_idx': np.int32([2**31 - 1] * 64)}, 'g_idx.* 32 columns'),
+    ({}, {'g_idx': np.arange(64, dtype=np.int16) // 32}, 'is I16'),
+    ({'static_groups': 1, 'desc_act': True}, {}, 'static_groups=1'),
     ({}, {'qzeros': None}, 'qzeros is missing'),
     ({}, {'qzeros': np.full((2, 4), -1, np.int32)}, 'stands for 16 in some'),
   )
@@ -849,6 +862,11 @@ class FuzzTest(parameterized.TestCase):
           {**checkpoints.MODELOPT, 'quant_algo': case.split('_')[1].upper()},
         )
 
+    parts, _ = checkpoints.golden('ct/int4_g32_sym')
+    parts['weight_g_idx'] = np.arange(64, dtype=np.int32) % 2
+    config = checkpoints.configuration('ct/int4_g32_sym')
+    yield parts, checkpoints.changed(config, actorder='group')
+
   def mutations(self, data: bytes, random):
     start, length = random.randint(len(data)), random.randint(1, 32)
     flipped = bytearray(data)
@@ -869,6 +887,8 @@ class FuzzTest(parameterized.TestCase):
       for tensor in safetensors.open(folder).values():
         if isinstance(tensor, qarray.QArray):
           qarray.validate(tensor)
+        elif isinstance(tensor, ops.Transformed):
+          qarray.validate(tensor.weight)
     except ValueError as error:
       self.assertIn(str(folder), str(error))
 

@@ -14,9 +14,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lowbit_jax import _files, formats, qarray
+from lowbit_jax._transformed import Transformed, is_quantized
 from lowbit_jax.formats import BlockFormat, ElementFormat, IntFormat
-from lowbit_jax.io import _bits, _compressed_tensors, _container
+from lowbit_jax.io import _bits, _compressed_tensors, _container, _layouts
 from lowbit_jax.qarray import QArray
+from lowbit_jax.transforms import Permutation
 
 _WEIGHTS = (
   *('.safetensors', '.index.json', '.bin', '.pt', '.pth', '.gguf', '.onnx'),
@@ -96,7 +98,7 @@ def _shards(
   seen: set[str] = set()
   for name in tensors:
     value = tensors[name]
-    if isinstance(value, QArray):
+    if is_quantized(value):
       module = name.removesuffix('weight').removesuffix('.')
       weight = _weight(name, value)
       key = json.dumps([weight.layout, weight.settings])
@@ -166,7 +168,38 @@ def _settings(groups: list[dict[str, Any]]) -> dict[str, Any]:
   }
 
 
-def _weight(name: str, q: QArray) -> _Weight:
+def _weight(name: str, weight: QArray | Transformed) -> _Weight:
+  """A weight in the layout that its format has."""
+  if isinstance(weight, QArray):
+    return _plain(name, weight)
+  t, q = weight, weight.weight
+  if not isinstance(t.transform, Permutation) or t.axis != -1 or t.stacked:
+    raise ValueError(
+      f'{name!r} is {t!r}; compressed-tensors knows no transform but an order'
+      ' of the inputs of (outputs, inputs): pass dequantize(w), or its mT'
+    )
+  # Codes go back to their places, where those beyond the row stay.
+  own: Any = np.asarray(t.transform.order)
+  order = np.asarray(Permutation(own).order)  # checked
+  bits, codes = q.fmt.element.bits, np.asarray(q.codes)
+  places = np.arange(codes.shape[-1] * 8 // bits)
+  places[: order.size] = np.argsort(order)
+  codes = _layouts.reordered(codes, bits, places)
+  plain = _plain(name, qarray.replace(q, codes=codes))
+  if (plain.layout, plain.settings['strategy']) != ('pack-quantized', 'group'):
+    raise ValueError(
+      f'{name!r} is {q.fmt} with its inputs in another order, which'
+      ' compressed-tensors knows for integers in groups alone'
+    )
+  groups = np.empty(order.size, np.int32)
+  groups[order] = np.arange(order.size) // q.fmt.block[0]
+  return plain._replace(
+    settings={**plain.settings, 'actorder': 'group'},
+    parts={**plain.parts, 'weight_g_idx': groups},
+  )
+
+
+def _plain(name: str, q: QArray) -> _Weight:
   """A QArray in the layout that its format has."""
   fmt, ndim = q.fmt, q.ndim
   qarray.validate(q)

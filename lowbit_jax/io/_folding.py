@@ -81,14 +81,14 @@ def tensors(
         names = {part.name for part in parts.values()}
         if name in result or (name in stored and name not in names):
           raise ValueError('two layouts claim this name')
-        result[name] = _located(
+        result[name] = located(
           layout.plan(prefix.removesuffix('.'), parts, settings), path, name
         )
       parts_of[name] = names
   folded = set().union(*parts_of.values())
   for name in stored.keys() - folded:
     with _at(path, name):
-      result[name] = _located(_dense(stored, name, settings), path, name)
+      result[name] = located(_dense(stored, name, settings), path, name)
   order = {name: k for k, name in enumerate(stored)}
   first = {n: min(map(order.__getitem__, parts_of.get(n, {n}))) for n in result}
   return dict(sorted(result.items(), key=lambda item: first[item[0]]))
@@ -129,7 +129,7 @@ def _dense(
   return Tensor(part.dtype, part.shape, part.nbytes, None, part.read)
 
 
-def _located(tensor: Tensor, path: str, name: str) -> Tensor:
+def located(tensor: Tensor, path: str, name: str) -> Tensor:
   """`tensor`, whose errors name file and tensor."""
 
   def read() -> Leaf:
