@@ -9,6 +9,7 @@ import contextlib
 import io
 import json
 import pathlib
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,8 @@ from tests import checkpoints
 
 OUTPUTS, INPUTS, GROUP = 32, 96, 64  # the last group has 32 columns
 COUNT = 2
+# What is exported has whole groups.
+WHOLE = mock.patch.dict(globals(), INPUTS=2 * GROUP)
 NAME = f'{checkpoints.MODULE}.weight'
 OTHERS = (
   transforms.Permutation(np.arange(64)[::-1].copy()),
@@ -183,6 +186,7 @@ class ActOrderTest(checkpoints.FolderTest):
       self.assertIn('act-order', text.getvalue())
 
   @parameterized.product(bits=(3, 4, 5), symmetric=(False, True))
+  @WHOLE
   def test_export_gives_the_same_bytes(self, bits, symmetric):
     parts, config, _ = pack_quantized(bits, symmetric)
     checkpoint = self.open(parts, config)
@@ -200,6 +204,7 @@ class ActOrderTest(checkpoints.FolderTest):
     groups = json.loads(text)['quantization_config']['config_groups']
     self.assertEqual(groups['group_0']['weights']['actorder'], 'group')
 
+  @WHOLE
   def test_export_of_gptq(self):
     parts, config, expected = gptq(4)
     folder = f'{self.folder}/out'
