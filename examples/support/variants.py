@@ -1,6 +1,7 @@
 """A language model in other formats than those of its checkpoint."""
 
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,7 @@ def decoded(model: nnx.Module) -> nnx.Module:
   values = {
     path: lowbit.dequantize(value, jnp.float32)
     for path, value in _parameters(copy).items()
-    if isinstance(value, lowbit.QArray)
+    if isinstance(value, lowbit.QArray | lowbit.ops.Transformed)
   }
   return lowbit.nn.nnx.assign(copy, values)
 
@@ -71,7 +72,7 @@ def nbytes(model: nnx.Module) -> int:
   return sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(model)))
 
 
-def _parameters(model: nnx.Module) -> dict[str, jax.Array | lowbit.QArray]:
+def _parameters(model: nnx.Module) -> dict[str, Any]:
   return {
     '/'.join(map(str, path)): variable.get_raw_value()
     for path, variable in nnx.to_flat_state(nnx.state(model))
