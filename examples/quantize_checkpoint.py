@@ -130,6 +130,11 @@ def work() -> None:
   by_name = 'gguf' if out.suffix == '.gguf' else 'compressed-tensors'
   layout = _LAYOUT.value or by_name
   with conversion.open_source(pathlib.Path(_MODEL.value)) as source:
+    if (layout == 'gguf') != (not os.path.isdir(source.path)):
+      raise ConversionError(
+        f'--layout={layout}: names, configuration and tokenizer of'
+        f' {source.path} are not translated yet; choose another layout'
+      )
     convert(source, out, layout, method, _SELECT.value)
   with conversion.open_source(out) as result:
     print(result.describe())

@@ -77,13 +77,29 @@ def open_source(path: pathlib.Path) -> Checkpoint:
   Raises:
     ConversionError: if there is none, or it is not understood.
   """
+  if path.suffix == '.safetensors':
+    raise ConversionError(
+      f'--model={path} has no configuration; name its folder: {path.parent}'
+    )
   try:
     return safetensors.open(path) if path.is_dir() else gguf.open(path)
   except FileNotFoundError as error:
+    fault = error if path.is_dir() else f'{path} does not exist'
     raise ConversionError(
-      f'{error.filename or error}: no such file; --model is a folder with files'
-      ' *.safetensors, or a GGUF file'
+      f'{fault}; --model is a folder with files *.safetensors, or a GGUF file'
     ) from error
+  except ValueError as error:
+    raise ConversionError(str(error)) from error
+
+
+def read(source: Checkpoint, name: str) -> Leaf:
+  """A tensor of a checkpoint.
+
+  Raises:
+    ConversionError: if its numbers are not as its layout wants them.
+  """
+  try:
+    return source[name]
   except ValueError as error:
     raise ConversionError(str(error)) from error
 
@@ -214,13 +230,17 @@ class Parts:
         else:
           weights = {}
           for name in names:
-            weights[name] = jax.device_get(self._method(self._source[name]))
+            weights[name] = self._quantized(name)
             bar.update()
           safetensors.save(path, weights, overwrite=True)
           _seal(path)
         parts |= dict.fromkeys(names, safetensors.open(path))
         self._done = k + 1
     return parts
+
+  def _quantized(self, name: str) -> lowbit.QArray:
+    assert self._method is not None  # without which there are no parts
+    return jax.device_get(self._method(read(self._source, name)))
 
   def finish(self) -> None:
     """Gives the output, which is whole, its name, and removes the parts."""
@@ -249,7 +269,7 @@ class Merged(Mapping[str, Leaf]):
     self._source, self._others = source, others
 
   def __getitem__(self, name: str) -> Leaf:
-    return self._others.get(name, self._source)[name]
+    return read(self._others.get(name, self._source), name)
 
   def __iter__(self) -> Iterator[str]:
     return iter(self._source)

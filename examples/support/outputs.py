@@ -31,6 +31,7 @@ _FILE_TYPES = {
   **{'IQ4_NL': 25, 'IQ4_XS': 30, 'BF16': 32, 'TQ1_0': 36, 'TQ2_0': 37},
   **{'MXFP4': 38, 'NVFP4': 39, 'Q1_0': 40, 'Q2_0': 41},
 }
+_SCALE = 1 + 2**-20
 _BLOCK_TYPES = 2  # their version, `GGML_QNT_VERSION`
 
 
@@ -56,15 +57,22 @@ def beside(source: Checkpoint) -> Beside:
 def write(
   out: pathlib.Path, layout: str, tensors: Mapping[str, Leaf], rest: Beside
 ) -> None:
-  """Writes a file or folder that does not exist yet."""
-  if layout == 'gguf':
-    gguf.save(out, tensors, metadata=rest.metadata)
-  elif layout == 'own':
-    safetensors.export(out, {}, rest.folder)
-    weights = out / 'model.safetensors'
-    safetensors.save(weights, tensors, {'format': 'pt'}, overwrite=True)
-  else:
-    safetensors.export(out, tensors, rest.folder)
+  """Writes a file or folder that does not exist yet.
+
+  Raises:
+    ConversionError: with the name of a tensor that the layout cannot hold.
+  """
+  try:
+    if layout == 'gguf':
+      gguf.save(out, tensors, metadata=rest.metadata)
+    elif layout == 'own':
+      safetensors.export(out, {}, rest.folder)
+      weights = out / 'model.safetensors'
+      safetensors.save(weights, tensors, {'format': 'pt'}, overwrite=True)
+    else:
+      safetensors.export(out, tensors, rest.folder)
+  except (TypeError, ValueError) as error:
+    raise ConversionError(f'--layout={layout}: {error}') from error
 
 
 def rehearsed(
@@ -90,17 +98,13 @@ def rehearsed(
   rows = {name: _row(source, name, fmts.get(name)) for name in source}
   with tempfile.TemporaryDirectory() as folder:
     path = pathlib.Path(folder, 'rehearsal')
-    try:
-      write(path, layout, rows, rest._replace(folder=None))
-      if layout != 'gguf':
-        return rest
-      with gguf.open(path) as file:
-        types = _types(source, file.tensors)
-    except (TypeError, ValueError) as error:
-      raise ConversionError(f'--layout={layout}: {error}') from error
-  return rest._replace(
-    metadata=_described(rest.metadata, _types(source, source.tensors), types)
-  )
+    write(path, layout, rows, rest._replace(folder=None))
+    if layout != 'gguf':
+      return rest
+    with gguf.open(path) as file:
+      types = _types(source, file.tensors)
+  before = _types(source, source.tensors)
+  return rest._replace(metadata=_described(rest.metadata, before, types))
 
 
 def _row(
@@ -121,7 +125,8 @@ def _row(
   like = jax.eval_shape(
     lambda x: lowbit.quantize(x, fmt), jax.ShapeDtypeStruct(shape, np.float32)
   )
-  return jax.tree.map(lambda leaf: np.ones(leaf.shape, leaf.dtype), like)
+  # Scales of float32 are in general no float16 numbers.
+  return jax.tree.map(lambda x: np.full(x.shape, _SCALE, x.dtype), like)
 
 
 def _types(
