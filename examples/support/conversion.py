@@ -16,10 +16,11 @@ import os
 import pathlib
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 
 import lowbit_jax as lowbit
 from lowbit_jax import _files, _results, formats
@@ -28,7 +29,7 @@ from lowbit_jax.io._checkpoint import Checkpoint, Leaf, Tensor
 from support import command
 
 PART = 2**26  # numbers that one part holds, or one weight that has more
-METHODS: dict[str, Callable[..., lowbit.QArray]] = {'rtn': lowbit.quantize}
+CHUNK = 2**22  # numbers that are quantized at once
 
 # Matrices that are no linear layers inside of a block.
 _OTHERS = re.compile(
@@ -57,10 +58,9 @@ class Method:
   fmt: formats.BlockFormat
   scale_rule: str | None = None
 
-  def __call__(self, leaf: Any) -> lowbit.QArray:
-    """The leaf quantized, after it was dequantized where it is packed."""
-    x = lowbit.dequantize(leaf) if isinstance(leaf, lowbit.QArray) else leaf
-    return METHODS[self.name](x, self.fmt, scale_rule=self.scale_rule)
+  def __call__(self, leaf: Leaf) -> lowbit.QArray:
+    """The leaf quantized, with NumPy leaves."""
+    return METHODS[self.name](leaf, self.fmt, self.scale_rule)
 
   def settings(self) -> dict[str, Any]:
     """What decides the numbers, as JSON values."""
@@ -69,6 +69,26 @@ class Method:
       'format': formats.to_dict(self.fmt),
       'scale_rule': self.scale_rule,
     }
+
+
+def _round_to_nearest(
+  leaf: Leaf, fmt: formats.BlockFormat, scale_rule: str | None
+) -> lowbit.QArray:
+  """Quantizes rows by rows, for which less memory is enough."""
+  rows = len(leaf)
+  # Numbers of one scale are quantized together.
+  if leaf.ndim > 1 and not (fmt.is_tile or fmt.tensor_scale):
+    rows = max(CHUNK * rows // leaf.size, 1)
+  parts = []
+  for k in range(0, len(leaf), rows):
+    x = leaf[k : k + rows]
+    x = lowbit.dequantize(x) if isinstance(x, lowbit.QArray) else x
+    q = lowbit.quantize(x, fmt, scale_rule=scale_rule)
+    parts.append(jax.device_get(q))
+  return jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
+
+
+METHODS = {'rtn': _round_to_nearest}
 
 
 def open_source(path: pathlib.Path) -> Checkpoint:
@@ -160,7 +180,10 @@ def check(source: Checkpoint, names: Sequence[str], method: Method) -> None:
   for name in names:
     shape = source.tensors[name].shape
     try:
-      q = jax.eval_shape(method, jax.ShapeDtypeStruct(shape, 'float32'))
+      q = jax.eval_shape(
+        lambda x: lowbit.quantize(x, method.fmt, scale_rule=method.scale_rule),
+        jax.ShapeDtypeStruct(shape, np.float32),
+      )
     except (TypeError, ValueError) as error:
       raise ConversionError(f'{name!r}: {error}') from error
     if not (method.fmt.is_tile or _is_filled(q)):
@@ -240,7 +263,7 @@ class Parts:
 
   def _quantized(self, name: str) -> lowbit.QArray:
     assert self._method is not None  # without which there are no parts
-    return jax.device_get(self._method(read(self._source, name)))
+    return self._method(read(self._source, name))
 
   def finish(self) -> None:
     """Gives the output, which is whole, its name, and removes the parts."""
