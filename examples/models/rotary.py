@@ -36,8 +36,8 @@ class Rope:
     base: of the frequencies base^(-2 i / channels).
     channels: of a head that are rotated.
     kind: 'plain'; 'linear', all slower by `factor`; 'llama3', slow ones slower
-      by `factor`; 'yarn', with a ramp from slow to fast ones; 'long', by a
-      factor for each pair.
+      by `factor`; 'yarn', with a ramp from slow to fast ones; 'long', each by
+      its own factor.
     factor: how many times longer the context is than it was in training.
     original: positions in training, before the context was made longer.
     low: of llama3, turns in `original` positions of pairs that are slowed
@@ -95,7 +95,7 @@ def _yarn(rope: Rope, capacity: int) -> np.ndarray:
 
   first = max(math.floor(pair(rope.high)), 0)
   last = min(math.ceil(pair(rope.low)), rope.channels - 1)
-  ramp = (np.arange(speeds.size) - first) / max(last - first, 1e-3)
+  ramp = (np.arange(speeds.size) - first) / ((last - first) or 1e-3)
   slowed = np.clip(ramp, 0, 1)
   return (1 - slowed) * speeds + slowed * speeds / rope.factor
 

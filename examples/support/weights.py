@@ -7,7 +7,7 @@ those of a mesh, a process holds no more than its part of one at a time.
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -25,20 +25,28 @@ class CheckpointMismatch(ValueError):
   """A checkpoint that does not fit the model; the message says where."""
 
 
+class Rows(NamedTuple):
+  """First and last row but one of a part of a tensor that has `all` rows."""
+
+  first: int
+  end: int
+  all: int
+
+
 @dataclasses.dataclass(frozen=True)
 class Source:
   """Where a checkpoint has a parameter.
 
   Attributes:
     name: of the tensor, or of one for each '{block}' or '{expert}'.
-    rows: first and last row but one of a tensor that holds several parameters.
+    rows: the part of a tensor that holds several parameters.
     heads: of a tensor whose rows pair neighbouring channels of a head for their
       rotation, 0 for others. They come to stand n / 2 channels apart.
     experts: how many tensors the '{expert}' of a name stands for.
   """
 
   name: str
-  rows: tuple[int, int] | None = None
+  rows: Rows | None = None
   heads: int = 0
   experts: int = 0
 
@@ -49,6 +57,14 @@ class Source:
       for expert in range(max(self.experts, 1))
     ]
 
+  def shape(self, path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Of its tensors, of a parameter with a path and shape."""
+    if self.experts:
+      shape = shape[1:]
+    if path.endswith('/kernel'):
+      shape = *shape[:-2], shape[-1], shape[-2]
+    return (self.rows.all, *shape[1:]) if self.rows else shape
+
   def read(self, checkpoint: Checkpoint, block: int) -> Leaf:
     """The parameter of a block, with outputs before inputs."""
     parts = [self._part(checkpoint[name]) for name in self.names(block)]
@@ -58,7 +74,7 @@ class Source:
 
   def _part(self, leaf: Leaf) -> Leaf:
     if self.rows:
-      leaf = leaf[slice(*self.rows)]
+      leaf = leaf[self.rows.first : self.rows.end]
     if self.heads:
       rows = np.arange(leaf.shape[0]).reshape(self.heads, -1, 2)
       leaf = leaf[rows.swapaxes(1, 2).reshape(-1)]
@@ -100,11 +116,14 @@ def load(
   block: Table,
   sizes: Sequence[int],
   *,
+  harmless: Callable[[str], Any] = lambda name: False,
   mesh: Mesh | None = None,
   specs: Mapping[str, PartitionSpec] | None = None,
   progress: Callable[[Any], Any] = lambda paths: paths,
 ) -> nnx.Module:
   """A model with the parameters of a checkpoint.
+
+  Names and shapes of all tensors are compared before the first is read.
 
   Args:
     make: makes the model; it is run for shapes only.
@@ -113,49 +132,87 @@ def load(
     block: the same of a block, by path inside of it; stack k of the model holds
       them at 'stacks/k/...'.
     sizes: of the stacks.
+    harmless: whether a tensor of the checkpoint, by name, may be left out.
     mesh: devices to place the parameters on, None for the default device.
     specs: how parameters of a block, by path inside of it, and of the whole
-      model are split over the mesh; whole on every device by default.
+      model are split over the mesh; whole on every device by default, and
+      where a part would not have whole blocks of its format.
     progress: wraps the sequence of paths, such as tqdm.
 
   Returns:
     The model.
 
   Raises:
-    CheckpointMismatch: for a tensor that is not there or has another shape than
-      the parameter, and for a parameter that no table has.
+    CheckpointMismatch: for a tensor that is not there, has another shape than
+      the parameter, or is in no table; and for a parameter that no table has.
   """
   model = nnx.eval_shape(make)
   wanted = {
     '/'.join(map(str, path)): variable.get_raw_value()
     for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param))
   }
-  plan: dict[str, tuple[Source, range | None, PartitionSpec]] = {}
-  specs = specs or {}
-  for path, source in whole.items():
-    plan[path] = source, None, specs.get(path, PartitionSpec())
-  first = 0
-  for k, size in enumerate(sizes):
-    for path, source in block.items():
-      spec = PartitionSpec(None, *specs.get(path, PartitionSpec()))
-      plan[f'stacks/{k}/{path}'] = source, range(first, first + size), spec
-    first += size
-  if missing := wanted.keys() - plan.keys():
-    raise CheckpointMismatch(f'no table has the parameter {min(missing)!r}')
-  for path in progress(list(wanted)):
-    source, blocks, spec = plan[path]
-    like = wanted[path]
-    if blocks is None:
-      members = [_read(checkpoint, source, 0, path, like.shape, like.dtype)]
-      value = _placed(members, None, mesh, spec)
-    else:
-      shape = like.shape[1:]
-      members = (
-        _read(checkpoint, source, k, path, shape, like.dtype) for k in blocks
+  plan = _plan(wanted, whole, block, sizes, specs or {})
+  used = {
+    name
+    for path, part in plan.items()
+    for name in _checked(checkpoint, path, part)
+  }
+  for name in checkpoint:
+    if name not in used and not harmless(name):
+      raise CheckpointMismatch(
+        f'{checkpoint.path!r} has a tensor {name!r}, which the model has no'
+        ' parameter for; is it of another architecture?'
       )
-      value = _placed(members, len(blocks), mesh, spec)
+  for path in progress(list(plan)):
+    part = plan[path]
+    dtype = wanted[path].dtype
+    members = (_read(checkpoint, part, k, path, dtype) for k in part.blocks)
+    value = _placed(members, part.count, mesh, part.spec)
     lowbit.nn.nnx.assign(model, {path: value})
   return model
+
+
+class _Part(NamedTuple):
+  """Where a parameter comes from and goes to.
+
+  Attributes:
+    source: its place in the checkpoint.
+    shape: of one block.
+    blocks: its blocks; one of the whole model has one.
+    count: of a stack's blocks, None for a parameter of the whole model.
+    spec: how it is split.
+  """
+
+  source: Source
+  shape: tuple[int, ...]
+  blocks: range
+  count: int | None
+  spec: PartitionSpec
+
+
+def _plan(
+  wanted: Mapping[str, Any],
+  whole: Table,
+  block: Table,
+  sizes: Sequence[int],
+  specs: Mapping[str, PartitionSpec],
+) -> dict[str, _Part]:
+  """A part for each parameter."""
+  ends = np.cumsum(sizes)
+  plan = {}
+  for path, like in wanted.items():
+    if path in whole:
+      spec = specs.get(path, PartitionSpec())
+      plan[path] = _Part(whole[path], like.shape, range(1), None, spec)
+      continue
+    stack, _, rest = path.removeprefix('stacks/').partition('/')
+    if not path.startswith('stacks/') or rest not in block:
+      raise CheckpointMismatch(f'no table has the parameter {path!r}')
+    size, end = sizes[int(stack)], int(ends[int(stack)])
+    spec = PartitionSpec(None, *specs.get(rest, ()))
+    blocks = range(end - size, end)
+    plan[path] = _Part(block[rest], like.shape[1:], blocks, size, spec)
+  return plan
 
 
 def _known(checkpoint: Checkpoint, name: str) -> Tensor:
@@ -167,28 +224,30 @@ def _known(checkpoint: Checkpoint, name: str) -> Tensor:
   return checkpoint.tensors[name]
 
 
+def _checked(checkpoint: Checkpoint, path: str, part: _Part) -> Iterator[str]:
+  """The tensors of a parameter, which have the shapes that it wants."""
+  shape = part.source.shape(path, part.shape)
+  for k in part.blocks:
+    for name in part.source.names(k):
+      found = _known(checkpoint, name).shape
+      if found != shape:
+        raise CheckpointMismatch(
+          f'{checkpoint.path!r}, {name!r} has the shape {found}, but by the'
+          f' configuration {path!r} needs {shape}'
+        )
+      yield name
+
+
 def _read(
-  checkpoint: Checkpoint,
-  source: Source,
-  block: int,
-  path: str,
-  shape: tuple[int, ...],
-  dtype: DTypeLike,
+  checkpoint: Checkpoint, part: _Part, block: int, path: str, dtype: DTypeLike
 ) -> Leaf:
   """The parameter of a block, as the model has it; kernels take inputs first.
 
-  Norms and biases of any float dtype are cast to that of the model.
+  Arrays of any float dtype are cast to that of the model.
   """
-  for name in source.names(block):
-    _known(checkpoint, name)
-  leaf = source.read(checkpoint, block)
+  leaf = part.source.read(checkpoint, block)
   if path.endswith('/kernel'):
     leaf = leaf.mT
-  if leaf.shape != shape:
-    raise CheckpointMismatch(
-      f'{checkpoint.path!r}, {source.names(block)[0]!r}: it makes {path!r} of'
-      f' shape {leaf.shape}, but the configuration says {shape}'
-    )
   is_array = isinstance(leaf, np.ndarray)
   return leaf.astype(dtype, copy=False) if is_array else leaf
 
