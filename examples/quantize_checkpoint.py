@@ -10,8 +10,10 @@ is called decides its layout, if --layout does not: a GGUF file, or a folder in
 the layouts of compressed-tensors; 'own' is a folder for this library alone, in
 which every format has room. Configuration, tokenizer and metadata go along.
 
-The linear layers are quantized, or what --select finds; other weights are
-written as they are. --format=none changes the container only.
+The linear layers are quantized, or what --select finds in the names that the
+output has; other weights are written as they are. --format=none changes the
+container only. A GGUF file of the LLaMA family becomes a folder too; a folder
+does not become a GGUF file.
 
 Finished parts are kept in a folder beside --out until all is written: the same
 command goes on from there after an interruption. --out appears complete or not
@@ -22,13 +24,14 @@ import os
 import pathlib
 import re
 import sys
+import tempfile
 from collections.abc import Sequence
 
 from absl import app, flags
 
 from lowbit_jax import formats
 from lowbit_jax.io._checkpoint import Checkpoint
-from support import command, conversion, outputs
+from support import command, conversion, outputs, translation
 from support.conversion import ConversionError
 
 _MODEL = flags.DEFINE_string(
@@ -50,7 +53,9 @@ _SCALE_RULE = flags.DEFINE_string(
   'scale_rule', None, 'How scales follow from weights; unset for the usual way.'
 )
 _SELECT = flags.DEFINE_string(
-  'select', None, 'Regular expression of the names of the weights to quantize.'
+  'select',
+  None,
+  'Regular expression that finds the names of the weights to quantize.',
 )
 
 
@@ -82,25 +87,25 @@ flags.register_validator('select', _is_pattern)
 
 def convert(
   source: Checkpoint,
+  rest: outputs.Beside,
   out: pathlib.Path,
   layout: str,
   method: conversion.Method | None,
-  pattern: str | None,
 ) -> None:
   """Writes a checkpoint in another layout, with weights quantized.
 
   Args:
     source: the checkpoint.
+    rest: what it has beside its weights.
     out: the file or folder to write.
     layout: of it, one of `outputs.LAYOUTS`.
     method: that quantizes, None to leave all weights as they are.
-    pattern: of the names of the weights to quantize, None for linear layers.
   """
-  names = conversion.selected(source, pattern) if method else []
+  names = conversion.selected(source, _SELECT.value) if method else []
   if method:
     conversion.check(source, names, method)
   fmts = {name: method.fmt for name in names} if method else {}
-  rest = outputs.rehearsed(source, fmts, layout, outputs.beside(source))
+  rest = outputs.rehearsed(source, fmts, layout, rest)
   parts = conversion.Parts(source, names, method, out)
   with parts.locked():
     try:
@@ -129,13 +134,23 @@ def work() -> None:
     )
   by_name = 'gguf' if out.suffix == '.gguf' else 'compressed-tensors'
   layout = _LAYOUT.value or by_name
-  with conversion.open_source(pathlib.Path(_MODEL.value)) as source:
-    if (layout == 'gguf') != (not os.path.isdir(source.path)):
-      raise ConversionError(
-        f'--layout={layout}: names, configuration and tokenizer of'
-        f' {source.path} are not translated yet; choose another layout'
-      )
-    convert(source, out, layout, method, _SELECT.value)
+  with (
+    conversion.open_source(pathlib.Path(_MODEL.value)) as source,
+    tempfile.TemporaryDirectory() as folder,
+  ):
+    if os.path.isdir(source.path):
+      if layout == 'gguf':
+        raise ConversionError(
+          f'--model={source.path} is a folder, whose tokenizer is not'
+          ' translated to GGUF; write a folder, or start from a GGUF file'
+        )
+      rest = outputs.Beside(source.path, {})
+    elif layout == 'gguf':
+      rest = outputs.Beside(None, source.metadata)
+    else:
+      source = translation.to_folder(source, pathlib.Path(folder))
+      rest = outputs.Beside(folder, {})
+    convert(source, rest, out, layout, method)
   with conversion.open_source(out) as result:
     print(result.describe())
 

@@ -6,7 +6,6 @@
 """
 
 import collections
-import os
 import pathlib
 import tempfile
 from collections.abc import Mapping
@@ -45,13 +44,6 @@ class Beside(NamedTuple):
 
   folder: str | None
   metadata: Mapping[str, Any]
-
-
-def beside(source: Checkpoint) -> Beside:
-  """What a source has."""
-  if os.path.isdir(source.path):
-    return Beside(source.path, {})
-  return Beside(None, source.metadata)
 
 
 def write(

@@ -1,10 +1,13 @@
 """Tests of examples/quantize_checkpoint.py and the modules beside it."""
 
 import errno
+import importlib.util
 import json
 import os
 import pathlib
+import sys
 import tempfile
+import unittest
 from unittest import mock
 
 import jax
@@ -16,6 +19,7 @@ from absl.testing import absltest, parameterized
 import lowbit_jax as lowbit
 from lowbit_jax import formats
 from lowbit_jax.io import gguf, safetensors
+from models import llama_config
 from support import conversion
 from tests.examples import scripts
 
@@ -165,7 +169,7 @@ class FolderTest(CheckpointTest):
     name = 'model.layers.0.self_attn.q_proj.weight'
     self.enterContext(mock.patch.object(conversion, 'CHUNK', 3 * 256))
     self.convert(
-      *(self.out, '--layout=own', rf'--select={name}'), out=second, fmt='q4_k'
+      *(self.out, '--layout=own', rf'--select={name}'), out=second, fmt='mxint8'
     )
     with (
       safetensors.open(self.out) as before,
@@ -174,7 +178,7 @@ class FolderTest(CheckpointTest):
       self.assertEqual(result.keys(), tensors.keys())
       for other in tensors.keys() - {name}:
         self.assert_same(result[other], before[other])
-      self.assert_same(result[name], _quantized(before[name], 'q4_k'))
+      self.assert_same(result[name], _quantized(before[name], 'mxint8'))
     config = json.loads((second / 'config.json').read_text())
     self.assertEqual(config, {'model_type': 'llama'})
     self.assertTrue((second / 'tokenizer.json').exists())
@@ -209,6 +213,108 @@ class GgufTest(CheckpointTest):
     out = self.home / 'out.gguf'
     self.convert(model, fmt='none', out=out)
     self.assertEqual(out.read_bytes(), model.read_bytes())
+
+
+_WIDTH, _HEADS = 32, 2
+_LLAMA = {
+  'general.architecture': 'llama',
+  'llama.block_count': 2,
+  'llama.context_length': 64,
+  'llama.embedding_length': _WIDTH,
+  'llama.feed_forward_length': 64,
+  'llama.attention.head_count': _HEADS,
+  'llama.attention.head_count_kv': 1,
+  'llama.attention.layer_norm_rms_epsilon': np.float32(1e-5),
+  'llama.rope.freq_base': np.float32(1e5),
+  'tokenizer.ggml.model': 'gpt2',
+  'tokenizer.ggml.pre': 'smollm',
+  'tokenizer.ggml.tokens': ['a', 'b', 'ab', '<|im_end|>'],
+  'tokenizer.ggml.token_type': np.array([1, 1, 1, 3], np.int32),
+  'tokenizer.ggml.merges': ['a b'],
+  'tokenizer.ggml.bos_token_id': np.uint32(3),
+  'tokenizer.ggml.eos_token_id': np.uint32(3),
+  'tokenizer.ggml.add_bos_token': np.bool_(True),
+  'tokenizer.chat_template': '{{ messages }}',
+}
+_OF_BLOCK = {
+  'attn_norm': ('input_layernorm', (_WIDTH,)),
+  'attn_q': ('self_attn.q_proj', (_WIDTH, _WIDTH)),
+  'attn_k': ('self_attn.k_proj', (_WIDTH // 2, _WIDTH)),
+  'attn_v': ('self_attn.v_proj', (_WIDTH // 2, _WIDTH)),
+  'attn_output': ('self_attn.o_proj', (_WIDTH, _WIDTH)),
+  'ffn_norm': ('post_attention_layernorm', (_WIDTH,)),
+  'ffn_gate': ('mlp.gate_proj', (64, _WIDTH)),
+  'ffn_up': ('mlp.up_proj', (64, _WIDTH)),
+  'ffn_down': ('mlp.down_proj', (_WIDTH, 64)),
+}
+
+
+def _llama_tensors():
+  """Tensors of a GGUF file, and their names in a folder."""
+  names = {'token_embd': 'model.embed_tokens', 'output_norm': 'model.norm'}
+  shapes = {'token_embd': (4, _WIDTH), 'output_norm': (_WIDTH,)}
+  for k in range(2):
+    for name, (other, shape) in _OF_BLOCK.items():
+      names[f'blk.{k}.{name}'] = f'model.layers.{k}.{other}'
+      shapes[f'blk.{k}.{name}'] = shape
+  tensors = {
+    f'{name}.weight': _normal(i, shape, np.float32)
+    for i, (name, shape) in enumerate(shapes.items())
+  }
+  return tensors, {f'{a}.weight': f'{b}.weight' for a, b in names.items()}
+
+
+class TranslationTest(CheckpointTest):
+  """From a GGUF file to a folder."""
+
+  def write_llama(self, *left_out, **changes):
+    model = self.home / 'model.gguf'
+    tensors, names = _llama_tensors()
+    kept = {k: x for k, x in tensors.items() if k not in left_out}
+    gguf.save(model, kept, metadata=_LLAMA | changes)
+    return model, tensors, names
+
+  @unittest.skipUnless(importlib.util.find_spec('tokenizers'), 'no tokenizers')
+  def test_names_rows_configuration_and_tokenizer(self):
+    from support import tokenizer
+
+    model, tensors, names = self.write_llama()
+    self.convert(model, fmt='none')
+    with safetensors.open(self.out) as result:
+      self.assertCountEqual(result, names.values())
+      for name, other in names.items():
+        x = tensors[name]
+        if 'attn_q' in name or 'attn_k' in name:
+          # Neighbouring channels of a head come half a head apart.
+          rows = x.reshape(-1, 8, 2, _WIDTH).swapaxes(1, 2)
+          x = rows.reshape(x.shape)
+        self.assert_same(result[other], x)
+    node = json.loads((self.out / 'config.json').read_text())
+    self.assertEqual(node['architectures'], ['LlamaForCausalLM'])
+    config = llama_config.from_huggingface(node)
+    self.assertEqual((config.kv_heads, config.head_size), (1, 16))
+    self.assertEqual(
+      (config.rope.base, config.epsilon), (1e5, np.float32(1e-5))
+    )
+    self.assertTrue(config.tied)
+    before, after = tokenizer.from_gguf(_LLAMA), tokenizer.from_folder(self.out)
+    self.assertEqual(after.encode('ab<|im_end|>'), [2, 3])
+    self.assertEqual(after.model.encode('ab').ids, [3, 2])  # as LLaMA begins
+    self.assertEqual(
+      (after.bos, after.eos, after.chat_template),
+      (before.bos, before.eos, before.chat_template),
+    )
+
+  def test_what_is_refused(self):
+    with mock.patch.dict(sys.modules, {'tokenizers': None}):
+      model, *_ = self.write_llama()
+      self.assert_refused('install tokenizers', model)
+    model.unlink()
+    model, *_ = self.write_llama('blk.1.ffn_up.weight')
+    self.assert_refused("there is no tensor 'blk.1.ffn_up.weight'", model)
+    model.unlink()
+    model, *_ = self.write_gguf()
+    self.assert_refused("'llama.embedding_length'", model)
 
 
 class InterruptionTest(CheckpointTest):
@@ -283,7 +389,7 @@ class RefusalTest(CheckpointTest):
     ('q4_k', '--select=head', "'lm_head.weight': blocks of q4_k do not.* 160"),
     ('mxfp4', '--scale_rule=absmax', "scale_rule='absmax' does not fit mxfp4"),
     ('none', '--select=x', 'quantizes nothing; leave out --select'),
-    ('mxfp4', '--layout=gguf', 'not translated'),
+    ('mxfp4', '--layout=gguf', 'not translated to GGUF'),
   )
   def test_folder(self, fmt, *rest):
     folder, _ = self.write_folder()
