@@ -127,6 +127,7 @@ def work() -> None:
   method = None
   if _FORMAT.value != 'none':
     fmt = formats.get(_FORMAT.value)
+    assert isinstance(fmt, formats.BlockFormat)  # as the flag is checked
     method = conversion.Method(_METHOD.value, fmt, _SCALE_RULE.value)
   elif _SELECT.value or _SCALE_RULE.value:
     raise ConversionError(

@@ -5,6 +5,7 @@ import importlib.util
 import json
 import os
 import pathlib
+import shutil
 import sys
 import tempfile
 import unittest
@@ -361,14 +362,12 @@ class InterruptionTest(CheckpointTest):
     data = bytearray(part.read_bytes())
     data[-1] ^= 1
     part.write_bytes(data)
-    self.count = 0
-    with self.limited(99, KeyboardInterrupt):
-      self.convert(self.folder)
-    self.assertEqual(self.count, 4)
-    self.count = 0
-    with self.limited(1, KeyboardInterrupt):
-      self.run_script(self.folder, '--scale_rule=rceil', out=self.home / 'o2')
-    self.assertEqual(self.count, 1)
+    for more in ('--scale_rule=rceil',), ():
+      self.count = 0
+      with self.limited(99, KeyboardInterrupt):
+        self.convert(self.folder, *more)
+      self.assertEqual(self.count, 4)
+      shutil.rmtree(self.out)
 
 
 class RefusalTest(CheckpointTest):
