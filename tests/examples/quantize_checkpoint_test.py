@@ -358,16 +358,20 @@ class InterruptionTest(CheckpointTest):
     self.assertEqual(status, 1)
     self.assertIn('No space left on device', printed)
     (parts,) = self.home.glob('*.parts-*')
+    self.count_weights('--scale_rule=rceil', expected=4)
     (part,) = parts.glob('*.safetensors')
     data = bytearray(part.read_bytes())
     data[-1] ^= 1
     part.write_bytes(data)
-    for more in ('--scale_rule=rceil',), ():
-      self.count = 0
-      with self.limited(99, KeyboardInterrupt):
-        self.convert(self.folder, *more)
-      self.assertEqual(self.count, 4)
-      shutil.rmtree(self.out)
+    self.count_weights(expected=4)
+
+  def count_weights(self, *more, expected):
+    """Converts, and counts the weights that are quantized."""
+    self.count = 0
+    with self.limited(99, KeyboardInterrupt):
+      self.convert(self.folder, *more)
+    self.assertEqual(self.count, expected)
+    shutil.rmtree(self.out)
 
 
 class RefusalTest(CheckpointTest):
