@@ -156,19 +156,16 @@ def selected(source: Checkpoint, pattern: str | None) -> list[str]:
 
 
 def _is_quantizable(tensor: Tensor) -> bool:
-  has_numbers = tensor.fmt is not None or tensor.layout in (*_FLOATS,)
-  return (has_numbers or tensor.layout.startswith('IQ')) and bool(tensor.shape)
+  has_floats = tensor.layout in _FLOATS or tensor.layout.startswith('IQ')
+  is_full = math.prod(tensor.shape) > 0 and bool(tensor.shape)
+  return is_full and (has_floats or tensor.fmt is not None)
 
 
 def _is_linear(name: str, tensor: Tensor) -> bool:
+  # With three axes, experts in one tensor.
   is_matrix = len(tensor.shape) in (2, 3) and 1 not in tensor.shape[-2:]
-  is_weight = name.endswith(('weight', '_proj'))
-  return (
-    is_matrix
-    and is_weight
-    and _is_quantizable(tensor)
-    and not _OTHERS.search(name)
-  )
+  is_weight = name.endswith('weight') and not _OTHERS.search(name)
+  return is_matrix and is_weight and _is_quantizable(tensor)
 
 
 def check(source: Checkpoint, names: Sequence[str], method: Method) -> None:

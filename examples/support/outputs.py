@@ -132,6 +132,10 @@ def _types(
   )
 
 
+def _most(types: collections.Counter[str]) -> str:
+  return max(types, key=types.__getitem__, default='F32')
+
+
 def _described(
   metadata: Mapping[str, Any],
   before: collections.Counter[str],
@@ -139,9 +143,11 @@ def _described(
 ) -> dict[str, Any]:
   """Metadata that say how weights are quantized now."""
   result = dict(metadata)
-  (most, _), *_ = after.most_common() or [('F32', 0)]
-  if before.most_common(1) != after.most_common(1):
-    result[_FILE_TYPE] = np.uint32(_FILE_TYPES[most])
+  most = _most(after)
+  if most != _most(before):
+    result.pop(_FILE_TYPE, None)
+    if most in _FILE_TYPES:
+      result[_FILE_TYPE] = np.uint32(_FILE_TYPES[most])
   if after.keys() - {'F32', 'F16', 'BF16', 'F64'}:
     result[_VERSION] = np.uint32(_BLOCK_TYPES)
   if before != after:  # Another quantization had another calibration.

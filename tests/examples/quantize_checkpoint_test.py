@@ -209,6 +209,18 @@ class GgufTest(CheckpointTest):
       np.testing.assert_array_equal(metadata[key], value)
       self.assertEqual(type(metadata[key]), type(value))
 
+  def test_one_weight_of_many_does_not_change_the_file_type(self):
+    model, tensors = self.write_gguf()
+    out = self.home / 'out.gguf'
+    select = '--select=attn_q'
+    self.convert(model, select, fmt='int4_g32_float16', out=out)
+    with gguf.open(out) as result:  # most matrices are as they were
+      self.assertEqual(result.metadata['general.file_type'], 3)
+      self.assert_same(
+        result['blk.0.ffn_gate_exps.weight'],
+        tensors['blk.0.ffn_gate_exps.weight'],
+      )
+
   def test_without_a_format_the_bytes_are_the_same(self):
     model, _ = self.write_gguf()
     out = self.home / 'out.gguf'
