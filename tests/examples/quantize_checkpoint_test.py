@@ -21,7 +21,7 @@ import lowbit_jax as lowbit
 from lowbit_jax import formats
 from lowbit_jax.io import gguf, safetensors
 from models import llama_config
-from support import conversion
+from support import conversion, weights
 from tests.examples import scripts
 
 script = scripts.load('quantize_checkpoint')
@@ -316,6 +316,19 @@ class TranslationTest(CheckpointTest):
     self.assertEqual(
       (after.bos, after.eos, after.chat_template),
       (before.bos, before.eos, before.chat_template),
+    )
+
+  def test_rows_of_packed_weights_share_the_scale_of_the_tensor(self):
+    x = _normal(0, (_WIDTH, 64), np.float32)
+    q = jax.device_get(lowbit.quantize(x, formats.nvfp4))
+    path = self.home / 'q.gguf'
+    gguf.save(path, {'q.weight': q})
+    with gguf.open(path) as file:
+      moved = weights.Source('q.weight', heads=_HEADS).read(file, 0)
+    self.assertEqual(moved.tensor_scale.shape, (1, 1))
+    order = np.arange(_WIDTH).reshape(_HEADS, -1, 2).swapaxes(1, 2).reshape(-1)
+    np.testing.assert_array_equal(
+      lowbit.dequantize(moved), lowbit.dequantize(q)[order]
     )
 
   def test_what_is_refused(self):
