@@ -114,7 +114,12 @@ class ExportTest(parameterized.TestCase):
   def test_many_formats_in_shards(self):
     for name in ('tokenizer.json', 'LICENSE', 'config.json', 'model.bin'):
       (self.source / name).write_text('{"a": 1, "quantization": {}}')
-    for name in ('hf_quant_config.json', 'a.safetensors'):
+    (self.source / 'tokenizer_config.json').write_text('{}')
+    for name in (
+      'hf_quant_config.json',
+      'quantize_config.json',
+      'a.safetensors',
+    ):
       (self.source / name).write_text('{}')
     (self.source / 'folder').mkdir()
     before, after = self.exported(shard_bytes=10_000)
@@ -128,7 +133,7 @@ class ExportTest(parameterized.TestCase):
       [name for name in names if name not in shards],
       [
         *('LICENSE', 'config.json', 'model.safetensors.index.json'),
-        'tokenizer.json',
+        *('tokenizer.json', 'tokenizer_config.json'),
       ],
     )
     config = json.loads((self.target / 'config.json').read_text())

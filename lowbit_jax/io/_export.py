@@ -20,11 +20,11 @@ from lowbit_jax.io import _bits, _compressed_tensors, _container, _layouts
 from lowbit_jax.qarray import QArray
 from lowbit_jax.transforms import Permutation
 
+# Ends of the names of files that hold weights, or say how they are quantized.
 _WEIGHTS = (
   *('.safetensors', '.index.json', '.bin', '.pt', '.pth', '.gguf', '.onnx'),
-  *('.h5', '.msgpack', '.ckpt'),
+  *('.h5', '.msgpack', '.ckpt', 'quant_config.json', 'quantize_config.json'),
 )
-_OURS = ('config.json', 'hf_quant_config.json')
 _MICROSCALING: dict[ElementFormat, tuple[str, str]] = {
   formats.e2m1: ('mxfp4-pack-quantized', 'weight_packed'),
   formats.e2m3: ('mxfp6-pack-quantized', 'weight_packed'),
@@ -81,7 +81,7 @@ def _copied(source: str | None, folder: str) -> dict[str, Any]:
   for file in sorted(pathlib.Path(source).iterdir()):
     if file.name == 'config.json':
       config = _container.parse(file.read_bytes())
-    elif file.is_file() and not file.name.endswith((*_WEIGHTS, *_OURS)):
+    elif file.is_file() and not file.name.endswith(_WEIGHTS):
       shutil.copyfile(file, os.path.join(folder, file.name))
   for name in ('quantization_config', 'compression_config', 'quantization'):
     config.pop(name, None)
