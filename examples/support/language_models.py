@@ -41,8 +41,8 @@ class LanguageModel:
     from support import tokenizer  # needs packages that models do not
 
     if os.path.isdir(self.checkpoint.path):
-      return tokenizer.Tokenizer.from_folder(self.checkpoint.path)
-    return tokenizer.Tokenizer.from_gguf(self.checkpoint.metadata)
+      return tokenizer.from_folder(self.checkpoint.path)
+    return tokenizer.from_gguf(self.checkpoint.metadata)
 
 
 def load(

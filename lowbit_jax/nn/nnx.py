@@ -118,7 +118,8 @@ def assign(
 
   For weights that were quantized elsewhere, such as those of a file. Parameters
   that get a QArray become `QuantizedParam`s, and Linear, LinearGeneral and
-  Einsum contract them packed, as after `quantize`.
+  Einsum contract them packed, as after `quantize`; `QuantizedParam`s that get
+  an array become Params.
 
   Args:
     model: an NNX module; that of `nnx.eval_shape` will do.
@@ -144,7 +145,7 @@ def assign(
   """
   if not isinstance(model, flax_nnx.Module):
     raise TypeError(f'{model=} must be an nnx.Module')
-  holders = _holders(model)
+  holders = _holders(model, (flax_nnx.Param, QuantizedParam))
   shapes = {path: v.get_raw_value().shape for path, _, _, v in holders}
   for path, value in values.items():
     if path not in shapes:
@@ -157,17 +158,20 @@ def assign(
   new = {}  # a shared variable counts where it is found first
   for path, module, name, variable in holders:
     if path in values:
-      value = values[path]
-      packed = isinstance(value, QArray)
-      new[id(variable)] = frozen(variable, value) if packed else value
-    if (value := new.get(id(variable))) is None:
-      continue
-    if isinstance(value, QuantizedParam):
-      setattr(module, name, value)
-      _use_packed(module)
-    else:
-      variable.set_value(value)
+      new[id(variable)] = _holding(variable, values[path])
+    if id(variable) in new:
+      setattr(module, name, new[id(variable)])
+      if isinstance(new[id(variable)], QuantizedParam):
+        _use_packed(module)
   return model
+
+
+def _holding(variable: flax_nnx.Variable, value: Any) -> flax_nnx.Variable:
+  """A variable in place of another, for its new value."""
+  if isinstance(value, QArray):
+    return frozen(variable, value)
+  metadata = variable.get_metadata(exclude_required=True)
+  return flax_nnx.Param(value, **metadata)
 
 
 class DotGeneral(flax_nnx.Module):
@@ -266,13 +270,13 @@ class Embed(flax_nnx.Embed):
     return _dot.sharded(score, out_sharding, query, table)
 
 
-def _holders(model):
+def _holders(model, kinds=flax_nnx.Param):
   """(path, module, name, variable) of every Param attribute of every module."""
   return [
     ('/'.join(map(str, (*path, name))), module, name, variable)
     for path, module in flax_nnx.iter_modules(model)
     for name, variable in vars(module).items()
-    if isinstance(variable, flax_nnx.Param)
+    if isinstance(variable, kinds)
   ]
 
 

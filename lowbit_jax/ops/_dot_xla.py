@@ -11,6 +11,8 @@ Three ways to contract with quantized operands:
             or one column of blocks. Members of a batch follow each other.
             Where the partitioner may split columns or batches they stay
             together, and a tile is TILE_MANY_ROWS rows of all of them.
+            A weight that is stored as (n, k), as those of most files are, is
+            not transposed: its tiles are OUTPUTS whole rows.
   dense     Everything else: dequantize, then one product.
 
 Tensor scales multiply the float32 accumulator in all of them. Packed codes are
@@ -46,6 +48,11 @@ TILE_FEW_ROWS = 256
 TILE_MANY_ROWS = 1024
 COLUMN_TILE_SIZE = 1 << 19
 TILE_SIZE = 1 << 22
+# Rows of a tile of a weight (n, k), fewer where they have many elements.
+OUTPUTS = 256
+OUTPUTS_SIZE = 1 << 20
+# Products of two int8 whose sum float32 holds exactly.
+EXACT_PRODUCTS = 256
 
 
 def plan_dot_general(
@@ -114,7 +121,7 @@ class _Integer:
         _int8(lhs), _int8(rhs), self.dims, preferred_element_type=jnp.int32
       )
     # XLA:CPU is slow at few rows. Sums of a tile are exact in float32: at most
-    # 256 products below 2^14.
+    # EXACT_PRODUCTS below 2^14.
     codes = qarray.replace(
       rhs, scale=None, tensor_scale=None, fmt=_integer_codes(rhs.fmt.element)
     )
@@ -159,7 +166,8 @@ def as_matrices(
   x: jax.Array, q: QArray, dims: DotDims
 ) -> tuple[jax.Array, QArray, list[int]]:
   """Operands as (m, k) and (k, n) with blocks along k, and the shape of their
-  product; batch dimensions are one axis in front of both."""
+  product; batch dimensions are one axis in front of both. A weight whose last
+  axis is contracted stays (n, k)."""
   if q.shape[q.axes[0]] % qarray.unit(q, 0):  # scales have padding of their own
     q = qarray.one_level(q)
   x_b, q_b = dims[1]
@@ -170,22 +178,28 @@ def as_matrices(
   q_free = [d for d in range(q.ndim) if d not in (*q_k, *q_b)]
   shape = [x.shape[d] for d in (*x_b, *x_free)] + [q.shape[d] for d in q_free]
   batch = [math.prod(shape[: len(x_b)])] if x_b else []
+  has_rows = q_k == (q.ndim - 1,) and _partition.is_alone()
 
-  def columns(leaf):
+  def matrix(leaf):
     k = math.prod(leaf.shape[d] for d in q_k)
+    if has_rows:
+      return leaf.transpose(*q_b, *q_free, *q_k).reshape(*batch, -1, k)
     return leaf.transpose(*q_b, *q_k, *q_free).reshape(*batch, k, -1)
 
   k = math.prod(x.shape[d] for d in x_k)
   x = x.transpose(*x_b, *x_free, *x_k).reshape(*batch, -1, k)
-  return x, qarray.with_axes(jax.tree.map(columns, q), [-2]), shape
+  axes = [-1 if has_rows else -2]
+  return x, qarray.with_axes(jax.tree.map(matrix, q), axes), shape
 
 
 def _product(
   x: jax.Array, q: QArray, precision: Precision, dtype: DTypeLike = jnp.float32
 ) -> jax.Array:
-  """x @ dequantize(q) for q of shape (k, n) in blocks along k, accumulated in
-  `dtype`. Under vmap one member of the batch follows the other."""
-  scan = functools.partial(_scan_tiles, precision=precision, dtype=dtype)
+  """x @ dequantize(q) for q of shape (k, n), or that of its transpose for
+  (n, k), in blocks along k, accumulated in `dtype`. Under vmap one member of
+  the batch follows the other."""
+  scan = _scan_rows if q.axes == (-1,) else _scan_tiles
+  scan = functools.partial(scan, precision=precision, dtype=dtype)
   call = custom_vmap(scan)
 
   @call.def_vmap
@@ -297,6 +311,82 @@ def _scan_tiles(x, q: QArray, precision, dtype):
     for f in _factors(q.scale, q.fmt):
       out = out * f
   return out
+
+
+def _scan_rows(x, q: QArray, precision, dtype):
+  """`_product` of one matrix that is stored as (n, k)."""
+  m, n = x.shape[0], q.shape[0]
+  group = _packing.codes_per_group(q.fmt.element.bits)
+  k = q.shape[1] + q.pad[0]
+  along_k = q.scale is not None and q.scale.shape[1] > 1
+  block = q.fmt.block[0] if along_k else k
+  outputs = min(n, OUTPUTS, max(32, OUTPUTS_SIZE // k // 32 * 32))
+
+  # Inputs by (lane, m, k / lanes): those that meet each lane.
+  if q.pad[0]:
+    x = jnp.pad(x, ((0, 0), (0, q.pad[0])))
+  x = x.reshape(m, -1, group).transpose(2, 0, 1)
+
+  # One scale for a row multiplies the sum instead, as in `_scan_tiles`.
+  after = not along_k and q.minimum is None
+  scales = None if after else q.scale, q.zero_point, q.minimum
+
+  def add_rows(out, start):
+    part = jax.tree.map(
+      lambda leaf: lax.dynamic_slice_in_dim(leaf, start, outputs),
+      (q.codes, scales),
+    )
+    part = _rows_product(x, *part, q.fmt, block // group, precision, dtype)
+    return lax.dynamic_update_slice_in_dim(out, part, start, axis=1), None
+
+  starts = jnp.arange(0, n, outputs)
+  out = loops.carry(jnp.zeros((m, n), dtype), x, q.codes, scales)
+  out = lax.scan(add_rows, out, starts)[0]
+  if after:
+    for f in _factors(q.scale, q.fmt):
+      out = out * f.T
+  return out
+
+
+def _rows_product(x, packed, scales, fmt: BlockFormat, width, precision, dtype):
+  """The product with some rows: each lane is decoded, scaled and multiplied.
+
+  Args:
+    x: (lanes, m, k / lanes).
+    packed: codes of the rows.
+    scales: scales, zero points and minima of the rows, or None.
+    fmt: their format.
+    width: inputs of a block in each lane.
+    precision: of the product.
+    dtype: of the sum.
+  """
+  scale, zero, minimum = scales
+  # A scale is decoded once, not where it meets each element.
+  scale, minimum = map(_decoded, (scale, minimum))
+  factors = [core.once(f)[..., None] for f in _factors(scale, fmt)]
+  total = 0
+  lanes = _packing.lanes(packed, fmt.element.bits, 1)
+  for lane, codes in zip(x, lanes, strict=True):
+    w = codec.decode(codes, spec(fmt.element))
+    w = w.reshape(w.shape[0], -1, width)
+    if zero is not None:
+      w = w - zero.astype(jnp.float32)[..., None]
+    for f in factors:
+      w = w * f
+    if minimum is not None:
+      w = w + minimum.astype(jnp.float32)[..., None]
+    w = w.reshape(w.shape[0], -1)
+    step = w.shape[1] if dtype == jnp.float32 else EXACT_PRODUCTS
+    for k in range(0, w.shape[1], step):
+      part = lax.dot_general(
+        lane[:, k : k + step],
+        w[:, k : k + step],
+        (((1,), (1,)), ((), ())),
+        precision=precision,
+        preferred_element_type=jnp.float32,
+      )
+      total = total + part.astype(dtype)
+  return total
 
 
 def _add_tile_product(fmt: BlockFormat, precision, acc, operands):

@@ -284,6 +284,39 @@ class QuantizeTest(parameterized.TestCase):
     self.assertLess(max(sizes(jaxpr)), k * n)
 
 
+class AssignTest(parameterized.TestCase):
+  def test_packed_and_dense_values(self):
+    """A QArray is contracted packed, an array that comes after it as it is."""
+    layer, x = _make(flax_nnx.Linear, 64, 8, **_INIT), _rand(3, 64)
+    q = _quantize(_rand(64, 8), formats.mxfp4, -2)
+    nn.nnx.assign(layer, {'kernel': q})
+    self.assertIsInstance(layer.kernel, nn.nnx.QuantizedParam)
+    want = x @ np.asarray(q)
+    _assert_close(_run(layer, x), want, abs(x) @ abs(np.asarray(q)))
+    nn.nnx.assign(layer, {'kernel': _rand(64, 8), 'bias': jnp.ones(8)})
+    self.assertIs(type(layer.kernel), flax_nnx.Param)
+    want = x @ _rand(64, 8) + 1
+    _assert_close(_run(layer, x), want, abs(x) @ abs(_rand(64, 8)) + 1)
+
+  def test_abstract_model_and_shared_variables(self):
+    model = flax_nnx.eval_shape(lambda: Model(_rngs()))
+    q = _quantize(_rand(64, 64), formats.nvfp4, -2)
+    nn.nnx.assign(model, {'layers/0/kernel': q})
+    self.assertIs(model.tied.kernel, model.layers[0].kernel)
+    self.assertEqual(model.tied.dot_general, nn.dot_general())
+
+  @parameterized.parameters(
+    ('kernal', (64, 8), "no 'kernal'; similar are kernel"),
+    ('kernel', (8, 64), r"'kernel' has the shape \(64, 8\), its value \(8, 64"),
+  )
+  def test_refusals(self, path, shape, message):
+    layer = _make(flax_nnx.Linear, 64, 8, **_INIT)
+    with self.assertRaisesRegex(ValueError, message):
+      nn.nnx.assign(layer, {path: _rand(*shape)})
+    with self.assertRaisesRegex(TypeError, 'must be an nnx.Module'):
+      nn.nnx.assign({}, {path: _rand(*shape)})
+
+
 class TrainingTest(absltest.TestCase):
   def setUp(self):
     super().setUp()

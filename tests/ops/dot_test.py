@@ -360,6 +360,53 @@ class TileTest(parameterized.TestCase):
     self.assertLess(memory.temp_size_in_bytes, 2**23)  # the weight: 2^25
 
 
+class RowsTest(parameterized.TestCase):
+  """Weights that are stored as (n, k), as those of most files are."""
+
+  def rows(self, name, n=300, seed=0):
+    return _quantize(data(n, K, seed=seed), formats.get(name), -1)
+
+  @parameterized.parameters(
+    *('int8_channel', 'nf4_g64', 'mxfp6_e2m3', 'int3_g32', 'nvfp4'),
+    *('uint4_g32', 'uint4_g32_min_float16', 'q4_k'),
+  )
+  def test_the_last_tile_begins_within_the_one_before(self, name):
+    x, q = data(3, K), self.rows(name)
+    with one_device():
+      got = lowbit_jax.einsum('mk,nk->mn', x, q)
+    assert_product(got, 'mk,nk->mn', x, q)
+
+  def test_integers_are_summed_exactly(self):
+    """Float32 holds the sum of 1024 products of two bytes, not of 16384."""
+    codes = np.random.default_rng(0).integers(100, 128, (20, 16384))
+    codes[:, 0] = 127
+    q = lowbit_jax.quantize(codes.astype(np.float32), formats.int8_channel)
+    with one_device():
+      got = lowbit_jax.einsum('mk,nk->mn', q[:2], q)
+    want = (codes[:2] @ codes.T).astype(np.float32)
+    np.testing.assert_array_equal(got, want)
+
+  def test_batches_and_vmap(self):
+    x = np.stack([data(2, K), data(2, K, seed=3)])
+    q = stacked(self.rows('int4_g32'), self.rows('int4_g32', seed=2))
+    product = functools.partial(lowbit_jax.einsum, 'mk,nk->mn')
+    with one_device():
+      got = lowbit_jax.einsum('bmk,bnk->bmn', x, q)
+      several = jax.vmap(product)(x, q)
+      shared = jax.vmap(product, (0, None))(x, self.rows('int4_g32'))
+    assert_product(got, 'bmk,bnk->bmn', x, q)
+    assert_product(several, 'bmk,bnk->bmn', x, q)
+    assert_product(shared, 'bmk,nk->bmn', x, self.rows('int4_g32'))
+
+  def test_the_weight_is_not_transposed(self):
+    x, q = jnp.ones((1, K)), self.rows('mxfp4')
+    with one_device():
+      product = functools.partial(lowbit_jax.einsum, 'mk,nk->mn')
+      text = jax.jit(product).lower(x, q).as_text()
+    n, size = q.codes.shape
+    self.assertFalse(f'tensor<{size}x{n}xui8>' in text)
+
+
 class SymbolicTest(absltest.TestCase):
   def test_one_program_serves_every_number_of_rows(self):
     int8, q, w = formats.int8_channel, make('mxfp4', 64, 4), data(64, 4)
