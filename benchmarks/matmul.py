@@ -6,6 +6,7 @@ timed too where it is installed.
 
   python benchmarks/matmul.py
   python benchmarks/matmul.py --rows 1 --formats int4_g128 --rounds 31
+  python benchmarks/matmul.py --stored nk
 """
 
 import functools
@@ -28,6 +29,9 @@ _FORMATS = flags.DEFINE_list(
    'mxfp6_e2m3', 'mxfp8_e4m3', 'nf4_g64'],
   'Block formats of the weight.',
 )  # fmt: skip
+_STORED = flags.DEFINE_enum(
+  'stored', 'kn', ['kn', 'nk'], 'Axes of the weight, the last one contiguous.'
+)
 _PEERS = flags.DEFINE_bool('peers', True, 'Time installed peers too.')
 
 # What we set out to reach: wall time relative to float32 jnp.dot on idle cores.
@@ -41,6 +45,13 @@ GOALS = {
 }
 
 
+def product(x, q):
+  """x times the weight, which stands for (k, n) however it is stored."""
+  if _STORED.value == 'kn':
+    return lowbit.dot(x, q)
+  return lowbit.einsum('mk,nk->mn', x, q)
+
+
 def check(x, w) -> None:
   """The product is within the rounding of a float32 sum of k terms."""
 
@@ -48,9 +59,10 @@ def check(x, w) -> None:
     a = lowbit.dequantize(a) if isinstance(a, lowbit.QArray) else a
     return np.asarray(a, np.float64)
 
-  a, b = dense(x)[:4], dense(w)[:, :64]
+  w_kn = dense(w) if _STORED.value == 'kn' else dense(w).T
+  a, b = dense(x)[:4], w_kn[:, :64]
   bound = (np.abs(a) @ np.abs(b)) * (b.shape[0] + 8) * 2.0**-24
-  actual = np.asarray(lowbit.dot(x, w), np.float64)[:4, :64]
+  actual = np.asarray(product(x, w), np.float64)[:4, :64]
   assert np.all(np.abs(actual - a @ b) <= bound)
 
 
@@ -59,16 +71,19 @@ def candidates(x, w) -> tuple[dict, dict]:
 
   def add(name, x, q):
     check(x, q)
-    dot = jax.jit(lowbit.dot)
-    thunks[name] = functools.partial(dot, x, q)
-    notes[name] = lowbit.select_implementation('dot', x, q).note
+    thunks[name] = functools.partial(jax.jit(product), x, q)
+    subscripts = f'mk,{_STORED.value}->mn'
+    choice = lowbit.select_implementation('einsum', subscripts, x, q)
+    notes[name] = choice.note
 
+  axis = _STORED.value.index('k') - 2
+  w = w if axis == -2 else w.T
   for name in _FORMATS.value:
-    add(name, x, lowbit.quantize(w, lowbit.formats.get(name), axis=-2))
+    add(name, x, lowbit.quantize(w, lowbit.formats.get(name), axis=axis))
   int8 = lowbit.formats.int8_channel
-  q = lowbit.quantize(w, int8, axis=-2)
+  q = lowbit.quantize(w, int8, axis=axis)
   add('int8 x int8', lowbit.quantize(x, int8), q)
-  dynamic = jax.jit(lambda x, q: lowbit.dot(lowbit.quantize(x, int8), q))
+  dynamic = jax.jit(lambda x, q: product(lowbit.quantize(x, int8), q))
   thunks['int8 x int8, x quantized too'] = functools.partial(dynamic, x, q)
   return thunks, notes
 

@@ -34,6 +34,7 @@ from support import (
   smollm2,
   variants,
   weights,
+  wheels,
 )
 
 _MODEL = flags.DEFINE_string(
@@ -171,7 +172,7 @@ def _run() -> None:
 
 def main(argv: Sequence[str]) -> int:
   errors = (
-    smollm2.FetchError,
+    wheels.FetchError,
     llama_config.ConfigError,
     weights.CheckpointMismatch,
     generation.PromptTooLong,

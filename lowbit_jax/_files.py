@@ -5,6 +5,7 @@ import errno
 import os
 import re
 import secrets
+import shutil
 import stat
 from collections.abc import Iterator
 from typing import BinaryIO
@@ -80,6 +81,39 @@ def replacing(path: PathLike) -> Iterator[BinaryIO]:
     raise
 
 
+@contextlib.contextmanager
+def building(path: PathLike) -> Iterator[str]:
+  """A new folder that is renamed to `path` at the end.
+
+  After an exception it is deleted. What writers that were killed left in the
+  directory is deleted too.
+
+  Args:
+    path: of the folder; there is nothing of that name, and its directory
+      exists.
+  """
+  target = os.path.abspath(path)
+  directory = os.path.dirname(target)
+  _sweep(directory)
+  while True:
+    temporary = _name(directory)
+    os.mkdir(temporary)
+    with contextlib.suppress(FileNotFoundError):  # Swept before it was opened.
+      handle = None if fcntl is None else os.open(temporary, os.O_RDONLY)
+      if _is_kept(handle, temporary):
+        break
+  try:
+    yield temporary
+    # Renamed while it is locked, so that nobody takes it for abandoned.
+    os.rename(temporary, target)
+  except BaseException:
+    shutil.rmtree(temporary, ignore_errors=True)
+    raise
+  finally:
+    if handle is not None:
+      os.close(handle)
+
+
 def _temporary(target: str) -> tuple[int, str]:
   """Makes a locked file beside `target`, with the mode that it is to have."""
   mode = None
@@ -91,22 +125,33 @@ def _temporary(target: str) -> tuple[int, str]:
   _sweep(directory)
   flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, 'O_BINARY', 0)
   while True:
-    name = f'.lowbit-{secrets.token_hex(8)}.partial'
-    temporary = os.path.join(directory, name)
+    temporary = _name(directory)
     handle = os.open(temporary, flags, 0o666 if mode is None else 0o600)
-    if fcntl is not None:
-      with contextlib.suppress(OSError):  # File systems without locks.
-        fcntl.flock(handle, fcntl.LOCK_EX)
-    if os.path.exists(temporary):
+    if _is_kept(handle, temporary):
       break
-    os.close(handle)  # Swept before it was locked.
   if mode is not None:
     os.chmod(temporary, stat.S_IMODE(mode))
   return handle, temporary
 
 
+def _name(directory: str) -> str:
+  return os.path.join(directory, f'.lowbit-{secrets.token_hex(8)}.partial')
+
+
+def _is_kept(handle: int | None, temporary: str) -> bool:
+  """Locks what was made; closes it if it was swept before."""
+  if handle is None or fcntl is None:
+    return True
+  with contextlib.suppress(OSError):  # File systems without locks.
+    fcntl.flock(handle, fcntl.LOCK_EX)
+  if os.path.exists(temporary):
+    return True
+  os.close(handle)
+  return False
+
+
 def _sweep(directory: str) -> None:
-  """Deletes the temporary files whose writers are gone: nobody locks them."""
+  """Deletes files and folders whose writers are gone: nobody locks them."""
   if fcntl is None:
     return
   for name in os.listdir(directory):
@@ -115,10 +160,12 @@ def _sweep(directory: str) -> None:
     # Those of other users, or gone in the meantime, are not ours to delete.
     with contextlib.suppress(OSError):
       temporary = os.path.join(directory, name)
-      handle = os.open(temporary, os.O_RDWR | os.O_NONBLOCK)
+      is_folder = stat.S_ISDIR(os.lstat(temporary).st_mode)
+      flags = os.O_RDONLY if is_folder else os.O_RDWR | os.O_NONBLOCK
+      handle = os.open(temporary, flags)
       try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        os.unlink(temporary)
+        (shutil.rmtree if is_folder else os.unlink)(temporary)
       finally:
         os.close(handle)
 

@@ -149,7 +149,8 @@ class Elements(NamedTuple):
 class Job(NamedTuple):
   """One quantization: what is quantized, and with what.
 
-  `fmt` has one level of scales, see `Scales`.
+  `fmt` has one level of scales, see `Scales`; `encoder` is its element with the
+  codes that are used.
   """
 
   blocks: Blocks
@@ -157,10 +158,11 @@ class Job(NamedTuple):
   scales: Scales
   elements: Elements
   rounding: Rounding
+  encoder: codec.Element
 
   def codes(self, elements: Elements) -> jax.Array:
     """Element codes, unpacked."""
-    _, fmt, scales, _, rounding = self
+    fmt, scales, rounding = self.fmt, self.scales, self.rounding
     rule = _rounding.rule(
       rounding.rounding, elements.random, rounding.random_bits
     )
@@ -171,7 +173,7 @@ class Job(NamedTuple):
     if elements.offset is not None:
       y = y + elements.offset
     if scales.zero_point is None:
-      return codec.encode(y, spec(fmt.element), rule)
+      return codec.encode(y, self.encoder, rule)
     # round(x / s) + z, not round(x / s + z): they differ at ties.
     k = rule(y) + scales.zero_point.astype(jnp.float32)
     k = jnp.clip(k, 0, fmt.element.code_max)
@@ -244,13 +246,18 @@ def from_data(
     scale = _by_function(blocks, amax, fmt, rule, tensor_scale)
   elif rule == 'absmean':
     scale = _absmean(blocks, amax, fmt)
+  elif rule in _scaling.UNEVEN_RULES:
+    scale = _uneven(blocks, amax, fmt, rule)
+  elif rule == 'least_squares':
+    scale = _fitted(blocks, amax, fmt)
   else:
     outer = None if tensor_scale is None else blocks.expand(tensor_scale)
     options = _scaling.candidates(amax, fmt, rule, outer)
     scale = _best(blocks, fmt, options, tensor_scale)
   scales = Scales(scale, tensor_scale, zero_point, minimum)
   scales = _two_levels(scales, fmt, blocks)
-  return Job(blocks, fmt.one_level, scales, elements, rounding)
+  encoder = _scaling.encoder(fmt.element, rule)
+  return Job(blocks, fmt.one_level, scales, elements, rounding, encoder)
 
 
 def from_scales(
@@ -273,7 +280,8 @@ def from_scales(
     scales = _two_levels(scales, fmt, blocks)
   else:
     scales = _from_stored(*stored, blocks)
-  return Job(blocks, fmt.one_level, scales, elements, rounding)
+  encoder = spec(fmt.element)
+  return Job(blocks, fmt.one_level, scales, elements, rounding, encoder)
 
 
 def _two_levels(scales: Scales, fmt: BlockFormat, blocks: Blocks) -> Scales:
@@ -516,6 +524,76 @@ def _least_squares(blocks: Blocks, fmt: BlockFormat, scale, low, real):
   return jax.lax.scan(try_step, first, steps)[0][:2]
 
 
+def _uneven(blocks: Blocks, amax, fmt: BlockFormat, rule: str):
+  """The scale of 'signed_absmax' or 'full_range' of each block."""
+  assert fmt.scale is not None
+  live = (amax >= fb.MIN_NORMAL) & (amax < fb.INF)
+  # A quotient, as in the libraries whose bits these are: compilers make a
+  # product of a division by a number that they know.
+  end = _scaling.reach(fmt.element, rule)
+  divisor = jnp.where(live, jnp.float32(abs(end)), 1)
+  scale = fb.from_bits(jnp.where(live, amax, 0)) / divisor
+  scale = jnp.where(live, _scaling.bounded(scale, fmt, _widest(fmt)), 0)
+  if rule == 'signed_absmax':
+    is_opposite = _first_is_negative(blocks, amax) != (end < 0)
+    scale = jnp.where(live & is_opposite, -scale, scale)
+  scale = jnp.where(amax >= fb.INF, math.nan, scale)
+  return _scaling.from_values(scale, fmt.scale)
+
+
+def _widest(fmt: BlockFormat) -> float:
+  """The largest magnitude of all codes."""
+  return abs(_scaling.longer_end(fmt.element) or fmt.element.max)
+
+
+def _first_is_negative(blocks: Blocks, amax):
+  """Whether the first of the largest magnitudes of each block is negative."""
+  view, inner = blocks.view, blocks.inner
+  sizes = [n if d in inner else 1 for d, n in enumerate(view.shape)]
+  place = jnp.arange(math.prod(sizes), dtype=jnp.int32).reshape(sizes)
+  mark = 2 * place + (view < 0).astype(jnp.int32)
+  last = np.iinfo(np.int32).max
+  mark = jnp.where(_scaling.magnitude_bits(view) == amax, mark, last)
+  return jnp.min(mark, axis=inner, keepdims=True, initial=last) % 2 == 1
+
+
+def _fitted(blocks: Blocks, amax, fmt: BlockFormat):
+  """The scale of the least squared error of those that fit codes best.
+
+  Codes are those of the largest magnitude at the longer end of the elements,
+  times `FIT_FACTORS`: the best scale of codes q is sum(x q) / sum(q q).
+  """
+  assert fmt.scale is not None
+  x, scale_format = blocks.view, fmt.scale
+  if _scaling.longer_end(fmt.element):
+    first = _uneven(blocks, amax, fmt, 'signed_absmax')
+  else:
+    (first,) = _scaling.candidates(amax, fmt, 'absmax')
+  start = first.astype(jnp.float32)
+  encoder = _scaling.encoder(fmt.element, 'least_squares')
+
+  def error(scale):
+    return _squared_error(blocks, fmt, scale, None, encoder)
+
+  def total(terms):
+    terms = blocks.without_padding(terms)
+    return jnp.sum(terms, axis=blocks.inner, keepdims=True)
+
+  def try_factor(best, factor):
+    y = _scaled(x, blocks, fmt, start * factor, None)
+    q = codec.decode(codec.encode(y, encoder), spec(fmt.element))
+    fit = total(x * q) * _scaling.reciprocal(total(q * q))
+    size = _scaling.bounded(jnp.abs(fit), fmt, _widest(fmt))
+    scale = _scaling.from_values(jnp.where(fit < 0, -size, size), scale_format)
+    found = scale, error(scale)
+    choose = functools.partial(jnp.where, found[1] < best[1])
+    return jax.tree.map(choose, found, best), None
+
+  factors = jnp.asarray(_scaling.FIT_FACTORS, jnp.float32)
+  (scale, _), _ = jax.lax.scan(try_factor, (first, error(first)), factors)
+  return jnp.where(first == 0, first, scale)
+
+
 def _absmean(blocks: Blocks, amax, fmt: BlockFormat):
   """Mean magnitude of each block (BitNet b1.58)."""
   assert fmt.scale is not None
@@ -600,7 +678,7 @@ def _best(blocks: Blocks, fmt: BlockFormat, options, tensor_scale):
     return options[0]
   best, least = options[0], None
   for scale in options:
-    error = _squared_error(blocks, fmt, scale, tensor_scale)
+    error = _squared_error(blocks, fmt, scale, tensor_scale, spec(fmt.element))
     if least is None:
       least = error
       continue
@@ -610,9 +688,11 @@ def _best(blocks: Blocks, fmt: BlockFormat, options, tensor_scale):
   return best
 
 
-def _squared_error(blocks: Blocks, fmt: BlockFormat, scale, tensor_scale):
+def _squared_error(
+  blocks: Blocks, fmt: BlockFormat, scale, tensor_scale, encoder
+):
   y = _scaled(blocks.view, blocks, fmt, scale, tensor_scale)
-  codes = codec.encode(y, spec(fmt.element))
+  codes = codec.encode(y, encoder)
   y = _decode(codes, fmt, Scales(scale, tensor_scale, None), None, blocks)
   error = blocks.without_padding(y - blocks.view)
   return sum_of_squares(error, blocks.inner)

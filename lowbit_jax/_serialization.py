@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lowbit_jax import qarray
+from lowbit_jax import qarray, transforms
+from lowbit_jax._transformed import Transformed
 from lowbit_jax.qarray import QArray
 
 _STATIC = 'static'
@@ -22,7 +23,13 @@ class _Fields(NamedTuple):
 
 
 _waiting = {
-  QArray: _Fields(qarray.LEAVES, ('fmt', 'axis', 'pad', 'dtype', 'merged'))
+  QArray: _Fields(qarray.LEAVES, ('fmt', 'axis', 'pad', 'dtype', 'merged')),
+  Transformed: _Fields(('weight', 'transform'), ('axis', 'rank')),
+  transforms.Permutation: _Fields(('order',), ('axis',)),
+  transforms.DiagonalSmoothing: _Fields(('scale',), ('axis',)),
+  transforms.Hadamard: _Fields(('signs',), ('block', 'axis')),
+  transforms.BlockAffine: _Fields(('matrix',), ('axis',)),
+  transforms.Chain: _Fields(('transforms',), ()),
 }
 
 

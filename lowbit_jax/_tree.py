@@ -20,9 +20,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from lowbit_jax import _explicit, qarray
+from lowbit_jax import _explicit, _transformed, qarray
+from lowbit_jax._transformed import Transformed, is_quantized
 from lowbit_jax._typing import PyTree
-from lowbit_jax.qarray import QArray, is_qarray
+from lowbit_jax.qarray import QArray
 
 
 def path_name(path: tuple[Any, ...]) -> str:
@@ -39,12 +40,16 @@ def partition(tree: PyTree, *, scales: bool = False) -> tuple[PyTree, PyTree]:
       stands in both trees, with None for the leaves of the other.
 
   Returns:
-    Two trees; `combine` joins them again. Float arrays are trainable, QArrays
-    and everything else is frozen.
+    Two trees; `combine` joins them again. Float arrays are trainable, QArrays,
+    transforms of activations and everything else is frozen.
   """
 
   def split(x):
-    if not isinstance(x, QArray):
+    if isinstance(x, Transformed) and scales:
+      trainable, frozen = split(x.weight)
+      held = _transformed.replace(x, weight=trainable, transform=None)
+      return held, _transformed.replace(x, weight=frozen)
+    if not is_quantized(x):
       return (x, None) if _is_float(x) else (None, x)
     if not scales:
       return None, x
@@ -54,7 +59,7 @@ def partition(tree: PyTree, *, scales: bool = False) -> tuple[PyTree, PyTree]:
       for i in (0, 1)
     )
 
-  leaves, treedef = jax.tree.flatten(tree, is_leaf=is_qarray)
+  leaves, treedef = jax.tree.flatten(tree, is_leaf=is_quantized)
   pairs = [split(x) for x in leaves]
   return tuple(treedef.unflatten([p[i] for p in pairs]) for i in (0, 1))
 
@@ -67,12 +72,19 @@ def combine(*trees: PyTree) -> PyTree:
 
   def pick(*xs):
     xs = [x for x in xs if x is not None]
-    if not xs or not isinstance(xs[0], QArray):
+    if not xs or not is_quantized(xs[0]):
       return xs[0] if xs else None
+    if isinstance(xs[0], Transformed):
+      weight = pick(*(x.weight for x in xs))
+      transform = pick(*(x.transform for x in xs))
+      return _transformed.replace(xs[0], weight=weight, transform=transform)
     merged = {n: pick(*(getattr(x, n) for x in xs)) for n in qarray.LEAVES}
     return qarray.replace(xs[0], **merged)
 
-  return jax.tree.map(pick, *trees, is_leaf=lambda x: x is None or is_qarray(x))
+  def is_leaf(x):
+    return x is None or is_quantized(x)
+
+  return jax.tree.map(pick, *trees, is_leaf=is_leaf)
 
 
 def shardings(tree: PyTree, sharding: PyTree) -> PyTree:
@@ -104,7 +116,7 @@ def shardings(tree: PyTree, sharding: PyTree) -> PyTree:
     return jax.tree.map_with_path(
       lambda path, leaf: _placed(leaf, part, (*start, *path)),
       subtree,
-      is_leaf=is_qarray,
+      is_leaf=is_quantized,
     )
 
   return jax.tree.map_with_path(place, sharding, tree, is_leaf=_is_sharding)
@@ -116,6 +128,8 @@ def _is_sharding(x) -> bool:
 
 def _placed(leaf, sharding, path):
   try:
+    if isinstance(leaf, Transformed):
+      return _behind_transform(leaf, sharding)
     if isinstance(leaf, QArray):
       return _leaf_shardings(leaf, sharding)
     _mesh_and_parts(sharding, np.shape(leaf))
@@ -152,6 +166,21 @@ def _leaf_shardings(q: QArray, sharding) -> QArray:
   if mesh is None:
     return specs
   return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
+
+
+def _behind_transform(t: Transformed, sharding) -> Transformed:
+  """Those of the weight, and of a transform that each device has whole."""
+  mesh, parts = _mesh_and_parts(sharding, t.shape)
+  if parts[t.axis] is not None:
+    raise ValueError(
+      f'axis {t.axis} of {t!r} cannot be sharded over {parts[t.axis]!r}: its'
+      ' transform needs it whole; shard another axis'
+    )
+  spec = PartitionSpec(*parts[: t.stacked])
+  place = spec if mesh is None else NamedSharding(mesh, spec)
+  transform = jax.tree.map(lambda _: place, t.transform)
+  weight = _leaf_shardings(t.weight, sharding)
+  return _transformed.replace(t, weight=weight, transform=transform)
 
 
 def _merged_shardings(q: QArray, mesh, parts) -> QArray:

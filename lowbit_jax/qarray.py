@@ -11,7 +11,7 @@ import functools
 import math
 import operator
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -648,8 +648,18 @@ def element_values(q: QArray) -> jax.Array:
   return codec.decode(codes, spec(q.fmt.element))
 
 
+@runtime_checkable
+class Decodes(Protocol):
+  """What holds QArrays and decodes itself, as `ops.Transformed`."""
+
+  def dequantize(self, dtype: DTypeLike | None = None) -> jax.Array: ...
+
+
 def dequantize(
-  q: QArray, dtype: DTypeLike | None = None, *, dither: ArrayLike | None = None
+  q: QArray | Decodes,
+  dtype: DTypeLike | None = None,
+  *,
+  dither: ArrayLike | None = None,
 ) -> jax.Array:
   """The array that `q` stands for.
 
@@ -657,7 +667,7 @@ def dequantize(
   the minimum, in float32, and casts the result.
 
   Args:
-    q: a quantized array.
+    q: a quantized array, or an `ops.Transformed` of one.
     dtype: dtype of the result; None for `q.dtype`.
     dither: the offsets of `quantize(..., rounding='dithered')`, which are
       subtracted: `numerics.dither(key, shape)` with the key and the shape that
@@ -677,7 +687,9 @@ def dequantize(
     >>> dequantize(q[4:], dither=offsets[4:]).shape
     (4, 32)
   """
-  check_qarray(q)
+  if isinstance(q, Decodes) and dither is None:
+    return q.dequantize(dtype)
+  q = check_qarray(q)
   dtype = q.dtype if dtype is None else as_dtype(dtype)
   if dither is not None:
     dither_step(q.fmt.element)  # refuses elements that are not dithered
@@ -845,7 +857,7 @@ def _reshape(q: QArray, shape) -> QArray:
 
 
 def _getitem(q: QArray, key) -> QArray:
-  index = _index_per_axis(q, key)
+  index = index_per_axis(q, key)
   if q.merged:
     return _getitem_merged(q, index)
   if all(isinstance(i, slice) and i == slice(None) for i in index):
@@ -890,7 +902,7 @@ class _LeafIndex(NamedTuple):
   tensor_scale: tuple
 
 
-def _index_per_axis(q: QArray, key) -> list[Any]:
+def index_per_axis(q: QArray, key: Any) -> list[Any]:
   """One index per axis: an ellipsis, written or not, becomes full slices."""
   index: list[Any] = list(key) if isinstance(key, tuple) else [key]
   if any(i is None for i in index):

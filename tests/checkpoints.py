@@ -3,7 +3,7 @@
 The goldens in io_goldens were made of random numbers: plain.safetensors by
 safetensors 0.8.0, and quantized.npz, with how each package decodes it, by
 compressed-tensors 0.20.0, transformers 5.24, ModelOpt 0.47, GPTQModel 7.7 and
-bitsandbytes 0.50.2.
+bitsandbytes 0.50.2. make_foreign.py made foreign.npz in the same way.
 """
 
 import functools
@@ -31,6 +31,23 @@ AWQ = {
 }
 MODELOPT = {'quant_method': 'modelopt', 'quant_algo': 'NVFP4'}
 TILES = {'quant_method': 'fp8', 'weight_block_size': [16, 16]}
+# Other configurations with which their goldens are read.
+SETTINGS = {
+  'bnb_int8': {'quant_method': 'bitsandbytes'},
+  'deepseek_fp8_block16': TILES,
+  'fp8_8x16': {'quant_method': 'fp8', 'weight_block_size': [8, 16]},
+  'fp8_1x32': {'quant_method': 'fp8', 'weight_block_size': [1, 32]},
+  'fp8_experts': {**TILES, 'expert_dtype': 'fp4'},
+  'modelopt_fp8_rows': {**MODELOPT, 'quant_algo': 'FP8_PER_CHANNEL_PER_TOKEN'},
+  'modelopt_fp8_tiles': {**MODELOPT, 'quant_algo': 'fp8_pb_wo'},
+  'modelopt_int8': {**MODELOPT, 'quant_algo': 'W8A16'},
+  'modelopt_int4': {
+    **MODELOPT,
+    'quant_algo': 'W4A16_AWQ',
+    'group_size': 128,
+    'has_zero_point': False,
+  },
+}
 
 
 class FolderTest(parameterized.TestCase):
@@ -63,6 +80,7 @@ def codes_of(q) -> np.ndarray:
 
 def decode(q) -> np.ndarray:
   """What a QArray stands for, in NumPy: element by element as documented."""
+  shape, q = q.shape, qarray.flat(q)
   values = q.fmt.element.values().astype(np.float32)[codes_of(q)]
 
   def spread(leaf):
@@ -79,13 +97,16 @@ def decode(q) -> np.ndarray:
     values = values * spread(scale.astype(np.float32))
   if q.tensor_scale is not None:
     values = values * q.tensor_scale
-  return values[tuple(slice(n) for n in q.shape)]
+  return values[tuple(slice(n) for n in q.shape)].reshape(shape)
 
 
 @functools.cache
 def goldens():
-  meta = json.loads((GOLDENS / 'quantized.json').read_text())
-  return meta, dict(np.load(GOLDENS / 'quantized.npz'))
+  meta, arrays = {}, {}
+  for name in ('quantized', 'foreign'):
+    meta |= json.loads((GOLDENS / f'{name}.json').read_text())
+    arrays |= np.load(GOLDENS / f'{name}.npz')
+  return meta, arrays
 
 
 def golden(case: str):
@@ -95,11 +116,6 @@ def golden(case: str):
     end: arrays[f'{case}/{end}'].view(np.dtype(getattr(ml_dtypes, name, name)))
     for end, name in meta[case]['dtypes'].items()
   }
-  if case.startswith('bnb'):
-    parts = {
-      'weight' if end == 'weight' else f'weight.{end}': part
-      for end, part in parts.items()
-    }
   decoded = {
     k.split('/')[-1]: v for k, v in arrays.items() if k.startswith(f'{case}/y')
   }

@@ -14,13 +14,15 @@ from lowbit_jax import formats, qarray
 from lowbit_jax.io import safetensors
 from tests import checkpoints
 
-WITH_PADDING = (
+GROUPED = (
   *(formats.grouped(formats.get(f'int{b}'), 32) for b in range(2, 9)),
   *(formats.grouped(formats.get(f'uint{b}'), 16) for b in range(2, 9)),
   formats.grouped(formats.int4, 64, formats.bfloat16),
+  formats.fp8_1x128,
+)
+UNGROUPED = (
   *(formats.int8_channel, formats.int4_channel, formats.int8_tensor),
-  *(formats.e4m3fn_tensor, formats.e4m3fn_channel),
-  *(formats.fp8_1x128, formats.fp8_128x128),
+  *(formats.e4m3fn_tensor, formats.e4m3fn_channel, formats.fp8_128x128),
 )
 
 
@@ -86,8 +88,9 @@ class ExportTest(parameterized.TestCase):
     """Exports weights of many formats; gives them, and what comes back."""
     random = np.random.RandomState(0)
     tensors = {
-      f'layers.{k}.weight': checkpoints.random_qarray(fmt, (3, 20, 222), random)
-      for k, fmt in enumerate(WITH_PADDING)
+      f'{fmt.name}.weight': checkpoints.random_qarray(fmt, shape, random)
+      for formats_, shape in ((GROUPED, (3, 4, 256)), (UNGROUPED, (13, 221)))
+      for fmt in formats_
     }
     tensors['nvfp4.weight'] = checkpoints.random_qarray(
       formats.nvfp4, (4, 64), random
@@ -111,7 +114,12 @@ class ExportTest(parameterized.TestCase):
   def test_many_formats_in_shards(self):
     for name in ('tokenizer.json', 'LICENSE', 'config.json', 'model.bin'):
       (self.source / name).write_text('{"a": 1, "quantization": {}}')
-    for name in ('hf_quant_config.json', 'a.safetensors'):
+    (self.source / 'tokenizer_config.json').write_text('{}')
+    for name in (
+      'hf_quant_config.json',
+      'quantize_config.json',
+      'a.safetensors',
+    ):
       (self.source / name).write_text('{}')
     (self.source / 'folder').mkdir()
     before, after = self.exported(shard_bytes=10_000)
@@ -125,7 +133,7 @@ class ExportTest(parameterized.TestCase):
       [name for name in names if name not in shards],
       [
         *('LICENSE', 'config.json', 'model.safetensors.index.json'),
-        'tokenizer.json',
+        *('tokenizer.json', 'tokenizer_config.json'),
       ],
     )
     config = json.loads((self.target / 'config.json').read_text())
@@ -147,7 +155,9 @@ class ExportTest(parameterized.TestCase):
     ('mxfp8_e5m2', 'a.weight', 'has no layout'),
     ('mxfp4_32x32', 'a.weight', 'has no layout'),
     ('int4_g32', 'a.bias', 'must be the weight of a module'),
-    ('mxfp4', 'a.weight', 'no whole blocks'),
+    ('mxfp4', 'a.weight', 'no whole blocks of 32; give each row one scale'),
+    ('int4_g32', 'a.weight', 'no whole blocks of 32'),
+    ('fp8_1x128', 'a.weight', 'no whole blocks of 128'),
   )
   def test_refused(self, fmt, name, message):
     q = checkpoints.random_qarray(
@@ -159,7 +169,8 @@ class ExportTest(parameterized.TestCase):
 
   def test_refused_places(self):
     random = np.random.RandomState(0)
-    q = checkpoints.random_qarray(formats.get('int3_g32'), (64, 70), random)
+    int3 = formats.per_channel(formats.get('int3'))
+    q = checkpoints.random_qarray(int3, (64, 70), random)
     with self.assertRaisesRegex(ValueError, "'weight' .* in which of two ways"):
       safetensors.export(self.target, {'weight': q})
     q = checkpoints.random_qarray(formats.int4_g32, (64, 64), random)
@@ -178,6 +189,13 @@ class ExportTest(parameterized.TestCase):
     scaled = dataclasses.replace(formats.mxfp4, tensor_scale=True)
     q = checkpoints.random_qarray(scaled, (4, 64), random)
     with self.assertRaisesRegex(ValueError, 'has no layout'):
+      safetensors.export(self.target, {'a.weight': q})
+
+  @parameterized.parameters('nvfp4', 'mxfp4', 'mxfp6_e2m3', 'fp8_128x128')
+  def test_stacks_that_are_refused(self, name):
+    random = np.random.RandomState(0)
+    q = checkpoints.random_qarray(formats.get(name), (2, 4, 128), random)
+    with self.assertRaisesRegex(ValueError, "'a.weight' is a stack"):
       safetensors.export(self.target, {'a.weight': q})
 
 

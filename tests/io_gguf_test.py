@@ -965,38 +965,6 @@ class SlowTest(GgufTest):
       q = self.open(file_of([('x', shape, CODES[name], data)]))['x']
       self.assertTrue(same(lowbit.dequantize(q), goldens()[f'{source}.y']))
 
-  @parameterized.parameters(*DECODED)
-  @pytest.mark.slow
-  def test_decoding_by_the_package(self, name):
-    package = pytest.importorskip('gguf')
-    code = CODES[name]
-    data = np.random.RandomState(0).randint(
-      0, 99, (2, LAYOUTS[code].nbytes), np.uint8
-    )
-    x = self.open(file_of([('x', (2, 256), code, data.tobytes())]))['x']
-    want = package.quants.dequantize(data, package.GGMLQuantizationType(code))
-    np.testing.assert_array_equal(x, want)
-
-  @pytest.mark.slow
-  def test_the_package_reads_what_is_written(self):
-    package = pytest.importorskip('gguf')
-    # Of the version at hand, which may not know the newest types.
-    known = {int(t) for t in package.GGMLQuantizationType}
-    tensors = [t for t in all_types() if t[2] in known]
-    metadata = {'a': 1, 'b': ['x', 'y'], 'c': np.int16([3]), 'd': 0.5}
-    with self.open(file_of(tensors)) as file:
-      gguf.save(self.path + '2', file, metadata=metadata)
-    reader = package.GGUFReader(self.path + '2')
-    values = [reader.get_field(key).contents() for key in metadata]
-    self.assertEqual(values, [1, ['x', 'y'], [3], 0.5])
-    self.assertLen(reader.tensors, len(tensors))
-    for t, (name, shape, code, data) in zip(
-      reader.tensors, tensors, strict=True
-    ):
-      self.assertEqual((t.name, t.tensor_type), (name, code))
-      self.assertEqual(tuple(t.shape)[::-1], shape)
-      self.assertEqual(t.data.tobytes(), data)
-
 
 _OPENER = """
 import resource, sys, time

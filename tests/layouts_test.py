@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from absl.testing import absltest, parameterized
 
-from lowbit_jax import formats, qarray
+from lowbit_jax import formats, ops, qarray
 from lowbit_jax.io import safetensors
 from tests import checkpoints
 
@@ -98,6 +98,30 @@ class LayoutsTest(checkpoints.FolderTest):
     q = self.read(parts, {'quant_method': 'modelopt', 'quant_algo': 'FP8'})
     self.assert_bits(q, expected)
 
+  @parameterized.parameters(
+    ('modelopt_fp8_rows', 'e4m3fn_channel'),
+    ('modelopt_fp8_tiles', 'fp8_128x128'),
+    ('modelopt_int8', 'int8_channel'),
+    ('modelopt_int4', 'int4_g128'),
+  )
+  def test_modelopt(self, case, name):
+    parts, expected = checkpoints.golden(case)
+    settings = checkpoints.SETTINGS[case]
+    q = self.read(parts, settings)
+    self.assertEqual(q.fmt.name, name)
+    self.assert_bits(q, expected)
+    other = {'W8A16': 'W8A8_SQ_PER_CHANNEL', 'fp8_pb_wo': 'FP8_PB_WO'}
+    name = settings['quant_algo']
+    settings = {**settings, 'quant_algo': other.get(name, name)}
+    self.assert_bits(self.read(parts, settings), expected)
+
+  def test_modelopt_mxfp8(self):
+    parts, expected = checkpoints.golden('modelopt_mxfp8')
+    settings = {**checkpoints.MODELOPT, 'quant_algo': 'MXFP8', 'group_size': 32}
+    q = self.read(parts, settings)
+    self.assertEqual(q.fmt, formats.mxfp8_e4m3)
+    self.assert_bits(q, expected)
+
   def test_fp8_tiles(self):
     parts, expected = checkpoints.golden('deepseek_fp8_block16')
     settings = {'quant_method': 'fp8', 'weight_block_size': [16, 16]}
@@ -123,6 +147,31 @@ class LayoutsTest(checkpoints.FolderTest):
     parts, expected = checkpoints.golden('ct/fp8_tensor')
     q = self.read(parts, {'quant_method': 'fp8', 'activation_scheme': 'static'})
     self.assert_bits(q, expected)
+    # Another name for the scale.
+    parts['weight_scale_inv'] = parts.pop('weight_scale').reshape(())
+    settings = {'quant_method': 'fp8', 'weight_block_size': None}
+    self.assert_bits(self.read(parts, settings), expected)
+
+  @parameterized.parameters(
+    ('fp8_8x16', 'e4m3fn_8x16_e8m0'),
+    ('fp8_1x32', 'mxfp8_e4m3'),
+    ('fp8_experts', 'mxfp4'),
+  )
+  def test_fp8_with_powers_of_two(self, case, name):
+    parts, expected = checkpoints.golden(case)
+    for dtype in (np.uint8, ml_dtypes.float8_e8m0fnu):
+      scale = parts['weight_scale_inv'].view(dtype)
+      q = self.read(
+        {**parts, 'weight_scale_inv': scale}, checkpoints.SETTINGS[case]
+      )
+      self.assertEqual(q.fmt.name, name)
+      self.assert_bits(q, expected)
+
+  def test_fp8_of_fbgemm(self):
+    parts, expected = checkpoints.golden('ct/fp8_dynamic')
+    q = self.read(parts, {'quant_method': 'fbgemm_fp8'})
+    self.assertEqual(q.fmt.element, formats.e4m3fn)
+    self.assert_bits(q, expected)
 
   def test_gpt_oss(self):
     parts, expected = checkpoints.golden('hf_mxfp4')
@@ -145,6 +194,39 @@ class LayoutsTest(checkpoints.FolderTest):
       self.assertEqual(q.dtype, np.float16)
       rounded = checkpoints.decode(q).astype(np.float16).astype(np.float32)
       np.testing.assert_array_equal(rounded, expected)
+
+  @parameterized.parameters(
+    ('bnb_nf4_nested', 'nf4_g64', ()),
+    ('bnb_nf4_nested2', 'nf4_g32', ()),
+    ('bnb_nf4_merged', 'nf4_g64', (48,)),
+    ('bnb_nf4_odd', 'nf4_g64', (11, 15)),
+    ('bnb_fp4', 'bnb_fp4_g64', ()),
+    ('bnb_fp4_nested', 'bnb_fp4_g32', (48,)),
+  )
+  def test_four_bits_of_bitsandbytes(self, case, name, merged):
+    parts, expected = checkpoints.golden(case)
+    q = self.read(parts)
+    self.assertEqual((q.fmt.name, q.merged), (name, merged))
+    rounded = checkpoints.decode(q).astype(q.dtype).astype(np.float32)
+    self.assertEqual(q.shape, expected.shape)
+    np.testing.assert_array_equal(rounded, expected)  # FP4 has two zeros
+    np.testing.assert_array_equal(np.asarray(q, np.float32), expected)
+
+  def test_four_bits_stored_as_numbers(self):
+    parts, _ = checkpoints.golden('bnb_nf4')
+    expected = checkpoints.decode(self.read(parts))
+    for dtype in (ml_dtypes.bfloat16, np.float16, np.float32):
+      stored = parts['weight'].reshape(-1).view(dtype)[:, None]
+      self.assert_bits(self.read({**parts, 'weight': stored}), expected)
+
+  def test_int8_of_bitsandbytes(self):
+    parts, expected = checkpoints.golden('bnb_int8')
+    for end in ('weight_format', 'bias'):  # old files do not have the first
+      q = self.read(parts, {'quant_method': 'bitsandbytes'})
+      self.assertEqual(q.fmt, formats.int8_channel)
+      # Each side rounds twice.
+      np.testing.assert_array_max_ulp(checkpoints.decode(q), expected, 2)
+      parts.pop(end, None)
 
   @parameterized.parameters(3, 4, 8)
   def test_gptq(self, bits):
@@ -456,7 +538,15 @@ class FailClosedTest(parameterized.TestCase):
     ('ct/int4_g32_sym', 'weight_scale', np.ones((16, 2), 'f8'), 'is F64'),
     ('ct/int4_g32_sym', 'weight', np.ones(3), 'weight is not known'),
     ('ct/int4_g32_asym', 'weight_zero_point', np.ones((2, 2)), 'is F64'),
-    ('ct/int4_g32_sym', 'weight_g_idx', np.arange(64) % 2, 'act-order'),
+    ('ct/int4_g32_sym', 'weight_g_idx', np.arange(64) % 3, 'g_idx.* 32 col'),
+    ('ct/int4_g32_sym', 'weight_g_idx', np.ones(64, 'i4'), 'g_idx.* 32 col'),
+    ('ct/int4_g32_sym', 'weight_g_idx', 1 - np.arange(64) // 22, 'g_idx.* col'),
+    ('ct/int4_g32_sym', 'weight_g_idx', np.arange(64) // 32 - 1, 'g_idx.* col'),
+    ('ct/int4_g32_sym', 'weight_g_idx', np.arange(63) // 32, r'expected .*64'),
+    ('ct/int4_g32_sym', 'weight_g_idx', np.ones(64, 'f4'), 'is F32'),
+    ('ct/int8_channel_pack', 'weight_g_idx', np.zeros(64, 'i4'), 'strategy='),
+    ('ct/fp8_block', 'weight_g_idx', np.zeros(64, 'i4'), 'strategy='),
+    ('ct/mxfp4', 'weight_g_idx', np.zeros(64, 'i4'), 'g_idx is not known to'),
     ('ct/int4_g32_sym', 'weight_global_scale', np.ones(1), 'not known to'),
     ('ct/nvfp4', 'weight_global_scale', np.zeros(1, 'f4'), 'it divides'),
     ('ct/nvfp4', 'weight_global_scale', np.float32([np.nan]), 'it divides'),
@@ -480,7 +570,12 @@ class FailClosedTest(parameterized.TestCase):
     ({'checkpoint_format': 'marlin'}, {}, "checkpoint_format='marlin'"),
     ({'dynamic': {'-:a': {}}}, {}, 'dynamic'),
     ({'desc_act': True}, {'g_idx': None}, 'g_idx is missing'),
-    ({}, {'g_idx': np.arange(64, dtype=np.int32) % 2}, 'act-order'),
+    ({}, {'g_idx': np.arange(64, dtype=np.int32) % 3}, 'g_idx.* 32 columns'),
+    ({}, {'g_idx': np.int32([2, *[0] * 31, *[1] * 32])}, 'g_idx.* 32 columns'),
+    ({}, {'g_idx': np.int32([-1, *[0] * 31, *[1] * 32])}, 'g_idx.* 32 columns'),
+    ({}, {'g_idx': np.int32([2**31 - 1] * 64)}, 'g_idx.* 32 columns'),
+    ({}, {'g_idx': np.arange(64, dtype=np.int16) // 32}, 'is I16'),
+    ({'static_groups': 1, 'desc_act': True}, {}, 'static_groups=1'),
     ({}, {'qzeros': None}, 'qzeros is missing'),
     ({}, {'qzeros': np.full((2, 4), -1, np.int32)}, 'stands for 16 in some'),
   )
@@ -520,7 +615,55 @@ class FailClosedTest(parameterized.TestCase):
     )
 
   @parameterized.parameters(
-    ({'weight_block_size': None}, 'is no tile'),
+    ('fp8_rows', {'weight_scale': np.ones((8, 1), 'f4')}, r'expected F32 .8,'),
+    ('fp8_rows', {'weight_scale': np.ones(24, 'f4')}, r'expected F32 .8,'),
+    ('fp8_rows', {'weight_scale': np.ones((), 'f4')}, r'expected F32 .8,'),
+    ('fp8_rows', {'weight': np.ones((8, 24), 'i1')}, 'is I8'),
+    (
+      'fp8_rows',
+      {'weight': np.ones((2, 8, 24), ml_dtypes.float8_e4m3fn)},
+      'two axes',
+    ),
+    ('fp8_tiles', {'weight_scale': np.ones((2, 1), 'f4')}, r'2, 1, 1, 1'),
+    (
+      'fp8_tiles',
+      {'weight': np.ones((255, 128), ml_dtypes.float8_e4m3fn)},
+      'no whole tiles',
+    ),
+    ('int8', {'weight': np.ones((8, 24), 'u1')}, 'is U8'),
+    ('int8', {'weight_scale': np.ones((1, 8), 'f4')}, r'expected F32 .8,'),
+    ('int4', {'weight_scale': np.ones((4, 2), 'f4')}, r'expected F32 .8, 2'),
+    ('int4', {'weight_scale': np.ones((8, 4), 'f4')}, r'expected F32 .8, 2'),
+    ('int4', {'weight': np.ones((4, 256), 'i1')}, 'is I8'),
+    ('int4', {'weight_scale_2': np.float32(1)}, 'scale_2 is not known'),
+    ('int4', {'pre_quant_scale': np.ones(256, 'f4')}, 'pre_quant_scale is not'),
+    ('int8', {'pre_quant_scale': np.ones(24, 'f4')}, 'pre_quant_scale is not'),
+  )
+  def test_parts_of_modelopt(self, case, changes, message):
+    case = f'modelopt_{case}'
+    parts, _ = checkpoints.golden(case)
+    self.refused_parts(
+      {**parts, **changes}, checkpoints.SETTINGS[case], message
+    )
+
+  @parameterized.parameters(
+    ({'group_size': 48}, 'groups of 48 do not fill rows of 256'),
+    ({'group_size': 0}, 'groups of 0'),
+    ({'group_size': None}, 'groups of 0'),
+    ({'group_size': True}, 'of type int'),
+    ({'group_size': 64}, r'expected F32 \(8, 4\)'),
+    ({'has_zero_point': True}, 'has_zero_point=True'),
+    ({'quant_algo': 'W4A8_AWQ'}, "quant_algo='W4A8_AWQ'"),
+    ({'quant_algo': 'FP8_PB_REAL'}, "quant_algo='FP8_PB_REAL'"),
+  )
+  def test_int4_of_modelopt(self, settings, message):
+    parts, _ = checkpoints.golden('modelopt_int4')
+    settings = {**checkpoints.SETTINGS['modelopt_int4'], **settings}
+    self.refused_parts(parts, settings, message)
+
+  @parameterized.parameters(
+    ({'weight_block_size': None}, r'expected .* \(\) or \(1,\)'),
+    ({'weight_block_size': []}, 'is no tile'),
     ({'weight_block_size': [16, -16]}, 'is no tile'),
     ({'weight_block_size': [128, 128]}, r'expected F32 \(1, 1\)'),
     ({'fmt': 'e5m2'}, "fmt='e5m2'"),
@@ -529,11 +672,37 @@ class FailClosedTest(parameterized.TestCase):
     parts, _ = checkpoints.golden('deepseek_fp8_block16')
     self.refused_parts(parts, {**checkpoints.TILES, **settings}, message)
 
+  @parameterized.parameters(
+    ({'expert_dtype': None}, {}, 'expert_dtype=None'),
+    ({'expert_dtype': 'fp8'}, {}, "expert_dtype='fp8'"),
+    ({}, {'weight_scale_inv': np.ones((4, 2), np.float32)}, 'is F32'),
+    ({}, {'weight_scale_inv': np.ones((2, 4), np.uint8)}, r'expected .*4, 2'),
+    ({}, {'weight': np.ones((4, 32), np.uint8)}, 'is U8'),
+  )
+  def test_experts(self, settings, changes, message):
+    parts, _ = checkpoints.golden('fp8_experts')
+    settings = {**checkpoints.SETTINGS['fp8_experts'], **settings}
+    self.refused_parts({**parts, **changes}, settings, message)
+
+  @parameterized.parameters(
+    ('weight_scale', np.ones(16, np.float32), r'expected F32 \(16, 1\)'),
+    ('weight_scale', np.ones((1, 64), np.float32), r'expected F32 \(16, 1\)'),
+    ('weight_scale', np.ones((16, 1), np.uint8), 'is U8'),
+    ('weight', np.ones((16, 64), np.int8), 'is I8'),
+    ('weight', np.ones((2, 8, 64), ml_dtypes.float8_e4m3fn), 'two axes'),
+  )
+  def test_fbgemm(self, end, part, message):
+    parts, _ = checkpoints.golden('ct/fp8_dynamic')
+    settings = {'quant_method': 'fbgemm_fp8'}
+    self.refused_parts({**parts, end: part}, settings, message)
+
   def test_bitsandbytes(self):
     for case, end, message in (
-      ('bnb_nf4_nested', None, 'nested'),
       ('bnb_nf4', 'weight.absmax', 'absmax is missing'),
       ('bnb_nf4', 'weight.quant_map', 'is not the table of NF4'),
+      ('bnb_fp4', 'weight.quant_map', 'is not the table of FP4'),
+      ('bnb_nf4_nested', 'weight.nested_absmax', 'nested_absmax is missing'),
+      ('bnb_nf4_nested', 'weight.nested_quant_map', 'quant_map is missing'),
       (
         'bnb_nf4',
         'weight.quant_state.bitsandbytes__nf4',
@@ -553,8 +722,10 @@ class FailClosedTest(parameterized.TestCase):
       (b'[32, 64]', b'[32, 65]', 'numbers'),
       (b'[32, 64]', b'[2048]', 'numbers'),
       (b'[32, 64]', b'[1e9,1]', 'numbers'),
-      (b': 64', b': 48', 'run on between rows'),
-      (b': 64', b': 0', 'run on between rows'),
+      (b'[32, 64]', b'[22, 93]', 'has 2048 numbers'),
+      (b': 64', b': 48', 'blocksize=48'),
+      (b': 64', b': 0', 'blocksize=0'),
+      (b': 64', b': 32', r'expected F32 \(64,\)'),
       (b'float16', b'int8', "dtype='int8'"),
       (b'{', b'[', 'delimiter'),
       (b'{', b'[' * 10_000, 'too deeply'),
@@ -562,6 +733,35 @@ class FailClosedTest(parameterized.TestCase):
       text = np.frombuffer(state.replace(before, after, 1), np.uint8)
       again = {**parts, 'weight.quant_state.bitsandbytes__nf4': text}
       self.refused_parts(again, None, message)
+    parts, _ = checkpoints.golden('bnb_nf4_nested')
+    state = parts['weight.quant_state.bitsandbytes__nf4'].tobytes()
+    for before, after, message in (
+      (b'"nested_blocksize": 256', b'"nested_blocksize": 128', 'size=128'),
+      (b'"nested_dtype": "float32"', b'"nested_dtype": "float16"', 'float16'),
+      (b'"nested_offset": ', b'"nested_offset": 1e99, "x": ', 'no float32'),
+      (b'"nested_offset"', b'"x"', 'nested_offset=nan'),
+      (b'"nested_blocksize"', b'"x"', 'absmax.* is U8'),
+    ):
+      self.assertIn(before, state)
+      text = np.frombuffer(state.replace(before, after, 1), np.uint8)
+      again = {**parts, 'weight.quant_state.bitsandbytes__nf4': text}
+      self.refused_parts(again, None, message)
+    plain, _ = checkpoints.golden('bnb_nf4')
+    plain['weight.nested_absmax'] = parts['weight.nested_absmax']
+    self.refused_parts(plain, None, 'nested_absmax is not known')
+
+  @parameterized.parameters(
+    ('SCB', np.ones(11, np.float32), r'expected F32 \(12,\)'),
+    ('SCB', np.ones(12, np.float16), 'is F16'),
+    ('weight', np.ones((12, 20), np.uint8), 'is U8'),
+    ('weight', np.ones(12, np.int8), 'expected rows'),
+    ('weight_format', np.uint8(1), 'not in rows'),
+    ('weight_format', np.float32(0), 'is F32'),
+  )
+  def test_int8_of_bitsandbytes(self, end, part, message):
+    parts, _ = checkpoints.golden('bnb_int8')
+    settings = {'quant_method': 'bitsandbytes'}
+    self.refused_parts({**parts, end: part}, settings, message)
 
   @parameterized.parameters(
     'ct/int4_g32_sym',
@@ -591,7 +791,7 @@ class FailClosedTest(parameterized.TestCase):
     ({'': 'i1', '_scale_inv': 'f4'}, None),
     ({'._weight_qdata': 'i1'}, None),
     ({'.weight.absmax': 'f4'}, None),
-    ({'.weight.quant_state.bitsandbytes__fp4': 'u1'}, None),
+    ({'.weight.quant_state.bitsandbytes__int4': 'u1'}, None),
     ({'.weight': 'i1', '.SCB': 'f4'}, None),
     ({'.weight': 'i1'}, checkpoints.GPTQ),
     ({'.weight': 'i4'}, checkpoints.AWQ),
@@ -644,6 +844,8 @@ class FuzzTest(parameterized.TestCase):
       parts, _ = checkpoints.golden(case)
       if case.startswith('ct/'):
         yield parts, checkpoints.configuration(case)
+      elif case in checkpoints.SETTINGS:
+        yield parts, checkpoints.SETTINGS[case]
       elif case.startswith('bnb'):
         yield parts, None
       elif case.startswith('gptq'):
@@ -654,13 +856,16 @@ class FuzzTest(parameterized.TestCase):
         yield parts, {'quant_method': 'mxfp4'}
       elif case == 'awq_gemm_g32':
         yield parts, checkpoints.AWQ
-      elif case == 'deepseek_fp8_block16':
-        yield parts, checkpoints.TILES
       else:
         yield (
           parts,
           {**checkpoints.MODELOPT, 'quant_algo': case.split('_')[1].upper()},
         )
+
+    parts, _ = checkpoints.golden('ct/int4_g32_sym')
+    parts['weight_g_idx'] = np.arange(64, dtype=np.int32) % 2
+    config = checkpoints.configuration('ct/int4_g32_sym')
+    yield parts, checkpoints.changed(config, actorder='group')
 
   def mutations(self, data: bytes, random):
     start, length = random.randint(len(data)), random.randint(1, 32)
@@ -682,6 +887,8 @@ class FuzzTest(parameterized.TestCase):
       for tensor in safetensors.open(folder).values():
         if isinstance(tensor, qarray.QArray):
           qarray.validate(tensor)
+        elif isinstance(tensor, ops.Transformed):
+          qarray.validate(tensor.weight)
     except ValueError as error:
       self.assertIn(str(folder), str(error))
 

@@ -21,7 +21,12 @@ from lowbit_jax.numerics import oracle
 
 SHAPE = (2, 256)
 RANDOM_BITS = 3
-ORACLE_RULES = (*oracle.EXPONENT_RULES, 'absmax', 'minmax')
+ORACLE_RULES = (
+  *oracle.EXPONENT_RULES,
+  'absmax',
+  'minmax',
+  *oracle.UNEVEN_RULES,
+)
 BLOCK_FORMATS = formats.names('block')
 LINE_FORMATS = tuple(n for n in BLOCK_FORMATS if not formats.get(n).is_tile)
 # Each kind of element, of block and of scale. The slow tests take the whole

@@ -72,6 +72,35 @@ class ReplacingTest(parameterized.TestCase):
       self.assertLen(self.names(), 3)
     self.assertEqual(self.names(), ['file', 'other.partial', 'second'])
 
+  def test_folders_of_dead_writers_are_deleted(self):
+    dead = self.directory / '.lowbit-0123456789abcdef.partial'
+    for make in (self.write, self.build):
+      dead.mkdir()
+      (dead / 'shard').touch()
+      (self.directory / 'other.partial').mkdir(exist_ok=True)
+      with _files.building(self.directory / make.__name__) as folder:
+        self.assertEqual(os.listdir(folder), [])
+        # A writer that lives keeps its own.
+        make(self.directory / f'second_{make.__name__}')
+        self.assertTrue(os.path.isdir(folder))
+        self.assertFalse(dead.exists())
+    self.assertEqual(
+      self.names(),
+      ['build', 'other.partial', 'second_build', 'second_write', 'write'],
+    )
+
+  def build(self, path):
+    with _files.building(path) as folder:
+      (pathlib.Path(folder) / 'shard').touch()
+
+  def test_an_exception_leaves_no_folder(self):
+    for error in (KeyboardInterrupt(), ValueError()):
+      with self.assertRaises(type(error)):
+        with _files.building(self.path) as folder:
+          (pathlib.Path(folder) / 'shard').touch()
+          raise error
+      self.assertEmpty(self.names())
+
   def test_an_exception_keeps_the_old_file(self):
     self.path.write_bytes(b'old')
     for error in (KeyboardInterrupt(), FileNotFoundError(2, 'none', 'other')):

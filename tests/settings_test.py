@@ -135,6 +135,19 @@ def _ragged(x, w):
   return lowbit_jax.ragged_dot(x, experts, np.array([1, 3], np.int32))
 
 
+def _behind_transforms(x, w):
+  order = transforms.Permutation(np.arange(K)[::-1].copy())
+  q = ops.Transformed(_weight(order.apply_dual(w), formats.mxfp4), order, -2)
+  gradient = jax.grad(lambda x: jnp.sum(lowbit_jax.dot(x, q)))(x)
+  rotation = transforms.random_hadamard(_key(), K, 32)
+  experts = lowbit_jax.quantize(jnp.stack([w, -w]), formats.mxfp4, axis=-2)
+  stack = ops.Transformed(experts, rotation, -2)
+  y = lowbit_jax.ragged_dot(x, stack, np.array([1, 3], np.int32))
+  members = jax.tree.map(lambda *leaves: jnp.stack(leaves), q, q)
+  each = lowbit_jax.ragged_dot(x, members, np.array([1, 3], np.int32))
+  return gradient, y, each, lowbit_jax.dequantize(q), stack.mT
+
+
 def _spanned(x, w):
   heads = w.reshape(4, -1, COLUMNS)
   q = lowbit_jax.quantize(heads, formats.mxfp4, axis=(0, 1))
@@ -280,6 +293,7 @@ CASES: dict[str, Case] = {
       _updated, _integer_product, _general_product, _mixed_dtypes, _einsum,
       _held_tensor_scales, _sphere, _by_addition, _views, _transforms,
       _rotated, _polar, _prepacked, _ragged, _spanned,
+      _behind_transforms,
     )
   },
 }  # fmt: skip
@@ -305,7 +319,7 @@ SHARDED = (
   'round_trip_mxfp4', 'round_trip_int8_tensor', 'round_trip_mxfp4_32x32',
   'product_mxfp4', 'integer_product', 'softmax_softmax', 'clipped',
   'learned_step', 'held_scales', 'general_product', 'by_addition', 'transforms',
-  'polar', 'prepacked', 'ragged', 'spanned',
+  'polar', 'prepacked', 'ragged', 'spanned', 'behind_transforms',
 )  # fmt: skip
 # JAX itself refuses to take parts of an axis that is split explicitly.
 NOT_SHARDED = ('parts', 'views', 'sphere')

@@ -107,6 +107,10 @@ def harmless(checkpoint: Checkpoint) -> re.Pattern[str]:
   return re.compile(rf'(?!{encoder}\.).*|{counted}|{scales}')
 
 
+# The same of a GGUF file: a classifier of the whole sequence.
+GGUF_HARMLESS = re.compile(r'cls(\.output)?\.(weight|bias)')
+
+
 def _prefix(checkpoint: Checkpoint) -> str:
   found = [name for name in checkpoint if name.endswith(_WORDS)]
   if len(found) != 1:
@@ -115,10 +119,6 @@ def _prefix(checkpoint: Checkpoint) -> str:
       ' model of the BERT family has one; is it of another architecture?'
     )
   return found[0].removesuffix(_WORDS)
-
-
-# The same of a GGUF file: a classifier of the whole sequence.
-GGUF_HARMLESS = re.compile(r'cls(\.output)?\.(weight|bias)')
 
 
 def gguf() -> tuple[Table, Table]:

@@ -10,6 +10,14 @@ from models.keys import ConfigError, Keys
 from models.rotary import Rope
 
 _ORIGINAL = 'original_max_position_embeddings'
+_ALWAYS = (
+  _ORIGINAL,
+  'finetuned',
+  'partial_rotary_factor',
+  'rope_theta',
+  'rope_type',
+  'type',
+)
 _SHORT_AND_LONG = 'rope_factors_short.weight', 'rope_factors_long.weight'
 _ONE = 'rope_freqs.weight'
 
@@ -38,7 +46,9 @@ def from_huggingface(
   default = {'default': 1e4} if model_type == 'llama' else {}
   rope = Rope(base.number('rope_theta', **default), int(head_size * share))
   original = _original(keys, section)
-  return _KINDS[kind](rope, section, original, context)
+  rope = _KINDS[kind](rope, section, original, context)
+  section.check_all_read(_ALWAYS)
+  return rope
 
 
 def _original(keys: Keys, section: Keys) -> int | None:

@@ -201,6 +201,10 @@ def _modules(folder: pathlib.Path) -> tuple[pathlib.Path, str, bool]:
   if not path.exists():
     return folder, 'mean', False
   stages = _json(path, list)
+  if not all(
+    isinstance(s, dict) and {'type', 'path'} <= s.keys() for s in stages
+  ):
+    raise FolderError(f'{path}: a module lacks type or path; fetch it again')
   names = [str(stage['type']).rpartition('.')[2] for stage in stages]
   plain = ['Transformer', 'Pooling']
   if names not in (plain, [*plain, 'Normalize']):
@@ -230,7 +234,17 @@ def _tokenizer(folder: pathlib.Path, config: bert_config.Config) -> Any:
       f'{path} does not exist; save the tokenizer again with a release of'
       ' transformers that writes it'
     )
-  tokenizer = Tokenizer.from_file(str(path))
+  try:
+    tokenizer = Tokenizer.from_file(str(path))
+  except Exception as error:  # the package has no class of its own for them
+    raise FolderError(
+      f'{path} cannot be used ({error}); fetch it again'
+    ) from error
+  if (size := tokenizer.get_vocab_size()) > config.vocabulary:
+    raise FolderError(
+      f'{path} has {size} tokens and the model {config.vocabulary}; it is the'
+      ' tokenizer of another model'
+    )
   settings = folder / 'sentence_bert_config.json'
   settings = _json(settings) if settings.exists() else {}
   if settings.get('do_lower_case'):

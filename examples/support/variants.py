@@ -28,7 +28,7 @@ def decoded(model: nnx.Module) -> nnx.Module:
   values = {
     path: lowbit.dequantize(value, jnp.float32)
     for path, value in _parameters(copy).items()
-    if isinstance(value, lowbit.QArray)
+    if isinstance(value, lowbit.QArray | lowbit.ops.Transformed)
   }
   return lowbit.nn.nnx.assign(copy, values)
 
@@ -189,7 +189,7 @@ def _format(name: str) -> BlockFormat:
   return fmt
 
 
-def _parameters(model: nnx.Module) -> dict[str, jax.Array | lowbit.QArray]:
+def _parameters(model: nnx.Module) -> dict[str, Any]:
   return {
     '/'.join(map(str, path)): variable.get_raw_value()
     for path, variable in nnx.to_flat_state(nnx.state(model))

@@ -77,8 +77,16 @@ class Source:
       leaf = leaf[self.rows.first : self.rows.end]
     if self.heads:
       rows = np.arange(leaf.shape[0]).reshape(self.heads, -1, 2)
-      leaf = leaf[rows.swapaxes(1, 2).reshape(-1)]
+      leaf = _taken(leaf, rows.swapaxes(1, 2).reshape(-1))
     return leaf
+
+
+def _taken(leaf: Leaf, rows: np.ndarray) -> Leaf:
+  """Rows of a leaf, all of which share the scale of the tensor."""
+  taken = leaf[rows]
+  if isinstance(leaf, lowbit.QArray) and isinstance(taken, lowbit.QArray):
+    taken = dataclasses.replace(taken, tensor_scale=leaf.tensor_scale)
+  return taken
 
 
 Table = Mapping[str, Source]

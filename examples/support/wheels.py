@@ -46,13 +46,14 @@ def download(package: str, sha256: str, folder: pathlib.Path) -> pathlib.Path:
   command += ['--only-binary=:all:']  # whose download runs no code
   command += ['--dest', str(folder), '--requirement', str(wanted)]
   result = subprocess.run(command, capture_output=True, text=True)
-  wheels = list(folder.glob('*.whl'))
-  if result.returncode or not wheels:
+  found = list(folder.glob('*.whl'))
+  if result.returncode or not found:
     lines = result.stderr.splitlines()
-    errors = [line for line in lines if line.startswith('ERROR:')]
-    reason = (errors or lines[-1:] or ['no reason given'])[0]
+    marked = [line for line in lines if line.startswith('ERROR: ')]
+    if not marked or marked[0] == 'ERROR: Exception:':  # a traceback follows
+      marked = lines[-1:] or ['it gives no reason']
     raise FetchError(
-      f'pip cannot download {package} ({reason.removeprefix("ERROR: ")}): check'
-      ' the network and the package index of pip'
+      f'pip cannot download {package} ({marked[0].removeprefix("ERROR: ")}):'
+      ' check the network and the package index of pip'
     )
-  return wheels[0]
+  return found[0]

@@ -139,6 +139,7 @@ class _Sums:
     layout = _blocks.Layout(q, elements.shape)
     top, step = _blocks.top_and_step(q.fmt)
     self._top, self._limit = top, top + step / 2
+    self._has_uneven_ends = bool(_scaling.longer_end(q.fmt.element))
     self._has_offset = q.zero_point is not None or q.minimum is not None
     element_rows = layout.rows(np.asarray(elements))
     value_rows = layout.rows(layout.pad(np.asarray(values)))
@@ -177,10 +178,13 @@ class _Sums:
     self.noise[at] += np.square(x - y).sum(axis=1)
     self.nonzero[at] += (x != 0).sum(axis=1)
     self.flushed[at] += ((x != 0) & (y == 0)).sum(axis=1)
-    beyond = magnitude > self._limit * scale
+    step = np.abs(scale)
+    beyond = magnitude > self._limit * step
+    if self._has_uneven_ends:
+      beyond &= np.abs(x - y) > (self._limit - self._top) * step
     if self._has_offset:  # the range is not symmetric
-      beyond = np.abs(x - y) > scale
-    self.saturated[at] += (beyond & (scale > 0)).sum(axis=1)
+      beyond = np.abs(x - y) > step
+    self.saturated[at] += (beyond & (step > 0)).sum(axis=1)
     amax = magnitude.max(axis=1, initial=0)
     self.amax[at] = np.maximum(self.amax[at], amax)
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from lowbit_jax import _sites, qarray
 from lowbit_jax._quantize import check_array, check_format
+from lowbit_jax._transformed import Transformed, is_quantized
 from lowbit_jax._tree import path_name
 from lowbit_jax._typing import PyTree, ScaleRule
 from lowbit_jax.doctor import _advice, _alternatives, _measure
@@ -17,7 +18,7 @@ from lowbit_jax.doctor._table import Report, Row
 from lowbit_jax.formats import BlockFormat
 from lowbit_jax.numerics import _scaling
 from lowbit_jax.numerics._codec import FLOAT_DTYPES, as_float_array
-from lowbit_jax.qarray import QArray, is_qarray
+from lowbit_jax.qarray import QArray
 
 # A vector in a tree that is smaller than this is a bias or a norm scale, which
 # costs nothing to keep.
@@ -40,7 +41,7 @@ def report(
   Args:
     params: an array, a QArray, or a tree of them, boxed or not (Flax metadata
       boxes and NNX variables are opened). QArrays are measured as they are
-      stored.
+      stored, also behind a transform.
     fmt: the block format for arrays; may be None if all are QArrays.
     select: `(path, x) -> bool`, which leaves to measure; None for all floating
       arrays except, in a tree, vectors below 2^16 elements and leaves named
@@ -98,8 +99,8 @@ class _Plan:
     self.fmt, self.select, self.scale_rule = fmt, select, scale_rule
     self.axis, self.originals, self.entries = axis, originals, entries
 
-  def original(self, path: str, q: QArray):
-    """The original of a QArray, or None if there is no reference."""
+  def original(self, path: str, q: QArray | Transformed):
+    """What a QArray was made of, or None if there is no reference."""
     if not self.originals:
       return None
     if path not in self.originals:
@@ -112,7 +113,7 @@ class _Plan:
       raise ValueError(
         f'reference at {path!r} has shape {x.shape}, the QArray {q.shape}'
       )
-    return x
+    return q.dual(x) if isinstance(q, Transformed) else x
 
   def axis_of(self, path: str, x, bare: bool) -> Any:
     if callable(self.axis):
@@ -128,7 +129,7 @@ class _Plan:
 
 
 def _row(path: str, x, plan: _Plan, bare: bool) -> Row:
-  if isinstance(x, QArray):
+  if is_quantized(x):
     shape, dtype = x.shape, x.dtype.name
   else:
     shape, dtype = tuple(np.shape(x)), _dtype_name(x)
@@ -141,8 +142,9 @@ def _row(path: str, x, plan: _Plan, bare: bool) -> Row:
       ' on concrete arrays'
     )
   # A QArray is measured against its reference, an array after quantization.
-  if isinstance(x, QArray):
-    q, fmt, rule, x = x, x.fmt, None, plan.original(path, x)
+  if isinstance(x, QArray | Transformed):
+    q = x.weight if isinstance(x, Transformed) else x
+    fmt, rule, x = q.fmt, None, plan.original(path, x)
   else:
     fmt = plan.fmt
     if fmt is None:
@@ -178,7 +180,7 @@ def _why_skipped(path: str, x, plan: _Plan, bare: bool) -> str:
     return 'not selected'
   if math.prod(x.shape) == 0:
     return 'empty'
-  if isinstance(x, QArray) or bare:
+  if is_quantized(x) or bare:
     return ''
   dtype = np.dtype(x.dtype) if not _is_key(x) else None
   if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
@@ -196,14 +198,14 @@ def _why_skipped(path: str, x, plan: _Plan, bare: bool) -> str:
 
 def _entries(tree, name: str) -> dict[str, Any]:
   """Arrays and QArrays by path; boxes are opened."""
-  leaves, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_qarray)
+  leaves, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_quantized)
   out = {}
   for keys, leaf in leaves:
     leaf = _unbox(leaf)
     if keys and _key_name(keys[-1]) == 'value' and len(keys) > 1:
       keys = keys[:-1]  # the content of a box
     path = path_name(keys) or BARE
-    if not isinstance(leaf, QArray) and not hasattr(leaf, 'dtype'):
+    if not hasattr(leaf, 'dtype'):
       if not isinstance(leaf, bool | int | float | complex) or not keys:
         raise TypeError(
           f'{name} at {path!r} is a {type(leaf).__name__}, not an array; give'

@@ -235,7 +235,9 @@ iq4nl = register(
     ),
   )
 )
-iq4_nl = register(BlockFormat('iq4_nl', iq4nl, (32,), float16))
+iq4_nl = register(
+  BlockFormat('iq4_nl', iq4nl, (32,), float16, scale_rule='least_squares')
+)
 sign = register(CodebookFormat('sign', (-1.0, 1.0)))
 quaternary = register(CodebookFormat('quaternary', (-1.0, 0.0, 1.0, 2.0)))
 for _element, _block in ((sign, 128), (ternary, 256)):
@@ -255,14 +257,13 @@ def _k_quant(
   scales = BlockFormat(
     f'{scale.name}_g{256 // block}_float16', scale, (256 // block,), float16
   )
-  rule = 'least_squares' if minimum else 'absmax'
   return register(
     BlockFormat(
       name,
       element,
       (block,),
       float32,
-      scale_rule=rule,
+      scale_rule='least_squares',
       minimum=minimum,
       scale_blocks=scales,
     )

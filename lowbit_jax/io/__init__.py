@@ -9,4 +9,5 @@
 """
 
 from lowbit_jax._files import DamagedFileError as DamagedFileError
+from lowbit_jax.io import _exported as _exported
 from lowbit_jax.io._native import load as load, save as save

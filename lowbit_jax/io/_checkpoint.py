@@ -8,10 +8,11 @@ from typing import Any, NamedTuple, Self
 
 import numpy as np
 
+from lowbit_jax._transformed import Transformed
 from lowbit_jax.formats import BlockFormat
 from lowbit_jax.qarray import QArray
 
-Leaf = np.ndarray | QArray
+Leaf = np.ndarray | QArray | Transformed
 
 
 class Tensor(NamedTuple):
@@ -21,8 +22,9 @@ class Tensor(NamedTuple):
     layout: how the file stores its numbers, such as 'Q4_0' or 'F32'.
     shape: of the array that it stands for.
     nbytes: in the file, companions such as scales included.
-    fmt: the format of the QArray that it becomes, None for an array.
-    read: makes the array or QArray, whose leaves are NumPy arrays.
+    fmt: the format of the QArray that it becomes, also of one behind a
+      transform; None for an array.
+    read: makes the array, QArray or Transformed, whose leaves are NumPy arrays.
   """
 
   layout: str

@@ -35,7 +35,10 @@ def _plan(module: str, parts: Parts, settings: Mapping[str, Any]) -> Tensor:
   named = group if group.get('format') is not None else settings
   name = choice(named, 'format', tuple(_LAYOUTS))
   tensor = _LAYOUTS[name](parts, group['weights'])
-  return tensor._replace(layout=f'compressed-tensors {name}')
+  layout = f'compressed-tensors {name}'
+  return tensor._replace(
+    layout=layout + ', act-order' * _is_moved(group['weights'])
+  )
 
 
 def _group(module: str, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -121,7 +124,7 @@ def _scaled(
     raise ValueError(f'zero points with {strategy=} are not read')
   if not zero_point:
     codes = _without_zeros(parts, codes)
-  codes = _in_order(parts, weights, shape[-1], codes)
+  order = _order(parts, weights, shape[-1])
   if strategy == 'tensor':
     number = _layouts.numbers(_layouts.scalar(part))
     leaves = _layouts.Leaves(codes, tensor_scale=number)
@@ -145,6 +148,7 @@ def _scaled(
     codes,
     _layouts.numbers(part),
     zero_point=zero_point and zero_point(counts),
+    order=order,
   )
   return _layouts.tensor(parts, shape, fmt, leaves)
 
@@ -168,16 +172,18 @@ def _is_symmetric(weights: Mapping[str, Any]) -> bool:
   return field(weights, 'symmetric', bool, True)
 
 
-def _in_order(
-  parts: Parts, weights: Mapping[str, Any], size: int, leaf: Leaf
-) -> Leaf:
-  """`leaf`, read after a check that columns lie in groups in order."""
-  is_moved = weights.get('actorder') in (True, 'group', 'dynamic')
-  if 'weight_g_idx' not in parts and not is_moved:
-    return leaf
+def _is_moved(weights: Mapping[str, Any]) -> bool:
+  """Whether columns are grouped in another order than they lie in."""
+  return weights.get('actorder') in (True, 'group', 'dynamic')
+
+
+def _order(parts: Parts, weights: Mapping[str, Any], size: int) -> Leaf | None:
+  """What reads the columns in the order of their groups."""
+  if 'weight_g_idx' not in parts and not _is_moved(weights):
+    return None
+  choice(_with_strategy(weights), 'strategy', ('group',))
   group = _positive(weights.get('group_size'))
-  check = _layouts.check_order(parts['weight_g_idx'], size, group)
-  return _layouts.after(check, leaf)
+  return _layouts.order_of_groups(parts['weight_g_idx'], size, group)
 
 
 def _without_zeros(parts: Parts, leaf: Leaf) -> Leaf:

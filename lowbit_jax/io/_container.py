@@ -9,8 +9,10 @@ is refused where the header says anything else, before a tensor is read.
 import collections
 import json
 import math
+import mmap
 import os
 import stat
+import weakref
 from collections.abc import Callable, Mapping
 from typing import Any, BinaryIO, NamedTuple
 
@@ -97,13 +99,17 @@ class File:
       DamagedFileError: if it is no whole safetensors file.
     """
     self.path = path
-    self._data: np.ndarray | None = _mapped(path)
+    handle, size = _opened(path)
+    # A file that nobody closes is closed when it is forgotten.
+    self._closed = weakref.finalize(self, os.close, handle)
+    self._handle = handle
+    data = _mapped(handle, 0, size)
     try:
-      start, header = _header(self._data)
+      start, header = _header(data)
       self.metadata = header.pop(_METADATA, {})
       _check_metadata(self.metadata)
       entries = {name: _entry(name, node) for name, node in header.items()}
-      _check_cover(entries, len(self._data) - start)
+      _check_cover(entries, len(data) - start)
     except ValueError as error:
       raise DamagedFileError(path, str(error), _REMEDY) from error
     self.tensors = {
@@ -112,16 +118,17 @@ class File:
     }
 
   def close(self) -> None:
-    """Forgets the map; arrays that were read keep theirs."""
-    self._data = None
+    """Closes the file; arrays that were read keep their maps."""
+    self._closed()
 
   def _stored(self, name: str, entry: _Entry, start: int) -> Stored:
     dtype, shape = entry.dtype, entry.shape
 
     def read() -> np.ndarray:
-      if self._data is None:
+      if not self._closed.alive:
         raise ValueError(f'{self.path!r} was closed; open it again')
-      data = self._data[start + entry.start : start + entry.stop]
+      size = entry.stop - entry.start
+      data = _mapped(self._handle, start + entry.start, size)
       if dtype == 'BOOL' and data.size and data.max() > 1:
         raise DamagedFileError(
           self.path, f'{name!r} has booleans other than 0 and 1', _REMEDY
@@ -184,14 +191,28 @@ def check_writable(name: object, array: np.ndarray) -> None:
     )
 
 
-def _mapped(path: str) -> np.ndarray:
+def _opened(path: str) -> tuple[int, int]:
+  """An open file, and its size."""
   # Asked before it is opened, which would wait for the writer of a pipe.
   status = os.stat(path)
   if not stat.S_ISREG(status.st_mode):
     raise DamagedFileError(path, 'it is no regular file', 'name another')
   if status.st_size < 8:
     raise DamagedFileError(path, 'it ends before its header', _REMEDY)
-  return np.memmap(path, np.uint8, 'r').view(np.ndarray)
+  flags = os.O_RDONLY | getattr(os, 'O_BINARY', 0)
+  return os.open(path, flags), status.st_size
+
+
+def _mapped(handle: int, start: int, size: int) -> np.ndarray:
+  """Bytes of a file, mapped for themselves: the pages of what was read go when
+  nothing refers to them."""
+  if not size:
+    return np.empty(0, np.uint8)
+  skipped = start % mmap.ALLOCATIONGRANULARITY
+  pages = mmap.mmap(
+    handle, skipped + size, access=mmap.ACCESS_READ, offset=start - skipped
+  )
+  return np.frombuffer(pages, np.uint8, size, skipped)
 
 
 def _header(data: np.ndarray) -> tuple[int, dict[str, Any]]:

@@ -7,28 +7,31 @@ every quantized module, so that nothing else is taken for quantized.
 import json
 import os
 import pathlib
-import secrets
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from lowbit_jax import formats, qarray
+from lowbit_jax import _files, formats, qarray
+from lowbit_jax._transformed import Transformed, is_quantized
 from lowbit_jax.formats import BlockFormat, ElementFormat, IntFormat
-from lowbit_jax.io import _bits, _compressed_tensors, _container
+from lowbit_jax.io import _bits, _compressed_tensors, _container, _layouts
 from lowbit_jax.qarray import QArray
+from lowbit_jax.transforms import Permutation
 
+# Ends of the names of files that hold weights, or say how they are quantized.
 _WEIGHTS = (
   *('.safetensors', '.index.json', '.bin', '.pt', '.pth', '.gguf', '.onnx'),
-  *('.h5', '.msgpack', '.ckpt'),
+  *('.h5', '.msgpack', '.ckpt', 'quant_config.json', 'quantize_config.json'),
 )
-_OURS = ('config.json', 'hf_quant_config.json')
 _MICROSCALING: dict[ElementFormat, tuple[str, str]] = {
   formats.e2m1: ('mxfp4-pack-quantized', 'weight_packed'),
   formats.e2m3: ('mxfp6-pack-quantized', 'weight_packed'),
   formats.e4m3fn: ('mxfp8-quantized', 'weight'),
 }
+# Elements whose layouts hold no stacks.
+_SINGLE = (formats.e2m1, formats.e2m3)
 
 
 class _Weight(NamedTuple):
@@ -59,10 +62,7 @@ def write(
     source: folder of which other files are copied, or None.
     shard_bytes: after which another file begins.
   """
-  parent, name = os.path.split(os.path.abspath(folder))
-  partial = os.path.join(parent, f'.{name}-{secrets.token_hex(8)}.partial')
-  os.mkdir(partial)
-  try:
+  with _files.building(folder) as partial:
     config = _copied(source, partial)
     shards, groups = _shards(partial, tensors, shard_bytes)
     if groups:
@@ -70,10 +70,6 @@ def write(
     if config:
       _put(partial, 'config.json', config)
     _name_shards(partial, shards)
-    os.rename(partial, folder)
-  except BaseException:
-    shutil.rmtree(partial, ignore_errors=True)
-    raise
 
 
 def _copied(source: str | None, folder: str) -> dict[str, Any]:
@@ -85,7 +81,7 @@ def _copied(source: str | None, folder: str) -> dict[str, Any]:
   for file in sorted(pathlib.Path(source).iterdir()):
     if file.name == 'config.json':
       config = _container.parse(file.read_bytes())
-    elif file.is_file() and not file.name.endswith((*_WEIGHTS, *_OURS)):
+    elif file.is_file() and not file.name.endswith(_WEIGHTS):
       shutil.copyfile(file, os.path.join(folder, file.name))
   for name in ('quantization_config', 'compression_config', 'quantization'):
     config.pop(name, None)
@@ -102,7 +98,7 @@ def _shards(
   seen: set[str] = set()
   for name in tensors:
     value = tensors[name]
-    if isinstance(value, QArray):
+    if is_quantized(value):
       module = name.removesuffix('weight').removesuffix('.')
       weight = _weight(name, value)
       key = json.dumps([weight.layout, weight.settings])
@@ -172,7 +168,38 @@ def _settings(groups: list[dict[str, Any]]) -> dict[str, Any]:
   }
 
 
-def _weight(name: str, q: QArray) -> _Weight:
+def _weight(name: str, weight: QArray | Transformed) -> _Weight:
+  """A weight in the layout that its format has."""
+  if isinstance(weight, QArray):
+    return _plain(name, weight)
+  t, q = weight, weight.weight
+  if not isinstance(t.transform, Permutation) or t.axis != -1 or t.stacked:
+    raise ValueError(
+      f'{name!r} is {t!r}; compressed-tensors knows no transform but an order'
+      ' of the inputs of (outputs, inputs): pass dequantize(w), or its mT'
+    )
+  # Codes go back to their places, where those beyond the row stay.
+  own: Any = np.asarray(t.transform.order)
+  order = np.asarray(Permutation(own).order)  # checked
+  bits, codes = q.fmt.element.bits, np.asarray(q.codes)
+  places = np.arange(codes.shape[-1] * 8 // bits)
+  places[: order.size] = np.argsort(order)
+  codes = _layouts.reordered(codes, bits, places)
+  plain = _plain(name, qarray.replace(q, codes=codes))
+  if (plain.layout, plain.settings['strategy']) != ('pack-quantized', 'group'):
+    raise ValueError(
+      f'{name!r} is {q.fmt} with its inputs in another order, which'
+      ' compressed-tensors knows for integers in groups alone'
+    )
+  groups = np.empty(order.size, np.int32)
+  groups[order] = np.arange(order.size) // q.fmt.block[0]
+  return plain._replace(
+    settings={**plain.settings, 'actorder': 'group'},
+    parts={**plain.parts, 'weight_g_idx': groups},
+  )
+
+
+def _plain(name: str, q: QArray) -> _Weight:
   """A QArray in the layout that its format has."""
   fmt, ndim = q.fmt, q.ndim
   qarray.validate(q)
@@ -186,28 +213,49 @@ def _weight(name: str, q: QArray) -> _Weight:
       f'{name!r} has its blocks along {q.axis}; they must lie along the inputs'
       ' of (outputs, inputs): pass its mT'
     )
-  if q.tensor_scale is not None and q.tensor_scale.size > 1:
-    raise ValueError(f'{name!r} is a stack of tensors; pass its members')
+  make = _maker(fmt)
+  if make is None:
+    raise ValueError(
+      f'{name!r} is {fmt}, for which compressed-tensors has no layout; it has'
+      ' them for nvfp4, mxfp4, mxfp6_e2m3 and mxfp8_e4m3, for integers of 2 to'
+      ' 8 bits and e4m3fn in groups, in channels and in one tensor, and for'
+      ' tiles of e4m3fn'
+    )
+  _check_shape(name, q)
+  return make(name, q)
+
+
+def _maker(fmt: BlockFormat) -> Callable[[str, QArray], _Weight] | None:
+  """What brings weights of a format into its layout, if there is one."""
   scale = fmt.scale
   one_level = not fmt.tensor_scale and fmt.scale_blocks is None
   if scale == formats.e8m0 and fmt.block == (32,):
     if fmt.element in _MICROSCALING and not fmt.tensor_scale:
-      return _microscaling(name, q)
+      return _microscaling
   elif (fmt.element, fmt.block, scale, fmt.tensor_scale) == (
     *(formats.e2m1, (16,), formats.e4m3fn, True),
   ):
-    return _nvfp4(name, q)
+    return _nvfp4
   elif scale is None or (scale.bits > 8 and one_level):
     if fmt.element == formats.e4m3fn:
-      return _float(q)
+      return _float
     if _is_packable(fmt):
-      return _packed(name, q)
-  raise ValueError(
-    f'{name!r} is {fmt}, for which compressed-tensors has no layout; it has'
-    ' them for nvfp4, mxfp4, mxfp6_e2m3 and mxfp8_e4m3, for integers of 2 to 8'
-    ' bits and e4m3fn in groups, in channels and in one tensor, and for tiles'
-    ' of e4m3fn'
-  )
+      return _packed
+  return None
+
+
+def _check_shape(name: str, q: QArray) -> None:
+  """Refuses what compressed-tensors does not decompress."""
+  fmt = q.fmt
+  has_many_scales = q.tensor_scale is not None and q.tensor_scale.size > 1
+  if q.ndim > 2 and (has_many_scales or fmt.is_tile or fmt.element in _SINGLE):
+    raise ValueError(f'{name!r} is a stack of tensors; pass its members')
+  size = 0 if fmt.is_tile else fmt.block[0]
+  if size and q.shape[-1] % size:
+    raise ValueError(
+      f'{name!r} has rows of {q.shape[-1]}, no whole blocks of {size}; give'
+      ' each row one scale (formats.per_channel), or leave it dense'
+    )
 
 
 def _is_packable(fmt: BlockFormat) -> bool:
@@ -245,16 +293,10 @@ def _scales(q: QArray) -> np.ndarray:
   return np.asarray(q.scale)
 
 
-def _whole_rows(name: str, q: QArray) -> np.ndarray:
-  """Codes of rows that blocks fill."""
-  if any(q.pad):
-    raise ValueError(f'{name!r} has rows of {q.shape[-1]}, no whole blocks')
-  return np.asarray(q.codes)
-
-
 def _microscaling(name: str, q: QArray) -> _Weight:
+  del name
   layout, role = _MICROSCALING[q.fmt.element]
-  codes = _whole_rows(name, q)
+  codes = np.asarray(q.codes)
   if role == 'weight':
     codes = codes.view(_container.dtype('F8_E4M3'))
   settings = _arguments(q.fmt, 'float') | {'scale_dtype': 'torch.uint8'}
@@ -269,7 +311,7 @@ def _nvfp4(name: str, q: QArray) -> _Weight:
   }
   scale = np.asarray(q.scale).view(_container.dtype('F8_E4M3'))
   parts = {
-    'weight_packed': _whole_rows(name, q),
+    'weight_packed': np.asarray(q.codes),
     'weight_scale': scale,
     'weight_global_scale': _divisor(
       name, np.asarray(q.tensor_scale).reshape(1)
@@ -288,7 +330,8 @@ def _divisor(name: str, factor: np.ndarray) -> np.ndarray:
   return min(candidates, key=lambda n: abs(float(1 / n[0]) - float(factor[0])))
 
 
-def _float(q: QArray) -> _Weight:
+def _float(name: str, q: QArray) -> _Weight:
+  del name
   codes = np.asarray(q.codes)[..., : q.shape[-2], : q.shape[-1]]
   parts = {
     'weight': codes.view(_container.dtype('F8_E4M3')),

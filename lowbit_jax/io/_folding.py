@@ -5,23 +5,30 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from lowbit_jax._files import DamagedFileError
-from lowbit_jax.io import _compressed_tensors, _whole_bytes, _words
+from lowbit_jax.io import (
+  _bitsandbytes,
+  _compressed_tensors,
+  _whole_bytes,
+  _words,
+)
 from lowbit_jax.io._checkpoint import Leaf, Tensor
 from lowbit_jax.io._container import Stored
 from lowbit_jax.io._layouts import Layout, Parts, field
 
 Settings = Mapping[str, Any] | None
 
+_BITSANDBYTES = _bitsandbytes.NF4, _bitsandbytes.FP4
 _METHODS = {
   'compressed-tensors': (_compressed_tensors.LAYOUT,),
   'gptq': (_words.GPTQ,),
   'awq': (_words.AWQ,),
   'modelopt': (_whole_bytes.MODELOPT,),
   'fp8': (_whole_bytes.FP8_TILES, _whole_bytes.FP8),
+  'fbgemm_fp8': (_whole_bytes.FBGEMM,),
   'mxfp4': (_whole_bytes.GPT_OSS,),
-  'bitsandbytes': (_whole_bytes.NF4,),
+  'bitsandbytes': (*_BITSANDBYTES, _bitsandbytes.INT8),
 }
-_WITHOUT_SETTINGS = (_whole_bytes.NF4,)  # says all in its tensors
+_WITHOUT_SETTINGS = _BITSANDBYTES  # say all in their tensors
 
 # Ends of names that only parts of quantized weights have, and pairs of ends:
 # the first is a part where the second is there too.
@@ -74,14 +81,14 @@ def tensors(
         names = {part.name for part in parts.values()}
         if name in result or (name in stored and name not in names):
           raise ValueError('two layouts claim this name')
-        result[name] = _located(
+        result[name] = located(
           layout.plan(prefix.removesuffix('.'), parts, settings), path, name
         )
       parts_of[name] = names
   folded = set().union(*parts_of.values())
   for name in stored.keys() - folded:
     with _at(path, name):
-      result[name] = _located(_dense(stored, name, settings), path, name)
+      result[name] = located(_dense(stored, name, settings), path, name)
   order = {name: k for k, name in enumerate(stored)}
   first = {n: min(map(order.__getitem__, parts_of.get(n, {n}))) for n in result}
   return dict(sorted(result.items(), key=lambda item: first[item[0]]))
@@ -122,7 +129,7 @@ def _dense(
   return Tensor(part.dtype, part.shape, part.nbytes, None, part.read)
 
 
-def _located(tensor: Tensor, path: str, name: str) -> Tensor:
+def located(tensor: Tensor, path: str, name: str) -> Tensor:
   """`tensor`, whose errors name file and tensor."""
 
   def read() -> Leaf:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lowbit_jax import formats, qarray
+from lowbit_jax._transformed import Transformed
 from lowbit_jax._typing import DTypeLike
 from lowbit_jax.formats import (
   BlockFormat,
@@ -20,9 +21,11 @@ from lowbit_jax.formats import (
   FloatFormat,
   IntFormat,
 )
+from lowbit_jax.io import _bits
 from lowbit_jax.io._checkpoint import Tensor
 from lowbit_jax.io._container import Stored
 from lowbit_jax.qarray import QArray
+from lowbit_jax.transforms import Permutation
 
 # The formats in which scales of these dtypes are held.
 FLOAT_SCALES = {
@@ -79,12 +82,15 @@ class Leaves(NamedTuple):
     scale: of the shape and dtype of the leaf.
     tensor_scale: one number.
     zero_point: of the shape of the scales.
+    order: columns in the order of their groups (act-order), if they may lie in
+      another one.
   """
 
   codes: Leaf
   scale: Leaf | None = None
   tensor_scale: Leaf | None = None
   zero_point: Leaf | None = None
+  order: Leaf | None = None
 
 
 def field(
@@ -152,7 +158,8 @@ def tensor(
     dtype: that the QArray stands for.
 
   Returns:
-    The tensor, with an empty name of its layout.
+    The tensor, with an empty name of its layout. It becomes a QArray, or in
+    act-order a `Transformed` with the columns of a group side by side.
 
   Raises:
     ValueError: if it has parts that nothing asked for.
@@ -163,14 +170,19 @@ def tensor(
   axes = qarray.block_axes(fmt, None, len(shape))
   pad = qarray.padding(shape, fmt, axes)
 
-  def read() -> QArray:
+  def read() -> QArray | Transformed:
     arrays: dict[str, Any] = {
       name: leaf and leaf() for name, leaf in leaves._asdict().items()
     }
+    order: Any = arrays.pop('order')
+    if order is not None and (np.diff(order) == 1).all():
+      order = None
+    if order is not None:
+      arrays['codes'] = reordered(arrays['codes'], fmt.element.bits, order)
     arrays['codes'] = _fitted(arrays['codes'], shape, fmt, axes, pad)
     if leaves.tensor_scale:
       arrays['tensor_scale'] = _single(arrays['tensor_scale'], len(shape))
-    return qarray.validate(
+    q = qarray.validate(
       QArray(
         **arrays,
         fmt=fmt,
@@ -179,6 +191,7 @@ def tensor(
         dtype=np.dtype(dtype),
       )
     )
+    return q if order is None else Transformed(q, Permutation(order), -1)
 
   nbytes = sum(part.nbytes for part in parts.values())
   return Tensor('', shape, nbytes, fmt, read)
@@ -200,6 +213,11 @@ def _single(number: np.ndarray, ndim: int) -> np.ndarray:
   if not np.isfinite(number).all():
     raise ValueError(f'its tensor scale is {number}')
   return number.astype(np.float32).reshape((1,) * ndim)
+
+
+def reordered(data: np.ndarray, bits: int, order: np.ndarray) -> np.ndarray:
+  """Packed codes (..., bytes of a row) with their columns in another order."""
+  return _bits.pack(_bits.unpack(data, bits)[..., order], bits)
 
 
 def float_scale(part: Stored) -> FloatFormat:
@@ -255,6 +273,9 @@ def tile(
   element: ElementFormat, block: tuple[int, int], scale: FloatFormat
 ) -> BlockFormat:
   """`element` with a scale for each tile of so many rows and columns."""
+  if block[0] == 1:
+    is_mx = (element, block[1], scale) == (formats.e4m3fn, 32, formats.e8m0)
+    return formats.mxfp8_e4m3 if is_mx else group(element, block[1], scale)
   if (element, block, scale) == (formats.e4m3fn, (128, 128), formats.float32):
     return formats.fp8_128x128
   suffix = '' if scale == formats.float32 else f'_{scale.name}'
@@ -269,21 +290,30 @@ def blocks(shape: Sequence[int], block: Sequence[int]) -> tuple[int, ...]:
   return (*shape[:lead], *counts)
 
 
-def check_order(part: Stored, size: int, group: int) -> Callable[[], None]:
-  """Checks, when called, that column i is in group i // group, or that all are
-  -1, which says the same."""
+def order_of_groups(part: Stored, size: int, group: int) -> Leaf:
+  """Reads the columns in the order of their groups: those of group 0, and so
+  on, of each as the file has them.
+
+  Args:
+    part: the group of each column, or -1 everywhere, where they are in order.
+    size: number of columns.
+    group: columns of a group; the last has the rest.
+  """
   expect(part, ('I32', 'I64'), (size,))
 
-  def check() -> None:
-    groups = part.read()
-    in_order = np.array_equal(groups, np.arange(size) // group)
-    if not in_order and not (groups == -1).all():
+  def read() -> np.ndarray:
+    groups, in_order = part.read(), np.arange(size) // group
+    if (groups == -1).all():
+      groups = in_order
+    order = np.argsort(groups, kind='stable')
+    if not np.array_equal(groups[order], in_order):
       raise ValueError(
-        f'{part.name!r} puts columns into groups out of order (act-order),'
-        ' which is not read yet'
+        f'{part.name!r} is to put {group} columns into each group but the last,'
+        ' and does not'
       )
+    return order
 
-  return check
+  return read
 
 
 def after(check: Callable[[], None], leaf: Leaf) -> Leaf:

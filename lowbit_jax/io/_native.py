@@ -8,7 +8,8 @@ CRC-32 of each entry. Types that NumPy files do not know (bfloat16, float8, ...)
 are stored as unsigned integers of their width, all numbers little-endian.
 
 Version 2 added the checksums, dicts with integer keys, minima and two levels of
-scales; files of version 1 are read as well.
+scales, version 3 weights behind transforms; files of versions 1 and 2 are read
+as well.
 
 A file is taken for hostile until it has been read: entries may not overlap or
 be compressed, so no more memory is used than the file is long, and nothing is
@@ -30,7 +31,6 @@ from io import BufferedReader
 from typing import Any, Literal, NamedTuple
 
 import jax
-import jax.export
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -38,10 +38,12 @@ from jax.core import Tracer
 
 from lowbit_jax import _files, formats, qarray
 from lowbit_jax._files import DamagedFileError
+from lowbit_jax._transformed import Transformed
 from lowbit_jax._typing import PathLike, PyTree
+from lowbit_jax.io import _transforms
 from lowbit_jax.qarray import QArray
 
-VERSION = 2
+VERSION = 3
 _MAGIC = 'lowbit_jax tree'
 _MANIFEST = 'manifest.json'
 _MANIFEST_BYTES = 2**28
@@ -79,8 +81,9 @@ def save(path: PathLike, tree: PyTree, *, overwrite: bool = False) -> None:
     path: file to write; its directory must exist. A file that is replaced keeps
       its mode, and a symbolic link keeps pointing to it.
     tree: nested dicts with string or with integer keys, lists and tuples of
-      arrays, QArrays, Python scalars, strings and None, at most 100 deep.
-      Arrays have a dtype that JAX knows, or a NumPy one of 64 or 128 bits.
+      arrays, QArrays, `ops.Transformed`, Python scalars, strings and None, at
+      most 100 deep. Arrays have a dtype that JAX knows, or a NumPy one of 64 or
+      128 bits.
     overwrite: whether an existing file may be replaced.
 
   Raises:
@@ -164,6 +167,8 @@ def _describe(x, arrays: list, where: str, depth: int) -> dict:
     return {'kind': 'value', 'value': x}
   if isinstance(x, QArray):
     return _describe_qarray(x, arrays, where)
+  if isinstance(x, Transformed):
+    return _describe_transformed(x, arrays, where)
   if isinstance(x, np.ndarray | np.generic | jax.Array):
     _check_array(x, where)
     node = {'kind': 'array', 'entry': len(arrays), 'dtype': x.dtype.name}
@@ -217,6 +222,23 @@ def _describe_qarray(q: QArray, arrays: list, where: str) -> dict:
     'dtype': q.dtype.name,
     'merged': q.merged,
     'leaves': leaves,
+  }
+
+
+def _describe_transformed(t: Transformed, arrays: list, where: str) -> dict:
+  with _at(where):
+    node, leaves = _transforms.split(t.transform)
+  place = f'{where}.transform'
+  return {
+    'kind': 'transformed',
+    'weight': _describe(t.weight, arrays, f'{where}.weight', 0),
+    'transform': node,
+    'arrays': {
+      name: _describe(leaf, arrays, f'{place}.{name}', 0)
+      for name, leaf in leaves.items()
+    },
+    'axis': t.axis,
+    'rank': t.rank,
   }
 
 
@@ -355,6 +377,8 @@ def _restore(node: Any, archive: _Archive, where: str, depth: int) -> Any:
     return _array(node, archive, where)
   if kind == 'qarray':
     return _restore_qarray(node, archive, where)
+  if kind == 'transformed':
+    return _restore_transformed(node, archive, where)
   if kind in ('dict', 'int_dict'):
     items = _field(node, 'items', where, dict)
     keys = list(items) if kind == 'dict' else [int(k) for k in items]
@@ -396,6 +420,23 @@ def _restore_qarray(node: dict, archive: _Archive, where: str) -> QArray:
       merged=tuple(merged),
     )
     return qarray.validate(q)
+
+
+def _restore_transformed(
+  node: dict, archive: _Archive, where: str
+) -> Transformed:
+  weight = _field(node, 'weight', where, dict)
+  q = _restore_qarray(weight, archive, f'{where}.weight')
+  leaves = _field(node, 'arrays', where, dict)
+  arrays = {
+    name: _array(leaf, archive, f'{where}.transform.{name}')
+    for name, leaf in leaves.items()
+  }
+  axis, rank = (_field(node, name, where, int) for name in ('axis', 'rank'))
+  with _at(where):
+    stacked = q.ndim - rank
+    transform = _transforms.joined(node.get('transform'), arrays, stacked)
+    return Transformed(q, transform, axis, rank)
 
 
 def _leaf(node: Any, archive: _Archive, where: str) -> Any:
@@ -473,24 +514,3 @@ def _library_version() -> str:
     return metadata.version('lowbit-jax')
   except metadata.PackageNotFoundError:
     return 'source checkout'
-
-
-def _serialize_static(static) -> bytes:
-  fmt, axis, pad, dtype, merged = static
-  description = [formats.to_dict(fmt), axis, pad, np.dtype(dtype).name, merged]
-  return json.dumps(description).encode()
-
-
-def _deserialize_static(data: bytes):
-  fmt, axis, pad, dtype, merged = json.loads(data)
-  axis = tuple(axis) if isinstance(axis, list) else axis
-  dtype = np.dtype(getattr(ml_dtypes, dtype, dtype))
-  return formats.from_dict(fmt), axis, tuple(pad), dtype, tuple(merged)
-
-
-jax.export.register_pytree_node_serialization(
-  QArray,
-  serialized_name='lowbit_jax.QArray',
-  serialize_auxdata=_serialize_static,
-  deserialize_auxdata=_deserialize_static,
-)

@@ -8,10 +8,14 @@ say stands in the metadata of the file, as JSON under the name `KEY`:
          "leaves": {"codes": null, "scale": null}}}
 
 where `fmt` is what `formats.to_dict` gives, and a leaf that is a QArray has
-such an object in place of null.
+such an object in place of null. A weight behind a transform, `ops.Transformed`,
+is the QArray `x.weight` and the arrays of the transform, such as
+`x.transform.order`:
+
+  {"x": {"weight": {"fmt": ...}, "axis": -1, "rank": 2, "arrays": ["order"],
+         "transform": {"class": "Permutation", "axis": -1}}}
 """
 
-import functools
 import json
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -20,7 +24,8 @@ import jax
 import numpy as np
 
 from lowbit_jax import formats, qarray
-from lowbit_jax.io import _container
+from lowbit_jax._transformed import Transformed
+from lowbit_jax.io import _container, _transforms
 from lowbit_jax.io._checkpoint import Tensor
 from lowbit_jax.io._container import Stored
 from lowbit_jax.io._layouts import field
@@ -28,11 +33,17 @@ from lowbit_jax.qarray import QArray
 
 KEY = 'lowbit_jax.qarrays'
 _FIELDS = ('fmt', 'axis', 'pad', 'dtype', 'merged', 'leaves')
+_TRANSFORMED = ('weight', 'transform', 'axis', 'rank', 'arrays')
 _DTYPES = ('float32', 'bfloat16', 'float16', 'float64')
 
 
-def arrays(name: str, q: QArray) -> Iterator[tuple[str, Any]]:
-  """The leaves of a QArray with their names."""
+def arrays(name: str, q: QArray | Transformed) -> Iterator[tuple[str, Any]]:
+  """The leaves of a QArray, or of a weight behind a transform, with names."""
+  if isinstance(q, Transformed):
+    yield from arrays(f'{name}.weight', q.weight)
+    for leaf, value in _transforms.split(q.transform)[1].items():
+      yield f'{name}.transform.{leaf}', value
+    return
   for leaf, value in _leaves(q):
     if isinstance(value, QArray):
       yield from arrays(f'{name}.{leaf}', value)
@@ -40,8 +51,19 @@ def arrays(name: str, q: QArray) -> Iterator[tuple[str, Any]]:
       yield f'{name}.{leaf}', value
 
 
-def description(q: QArray) -> dict[str, Any]:
-  """What the leaves do not say."""
+def description(q: QArray | Transformed) -> dict[str, Any]:
+  """What the leaves do not say.
+
+  Raises:
+    TypeError, ValueError: for a QArray that is not whole, or a transform of a
+      class that files do not know.
+  """
+  if isinstance(q, Transformed):
+    node, leaves = _transforms.split(q.transform)
+    weight = description(q.weight)
+    own = {'axis': q.axis, 'rank': q.rank, 'arrays': sorted(leaves)}
+    return {'weight': weight, 'transform': node, **own}
+  qarray.validate(q)
   return {
     'fmt': formats.to_dict(q.fmt),
     'axis': q.axis,
@@ -65,7 +87,7 @@ def encoded(descriptions: Mapping[str, Any]) -> dict[str, str]:
 def tensors(
   stored: dict[str, Stored], text: str | None
 ) -> Iterator[tuple[str, Tensor]]:
-  """The QArrays of a file; takes their leaves out of `stored`.
+  """The stored weights of a file; takes their leaves out of `stored`.
 
   Args:
     stored: the tensors of a file by name.
@@ -80,15 +102,42 @@ def tensors(
     raise ValueError(f'its metadata {KEY!r} are no JSON object')
   for name, node in nodes.items():
     try:
-      parts = _parts(name, node, stored)
-      for part in jax.tree.leaves(parts):
+      tensor, parts = _tensor(name, node, stored)
+      for part in parts:
         del stored[part.name]
-      whole = qarray.validate(_qarray(node, parts, _shape))
     except (TypeError, ValueError) as error:
       raise ValueError(f'{name!r}: {error}') from error
-    nbytes = sum(part.nbytes for part in jax.tree.leaves(parts))
-    read = functools.partial(_qarray, node, parts, _Part.array)
-    yield name, Tensor('lowbit_jax', whole.shape, nbytes, whole.fmt, read)
+    yield name, tensor
+
+
+def _tensor(
+  name: str, node: Any, stored: Mapping[str, Stored]
+) -> tuple[Tensor, list['_Part']]:
+  """One stored weight, and its parts."""
+  is_transformed = isinstance(node, dict) and set(node) == set(_TRANSFORMED)
+  weight, leaves = node, {}
+  parts = _parts(name, node, stored) if not is_transformed else {}
+  if is_transformed:
+    weight = node['weight']
+    parts = _parts(f'{name}.weight', weight, stored)
+    if not all(type(node[name]) is int for name in ('axis', 'rank')):
+      raise ValueError('its axis and rank must be ints')
+    names = field(node, 'arrays', list, [])
+    leaves = {n: _part(f'{name}.transform.{n}', stored) for n in names}
+  whole = qarray.validate(_qarray(weight, parts, _shape))
+
+  def read() -> QArray | Transformed:
+    q = _qarray(weight, parts, _Part.array)
+    if not is_transformed:
+      return q
+    axis, rank = node['axis'], node['rank']
+    arrays = {n: part.array() for n, part in leaves.items()}
+    transform = _transforms.joined(node['transform'], arrays, q.ndim - rank)
+    return Transformed(q, transform, axis, rank)
+
+  found = jax.tree.leaves((parts, leaves))
+  nbytes = sum(part.nbytes for part in found)
+  return Tensor('lowbit_jax', whole.shape, nbytes, whole.fmt, read), found
 
 
 def _leaves(q: QArray) -> Iterator[tuple[str, Any]]:
@@ -108,11 +157,15 @@ def _parts(name: str, node: Any, stored: Mapping[str, Stored]) -> dict:
       raise ValueError(f'a QArray has no leaf {leaf!r:.80}')
     if inner is not None:
       parts[leaf] = _parts(part, inner, stored)
-    elif part in stored:
-      parts[leaf] = _Part(stored[part])
     else:
-      raise ValueError(f'its {part!r} is missing')
+      parts[leaf] = _part(part, stored)
   return parts
+
+
+def _part(name: str, stored: Mapping[str, Stored]) -> '_Part':
+  if name not in stored:
+    raise ValueError(f'its {name!r} is missing')
+  return _Part(stored[name])
 
 
 class _Part:

@@ -52,16 +52,17 @@ def _gptq(module: str, parts: Parts, settings: Mapping[str, Any]) -> Tensor:
       stored = stored + np.uint8(1)
     return np.ascontiguousarray(stored.T)
 
-  if 'g_idx' in parts:
-    check = _layouts.check_order(parts['g_idx'], inputs, group)
-    codes = _layouts.after(check, codes)
-  elif field(settings, 'desc_act', bool, False):
-    raise ValueError('its g_idx is missing')
+  is_moved, order = field(settings, 'desc_act', bool, False), None
+  if is_moved or 'g_idx' in parts:
+    order = _layouts.order_of_groups(parts['g_idx'], inputs, group)
   leaves = _layouts.Leaves(
-    codes, _transposed(scale, fmt.scale), zero_point=zero_point
+    codes, _transposed(scale, fmt.scale), zero_point=zero_point, order=order
   )
   tensor = _layouts.tensor(parts, (outputs, inputs), fmt, leaves)
-  return tensor._replace(layout=f'GPTQ {bits} bits, version {version}')
+  # With static groups columns are quantized, but not grouped, in that order.
+  is_moved = is_moved and not field(settings, 'static_groups', bool, False)
+  layout = f'GPTQ {bits} bits, version {version}'
+  return tensor._replace(layout=layout + ', act-order' * is_moved)
 
 
 def _awq(module: str, parts: Parts, settings: Mapping[str, Any]) -> Tensor:

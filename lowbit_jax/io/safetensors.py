@@ -13,8 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from lowbit_jax import _files, qarray
+from lowbit_jax import _files
 from lowbit_jax._files import DamagedFileError
+from lowbit_jax._transformed import Transformed, is_quantized
 from lowbit_jax._typing import ArrayLike, PathLike
 from lowbit_jax.io import _container, _export, _folding, _qarrays
 from lowbit_jax.io._checkpoint import Checkpoint
@@ -71,6 +72,7 @@ def open(path: PathLike) -> Checkpoint:
     own = dict(_qarrays.tensors(stored, metadata.pop(_qarrays.KEY, None)))
   except ValueError as error:
     raise ValueError(f'{path!r}, {error}') from error
+  own = {name: _folding.located(own[name], path, name) for name in own}
   tensors = _folding.tensors(stored, _settings(folder), path)
   if twice := own.keys() & tensors.keys():
     raise ValueError(f'{path!r}, {min(twice)!r}: it is there twice')
@@ -80,7 +82,7 @@ def open(path: PathLike) -> Checkpoint:
 
 def save(
   path: PathLike,
-  tensors: Mapping[str, ArrayLike | QArray],
+  tensors: Mapping[str, ArrayLike | QArray | Transformed],
   metadata: Mapping[str, str] | None = None,
   *,
   overwrite: bool = False,
@@ -88,10 +90,10 @@ def save(
   """Writes arrays and QArrays to a file, atomically.
 
   For arrays the bytes are those that the reference implementation writes.
-  Elements of 4 and 6 bits are packed. QArrays of every format are written in a
-  layout that this library alone reads: their leaves are tensors, and the
-  metadata says of which format, see docs/howto/read_safetensors.md. For other
-  programs there is `export`.
+  Elements of 4 and 6 bits are packed. QArrays of every format, also behind a
+  transform, are written in a layout that this library alone reads: their leaves
+  are tensors, and the metadata says of which format, see
+  docs/howto/read_safetensors.md. For other programs there is `export`.
 
   Args:
     path: file to write; its directory must exist.
@@ -115,8 +117,8 @@ def save(
   arrays, descriptions = {}, {}
   for name, value in tensors.items():
     parts = [(name, value)]
-    if isinstance(value, QArray):
-      descriptions[name] = _qarrays.description(qarray.validate(value))
+    if is_quantized(value):
+      descriptions[name] = _described(name, value)
       parts = list(_qarrays.arrays(name, value))
     for part, array in parts:
       if part in arrays or (part in tensors and part != name):
@@ -131,7 +133,7 @@ def save(
 
 def export(
   path: PathLike,
-  tensors: Mapping[str, ArrayLike | QArray],
+  tensors: Mapping[str, ArrayLike | QArray | Transformed],
   source: PathLike | None = None,
   *,
   shard_bytes: int = 5 * 10**9,
@@ -140,7 +142,8 @@ def export(
 
   QArrays are written in the layouts of compressed-tensors, in which `open`
   gives them back as they are, and the configuration names their modules. The
-  folder appears complete or not at all.
+  folder appears complete or not at all; what an export that was killed left
+  beside it, the next one deletes.
 
   Args:
     path: folder to write, which does not exist yet.
@@ -156,13 +159,23 @@ def export(
   Raises:
     FileExistsError: if there is something of that name.
     TypeError: for dtypes that the files do not have.
-    ValueError: for a QArray that compressed-tensors has no layout for.
+    ValueError: for a QArray that compressed-tensors has no layout for, or whose
+      shape it does not decompress: rows that are no whole blocks, and stacks of
+      4-bit and 6-bit floats and of tiles.
   """
   path = os.fspath(path)
   if os.path.lexists(path):
     raise FileExistsError(f'path={path!r} exists; choose another name')
   folder = None if source is None else os.fspath(source)
   _export.write(path, tensors, folder, shard_bytes)
+
+
+def _described(name: str, value: QArray | Transformed) -> dict[str, Any]:
+  try:
+    return _qarrays.description(value)
+  except (TypeError, ValueError) as error:
+    error.add_note(f'This is the tensor {name!r}.')
+    raise
 
 
 def _array(name: object, value: object) -> np.ndarray:

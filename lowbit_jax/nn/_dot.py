@@ -12,6 +12,7 @@ from flax.linen import dtypes as flax_dtypes
 from jax import lax
 
 from lowbit_jax import ops
+from lowbit_jax._transformed import is_quantized
 from lowbit_jax._typing import (
   DotDims,
   DTypeLike,
@@ -23,7 +24,6 @@ from lowbit_jax._typing import (
 from lowbit_jax.nn._view import Viewed, unview
 from lowbit_jax.numerics._codec import as_dtype, as_float_array
 from lowbit_jax.ops import _dot, specs as quant_specs
-from lowbit_jax.qarray import QArray
 from lowbit_jax.recipe import QuantSpec, check_spec
 
 
@@ -52,7 +52,8 @@ def dot_general(
   fake-quantized along their last contracted axis (tiles: along that and the
   last free axis); QArrays are used as they are stored. Flax turns all operands
   into arrays first: give the module `promote_dtype=nn.promote_dtype` as well
-  if its parameters are QArrays.
+  if its parameters are QArrays. An `ops.Transformed` is taken as a QArray is,
+  its transform applied to the left operand.
 
   Args:
     lhs: what is done to the left operand, the activations; None for nothing.
@@ -96,7 +97,8 @@ def promote_dtype(
 ) -> Any:
   """`promote_dtype` of Flax that lets QArrays through.
 
-  QArrays stay packed and only take on the dtype that they stand for.
+  QArrays, also behind transforms, stay packed and only take on the dtype that
+  they stand for.
 
   Args:
     *args: arrays, QArrays and None (Linen), or one tuple of these (NNX).
@@ -108,13 +110,13 @@ def promote_dtype(
   """
   is_nnx = len(args) == 1 and isinstance(args[0], tuple)
   values = [unview(x) for x in (args[0] if is_nnx else args)]
-  stand_ins = [np.zeros((), x.dtype) if _is_q(x) else x for x in values]
+  stand_ins = [np.zeros((), x.dtype) if is_quantized(x) else x for x in values]
   common = flax_dtypes.canonicalize_dtype(
     *stand_ins, dtype=dtype, inexact=inexact
   )
 
   def cast(x):
-    if x is None or isinstance(x, QArray):
+    if x is None or is_quantized(x):
       return x if x is None else x.astype(common)
     return jnp.asarray(x, common)
 
@@ -203,7 +205,7 @@ def contract(
       preferred_element_type, 'preferred_element_type'
     )
   left, right = _quantized(lhs, rhs, dimension_numbers, specs, key)
-  if not (_is_q(left) or _is_q(right)):
+  if not (is_quantized(left) or is_quantized(right)):
     return lax.dot_general(
       left,
       right,
@@ -241,7 +243,9 @@ def contract_einsum(
 ) -> jax.Array:
   """As `contract`, by subscripts."""
   left, right = _operand(lhs, 'lhs'), _operand(rhs, 'rhs')
-  if specs == Specs(None, None) and not (_is_q(left) or _is_q(right)):
+  if specs == Specs(None, None) and not (
+    is_quantized(left) or is_quantized(right)
+  ):
     return jnp.einsum(
       subscripts,
       left,
@@ -302,7 +306,7 @@ def _quantized(lhs, rhs, dims, specs: Specs, key):
     dims = _dot.check_dims(*operands, dims)
   for i, x in enumerate(operands):
     spec = specs[i]
-    if spec is not None and not isinstance(x, QArray):
+    if spec is not None and not is_quantized(x):
       contracted, batch = dims[0][i], dims[1][i]
       axis = _spec_axis(spec, x, contracted, batch)
       x = as_float_array(x, ('lhs', 'rhs')[i])
@@ -360,7 +364,3 @@ def _refuse(kwargs) -> None:
   given = {k: v for k, v in kwargs.items() if v is not None}
   if given:
     raise TypeError(f'a quantized product has no keywords {sorted(given)}')
-
-
-def _is_q(x) -> bool:
-  return isinstance(x, QArray)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from lowbit_jax import _explicit, qarray
+from lowbit_jax._transformed import Transformed
 from lowbit_jax._typing import ArrayLike, DTypeLike, Key
 from lowbit_jax.nn import _dot
 from lowbit_jax.qarray import QArray
@@ -14,7 +15,7 @@ from lowbit_jax.recipe import QuantSpec
 
 
 def take_rows(
-  table: jax.Array | QArray,
+  table: jax.Array | QArray | Transformed,
   ids: ArrayLike,
   dtype: DTypeLike | None,
   spec: QuantSpec | None = None,
@@ -23,8 +24,9 @@ def take_rows(
   """Rows of a table; NaN for ids outside of it, as in `jnp.take`.
 
   Args:
-    table: `(n, features)` array or QArray. With blocks along the features only
-      the rows are decoded, otherwise the whole table.
+    table: `(n, features)` array, QArray or Transformed. With blocks, and a
+      transform, along the features only the rows are decoded, otherwise the
+      whole table.
     ids: integers of any shape.
     dtype: dtype of the result, None for that of the table.
     spec: fake quantization of an array.
@@ -33,7 +35,7 @@ def take_rows(
   Returns:
     An array of shape `(*ids.shape, features)`.
   """
-  if isinstance(table, QArray):
+  if isinstance(table, QArray | Transformed):
     run = functools.partial(_decoded_rows, dtype=dtype)
     return _explicit.automatic(run, _rows_and_features, table, jnp.asarray(ids))
   if spec is None:
@@ -46,22 +48,25 @@ def take_rows(
   return rows if dtype is None else rows.astype(dtype)
 
 
-def _decoded_rows(table: QArray, ids, dtype) -> jax.Array:
-  if table.axes != (-1,) or table.merged:
+def _decoded_rows(table: QArray | Transformed, ids, dtype) -> jax.Array:
+  q = table.weight if isinstance(table, Transformed) else table
+  is_rows = not isinstance(table, Transformed) or table.axis == -1
+  if q.axes != (-1,) or q.merged or not is_rows:
     return jnp.take(qarray.dequantize(table, dtype), ids, axis=0)
   row = jnp.take(jnp.arange(table.shape[0]), ids, fill_value=-1)
   rows = qarray.dequantize(table[jnp.maximum(row, 0)], dtype)
   return jnp.where(row[..., None] < 0, jnp.nan, rows)
 
 
-def _rows_and_features(rows, table: QArray, ids) -> PartitionSpec:
+def _rows_and_features(rows, table: QArray | Transformed, ids) -> PartitionSpec:
   del rows
-  return PartitionSpec(*_explicit.parts(ids), qarray.parts(table)[-1])
+  q = table.weight if isinstance(table, Transformed) else table
+  return PartitionSpec(*_explicit.parts(ids), qarray.parts(q)[-1])
 
 
 def attend(
   query: jax.Array,
-  table: jax.Array | QArray,
+  table: jax.Array | QArray | Transformed,
   specs: _dot.Specs,
   key: Key | None = None,
 ) -> jax.Array:
@@ -69,7 +74,7 @@ def attend(
 
   Args:
     query: `(..., features)`.
-    table: `(n, features)` array or QArray.
+    table: `(n, features)` array, QArray or Transformed.
     specs: fake quantization of query and table.
     key: PRNG key, if a spec needs one.
   """

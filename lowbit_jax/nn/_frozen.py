@@ -5,10 +5,12 @@ from typing import Any
 import jax
 from flax import nnx
 
+from lowbit_jax._transformed import Transformed, is_quantized
 from lowbit_jax._tree import shardings
 from lowbit_jax.qarray import QArray
 
 nnx.register_data_type(QArray)
+nnx.register_data_type(Transformed)
 
 
 class QuantizedParam(nnx.Variable):
@@ -16,7 +18,7 @@ class QuantizedParam(nnx.Variable):
 
   Where NNX puts a shape with a sharding in place of an abstract weight
   (`nnx.eval_shape` on a mesh, `nnx.as_abstract`), the leaves of the QArray get
-  their part of the sharding.
+  their part of the sharding. A weight may also be an `ops.Transformed`.
   """
 
   def set_value(self, value: Any, **kwargs: Any) -> None:
@@ -30,7 +32,7 @@ class QuantizedParam(nnx.Variable):
 
 def _with_sharding(old: Any, value: Any) -> Any:
   """`old` with the sharding of `value`, where that is no more than a shape."""
-  if not isinstance(old, QArray) or not isinstance(value, jax.ShapeDtypeStruct):
+  if not is_quantized(old) or not isinstance(value, jax.ShapeDtypeStruct):
     return value
   if value.sharding is None:
     return old
@@ -41,7 +43,7 @@ def _with_sharding(old: Any, value: Any) -> Any:
   return jax.tree.map(place, old, shardings(old, value.sharding))
 
 
-def frozen(variable: nnx.Variable, q: QArray) -> QuantizedParam:
+def frozen(variable: nnx.Variable, q: QArray | Transformed) -> QuantizedParam:
   """A `QuantizedParam` with the metadata of another variable.
 
   Args:

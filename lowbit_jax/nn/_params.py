@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax.core import meta
 
 from lowbit_jax import _quantize as core, _sites, ops, qarray
+from lowbit_jax._transformed import is_quantized
 from lowbit_jax._tree import path_name
 from lowbit_jax._typing import Axis, PyTree, ScaleRule
 from lowbit_jax.formats import BlockFormat
@@ -75,7 +76,7 @@ def quantize_params(
       stacked layers it gets one after the other, the index behind the path.
 
   Returns:
-    The same tree. Leaves that are QArrays already stay as they are. Where
+    The same tree. Leaves that are quantized already stay as they are. Where
     padding makes a leaf more than a quarter larger, a UserWarning names the
     format that fits.
 
@@ -116,9 +117,9 @@ def trainable_mask(params: PyTree) -> PyTree:
 
   def trainable(x):
     is_float = hasattr(x, 'dtype') and jnp.issubdtype(x.dtype, jnp.floating)
-    return not isinstance(x, QArray) and is_float
+    return not is_quantized(x) and is_float
 
-  return jax.tree.map(trainable, params, is_leaf=qarray.is_qarray)
+  return jax.tree.map(trainable, params, is_leaf=is_quantized)
 
 
 class Choice(NamedTuple):
@@ -155,7 +156,7 @@ class Choice(NamedTuple):
       )
     out = {}
     for path in chosen:
-      if isinstance(leaves[path], QArray):
+      if is_quantized(leaves[path]):
         continue
       if (q := self._leaf(path, leaves, known or {})) is not None:
         _warn_of_padding(path, q)
@@ -271,7 +272,7 @@ def _stop(x) -> bool:
 
 def _content(x):
   """The array in a box or variable."""
-  if isinstance(x, QArray):
+  if is_quantized(x):
     return x
   if isinstance(x, meta.AxisMetadata):
     return _content(x.value)  # pyright: ignore[reportAttributeAccessIssue]

@@ -1,4 +1,5 @@
-"""How Linen sees a QArray: as boxed metadata around an array.
+"""How Linen sees a QArray, or one behind a transform: as boxed metadata around
+an array.
 
 Linen compares the leaves of a parameter with the shapes that its initializer
 makes, and packed codes have another shape. What it does first is to unbox
@@ -15,6 +16,7 @@ import numpy as np
 from flax.core import meta
 
 from lowbit_jax import qarray
+from lowbit_jax._transformed import Transformed, is_quantized
 from lowbit_jax._typing import DTypeLike, PyTree
 from lowbit_jax.ops._operand import Operand
 from lowbit_jax.qarray import QArray
@@ -25,10 +27,10 @@ class ArrayView:
   """A QArray that looks like an array: not a pytree, dense when used.
 
   Attributes:
-    q: the QArray.
+    q: the QArray or Transformed.
   """
 
-  def __init__(self, q: QArray) -> None:
+  def __init__(self, q: QArray | Transformed) -> None:
     self.q = q
 
   @property
@@ -76,7 +78,7 @@ Viewed = Operand | ArrayView  # of a product
 
 
 def unview(x: Any) -> Any:
-  """The QArray behind a view; anything else as it is."""
+  """The weight behind a view; anything else as it is."""
   return x.q if isinstance(x, ArrayView) else x
 
 
@@ -108,18 +110,18 @@ def unbox(tree: PyTree) -> PyTree:
     return isinstance(x, ArrayView | meta.AxisMetadata)
 
   def content(x):
-    if isinstance(x, QArray | ArrayView):
+    if is_quantized(x) or isinstance(x, ArrayView):
       return unview(x)
     if isinstance(x, meta.AxisMetadata):
       # QArrays have no value that a constraint could be put on as a whole.
       value = getattr(x, 'value', None)
-      return content(value if isinstance(value, QArray) else x.unbox())
+      return content(value if is_quantized(value) else x.unbox())
     return x
 
   return jax.tree.map(content, tree, is_leaf=is_box)
 
 
-def _same_axes(self: QArray, index: int, params) -> QArray:
+def _same_axes(self: Any, index: int, params) -> Any:
   """Adding or removing the axis of stacked layers: only a leading one, because
   block axes count from the end."""
   del params
@@ -140,10 +142,11 @@ _BOX = {
 
 
 def register() -> None:
-  """Declares QArray an `AxisMetadata`; more than once does no harm."""
-  for name, function in _BOX.items():
-    setattr(QArray, name, function)
-  meta.AxisMetadata.register(QArray)
+  """Declares stored weights `AxisMetadata`; more than once does no harm."""
+  for cls in (QArray, Transformed):
+    for name, function in _BOX.items():
+      setattr(cls, name, function)
+    meta.AxisMetadata.register(cls)
 
 
 register()

@@ -26,6 +26,7 @@ from flax.nnx.nn import dtypes as flax_dtypes
 from jax import lax
 
 from lowbit_jax import _sites
+from lowbit_jax._transformed import Transformed, is_quantized
 from lowbit_jax._typing import (
   Axis,
   DotDims,
@@ -112,14 +113,14 @@ def quantize(
 
 
 def assign(
-  model: flax_nnx.Module, values: Mapping[str, jax.Array | QArray]
+  model: flax_nnx.Module, values: Mapping[str, jax.Array | QArray | Transformed]
 ) -> flax_nnx.Module:
   """Puts arrays and QArrays into the parameters of a model, in place.
 
   For weights that were quantized elsewhere, such as those of a file. Parameters
-  that get a QArray become `QuantizedParam`s, and Linear, LinearGeneral and
-  Einsum contract them packed, as after `quantize`; `QuantizedParam`s that get
-  an array become Params.
+  that get a QArray or an `ops.Transformed` become `QuantizedParam`s, and
+  Linear, LinearGeneral and Einsum contract them packed, as after `quantize`;
+  `QuantizedParam`s that get an array become Params.
 
   Args:
     model: an NNX module; that of `nnx.eval_shape` will do.
@@ -168,7 +169,7 @@ def assign(
 
 def _holding(variable: flax_nnx.Variable, value: Any) -> flax_nnx.Variable:
   """A variable in place of another, for its new value."""
-  if isinstance(value, QArray):
+  if is_quantized(value):
     return frozen(variable, value)
   metadata = variable.get_metadata(exclude_required=True)
   return flax_nnx.Param(value, **metadata)

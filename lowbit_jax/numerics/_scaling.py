@@ -3,6 +3,8 @@
 A rule turns the maxima of blocks into one or more candidate scales. Rules with
 one candidate are closed forms; 'mse', 'four_over_six' and 'sweep' name several,
 from which the quantizer keeps the one with the least squared error per block.
+'signed_absmax' and 'full_range' are closed forms for elements that reach
+further on one side of zero, and 'least_squares' fits scales to codes.
 
 Scales are leaves of a QArray: uint8 codes for formats of at most 8 bits (E8M0,
 E4M3, ...), float32 or bfloat16 numbers otherwise.
@@ -16,7 +18,7 @@ import jax.numpy as jnp
 
 from lowbit_jax import formats
 from lowbit_jax._typing import ScaleRule
-from lowbit_jax.formats import BlockFormat, FloatFormat
+from lowbit_jax.formats import BlockFormat, ElementFormat, FloatFormat
 from lowbit_jax.formats._types import check_format
 from lowbit_jax.numerics._codec import spec
 from lowbit_pallas.arith import bits as fb, block, codec, scale as exact
@@ -28,16 +30,23 @@ SMALLEST = exact.SMALLEST
 
 EXPONENT_RULES = (*exact.EXPONENT_RULES, 'mse')
 FLOAT_RULES = ('absmax', 'absmean', 'sweep')
+UNEVEN_RULES = ('signed_absmax', 'full_range')
 CODED_RULES = ('absmax', 'four_over_six', 'sweep')
 ZERO_POINT_RULES = ('minmax',)
 MINIMUM_RULES = ('minmax', 'least_squares')
 TENSOR_RULES = ('absmax', 'absmean')
+# Their codes are all those of the element, also of integers, which 'absmax'
+# leaves the most negative one out of.
+WHOLE_RANGE_RULES = (*UNEVEN_RULES, 'least_squares')
 
 # Fractions of the absmax scale that 'sweep' tries on float scales, and steps of
 # the scale code that it tries on coded scales, where +4 is half an octave of
 # E4M3: the block maximum then lands on 4 instead of 6.
 SWEEP_FRACTIONS = tuple(1 - i / 36 for i in range(19))
 SWEEP_STEPS = tuple(range(-2, 7))
+# Multiples of the scale of 'absmax' or 'signed_absmax' with whose codes
+# 'least_squares' begins. Fitting moves scales, so that a coarse grid will do.
+FIT_FACTORS = tuple(k / 20 for k in range(10, 26))
 
 
 def scale_rules(fmt: BlockFormat) -> tuple[str, ...]:
@@ -54,7 +63,10 @@ def scale_rules(fmt: BlockFormat) -> tuple[str, ...]:
     has_mantissa = isinstance(fmt.element, FloatFormat)
     return tuple(r for r in EXPONENT_RULES if has_mantissa or r != 'even')
   if not is_coded(fmt.scale):
-    return FLOAT_RULES
+    if fmt.tensor_scale:
+      return FLOAT_RULES
+    uneven = UNEVEN_RULES if longer_end(fmt.element) else ()
+    return (*FLOAT_RULES, 'least_squares', *uneven)
   # Four over six is about the gap between the E2M1 values 4 and 6.
   six = fmt.element.max == 6.0
   return tuple(r for r in CODED_RULES if six or r != 'four_over_six')
@@ -83,6 +95,60 @@ def check_scale_rule(fmt: BlockFormat, rule: ScaleRule | None) -> ScaleRule:
       f' {", ".join(scale_rules(fmt))}'
     )
   return rule
+
+
+def longer_end(element: ElementFormat) -> float | None:
+  """The element of the largest magnitude, if its opposite is none.
+
+  -8 of int4, whose largest is 7. None for elements as large on both sides, for
+  those of one sign and for ternary numbers, whose fourth code is a spare one.
+  """
+  if isinstance(element, FloatFormat) or element == formats.ternary:
+    return None
+  values = element.values()
+  low, high = float(values.min()), float(values.max())
+  if low >= 0 or -low == high:
+    return None
+  return low if -low > high else high
+
+
+def follows_maximum(rule: ScaleRule) -> bool:
+  """Whether scales by this rule go with the largest magnitude of a block."""
+  others = ('minmax', 'absmean', 'least_squares')
+  return not callable(rule) and rule not in others
+
+
+def reach(element: ElementFormat, rule: str) -> float:
+  """What the largest magnitude of a block is mapped to, with its sign.
+
+  'signed_absmax': to the longer end. 'full_range': to the middle of both ends.
+  Others: to the largest element.
+  """
+  if rule == 'full_range':
+    values = element.values()
+    return float(values.max() - values.min()) / 2
+  end = longer_end(element) if rule == 'signed_absmax' else None
+  return end or element.max
+
+
+def encoder(element: ElementFormat, rule: ScaleRule) -> codec.Element:
+  """The element as it is encoded with scales by a rule."""
+  static = spec(element)
+  whole = not callable(rule) and rule in WHOLE_RANGE_RULES
+  if isinstance(static, codec.Int) and longer_end(element):
+    static = static._replace(lowest=whole)
+  return static
+
+
+def ends(encoder: codec.Element) -> tuple[float, float]:
+  """The smallest and the largest number that encoding produces."""
+  if isinstance(encoder, codec.Codebook):
+    return encoder.table[0], encoder.table[-1]
+  top = codec.largest(encoder)
+  low = -top if encoder.signed else 0.0
+  if isinstance(encoder, codec.Int) and encoder.lowest:
+    low -= 2.0**-encoder.fraction_bits
+  return low, top
 
 
 def is_coded(scale: FloatFormat) -> bool:
@@ -173,14 +239,17 @@ def candidates(
   return [jnp.where(bad, math.nan, s).astype(dtype) for s in scales]
 
 
-def bounded(scale: jax.Array, fmt: BlockFormat) -> jax.Array:
+def bounded(
+  scale: jax.Array, fmt: BlockFormat, largest: float | None = None
+) -> jax.Array:
   """Positive float32 scales as near as they may come to `scale`.
 
   At least 2^-126 and the smallest number of their format; at most its largest
-  and what keeps the largest element finite.
+  and what keeps the largest element finite, `largest` in place of
+  `fmt.element.max` where it is encoded.
   """
   stored = formats.float32 if fmt.scale is None else fmt.scale
-  top = exact.largest_scale(fmt.element.max, stored.mantissa_bits)
+  top = exact.largest_scale(largest or fmt.element.max, stored.mantissa_bits)
   least = max(exact.SMALLEST, stored.min_subnormal)
   return jnp.clip(scale, least, min(top, stored.max))
 

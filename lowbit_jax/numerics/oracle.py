@@ -35,6 +35,7 @@ RANDOM_BITS = 23  # of stochastic rounding, by default
 ROUNDINGS = ('nearest_even', 'toward_zero', 'stochastic')
 OVERFLOWS = ('saturate', 'special')
 EXPONENT_RULES = ('floor', 'ceil', 'even', 'rceil', 'round')
+UNEVEN_RULES = ('signed_absmax', 'full_range')
 
 E8M0_BIAS = 127
 E8M0_NAN = 255
@@ -172,6 +173,7 @@ def encode(
   *,
   random: int = 0,
   random_bits: int = RANDOM_BITS,
+  lowest: bool = False,
 ) -> int:
   """The code of `value` rounded to `element`.
 
@@ -185,6 +187,7 @@ def encode(
       becomes the format's NaN, or (the code nearest to) zero without one.
     random: the uniform integer of 'stochastic', below 2**random_bits.
     random_bits: its width.
+    lowest: whether signed integers reach -2^(b-1), which has no opposite.
 
   Returns:
     The code, an integer in [0, 2**bits).
@@ -197,7 +200,7 @@ def encode(
   if isinstance(element, CodebookFormat):
     return _encode_codebook(value, element, rounding, to_integer)
   if isinstance(element, IntFormat):
-    return _encode_int(value, element, to_integer)
+    return _encode_int(value, element, to_integer, lowest)
   assert isinstance(element, FloatFormat)
   return _encode_float(value, element, to_integer, overflow)
 
@@ -243,11 +246,13 @@ def _magnitude_code(
   return max(code(q), 0)
 
 
-def _encode_int(value: Number, element: IntFormat, to_integer: Callable) -> int:
+def _encode_int(
+  value: Number, element: IntFormat, to_integer: Callable, lowest: bool
+) -> int:
   if value != value:
     return 0
   largest = element.code_max
-  smallest = -largest if element.signed else 0
+  smallest = -largest - lowest if element.signed else 0
   if is_finite(value):
     q = to_integer(Fraction(value) * 2**element.fraction_bits)
     q = min(max(q, smallest), largest)
@@ -409,7 +414,7 @@ def inverse_scale(scale: float) -> float:
   if scale == 0 or not is_finite(scale):
     return 0.0
   exact = 1 / Fraction(scale)
-  unit = power_of_two(floor_log2(exact))
+  unit = power_of_two(floor_log2(abs(exact)))
   return float(Fraction(to_float32(exact / unit)) * unit)
 
 
@@ -440,7 +445,44 @@ def block_scale(
   return round_scale(scale, fmt.scale)
 
 
-def bounded_scale(scale: float, fmt: BlockFormat) -> float:
+def uneven_scale(
+  values: Sequence[Number], fmt: BlockFormat, rule: str
+) -> float:
+  """The scale of a block whose elements reach further on one side of zero.
+
+  With e the element of the largest magnitude, -8 of int4:
+  signed_absmax: m / e, m the first of the numbers of the largest magnitude.
+  full_range: amax / ((largest - smallest element) / 2), amax / 7.5 of int4.
+
+  Args:
+    values: of the block.
+    fmt: its element is an integer or a codebook.
+    rule: one of `UNEVEN_RULES`.
+  """
+  assert fmt.scale is not None
+  numbers = [Fraction(v) for v in fmt.element.values().tolist()]
+  end = max(numbers, key=abs)
+  if -end in numbers:
+    raise ValueError(f'{fmt.element} reaches as far on both sides of zero')
+  amax = block_amax(values)
+  if not amax > 0:
+    return amax
+  if rule == 'full_range':
+    divisor = (max(numbers) - min(numbers)) / 2
+  elif rule == 'signed_absmax':
+    divisor = abs(end)
+  else:
+    raise ValueError(f'{rule=} is not one of {UNEVEN_RULES}')
+  scale = to_float32(Fraction(amax) / divisor)
+  scale = round_scale(bounded_scale(scale, fmt, float(abs(end))), fmt.scale)
+  first = next(x for x in values if abs(x) == amax)
+  is_opposite = rule == 'signed_absmax' and (first < 0) != (end < 0)
+  return -scale if is_opposite else scale
+
+
+def bounded_scale(
+  scale: float, fmt: BlockFormat, largest: float | None = None
+) -> float:
   """The scale nearest to a positive one that is a normal float32, no less than
   numbers of the scale format, and keeps the largest element finite."""
   assert fmt.scale is not None
@@ -448,7 +490,7 @@ def bounded_scale(scale: float, fmt: BlockFormat) -> float:
   least = float(FLOAT32_MIN_NORMAL)
   if fmt.scale.bits > 8:
     least = max(least, fmt.scale.min_subnormal)
-  top = min(largest_scale(fmt.element.max, bits), fmt.scale.max)
+  top = min(largest_scale(largest or fmt.element.max, bits), fmt.scale.max)
   return min(max(scale, least), top)
 
 
@@ -532,6 +574,7 @@ class _Rounding(NamedTuple):
   name: str
   random: Sequence[int] | None
   random_bits: int
+  lowest: bool
 
   def keywords(self, i: int) -> dict:
     """Arguments of `encode` and `round_to_integer` for element i."""
@@ -540,7 +583,8 @@ class _Rounding(NamedTuple):
 
   def encode(self, values: Sequence[Number], element: ElementFormat):
     return tuple(
-      encode(x, element, **self.keywords(i)) for i, x in enumerate(values)
+      encode(x, element, lowest=self.lowest, **self.keywords(i))
+      for i, x in enumerate(values)
     )
 
 
@@ -562,8 +606,8 @@ def quantize_block(
     values: float32 numbers.
     fmt: the block format; `fmt.block` is not looked at.
     scale_rule: 'floor', 'ceil', 'even', 'rceil' or 'round' for power-of-two
-      scales, 'absmax' or (with zero point) 'minmax' for the others; None: the
-      format's own.
+      scales, 'absmax', (with zero point) 'minmax' or one of `UNEVEN_RULES` for
+      the others; None: the format's own.
     tensor_scale: for formats that have one; see `tensor_scale`.
     rounding: of the elements, one of `ROUNDINGS`.
     random: for 'stochastic', a uniform integer for each element.
@@ -571,7 +615,10 @@ def quantize_block(
   """
   rule = fmt.scale_rule if scale_rule is None else scale_rule
   values = [float(flush(x)) for x in values]
-  rounder = _Rounding(rounding, random, random_bits)
+  is_uneven = rule in UNEVEN_RULES
+  rounder = _Rounding(rounding, random, random_bits, is_uneven)
+  if is_uneven and not (fmt.zero_point or fmt.minimum):
+    return _quantize_uneven(values, fmt, rule, rounder)
   if fmt.has_exponent_scale:
     return _quantize_exponent(values, fmt, rule, rounder)
   if fmt.zero_point:
@@ -606,6 +653,13 @@ def _quantize_exponent(values, fmt, rule, rounder) -> Block:
   scale = power_of_two(code - E8M0_BIAS)
   scaled = [with_sign(abs(Fraction(x)) / scale, is_negative(x)) for x in values]
   return Block(rounder.encode(scaled, fmt.element), code)
+
+
+def _quantize_uneven(values, fmt, rule, rounder) -> Block:
+  if fmt.scale is None or fmt.scale.bits <= 8 or fmt.tensor_scale:
+    raise ValueError(f'scale_rule={rule!r} of {fmt} needs plain float scales')
+  scale = uneven_scale(values, fmt, rule)
+  return _quantize_float(values, fmt, scale, None, rounder)
 
 
 def _quantize_float(values, fmt, scale, tensor_scale, rounder) -> Block:
@@ -774,7 +828,8 @@ def _quantize_two_levels(values, fmt: BlockFormat, rule: str) -> list[Block]:
     minima = [-m for m in _requantized([-m for _, m in ranges], fmt)]
   else:
     scales = [quantize_block(part, flat, rule).scale for part in parts]
-  rounder = _Rounding('nearest_even', None, RANDOM_BITS)
+  is_uneven = rule in UNEVEN_RULES
+  rounder = _Rounding('nearest_even', None, RANDOM_BITS, is_uneven)
   return [
     _with_scales(part, flat, scale, minimum, rounder)
     for part, scale, minimum in zip(

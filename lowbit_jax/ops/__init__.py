@@ -6,6 +6,8 @@ chosen can be asked with `select_implementation`.
 - `Choice`: The answer of `select_implementation`.
 - `Prepacked`: A quantized (k, n) matrix as a kernel reads it. Made by
   `prepack`.
+- `Transformed`: A quantized weight whose activations take a transform when it
+  is used.
 - `dequantize`: The array that `q` stands for.
 - `dot`: `jnp.dot` on arrays and QArrays: the last axis of `lhs` with the last
   but one of `rhs`.
@@ -41,6 +43,7 @@ chosen can be asked with `select_implementation`.
   fields.
 """
 
+from lowbit_jax._transformed import Transformed as Transformed
 from lowbit_jax.numerics import round_to as round_to
 from lowbit_jax.ops._dispatch import Choice as Choice
 from lowbit_jax.ops._dot import (

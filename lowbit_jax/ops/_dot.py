@@ -57,7 +57,8 @@ def dot(
   Args:
     lhs: `(..., k)` array or QArray.
     rhs: `(k,)` or `(..., k, n)` array or QArray. Blocks along k are what is
-      fast; other layouts are dequantized first.
+      fast; other layouts are dequantized first. Either operand may also be an
+      `ops.Transformed`.
     preferred_element_type: dtype of the result; None for the promoted dtype.
     implementation: 'tpu', 'mosaic_gpu' or 'xla', or a list of names; the first
       that supports the operands runs. None tries all of them, kernels first. If
@@ -290,8 +291,9 @@ def dot_general_operands(
 ) -> PlanArguments:
   """Arguments of the plan of a `dot_general`."""
   left, right = _operand.checked(lhs, 'lhs'), _operand.checked(rhs, 'rhs')
-  _check_widths(left, right)
   dims = check_dims(left, right, dimension_numbers)
+  left, right = _operand.untransformed(left, right, dims)
+  _check_widths(left, right)
   return *_operand.joined(left, right, dims), precision
 
 

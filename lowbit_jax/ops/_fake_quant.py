@@ -53,17 +53,20 @@ def fake_quant(
   element, `backward` is one of
 
     identity  dx = g
-    clipped   dx = g where |x| <= F s, else 0: no gradient where x saturated.
+    clipped   dx = g where |x| <= F s, else 0: no gradient where x saturated
+              (with one end of elements longer, where x / s is between them).
               The rounding of s, and of a zero point, to its format counts as
               the identity: it clips no block maximum
     trust     dx = g where |x - y| <= T s, else 0, with T half of the largest
               distance of neighbouring elements: the error is explained by
               rounding (the trust estimator of QuEST)
     absmax    dx_i = g_i, and at the maximum k of a block in addition
-              sign(x_k) (F s^2 / amax^2) sum_j g_j (q_j - x_j / s),
+              sign(x_k) (F s |s| / amax^2) sum_j g_j (q_j - x_j / s),
               which is sign(x_k) / F times the sum for s = amax / F: the scale
               follows the block maximum (absmax-aware estimator; rounding of
-              elements and scales counted as the identity, ties share evenly)
+              elements and scales counted as the identity, ties share evenly).
+              By 'signed_absmax' F is the longer end's magnitude, by
+              'full_range' the mean of both
 
   Args:
     x: float16, bfloat16 or float32, 0-d too.
@@ -86,7 +89,7 @@ def fake_quant(
     raise ValueError(f'backward={backward!r} is not one of {BACKWARDS}{hint}')
   x, shape, axes = prepare(x, fmt, axis, rounding, key, random_bits)
   rule = _scaling.check_scale_rule(fmt, scale_rule)
-  if backward == 'absmax' and (callable(rule) or rule in ('minmax', 'absmean')):
+  if backward == 'absmax' and not _scaling.follows_maximum(rule):
     raise ValueError(
       f"backward='absmax' differentiates a scale that follows the largest"
       f' magnitude; that of scale_rule={rule!r} does not: use another backward'
@@ -197,7 +200,8 @@ def _fake(x, extras: Extras, options: Options):
     y = y * jnp.float32(1 / options.prescale)
   slopes = _Slopes()
   if options.backward == 'absmax':
-    slopes = _Slopes(at_maximum=_absmax_slopes(job, y))
+    assert isinstance(options.rule, str)
+    slopes = _Slopes(at_maximum=_absmax_slopes(job, y, options.rule))
   elif options.backward != 'identity':
     slopes = _Slopes(_whole_mask(job, y, options.backward))
   y = core.restore(y, job.blocks, x.dtype)
@@ -342,8 +346,8 @@ def _range(job: core.Job):
     low = job.scales.minimum.astype(jnp.float32)
     return low, low + _scale_value(job, element.max)
   if zero is None:
-    low = -element.max if element.is_signed else 0.0
-    return _scale_value(job, low), _scale_value(job, element.max)
+    ends = [_scale_value(job, end) for end in _scaling.ends(job.encoder)]
+    return jnp.minimum(*ends), jnp.maximum(*ends)  # a scale may be negative
   s, zero = _scale_value(job), zero.astype(jnp.float32)
   return -zero * s, (element.max - zero) * s
 
@@ -358,7 +362,7 @@ def _mask(job: core.Job, y, backward: str, held: bool = False):
       slack = slack + _scale_value(job, 0.5)
     return (x >= low - slack) & (x <= high + slack)
   trust = _largest_step(job.fmt) / 2
-  return jnp.abs(x - y) <= _scale_value(job, trust)
+  return jnp.abs(x - y) <= jnp.abs(_scale_value(job, trust))
 
 
 def _scale_slack(fmt: BlockFormat, held: bool) -> float:
@@ -385,7 +389,7 @@ def _largest_step(fmt: BlockFormat) -> float:
   return float(np.max(np.diff(values)))
 
 
-def _absmax_slopes(job: core.Job, y):
+def _absmax_slopes(job: core.Job, y, rule: str):
   """Per element: where the scale's gradient goes, and q_j - x_j / s."""
   x, inner = job.blocks.view, _scale_axes(job.fmt, job.blocks)
   s = _scale_value(job)
@@ -394,7 +398,8 @@ def _absmax_slopes(job: core.Job, y):
   amax = jnp.max(magnitude, axis=inner, keepdims=True, initial=0)
   at_max = (magnitude == amax) & (amax > 0)
   count = jnp.sum(at_max, axis=inner, keepdims=True)
-  weight = job.fmt.element.max * jnp.square(s * _scaling.reciprocal(amax))
+  ratio = s * _scaling.reciprocal(amax)
+  weight = abs(_scaling.reach(job.fmt.element, rule)) * ratio * jnp.abs(ratio)
   share = weight * _scaling.reciprocal(count.astype(jnp.float32))
   direction = jnp.where(at_max, jnp.sign(x) * share, 0)
   return direction, (y - x) * inverse

@@ -3,9 +3,12 @@
 `dot` and its relatives take arrays and stored operands: pytrees with `shape`,
 `ndim` and `dtype` that stand for a dense array. A new kind of storage is one
 entry of `STORAGES`; the derivative and the XLA implementation follow from it.
-Kernels that read its leaves as they are have plans of their own.
+Kernels that read its leaves as they are have plans of their own. `Transformed`
+is none of them: it is rewritten into a QArray and a transform of the other
+operand before anything else.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -14,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lowbit_jax import _explicit, qarray
+from lowbit_jax._transformed import Transformed
 from lowbit_jax._typing import ArrayLike, DotDims, Shape
 from lowbit_jax.ops import _prepack
 from lowbit_jax.ops._prepack import Prepacked
@@ -40,12 +44,13 @@ STORAGES: dict[type, Storage] = {
   Prepacked: Storage(_prepack.unpack, sides=('rhs',)),
 }
 
-Operand = ArrayLike | QArray | Prepacked  # of a product
+# Of a product, as users give them.
+Operand = ArrayLike | QArray | Prepacked | Transformed
 Shaped = jax.Array | jax.ShapeDtypeStruct | QArray | Prepacked  # of a plan
 
 
 def is_stored(x: object) -> bool:
-  """Whether an operand is not an array."""
+  """Whether an operand, rewritten by `untransformed`, is not an array."""
   return type(x) in STORAGES
 
 
@@ -62,7 +67,7 @@ def checked(x: Operand | jax.ShapeDtypeStruct, side: str) -> Any:
         f'a {type(x).__name__} weight is the right operand of a product'
       )
     return x
-  if isinstance(x, jax.ShapeDtypeStruct):
+  if isinstance(x, jax.ShapeDtypeStruct | Transformed):
     return x
   try:
     x = jnp.asarray(x)
@@ -82,6 +87,59 @@ def unpacked(x: Any) -> Any:
   if not is_stored(x):
     return x
   return STORAGES[type(x)].unpack(x)
+
+
+def untransformed(lhs: Any, rhs: Any, dims: DotDims) -> tuple[Any, Any]:
+  """Operands without `Transformed` of a product with the same result.
+
+  Where the transformed axis is contracted with an array, the array takes the
+  transform, and the weight stays packed; otherwise the weight is dense.
+
+  Args:
+    lhs: operand of a product.
+    rhs: operand of a product.
+    dims: dimension numbers, checked.
+  """
+  operands = [lhs, rhs]
+  for side in (0, 1):
+    t, other = operands[side], operands[1 - side]
+    if not isinstance(t, Transformed):
+      continue
+    axes = _facing_axes(t, [(part[side], part[1 - side]) for part in dims])
+    if axes is None or is_stored(other) or isinstance(other, Transformed):
+      operands[side] = computed(qarray.dequantize, t)
+    else:
+      face = functools.partial(_face, axes=axes)
+      operands[1 - side] = computed(face, t, other)
+      operands[side] = t.weight
+  return operands[0], operands[1]
+
+
+def _face(t: Transformed, x: jax.Array, axes) -> jax.Array:
+  return t.facing(x, *axes)
+
+
+def _facing_axes(t: Transformed, pairs) -> tuple[int, tuple[int, ...]] | None:
+  """The axes of the other operand that face the transformed axis of `t` and
+  those along which it is stacked; None unless they are contracted and batched.
+
+  Args:
+    t: operand of a product.
+    pairs: contracted and batch axes, each of `t` and of the other operand.
+  """
+  contracted, batch = (dict(zip(*pair, strict=True)) for pair in pairs)
+  axis, stacks = t.ndim + t.axis, range(t.stacked)
+  if axis not in contracted or not all(s in batch for s in stacks):
+    return None
+  return contracted[axis], tuple(batch[s] for s in stacks)
+
+
+def computed(f: Callable, *operands: Any) -> Any:
+  """`f(*operands)`, of which the shape will do where theirs are given."""
+  leaves = jax.tree.leaves(operands)
+  if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves):
+    return jax.eval_shape(f, *operands)
+  return f(*operands)
 
 
 def joined(lhs: Any, rhs: Any, dims: DotDims) -> tuple[Any, Any, DotDims]:

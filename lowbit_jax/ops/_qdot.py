@@ -74,7 +74,7 @@ class _Quantized(NamedTuple):
 
   def values(self):
     """Values without the tensor scale, and that scale."""
-    blocks, fmt, scales, _, _ = self.job
+    blocks, fmt, scales = self.job.blocks, self.job.fmt, self.job.scales
     half = self.dtype == jnp.bfloat16
     dtype = _dot_xla.exact_dtype(fmt) if half else jnp.float32
     view = self.job.values(scales._replace(tensor_scale=None))

@@ -82,8 +82,10 @@ def quantize(
       padded with zeros inside.
     scale_rule: how scales follow from the data; None for the format's own.
       Powers of two: 'floor', 'ceil', 'even', 'rceil', 'round', 'mse'. Float
-      scales: 'absmax', 'absmean', 'sweep'. NVFP4: 'absmax', 'four_over_six',
-      'sweep'. Zero points: 'minmax'. Or a hashable function `(x, mask)` of
+      scales: 'absmax', 'absmean', 'sweep', 'least_squares', and for integers
+      and uneven tables 'signed_absmax' and 'full_range'. NVFP4: 'absmax',
+      'four_over_six', 'sweep'. Zero points: 'minmax'. Minima: 'minmax',
+      'least_squares'. Or a hashable function `(x, mask)` of
       the blocks, float32 (..., n) with zeros in place of padding, and of a mask
       of this shape that is False there, to the float scale of each block
       (...): it is rounded to the scale format, after a division by the tensor

@@ -17,6 +17,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from lowbit_jax import _explicit
+from lowbit_jax._transformed import Transformed
 from lowbit_jax._typing import (
   ArrayLike,
   DTypeLike,
@@ -58,6 +59,8 @@ def ragged_dot(
       0, the next `group_sizes[1]` of group 1, and so on.
     rhs: `(g, k, n)` array or QArray, of one format for all groups. Blocks along
       k are what is fast; of other layouts one matrix at a time is dequantized.
+      Either operand may also be an `ops.Transformed`, `rhs` with one transform
+      or a stack of them.
     group_sizes: `(g,)` integers of 0 or more.
     precision: as in `lax.dot_general`.
     preferred_element_type: dtype of the result; None for the promoted dtype.
@@ -112,11 +115,10 @@ def operands(
   sizes = group_sizes
   if not isinstance(sizes, jax.ShapeDtypeStruct):
     sizes = jnp.asarray(sizes)
-  if isinstance(right, QArray) or not _operand.is_stored(right):
-    matches = (
-      left.ndim == 2 and right.ndim == 3 and left.shape[1] == right.shape[1]
-    )
-  else:
+  matches = (
+    left.ndim == 2 and right.ndim == 3 and left.shape[1] == right.shape[1]
+  )
+  if _operand.is_stored(right) and not isinstance(right, QArray):
     raise TypeError(
       f'rhs is a {type(right).__name__} matrix; ragged_dot takes a QArray of'
       ' shape (g, k, n)'
@@ -133,12 +135,34 @@ def operands(
       f'group_sizes.shape={sizes.shape} must be {right.shape[:1]}, one for each'
       f' matrix of rhs.shape={right.shape}'
     )
+  left, right = _untransformed(left, right, sizes)
   if isinstance(right, QArray) and (right.merged or -3 in right.axes):
     raise ValueError(
       f'blocks of rhs lie on axis {right.axis} or through several axes, not'
       ' within the columns of one matrix; quantize it with axis=-2'
     )
   return left, right, sizes, precision
+
+
+def _untransformed(lhs: Any, rhs: Any, sizes: Any) -> tuple[Any, Any]:
+  """As `_operand.untransformed`, by a transform for each group too."""
+  own = isinstance(rhs, Transformed) and rhs.stacked == 1 and rhs.axis == -2
+  if own and not isinstance(lhs, Transformed) and not _operand.is_stored(lhs):
+    return _operand.computed(_by_group, rhs, lhs, sizes), rhs.weight
+  return _operand.untransformed(lhs, rhs, (((1,), (1,)), ((), ())))
+
+
+def _by_group(t: Transformed, x: jax.Array, sizes: jax.Array) -> jax.Array:
+  """The rows of x, each in the transform of its group."""
+
+  def run(x, t, sizes):
+    ends = jnp.cumsum(sizes)
+    rows = jnp.arange(len(x), dtype=ends.dtype)
+    group = jnp.searchsorted(ends, rows, side='right')
+    take = functools.partial(jnp.take, indices=group, axis=0, mode='clip')
+    return t.with_transform(take).facing(x, 1, (0,))
+
+  return _explicit.automatic(run, _explicit.as_first, x, t, sizes)
 
 
 def plan_xla(

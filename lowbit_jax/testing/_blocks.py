@@ -9,7 +9,12 @@ from lowbit_jax.formats import BlockFormat, FloatFormat
 from lowbit_jax.formats._types import check_format
 from lowbit_jax.numerics import oracle
 
-ORACLE_RULES = (*oracle.EXPONENT_RULES, 'absmax', 'minmax')
+ORACLE_RULES = (
+  *oracle.EXPONENT_RULES,
+  *oracle.UNEVEN_RULES,
+  'absmax',
+  'minmax',
+)
 
 
 class Expected(NamedTuple):

@@ -41,8 +41,8 @@ def check_quantizer(
 
   It gets the cases of `quantizer_cases` and the ordinary blocks in bfloat16.
   The expected result is that of the scalar oracle in plain Python; for scale
-  rules without an oracle ('mse', 'sweep', 'four_over_six', 'absmean') that of
-  `lowbit_jax.quantize`.
+  rules without an oracle ('mse', 'sweep', 'four_over_six', 'absmean' and
+  'least_squares') that of `lowbit_jax.quantize`.
 
   Args:
     quantize_fn: `x -> QArray`, or `x -> array` of dequantized values. `x` is a

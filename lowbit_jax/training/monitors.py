@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from lowbit_jax import _quantize as core, qarray
 from lowbit_jax._typing import ArrayLike, Key
 from lowbit_jax.doctor import _blocks
+from lowbit_jax.numerics import _scaling
 from lowbit_jax.numerics._codec import as_float_array
 from lowbit_jax.ops import _qdot
 from lowbit_jax.recipe import QuantSpec, Recipe, check_recipe
@@ -176,7 +177,8 @@ def _lost(t, spec, axis: int, key, amax):
   flushed = _flushed(job.blocks.view, job.values())
   if job.scales.zero_point is not None or job.scales.minimum is not None:
     return jnp.float32(jnp.nan), flushed
-  top, step = _blocks.top_and_step(spec.fmt)
+  _, step = _blocks.top_and_step(spec.fmt)
+  low, high = _scaling.ends(job.encoder)
   element = core._scaled(
     job.elements.x,
     job.blocks,
@@ -184,7 +186,8 @@ def _lost(t, spec, axis: int, key, amax):
     job.scales.scale,
     job.scales.tensor_scale,
   )
-  beyond = jnp.sum(jnp.abs(element) > top + step / 2, dtype=jnp.float32)
+  is_beyond = (element < low - step / 2) | (element > high + step / 2)
+  beyond = jnp.sum(is_beyond, dtype=jnp.float32)
   return beyond / t.size, flushed
 
 

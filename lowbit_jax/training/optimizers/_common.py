@@ -11,9 +11,10 @@ import optax
 from jax import core
 
 from lowbit_jax import qarray
+from lowbit_jax._transformed import is_quantized
 from lowbit_jax._tree import path_name
 from lowbit_jax._typing import PyTree
-from lowbit_jax.qarray import QArray, is_qarray
+from lowbit_jax.qarray import QArray
 
 _EMBEDDING = re.compile(r'(?<!un)embed|(^|[/_])w[tp]e($|/)', re.IGNORECASE)
 _HEAD = re.compile(
@@ -40,7 +41,7 @@ def is_head(path: str, leaf: Any = None) -> bool:
 def is_boxed(x: object) -> bool:
   """Whether `x` is a variable of NNX or a box of Linen around an array."""
   # By their methods: importing Flax takes a while.
-  return not is_qarray(x) and (
+  return not is_quantized(x) and (
     hasattr(type(x), 'get_raw_value') or hasattr(type(x), 'replace_boxed')
   )
 

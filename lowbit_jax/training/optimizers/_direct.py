@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from lowbit_jax import ops, qarray
+from lowbit_jax._transformed import Transformed, is_quantized
 from lowbit_jax._tree import path_name
 from lowbit_jax._typing import Key, PyTree
 from lowbit_jax.qarray import QArray, is_qarray
@@ -17,9 +18,9 @@ from lowbit_jax.training.optimizers._common import check_dense
 def dequantized(params: PyTree) -> PyTree:
   """A tree with the values of its QArrays, at which gradients are taken."""
   return jax.tree.map(
-    lambda x: qarray.dequantize(x) if is_qarray(x) else x,
+    lambda x: qarray.dequantize(x) if is_quantized(x) else x,
     params,
-    is_leaf=is_qarray,
+    is_leaf=is_quantized,
   )
 
 
@@ -105,6 +106,11 @@ def apply_updates(
   def apply(path, w, u):
     if u is None:
       return w
+    if isinstance(w, Transformed):
+      raise TypeError(
+        f'{path_name(path)} is Transformed, which is not updated; freeze it by'
+        ' lowbit_jax.partition'
+      )
     if not is_qarray(w):
       return optax.apply_updates(w, u)
     if jnp.shape(u) != w.shape:
@@ -121,7 +127,7 @@ def apply_updates(
     return _rounded(w, u, leaf_key, scales)
 
   return jax.tree_util.tree_map_with_path(
-    apply, params, updates, is_leaf=is_qarray
+    apply, params, updates, is_leaf=is_quantized
   )
 
 

@@ -16,6 +16,7 @@ from lowbit_jax import numerics, ops, qarray
 from lowbit_jax._typing import Axis
 from lowbit_jax.formats import BlockFormat, ElementFormat
 from lowbit_jax.formats._types import check_format
+from lowbit_jax.numerics import _scaling
 from lowbit_jax.numerics._codec import as_float_array
 from lowbit_jax.ops import specs
 from lowbit_jax.recipe import QuantSpec
@@ -25,6 +26,7 @@ from lowbit_jax.training.optimizers._common import (
   check_steps,
   increment,
 )
+from lowbit_pallas.arith import codec
 
 
 class DeoscillateState(NamedTuple):
@@ -191,18 +193,19 @@ def grid_neighbours(
   q = ops.quantize(w, fmt, axis=axis, scale_rule=scale_rule)
   nearest = qarray.dequantize(q, jnp.float32)
   codes = numerics.unpack(q.codes, fmt.element.bits, q.axes[0])
-  widths = zip(codes.shape, q.shape, strict=True)
-  widths = [(0, full - n) for full, n in widths]
+  encoder = _scaling.encoder(fmt.element, scale_rule or fmt.scale_rule)
+
+  def value_of(table):
+    codes_ = numerics.pack(table[codes], fmt.element.bits, q.axes[0])
+    return qarray.dequantize(qarray.replace(q, codes=codes_), jnp.float32)
+
+  # Where a scale is negative the next larger element is the smaller number.
+  sides = [value_of(t) for t in _next_codes(fmt.element, encoder)]
   # Comparisons, because a compiler may fuse a difference with the product in
   # `nearest` into one rounding, whose sign is that of the rounding error.
   value = w.astype(jnp.float32)
-  above, below = (
-    jnp.pad(m, widths) for m in (value > nearest, value < nearest)
-  )
-  up, down = (jnp.asarray(t)[codes] for t in _next_codes(fmt.element))
-  codes = jnp.where(above, up, jnp.where(below, down, codes))
-  codes = numerics.pack(codes, fmt.element.bits, q.axes[0])
-  other = qarray.dequantize(qarray.replace(q, codes=codes), jnp.float32)
+  other = jnp.where(value > nearest, jnp.maximum(*sides), nearest)
+  other = jnp.where(value < nearest, jnp.minimum(*sides), other)
   return nearest.astype(w.dtype), other.astype(w.dtype)
 
 
@@ -250,14 +253,17 @@ def ema_quantize(
   return _straight_through(w, jnp.where(far < near, other, nearest))
 
 
-def _next_codes(element: ElementFormat) -> tuple[np.ndarray, np.ndarray]:
+def _next_codes(
+  element: ElementFormat, encoder: codec.Element
+) -> tuple[jax.Array, jax.Array]:
   """Code of the next larger and of the next smaller number, for each code.
 
   Ends stay, as encoding would not go beyond them; so do NaN and Inf.
   """
   values = element.values()
   codes = np.arange(len(values), dtype=np.uint8)
-  usable = np.isfinite(values) & (np.abs(values) <= element.max)
+  low, high = _scaling.ends(encoder)
+  usable = (values >= low) & (values <= high)
   distinct, index = np.unique(values[usable], return_index=True)
   ordered = codes[usable][index]
   up, down = codes.copy(), codes.copy()
@@ -265,7 +271,7 @@ def _next_codes(element: ElementFormat) -> tuple[np.ndarray, np.ndarray]:
     i = int(np.searchsorted(distinct, values[code]))
     up[code] = ordered[min(i + 1, len(ordered) - 1)]
     down[code] = ordered[max(i - 1, 0)]
-  return up, down
+  return jnp.asarray(up), jnp.asarray(down)
 
 
 def _leaf_quantizer(quantize, axis):

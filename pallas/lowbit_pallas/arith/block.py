@@ -157,7 +157,7 @@ def inverse_factors(
   if largest >= 4:
     return (exact.reciprocal(s),)
   # s can exceed 2^126 here, and 1 / s would be flushed: split the factor.
-  large = s > jnp.float32(2.0**125)
+  large = jnp.abs(s) > jnp.float32(2.0**125)
   shrink = jnp.where(large, jnp.float32(1 / 16), jnp.float32(1))
   return exact.reciprocal(s * shrink), shrink
 

@@ -73,11 +73,19 @@ def minifloat(
 
 
 class Int(NamedTuple):
-  """Static description of an integer element; values are code * 2**-f."""
+  """Static description of an integer element; values are code * 2**-f.
+
+  Attributes:
+    bits: width of a code.
+    signed: whether codes are two's complement.
+    fraction_bits: f.
+    lowest: whether encoding produces -2^(bits - 1), which has no opposite.
+  """
 
   bits: int
   signed: bool
   fraction_bits: int
+  lowest: bool = False
 
 
 class Codebook(NamedTuple):
@@ -263,10 +271,11 @@ def encode_int(
   rounding: Rule = nearest_even,
   dtype: DTypeLike = jnp.uint8,
 ) -> jax.Array:
-  """Codes of float32 `x`, clipped to the symmetric range; NaN gives 0."""
+  """Codes of float32 `x`, clipped to the range, which is symmetric without
+  `f.lowest`; NaN gives 0."""
   top = (1 << (f.bits - f.signed)) - 1
   k = rounding(x * jnp.float32(1 << f.fraction_bits))
-  k = jnp.clip(k, -top if f.signed else 0, top)
+  k = jnp.clip(k, -top - f.lowest if f.signed else 0, top)
   k = jnp.where(k != k, 0, k).astype(jnp.int32)
   return (k & ((1 << f.bits) - 1)).astype(dtype)
 
