@@ -136,6 +136,16 @@ class EvaluateTest(parameterized.TestCase):
     self.assertEqual(int(rows[1]['bytes']), variants.nbytes(packed))
     self.assertEqual(int(rows[0]['bytes']), variants.nbytes(floats))
 
+  def test_interrupted(self):
+    one = quality.Scores([1.0, 2.0], 0.0, 1.0, 1.0)
+    with mock.patch.object(
+      quality.Judge, 'scores', side_effect=[one, KeyboardInterrupt]
+    ):
+      status, text = self.run_script('--weights=mxfp4')
+    self.assertEqual(status, 130)
+    self.assertIn('1 finished runs are kept', text)
+    self.assertFalse((self.out / 'evaluate.csv').exists())
+
   @parameterized.parameters(
     (('--windows=3',), 'text has 150 tokens, so 2 windows of 64 fit, not 3'),
     (('--text=nowhere',), 'No such file.*nowhere'),
