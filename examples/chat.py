@@ -29,6 +29,7 @@ from models import llama_config
 from support import (
   chat_template,
   command,
+  format_flags,
   generation,
   language_models,
   smollm2,
@@ -69,15 +70,7 @@ _FORMAT = flags.DEFINE_string(
 _STATS = flags.DEFINE_string('stats', '', 'JSON file for figures of the run.')
 
 
-def _is_format(name: str) -> bool:
-  if name and not isinstance(formats.get(name), formats.BlockFormat):
-    raise flags.ValidationError(
-      f'{name} is an element format; name a block format such as mxfp4'
-    )
-  return True
-
-
-flags.register_validator('format', _is_format)
+flags.register_validator('format', format_flags.is_block_format)
 
 
 class _Chat:
@@ -150,6 +143,7 @@ def _questions():
 
 
 def _run() -> None:
+  command.keep_programs()
   chat = _Chat(_MODEL.value or str(smollm2.fetch()))
   print(
     f'{chat.bytes / 1e6:.1f} MB of weights in {chat.load_seconds:.1f} s',

@@ -31,7 +31,13 @@ from absl import app, flags
 
 from lowbit_jax import formats
 from lowbit_jax.io._checkpoint import Checkpoint
-from support import command, conversion, outputs, translation
+from support import (
+  command,
+  conversion,
+  format_flags,
+  outputs,
+  translation,
+)
 from support.conversion import ConversionError
 
 _MODEL = flags.DEFINE_string(
@@ -60,17 +66,7 @@ _SELECT = flags.DEFINE_string(
 
 
 def _is_format(name: str | None) -> bool:
-  if name in (None, 'none'):
-    return True
-  try:
-    fmt = formats.get(name)
-  except ValueError as error:
-    raise flags.ValidationError(str(error)) from error
-  if not isinstance(fmt, formats.BlockFormat):
-    raise flags.ValidationError(
-      f'{name} is an element format; name a block format such as mxfp4'
-    )
-  return True
+  return name == 'none' or format_flags.is_block_format(name)
 
 
 def _is_pattern(pattern: str | None) -> bool:

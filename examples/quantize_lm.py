@@ -42,7 +42,15 @@ from absl import app, flags
 from lowbit_jax import formats, nn
 from lowbit_jax.recipe import QuantSpec
 from models import byte_lm
-from support import command, data, loop, model_flags, report, timing
+from support import (
+  command,
+  data,
+  format_flags,
+  loop,
+  model_flags,
+  report,
+  timing,
+)
 from support.checkpoints import CheckpointError, Checkpoints
 
 _QUANTIZED = rf'({"|".join(byte_lm.LINEAR_LAYERS)})/kernel$'
@@ -96,28 +104,13 @@ _TEMPERATURE = flags.DEFINE_float(
 )
 
 
-def _is_format(name: str) -> bool:
-  try:
-    fmt = formats.get(name)
-  except ValueError as error:
-    raise flags.ValidationError(str(error)) from error
-  if not isinstance(fmt, formats.BlockFormat):
-    raise flags.ValidationError(
-      f'{name} is an element format; name a block format such as mxfp4 or '
-      'int4_g32 (--formats=all lists them)'
-    )
-  return True
-
-
 def _are_formats(names: Sequence[str]) -> bool:
-  return list(names) == ['all'] or all(_is_format(name) for name in names)
+  return list(names) == ['all'] or all(map(format_flags.is_block_format, names))
 
 
 flags.register_validator('formats', _are_formats)
-flags.register_validator('sample_format', _is_format)
-flags.register_validator(
-  'activations', lambda name: not name or _is_format(name)
-)
+flags.register_validator('sample_format', format_flags.is_block_format)
+flags.register_validator('activations', format_flags.is_block_format)
 
 
 @functools.cache

@@ -15,7 +15,8 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 import lowbit_jax as lowbit
-from models.bert_config import Config, ConfigError
+from models import stacked
+from models.bert_config import Config
 
 _ACTIVATIONS: Mapping[str, Callable[[jax.Array], jax.Array]] = {
   'gelu': functools.partial(jax.nn.gelu, approximate=False),
@@ -93,19 +94,11 @@ class Bert(nnx.Module):
     param_dtype: DTypeLike = jnp.float32,
     rngs: nnx.Rngs,
   ) -> None:
-    sizes = tuple(stacks) or (config.blocks,)
-    if sum(sizes) != config.blocks or min(sizes) < 1:
-      raise ConfigError(f'{stacks=} do not add up to blocks={config.blocks}')
     self.config = config
     options = {'dtype': dtype, 'param_dtype': param_dtype}
 
-    def stack(size):
-      @nnx.split_rngs(splits=size)
-      @nnx.vmap(in_axes=0, out_axes=0)
-      def blocks(rngs):
-        return Block(config, rngs=rngs, **options)
-
-      return blocks(rngs)
+    def block(rngs):
+      return Block(config, rngs=rngs, **options)
 
     def table(rows):
       return lowbit.nn.nnx.Embed(rows, config.width, rngs=rngs, **options)
@@ -114,7 +107,7 @@ class Bert(nnx.Module):
     self.positions = table(config.context)
     self.types = table(config.types) if config.types else None
     self.norm = norm(config, rngs=rngs, **options)
-    self.stacks = nnx.List([stack(size) for size in sizes])
+    self.stacks = stacked.blocks(block, config.blocks, stacks, rngs)
     self.pooler = (
       nnx.Linear(config.width, config.width, rngs=rngs, **options)
       if config.pooling == 'pooler'

@@ -14,8 +14,8 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 import lowbit_jax as lowbit
-from models import experts, rotary
-from models.llama_config import Config, ConfigError
+from models import experts, rotary, stacked
+from models.llama_config import Config
 
 # What stands before the linear layers of a block, and of the model: a scale of
 # the one, along its outputs, can be folded into the others, along their inputs.
@@ -152,24 +152,16 @@ class Llama(nnx.Module):
     param_dtype: DTypeLike = jnp.float32,
     rngs: nnx.Rngs,
   ) -> None:
-    sizes = tuple(stacks) or (config.blocks,)
-    if sum(sizes) != config.blocks or min(sizes) < 1:
-      raise ConfigError(f'{stacks=} do not add up to blocks={config.blocks}')
     self.config = config
     options = {'dtype': dtype, 'param_dtype': param_dtype}
 
-    def stack(size):
-      @nnx.split_rngs(splits=size)
-      @nnx.vmap(in_axes=0, out_axes=0)
-      def blocks(rngs):
-        return Block(config, rngs=rngs, **options)
-
-      return blocks(rngs)
+    def block(rngs):
+      return Block(config, rngs=rngs, **options)
 
     own = {'rngs': rngs, **options}
     vocabulary, width = config.vocabulary, config.width
     self.embed = lowbit.nn.nnx.Embed(vocabulary, width, **own)
-    self.stacks = nnx.List([stack(size) for size in sizes])
+    self.stacks = stacked.blocks(block, config.blocks, stacks, rngs)
     self.norm = norm(config, width, own)
     head = nnx.Linear(width, vocabulary, use_bias=False, **own)
     self.head = None if config.tied else head

@@ -6,10 +6,12 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import jax
 import tqdm
 from absl import app, logging
 
 from lowbit_jax import _files, _results
+from support import wheels
 
 
 def main(
@@ -40,6 +42,13 @@ def main(
   except KeyboardInterrupt:
     return 130
   return 0
+
+
+def keep_programs() -> None:
+  """Keeps compiled programs in the user's cache for the next run."""
+  with contextlib.suppress(wheels.FetchError):  # without a home directory
+    folder = wheels.cache() / 'programs'
+    jax.config.update('jax_compilation_cache_dir', str(folder))
 
 
 def _failed(argv: Sequence[str], message: Any) -> int:

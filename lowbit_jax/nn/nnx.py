@@ -271,7 +271,7 @@ class Embed(flax_nnx.Embed):
     return _dot.sharded(score, out_sharding, query, table)
 
 
-def _holders(model, kinds=flax_nnx.Param):
+def _holders(model, kinds: Any = flax_nnx.Param):
   """(path, module, name, variable) of every Param attribute of every module."""
   return [
     ('/'.join(map(str, (*path, name))), module, name, variable)
