@@ -36,7 +36,6 @@ from typing import Any, NamedTuple
 import numpy as np
 from absl import app, flags
 
-from lowbit_jax import formats
 from support import (
   command,
   language_models,
@@ -48,6 +47,7 @@ from support import (
   variants,
 )
 from support.checkpoints import CheckpointError
+from support.format_flags import is_block_format
 from support.variants import Pair
 
 _TEXT_FILE = pathlib.Path(__file__).parent / 'data' / 'tom_sawyer.txt'
@@ -88,18 +88,7 @@ _OUT = flags.DEFINE_string('out', 'evaluate_out', 'Directory of results.')
 
 
 def _are_formats(names: Sequence[str], words: Sequence[str]) -> bool:
-  for name in names:
-    if name in words:
-      continue
-    try:
-      fmt = formats.get(name)
-    except ValueError as error:
-      raise flags.ValidationError(str(error)) from error
-    if not isinstance(fmt, formats.BlockFormat):
-      raise flags.ValidationError(
-        f'{name} is an element format; name a block format such as mxfp4'
-      )
-  return True
+  return all(name in words or is_block_format(name) for name in names)
 
 
 flags.mark_flags_as_mutual_exclusive(['text', 'sentences'])
@@ -377,6 +366,7 @@ def _evaluate(out: pathlib.Path) -> None:
 
 
 def _run() -> None:
+  command.keep_programs()
   with command.own_directory(_OUT.value, '--out') as out:
     _evaluate(out)
 
