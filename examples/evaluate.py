@@ -64,7 +64,7 @@ _MODEL = flags.DEFINE_string(
   'model', '', 'GGUF file or folder; "" fetches SmolLM2-135M-Instruct.'
 )
 _TEXT = flags.DEFINE_string(
-  'text', None, 'UTF-8 file; one of two windows by default.'
+  'text', None, 'UTF-8 file; a text of eight windows by default.'
 )
 _SENTENCES = flags.DEFINE_string(
   'sentences', None, 'UTF-8 file, one on each line, for the BERT family.'

@@ -30,6 +30,18 @@ class FiguresTest(absltest.TestCase):
       self.assertLen(found, 1, cells)
       self.assertEqual(found[0][6], row['goal'])
 
+  def test_real_model(self):
+    """A row of the table has weights alone, and then activations as well."""
+    rows = {row[0]: row for row in tables('models')}
+    for row in data('evaluate')[1:]:
+      cells = rows[row['weights']]
+      size = f'{int(row["bytes"]) / 1e6:.1f}'
+      self.assertEqual(cells[1:3], [f'{float(row["bits"]):.2f}', size])
+      at = 3 if row['activations'] == 'none' else 6
+      delta = f'{float(row["delta"]):+.4f} ± {float(row["stderr"]):.4f}'
+      kl, top1 = f'{float(row["kl"]):.4f}', f'{float(row["top1"]):.1%}'
+      self.assertEqual(cells[at : at + 3], [delta, kl, top1])
+
   def test_curves(self):
     text = (_DOCS / 'training.md').read_text('utf-8')
     rows = data('curves')

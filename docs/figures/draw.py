@@ -249,6 +249,31 @@ def main_job() -> Figure:
   return figure
 
 
+def real_model() -> Figure:
+  """Loss of a published model in six formats against its bytes."""
+  figure, axes = _figure(4.6)
+  for row in _table('evaluate')[1:]:
+    name, size = row['weights'], int(row['bytes']) / 1e6
+    is_float = row['activations'] == 'none'
+    color = _BLUE if is_float else _ORANGE
+    delta, error = float(row['delta']), float(row['stderr'])
+    axes.errorbar(size, delta, error, fmt='o', color=color, elinewidth=1)
+    _note(axes, name, (size, delta), (7, 0), color=color)
+  axes.axhline(0, color=_GRAY, lw=0.8, ls='--')
+  _note(axes, 'float32, 538 MB', (80, 0), (0, 7), color=_GRAY)
+  text = 'weights and activations'
+  _note(axes, text, (80, 2.2), (0, 0), color=_ORANGE)
+  _note(axes, 'weights alone', (80, 1.5), (0, 0), color=_BLUE)
+  axes.set_yscale('symlog', linthresh=1e-2)
+  axes.set_ylim(-5e-3, 3)
+  axes.set_yticks([0, 1e-2, 0.1, 1], ['0', '0.01', '0.1', '1'])
+  axes.yaxis.set_minor_locator(ticker.NullLocator())
+  axes.set_xlim(78, 158)
+  axes.set_xlabel('all parameters, MB (scales included)')
+  axes.set_ylabel('loss minus float32, nats per token')
+  return figure
+
+
 def loss_against_bytes() -> Figure:
   """Held-out loss against bytes of the weights of the linear layers."""
   figure, axes = _figure(4.6)
@@ -504,6 +529,7 @@ _FIGURES = (
   parts,
   element_formats,
   qsnr,
+  real_model,
   main_job,
   loss_against_bytes,
   recipes,
