@@ -36,9 +36,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from absl import app, flags
 
-from lowbit_jax import formats
 from support import (
   command,
+  format_flags,
   language_models,
   quality,
   report,
@@ -88,18 +88,8 @@ _OUT = flags.DEFINE_string('out', 'evaluate_out', 'Directory of results.')
 
 
 def _are_formats(names: Sequence[str], words: Sequence[str]) -> bool:
-  for name in names:
-    if name in words:
-      continue
-    try:
-      fmt = formats.get(name)
-    except ValueError as error:
-      raise flags.ValidationError(str(error)) from error
-    if not isinstance(fmt, formats.BlockFormat):
-      raise flags.ValidationError(
-        f'{name} is an element format; name a block format such as mxfp4'
-      )
-  return True
+  chosen = [name for name in names if name not in words]
+  return all(map(format_flags.is_block_format, chosen))
 
 
 flags.mark_flags_as_mutual_exclusive(['text', 'sentences'])
@@ -377,6 +367,7 @@ def _evaluate(out: pathlib.Path) -> None:
 
 
 def _run() -> None:
+  command.keep_programs()
   with command.own_directory(_OUT.value, '--out') as out:
     _evaluate(out)
 
