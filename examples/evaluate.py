@@ -38,7 +38,6 @@ from absl import app, flags
 
 from support import (
   command,
-  format_flags,
   language_models,
   quality,
   report,
@@ -48,6 +47,7 @@ from support import (
   variants,
 )
 from support.checkpoints import CheckpointError
+from support.format_flags import is_block_format
 from support.variants import Pair
 
 _TEXT_FILE = pathlib.Path(__file__).parent / 'data' / 'tom_sawyer.txt'
@@ -88,8 +88,7 @@ _OUT = flags.DEFINE_string('out', 'evaluate_out', 'Directory of results.')
 
 
 def _are_formats(names: Sequence[str], words: Sequence[str]) -> bool:
-  chosen = [name for name in names if name not in words]
-  return all(map(format_flags.is_block_format, chosen))
+  return all(name in words or is_block_format(name) for name in names)
 
 
 flags.mark_flags_as_mutual_exclusive(['text', 'sentences'])
