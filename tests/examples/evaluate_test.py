@@ -245,6 +245,7 @@ class SmolLM2Test(absltest.TestCase):
         f'--model={path}',
         f'--out={out}',
         '--weights=int8_channel,mxfp4',
+        '--activations=none',
         '--windows=2',
       )
       self.assertEqual(status, 0, text)
