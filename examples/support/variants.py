@@ -150,7 +150,7 @@ class Variants:
 
     try:
       with warnings.catch_warnings():
-        warnings.simplefilter('error', UserWarning)
+        warnings.filterwarnings('error', 'padding adds', UserWarning)
         nnx.eval_shape(traced)
     except (TypeError, ValueError, UserWarning) as error:
       raise ValueError(
