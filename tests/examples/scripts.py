@@ -4,8 +4,11 @@ import contextlib
 import importlib
 import io
 import types
+from unittest import mock
 
 from absl import flags
+
+from support import command
 
 _flags: dict[types.ModuleType, dict[str, flags.Flag]] = {}
 
@@ -24,7 +27,8 @@ def load(name: str) -> types.ModuleType:
 def run(script: types.ModuleType, *arguments: str) -> tuple[int, str]:
   """Calls `main` of a loaded script; returns its status and what it prints.
 
-  It shares its devices and what it compiles with the tests of this process.
+  It shares its devices and what it compiles with the tests of this process, and
+  keeps nothing of that for its user.
   """
   parsed = flags.FLAGS.is_parsed()
   out = io.StringIO()
@@ -32,7 +36,11 @@ def run(script: types.ModuleType, *arguments: str) -> tuple[int, str]:
     for name, flag in _flags[script].items():
       flags.FLAGS[name] = flag
     rest = flags.FLAGS([script.__name__, *arguments])
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
+    with (
+      contextlib.redirect_stdout(out),
+      contextlib.redirect_stderr(out),
+      mock.patch.object(command, 'keep_programs'),
+    ):
       status = script.main(rest)
   finally:
     for name, flag in _flags[script].items():
