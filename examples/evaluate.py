@@ -84,6 +84,12 @@ _HEAD = flags.DEFINE_bool('head', False, 'Quantize the head too.')
 _METHOD = flags.DEFINE_enum(
   'method', 'rtn', ['rtn'], 'How weights are rounded: to the nearest.'
 )
+_SCALE_RULE = flags.DEFINE_string(
+  'scale_rule',
+  None,
+  'How scales follow from weights, and from inputs in the same format; unset'
+  ' for the rule of each format.',
+)
 _OUT = flags.DEFINE_string('out', 'evaluate_out', 'Directory of results.')
 
 
@@ -104,7 +110,7 @@ class Row(NamedTuple):
   Attributes:
     weights: format of the linear layers.
     activations: format of their inputs.
-    method: how weights were rounded.
+    method: how weights were rounded, and the scale rule if one was named.
     cache: format of keys and values.
     bits: that a quantized weight takes, scales included.
     bytes: of all parameters.
@@ -163,7 +169,9 @@ class _Text:
     tokens = found.tokenizer.encode(_read(file))
     count, context = _WINDOWS.value, found.config.context
     self._windows = quality.windows(tokens, count, context)
-    self.variants = variants.Variants(found.model, _HEAD.value)
+    self.variants = variants.Variants(
+      found.model, _HEAD.value, _SCALE_RULE.value
+    )
     self.parts = [{'window': _digest(window)} for window in self._windows]
     length = self._windows.shape[1]
     self.title = f'{path.name}, {count} x {length} tokens of {file.name}'
@@ -228,7 +236,9 @@ class _Sentences:
     self._sentences = [s for s in _read(file).splitlines() if s.strip()]
     if not self._sentences:
       raise ValueError(f'{str(file)!r} has no sentence')
-    self.variants = variants.Variants(self._found.model)
+    self.variants = variants.Variants(
+      self._found.model, scale_rule=_SCALE_RULE.value
+    )
     self.parts = [{'sentences': _digest('\n'.join(self._sentences).encode())}]
     count = len(self._sentences)
     self.title = f'{path.name}, {count} sentences of {file.name}'
@@ -270,7 +280,9 @@ class _Sentences:
 
 
 def _method(pair: Pair) -> str:
-  return 'none' if pair.weights == 'none' else _METHOD.value
+  if pair.weights == 'none':
+    return 'none'
+  return ' '.join(filter(None, (_METHOD.value, _SCALE_RULE.value)))
 
 
 def _read(path: pathlib.Path) -> str:
@@ -347,6 +359,7 @@ def _evaluate(out: pathlib.Path) -> None:
   store = runs.Store(out / 'runs', 'scores', '--out')
   run = {'model': _digest_files(path)}
   run |= {'head': _HEAD.value, 'method': _METHOD.value}
+  run |= {'scale_rule': _SCALE_RULE.value}
   print(f'{task.title}\n{task.header}', flush=True)
   try:
     rows = _measure(task, pairs, store, run)

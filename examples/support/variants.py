@@ -61,14 +61,21 @@ def quantized(
   )
 
 
-def with_activations(model: nnx.Module, fmt: BlockFormat) -> nnx.Module:
+def with_activations(
+  model: nnx.Module, fmt: BlockFormat, scale_rule: str | None = None
+) -> nnx.Module:
   """A copy of a model whose linear layers round what they are given.
+
+  Args:
+    model: the model.
+    fmt: to which they round.
+    scale_rule: in place of that of the format.
 
   Raises:
     ValueError: for a mixture of experts, whose products are no linear layers.
   """
   copy = nnx.clone(model)
-  product = lowbit.nn.dot_general(lhs=QuantSpec(fmt))
+  product = lowbit.nn.dot_general(lhs=QuantSpec(fmt, scale_rule=scale_rule))
   for path, module in nnx.iter_modules(copy):
     if isinstance(module, experts.Experts):
       raise ValueError('activations of a mixture of experts stay in float')
@@ -112,10 +119,17 @@ class Variants:
     loaded: the model as its checkpoint has it.
     head: whether the head is quantized too. If not, it and the embedding stay
       as they are, packed or not.
+    scale_rule: of weights, and of activations in their format; None for that of
+      each format.
   """
 
-  def __init__(self, loaded: nnx.Module, head: bool = False) -> None:
-    self._loaded, self._head = loaded, head
+  def __init__(
+    self,
+    loaded: nnx.Module,
+    head: bool = False,
+    scale_rule: str | None = None,
+  ) -> None:
+    self._loaded, self._head, self._rule = loaded, head, scale_rule
     self._packed = functools.lru_cache(1)(
       lambda name: self._quantized(self.floats, name)
     )
@@ -129,7 +143,7 @@ class Variants:
     """The model in a pair of formats."""
     is_float = pair.weights == 'none'
     model = self.floats if is_float else self._packed(pair.weights)
-    return self._rounding(model, pair.activations)
+    return self._rounding(model, pair)
 
   def check(self, pair: Pair, run: Callable[[Any], Any]) -> None:
     """Makes sure that a pair fits, without computing anything.
@@ -146,7 +160,7 @@ class Variants:
       model = decoded(self._loaded)
       if pair.weights != 'none':
         model = self._quantized(model, pair.weights)
-      return run(self._rounding(model, pair.activations))
+      return run(self._rounding(model, pair))
 
     try:
       with warnings.catch_warnings():
@@ -169,7 +183,9 @@ class Variants:
     return {'bits': 8 * held / count, 'bytes': nbytes(model)}
 
   def _quantized(self, floats: nnx.Module, name: str) -> nnx.Module:
-    model = quantized(floats, _format(name), head=self._head)
+    model = quantized(
+      floats, _format(name), head=self._head, scale_rule=self._rule
+    )
     if not self._head:
       kept = {
         path: value
@@ -179,8 +195,11 @@ class Variants:
       lowbit.nn.nnx.assign(model, kept)
     return model
 
-  def _rounding(self, model: Any, name: str) -> Any:
-    return model if name == 'none' else with_activations(model, _format(name))
+  def _rounding(self, model: Any, pair: Pair) -> Any:
+    if pair.activations == 'none':
+      return model
+    rule = self._rule if pair.activations == pair.weights else None
+    return with_activations(model, _format(pair.activations), rule)
 
 
 def _format(name: str) -> BlockFormat:

@@ -150,6 +150,7 @@ class EvaluateTest(parameterized.TestCase):
     (('--windows=3',), 'text has 150 tokens, so 2 windows of 64 fit, not 3'),
     (('--text=nowhere',), 'No such file.*nowhere'),
     (('--weights=int4_g128',), 'int4_g128.*none: padding adds'),
+    (('--weights=mxfp4', '--scale_rule=sweep'), "'sweep' does not fit mxfp4"),
     (('--sentences=nowhere', '--model='), None),
   )
   def test_mistakes_are_told_without_a_traceback(self, arguments, said):
@@ -230,6 +231,20 @@ class VariantsTest(absltest.TestCase):
       made = variants.Variants(loaded, head)(Pair('mxfp4', 'none'))
       got = made.embed.embedding.get_raw_value()
       self.assertEqual(got.fmt, formats.get(name))
+
+  def test_a_scale_rule_is_that_of_weights_and_of_activations_like_them(self):
+    with tempfile.TemporaryDirectory() as folder:
+      path = families.write(pathlib.Path(folder), families.CASES['llama2'])
+      loaded = language_models.load(path).model
+    made = variants.Variants(loaded, scale_rule='mse')
+    fmt = formats.get('mxfp4')
+    w = loaded.stacks[0].mlp.up.kernel.get_raw_value()
+    for activations, rule in (('mxfp4', 'mse'), ('mxfp8_e4m3', 'floor')):
+      layer = made(Pair('mxfp4', activations)).stacks[0].mlp.up
+      want = lowbit.quantize(w, fmt, axis=-2, scale_rule='mse')
+      q = layer.kernel.get_raw_value()
+      np.testing.assert_array_equal(q.codes, want.codes)
+      self.assertEqual(layer.dot_general.specs.lhs.scale_rule, rule)
 
 
 @pytest.mark.slow
