@@ -24,7 +24,7 @@ from collections.abc import Sequence
 import jax
 from absl import app, flags
 
-from lowbit_jax import _files, formats
+from lowbit_jax import _files
 from models import llama_config
 from support import (
   chat_template,
@@ -82,8 +82,8 @@ class _Chat:
     self.tokenizer = self.language_model.tokenizer
     model = self.language_model.model
     if _FORMAT.value:
-      fmt = formats.get(_FORMAT.value)
-      model = variants.quantized(variants.decoded(model), fmt)
+      pair = variants.Pair(_FORMAT.value, 'none')
+      model = variants.Variants(model)(pair)
     self.bytes = variants.nbytes(jax.block_until_ready(model))
     self.load_seconds = time.perf_counter() - begin
     sampling = generation.Sampling(

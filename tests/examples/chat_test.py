@@ -154,6 +154,18 @@ class SmolLM2Test(parameterized.TestCase):
     self.assertEqual(status, 0)
     self.assertIn('The question of whether dogs are real is a topic of', text)
 
+  def test_format_of_linear_layers_alone(self):
+    """The embedding, which is the head too, stays in 8.5 bits."""
+    with tempfile.TemporaryDirectory() as folder:
+      stats = pathlib.Path(folder) / 'stats.json'
+      status, _ = scripts.run(
+        chat,
+        *('--prompt=Hello', '--max_tokens=1', '--format=nvfp4'),
+        f'--stats={stats}',
+      )
+      self.assertEqual(status, 0)
+      self.assertLess(json.loads(stats.read_text())['bytes'], 90e6)
+
 
 if __name__ == '__main__':
   absltest.main()
