@@ -100,6 +100,7 @@ class ChatTest(parameterized.TestCase):
 
 
 @pytest.mark.slow
+@pytest.mark.long('compiles and runs a published model')
 class SmolLM2Test(parameterized.TestCase):
   """Figures of transformers 5.24 in float32, of which one is .05 wide."""
 

@@ -248,6 +248,7 @@ class VariantsTest(absltest.TestCase):
 
 
 @pytest.mark.slow
+@pytest.mark.long('compiles and runs a published model')
 class SmolLM2Test(absltest.TestCase):
   def rows(self, *arguments):
     try:
