@@ -25,7 +25,6 @@ import jax
 from absl import app, flags
 
 from lowbit_jax import _files
-from models import llama_config
 from support import (
   chat_template,
   command,
@@ -34,7 +33,6 @@ from support import (
   language_models,
   smollm2,
   variants,
-  weights,
   wheels,
 )
 
@@ -151,7 +149,14 @@ def _run() -> None:
   )
   for question in _questions():
     chat.answer(question)
-  stats = chat.stats()
+    _tell(chat.stats())
+  if _STATS.value:
+    with _files.replacing(_STATS.value) as file:
+      file.write(json.dumps(chat.stats(), indent=2).encode() + b'\n')
+
+
+def _tell(stats: dict[str, float]) -> None:
+  """Prints what the run needed so far."""
   print(
     f'{stats["prompt_tokens"]} tokens read in {stats["prompt_seconds"]:.1f} s,'
     f' {stats["tokens"]} made in {stats["seconds"]:.1f} s'
@@ -159,19 +164,10 @@ def _run() -> None:
     f' {stats["compile_seconds"]:.1f} s',
     file=sys.stderr,
   )
-  if _STATS.value:
-    with _files.replacing(_STATS.value) as file:
-      file.write(json.dumps(stats, indent=2).encode() + b'\n')
 
 
 def main(argv: Sequence[str]) -> int:
-  errors = (
-    wheels.FetchError,
-    llama_config.ConfigError,
-    weights.CheckpointMismatch,
-    generation.PromptTooLong,
-    ValueError,
-  )
+  errors = wheels.FetchError, ValueError
   return command.main(argv, _run, errors)
 
 

@@ -87,6 +87,7 @@ class Generator:
       model = nnx.merge(graph, state)
       states, cache = model.states(tokens, cache, start)
       states = jax.lax.dynamic_index_in_dim(states, last, 1, keepdims=False)
+      key = jax.random.fold_in(key, start + last)
       return sampling.draw(model.logits(states), key), cache
 
     self._run = jax.jit(run, donate_argnums=2)
@@ -162,14 +163,13 @@ class Generator:
   ) -> tuple[float, int]:
     """Runs the program for so many tokens; seconds and the token that it
     makes."""
-    position = start + last
     arguments = (
       self._state,
       np.array([tokens], np.int32),
       self._cache,
       np.int32(start),
       np.int32(last),
-      jax.random.fold_in(self._key, position),
+      self._key,
     )
     kind = len(tokens), self._capacity
     if kind not in self._programs:
