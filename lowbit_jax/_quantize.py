@@ -298,7 +298,7 @@ def _two_levels(scales: Scales, fmt: BlockFormat, blocks: Blocks) -> Scales:
 
 def _from_stored(scale: QArray, minimum: QArray | None, blocks) -> Scales:
   def values(q):
-    return None if q is None else blocks.expand(qarray.dequantize(q))
+    return None if q is None else blocks.expand(qarray.decode(q))
 
   stored = scale, minimum
   return Scales(values(scale), minimum=values(minimum), stored=stored)

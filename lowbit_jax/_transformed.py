@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lowbit_jax import qarray
+from lowbit_jax import _decoders, qarray
 from lowbit_jax._typing import DTypeLike
 from lowbit_jax.numerics._codec import as_dtype
 from lowbit_jax.qarray import QArray
@@ -176,7 +176,7 @@ class Transformed:
   def dequantize(self, dtype: DTypeLike | None = None) -> jax.Array:
     """The array that this one stands for, transformed back in float32."""
     dtype = self.dtype if dtype is None else as_dtype(dtype)
-    return _dense(self, dtype)
+    return _decoders.run(decode, self, dtype)
 
   def with_transform(self, change: Callable[[Any], Any]) -> 'Transformed':
     """The same weight behind a transform whose leaves are changed."""
@@ -214,8 +214,9 @@ def is_quantized(x: object) -> TypeGuard[QArray | Transformed]:
 
 
 @functools.partial(jax.jit, static_argnums=1, inline=True)
-def _dense(t: Transformed, dtype: np.dtype) -> jax.Array:
-  w = qarray.dequantize(t.weight, jnp.float32)
+def decode(t: Transformed, dtype: np.dtype) -> jax.Array:
+  """`t.dequantize(dtype)` without a name, for operations of this library."""
+  w = qarray.decode(t.weight, jnp.float32)
   invert = _per_member(lambda f, w: f.inverse_dual(w, t.axis), t.stacked)
   return invert(t.transform, w).astype(dtype)
 

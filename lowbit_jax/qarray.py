@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from lowbit_jax import _explicit, formats
+from lowbit_jax import _decoders, _explicit, formats
 from lowbit_jax._typing import ArrayLike, Axis, DTypeLike, Shape, as_tuple
 from lowbit_jax.formats import BlockFormat, IntFormat
 from lowbit_jax.formats._types import check_format
@@ -275,6 +275,12 @@ class QArray:
   ) -> np.ndarray:
     del copy
     return np.asarray(dequantize(self), dtype=dtype)
+
+  def __hash__(self) -> int:
+    raise TypeError(
+      f'{self!r} has no hash: pass it to jax.jit as an argument that is traced,'
+      ' not in static_argnums or static_argnames'
+    )
 
   def __repr__(self) -> str:
     try:
@@ -691,16 +697,23 @@ def dequantize(
     return q.dequantize(dtype)
   q = check_qarray(q)
   dtype = q.dtype if dtype is None else as_dtype(dtype)
-  if dither is not None:
-    dither_step(q.fmt.element)  # refuses elements that are not dithered
-    dither = jnp.asarray(dither)
-    if dither.shape != q.shape:
-      raise ValueError(
-        f'dither.shape={dither.shape} must be that of q, {q.shape}: the offsets'
-        ' numerics.dither(key, shape) of the whole array, indexed and'
-        ' transposed as q was'
-      )
+  if dither is None:
+    return _decoders.run(decode, q, dtype)
+  dither_step(q.fmt.element)  # refuses elements that are not dithered
+  dither = jnp.asarray(dither)
+  if dither.shape != q.shape:
+    raise ValueError(
+      f'dither.shape={dither.shape} must be that of q, {q.shape}: the offsets'
+      ' numerics.dither(key, shape) of the whole array, indexed and'
+      ' transposed as q was'
+    )
   return _compiled(q, dtype, dither)
+
+
+def decode(q: QArray, dtype: DTypeLike | None = None) -> jax.Array:
+  """`dequantize` without checks and without a name, for use inside the
+  operations of this library."""
+  return _compiled(q, q.dtype if dtype is None else np.dtype(dtype), None)
 
 
 @functools.partial(jax.jit, static_argnums=1, inline=True)

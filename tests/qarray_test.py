@@ -16,6 +16,8 @@ if 'host_platform_device_count' not in os.environ.get('XLA_FLAGS', ''):
 import dataclasses  # noqa: E402
 import functools  # noqa: E402
 import itertools  # noqa: E402
+import subprocess  # noqa: E402
+import sys  # noqa: E402
 
 import jax  # noqa: E402
 import jax.export  # noqa: E402
@@ -29,7 +31,7 @@ from jax.sharding import (
 )
 
 import lowbit_jax  # noqa: E402
-from lowbit_jax import QArray, formats, numerics, qarray  # noqa: E402
+from lowbit_jax import QArray, _decoders, formats, numerics, qarray  # noqa: E402
 
 BLOCK_FORMATS = formats.names('block')
 # One format of each kind of leaf, block and packing.
@@ -239,9 +241,44 @@ class PytreeTest(parameterized.TestCase):
     q = make(name, 3, 40)
     assert_same(jax.tree.map(lambda leaf: leaf, q), q)
 
-  def test_equality_is_identity_and_it_hashes(self):
+  def test_like_an_array_it_is_no_static_argument(self):
     q = make('mxfp4', 2, 32)
-    self.assertLen({q, q, make('mxfp4', 2, 32, seed=1)}, 2)
+    self.assertIn(q, [q])
+    self.assertNotIn(q, [make('mxfp4', 2, 32, seed=1)])
+    with self.assertRaisesRegex(TypeError, 'shape=.2, 32.*static_argnums'):
+      hash(q)
+    with self.assertRaisesRegex(ValueError, 'static_argnums'):
+      jax.jit(jnp.asarray, static_argnums=0)(q)
+
+  def test_a_program_shows_what_it_decodes(self):
+    q = make('mxfp4', 2, 32)
+    equations = jax.make_jaxpr(lambda x: x + q.astype(jnp.bfloat16))(1.0).eqns
+    found = [
+      _decoders.DECODERS.get(eqn.params.get('name')) for eqn in equations
+    ]
+    (decoder,) = filter(None, found)
+    self.assertEqual(
+      decoder.structure, jax.tree.structure(q.astype('bfloat16'))
+    )
+    self.assertEqual(decoder.dtype, jnp.bfloat16)
+
+  def test_names_of_decoders_do_not_depend_on_their_order(self):
+    code = (
+      'import jax.numpy as jnp; from lowbit_jax import _decoders, formats,'
+      ' quantize\n'
+      'for name in {}: quantize(jnp.ones((2, 32)), formats.get(name)) + 0\n'
+      'print(*sorted(_decoders.DECODERS))'
+    )
+    outputs = [
+      subprocess.run(
+        [sys.executable, '-c', code.format(names)],
+        capture_output=True,
+        check=True,
+      ).stdout
+      for names in (['mxfp4', 'nvfp4'], ['nvfp4', 'mxfp4'])
+    ]
+    self.assertEqual(*outputs)
+    self.assertLen(outputs[0].split(), 2)
 
   def test_fields_are_frozen(self):
     q = make('mxfp4', 2, 32)

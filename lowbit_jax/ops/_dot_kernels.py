@@ -107,7 +107,7 @@ class _Product:
     """x (m, k), the weight as the kernel takes it, and the result's shape."""
     x = lhs
     if isinstance(lhs, QArray):
-      x = qarray.dequantize(lhs, _dot_xla.exact_dtype(lhs.fmt))
+      x = qarray.decode(lhs, _dot_xla.exact_dtype(lhs.fmt))
     if not isinstance(rhs, Prepacked):
       x, matrix, shape = _dot_xla.as_matrices(x, rhs, self.dims)
       return x, _prepack.weight(matrix, self.kernel.implementation), shape

@@ -424,7 +424,7 @@ def _decoded(scale):
   """Scales that are quantized in their turn in float32, others as they are."""
   if not isinstance(scale, QArray):
     return scale
-  return core.once(qarray.dequantize(scale))
+  return core.once(qarray.decode(scale))
 
 
 def _factors(scale, fmt: BlockFormat):
@@ -545,7 +545,7 @@ def times(out: jax.Array, *scales: jax.Array | None) -> jax.Array:
 
 
 def _dense(x):
-  return qarray.dequantize(x, jnp.float32) if isinstance(x, QArray) else x
+  return qarray.decode(x, jnp.float32) if isinstance(x, QArray) else x
 
 
 def exact_dtype(fmt: BlockFormat) -> DTypeLike:

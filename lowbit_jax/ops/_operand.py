@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lowbit_jax import _explicit, qarray
+from lowbit_jax import _explicit, _transformed, qarray
 from lowbit_jax._transformed import Transformed
 from lowbit_jax._typing import ArrayLike, DotDims, Shape
 from lowbit_jax.ops import _prepack
@@ -107,7 +107,7 @@ def untransformed(lhs: Any, rhs: Any, dims: DotDims) -> tuple[Any, Any]:
       continue
     axes = _facing_axes(t, [(part[side], part[1 - side]) for part in dims])
     if axes is None or is_stored(other) or isinstance(other, Transformed):
-      operands[side] = computed(qarray.dequantize, t)
+      operands[side] = computed(lambda t: _transformed.decode(t, t.dtype), t)
     else:
       face = functools.partial(_face, axes=axes)
       operands[1 - side] = computed(face, t, other)
@@ -207,7 +207,7 @@ def _flattened(x: Any, axes: Shape) -> Any:
 def dense(x: Any) -> jax.Array:
   """An operand in float32."""
   x = unpacked(x)
-  return qarray.dequantize(x, jnp.float32) if isinstance(x, QArray) else x
+  return qarray.decode(x, jnp.float32) if isinstance(x, QArray) else x
 
 
 def parts(x: Any) -> list[Any]:

@@ -355,7 +355,7 @@ def _gradient(call: _Call, which: int, lhs, rhs, key):
   operands, sites = [], []
   for (t, spec, axis, amax), k in zip((lhs, rhs), keys, strict=False):
     if isinstance(t, QArray) and spec is not None:
-      t = qarray.dequantize(t)
+      t = qarray.decode(t)
     t = t if isinstance(t, QArray) else rotate(t, axis)
     operands.append(_Operand(t, k, None if gemm.hadamard else amax))
     sites.append(_Site(spec, axis))
@@ -487,7 +487,7 @@ def _values(operand):
     return operand.values()
   if isinstance(operand, QArray):
     operand, outer = _dot_xla.without_tensor_scale(operand)
-    return qarray.dequantize(operand), outer
+    return qarray.decode(operand), outer
   return operand, None
 
 
