@@ -106,6 +106,12 @@ def _updated(x, w):
   return ops.update_slice(q, x, (jnp.int32(0), 0))
 
 
+def _looked_up(x, w):
+  order = transforms.Permutation(np.arange(K)[::-1].copy())
+  q, ids = lowbit_jax.quantize(x, formats.nvfp4), np.array([[1, -1], [9, 0]])
+  return ops.take(q, ids), ops.take(ops.Transformed(q, order, -1), ids[0])
+
+
 def _integer_product(x, w):
   fmt = formats.int8_channel
   return lowbit_jax.dot(lowbit_jax.quantize(x, fmt), _weight(w, fmt))
@@ -293,7 +299,7 @@ CASES: dict[str, Case] = {
       _updated, _integer_product, _general_product, _mixed_dtypes, _einsum,
       _held_tensor_scales, _sphere, _by_addition, _views, _transforms,
       _rotated, _polar, _prepacked, _ragged, _spanned,
-      _behind_transforms,
+      _behind_transforms, _looked_up,
     )
   },
 }  # fmt: skip
@@ -320,6 +326,7 @@ SHARDED = (
   'product_mxfp4', 'integer_product', 'softmax_softmax', 'clipped',
   'learned_step', 'held_scales', 'general_product', 'by_addition', 'transforms',
   'polar', 'prepacked', 'ragged', 'spanned', 'behind_transforms',
+  'looked_up',
 )  # fmt: skip
 # JAX itself refuses to take parts of an axis that is split explicitly.
 NOT_SHARDED = ('parts', 'views', 'sphere')

@@ -264,6 +264,8 @@ CALLS = {
   'ops.select_implementation': Call(
     lambda op, **k: ops.select_implementation(op, X, QW, **k), {
     'op': 'dot', 'implementation': None, 'platform': None}),
+  'ops.take': Call(ops.take, {
+    'table': Q, 'indices': np.zeros(3, np.int32), 'dtype': None}),
   'ops.update_slice': Call(ops.update_slice, {
     'q': Q, 'x': X, 'start': (0, 0), 'scale_rule': None, **ROUND}),
   # arrays and trees

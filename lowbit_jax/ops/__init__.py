@@ -36,6 +36,8 @@ chosen can be asked with `select_implementation`.
 - `select_implementation`: What `op(*args, **kwargs)` would run on a platform,
   without running it.
 - `softmax`: exp(x / temperature), normalised to sum to one along an axis.
+- `take`: Rows of an array or QArray by their indices, as `jnp.take` along axis
+  0.
 - `unpack`: The QArray that `prepack` was given.
 - `update_slice`: `lax.dynamic_update_slice` on a QArray: x is quantized and put
   at `start`.
@@ -81,4 +83,5 @@ from lowbit_jax.ops._softmax import (
   logsumexp as logsumexp,
   softmax as softmax,
 )
+from lowbit_jax.ops._take import take as take
 from lowbit_jax.ops._update import update_slice as update_slice
