@@ -11,6 +11,7 @@ recomputed in the backward pass, so residuals hold packed codes only.
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -23,12 +24,52 @@ from lowbit_jax import _explicit
 from lowbit_jax._typing import DotDims, DTypeLike, Implementation, Precision
 from lowbit_jax.numerics._codec import as_dtype, promoted
 from lowbit_jax.ops import _dispatch, _dot_kernels, _operand
-from lowbit_jax.ops._operand import Operand, dense
+from lowbit_jax.ops._dispatch import Plan
+from lowbit_jax.ops._operand import Operand, Shaped, dense
+
+# (lhs, rhs, dimension numbers, precision).
+PlanArguments = tuple[Any, Any, DotDims, Precision]
+
+
+def _from_either_side(plan: Callable[..., Plan]) -> Callable[..., Plan]:
+  """A plan that takes a weight on the left as one on the right."""
+
+  def plan_either(lhs, rhs, dims: DotDims, precision: Precision) -> Plan:
+    if not _is_left_weight(lhs, rhs):
+      return plan(lhs, rhs, dims, precision)
+    (lhs_k, rhs_k), (lhs_b, rhs_b) = dims
+    exchanged = (rhs_k, lhs_k), (rhs_b, lhs_b)
+    note, product = plan(rhs, lhs, exchanged, precision)
+    first, n = len(rhs_b), rhs.ndim - len(rhs_k) - len(rhs_b)
+
+    def run(lhs, rhs):
+      # The axes of the array stand before those of the weight.
+      out = product(rhs, lhs)
+      return jnp.moveaxis(out, range(first, first + n), range(-n, 0))
+
+    return Plan(f'exchanges the operands: {note}', run)
+
+  return plan_either
+
+
+def _is_left_weight(lhs: Shaped, rhs: Shaped) -> bool:
+  """Whether the left operand is stored and meets an array that is no larger.
+
+  Activations that are stored meet a larger one, next to which their dense
+  values are small. A symbolic number of elements is that of activations.
+  """
+  if not _operand.is_stored(lhs) or _operand.is_stored(rhs):
+    return False
+  ours, others = math.prod(lhs.shape), math.prod(rhs.shape)
+  if not isinstance(others, int):
+    return True
+  return isinstance(ours, int) and ours >= others
+
 
 TABLE = {
-  'tpu': _dot_kernels.plan_tpu,
-  'mosaic_gpu': _dot_kernels.plan_mosaic_gpu,
-  'xla': _dot_kernels.plan_xla,
+  'tpu': _from_either_side(_dot_kernels.plan_tpu),
+  'mosaic_gpu': _from_either_side(_dot_kernels.plan_mosaic_gpu),
+  'xla': _from_either_side(_dot_kernels.plan_xla),
 }
 
 
@@ -38,10 +79,6 @@ class _Call(NamedTuple):
   dims: DotDims
   precision: Precision
   implementation: Implementation
-
-
-# (lhs, rhs, dimension numbers, precision).
-PlanArguments = tuple[Any, Any, DotDims, Precision]
 
 
 def dot(
@@ -58,7 +95,8 @@ def dot(
     lhs: `(..., k)` array or QArray.
     rhs: `(k,)` or `(..., k, n)` array or QArray. Blocks along k are what is
       fast; other layouts are dequantized first. Either operand may also be an
-      `ops.Transformed`.
+      `ops.Transformed`, and a QArray on the left is contracted as one on the
+      right where it has as many elements as the array.
     preferred_element_type: dtype of the result; None for the promoted dtype.
     implementation: 'tpu', 'mosaic_gpu' or 'xla', or a list of names; the first
       that supports the operands runs. None tries all of them, kernels first. If

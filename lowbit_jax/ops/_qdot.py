@@ -20,6 +20,7 @@ rounded in place, which gives the same numbers without the packing.
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -38,7 +39,14 @@ from lowbit_jax._typing import (
 )
 from lowbit_jax.numerics import _rounding
 from lowbit_jax.numerics._codec import as_float_array, promoted
-from lowbit_jax.ops import _dispatch, _dot, _dot_xla, _fake_quant, specs
+from lowbit_jax.ops import (
+  _dispatch,
+  _dot,
+  _dot_kernels,
+  _dot_xla,
+  _fake_quant,
+  specs,
+)
 from lowbit_jax.qarray import QArray
 from lowbit_jax.recipe import (
   GemmSpec,
@@ -458,11 +466,11 @@ def _plan_values(a, b, dims: DotDims, precision: Precision) -> _dispatch.Plan:
 
 
 def _plan_packed(
-  implementation: str, a, b, dims: DotDims, precision: Precision
+  plan: Callable, a, b, dims: DotDims, precision: Precision
 ) -> _dispatch.Plan:
   """Plans a product of packed operands by a kernel of `dot`."""
   lhs, rhs = jax.eval_shape(lambda: (_packed(a), _packed(b)))
-  note, contract = _dot.TABLE[implementation](lhs, rhs, dims, precision)
+  note, contract = plan(lhs, rhs, dims, precision)
 
   def run(a, b):
     return _dot.product(_packed(a), _packed(b), dims, precision, contract)
@@ -471,8 +479,8 @@ def _plan_packed(
 
 
 TABLE = {
-  'tpu': functools.partial(_plan_packed, 'tpu'),
-  'mosaic_gpu': functools.partial(_plan_packed, 'mosaic_gpu'),
+  'tpu': functools.partial(_plan_packed, _dot_kernels.plan_tpu),
+  'mosaic_gpu': functools.partial(_plan_packed, _dot_kernels.plan_mosaic_gpu),
   'xla': _plan_values,
 }
 

@@ -43,8 +43,9 @@ def select_implementation(
     dot...    tpu, mosaic_gpu  two QArray matrices in blocks along the axis that
                                is contracted, with values that bfloat16 or int8
                                holds exactly, or fp8 in 1x128 and 128x128;
-                               any operand times a QArray in blocks along such
-                               an axis, or times a Prepacked weight
+                               any operand with a QArray in blocks along such
+                               an axis, on either side of it, or times a
+                               Prepacked weight
               xla              everything, by an int32 product, a scan over
                                tiles of the weight, or dequantized operands
     ragged    xla              everything, one group after the other

@@ -740,7 +740,8 @@ class SelectTest(parameterized.TestCase):
         (make('int8_channel', 3, 64, axis=-1), make('int8_channel', 64, 4)),
         'int32 product',
       ),
-      ((q.T, data(64, 2)), 'dequantizes.*only the left operand'),
+      ((q.T, data(64, 4)), 'exchanges the operands: scan over tiles'),
+      ((q.T, data(64, 5)), 'dequantizes.*only the left operand'),
       (
         (data(2, 64), make('mxfp4', 64, 40, axis=-1)),
         'dequantizes.*axis -1, which is not contracted',
