@@ -60,6 +60,15 @@ class InitTest(absltest.TestCase):
         {'x': state.x}
       ))  # fmt: skip
 
+  def test_names_in_files(self):
+    """Those of files that were written before, which are read as well."""
+    state = scaling.init(TensorScaling(window=3))
+    names = serialization.to_state_dict(state)
+    leaves = {'history', 'amax', 'count', 'seen'}
+    self.assertEqual(set(names), leaves | {'static'})
+    rule = {'scaling': 'TensorScaling(window=3, every=1)'}
+    self.assertEqual(names['static'], rule)
+
 
 def run(rule: TensorScaling, seen) -> list[float]:
   state, used = scaling.init(rule), []
