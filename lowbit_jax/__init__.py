@@ -22,6 +22,7 @@ Submodules that need Flax, or that most programs do not use, load on first use:
   first.
 - `log_softmax`: The logarithm of `softmax`, never positive.
 - `logsumexp`: log(sum(exp(x / temperature))) over an axis, without overflow.
+- `packed`: `fn` on quantized weights, which stay packed in its products.
 - `partition`: Splits a tree into (trainable, frozen), each with None in the
   holes.
 - `prepack`: Reorders a weight once, so that a kernel need not do so in every
@@ -32,6 +33,7 @@ Submodules that need Flax, or that most programs do not use, load on first use:
 - `quantize_with`: Quantizes with given scales: calibrated, learned or held.
 - `ragged_dot`: `lax.ragged_dot` on arrays and QArrays: rows sorted by group
   times the matrix of their group.
+- `record`: A function that also returns what its products see.
 - `round_to`: The nearest number of the format, as a value.
 - `select_implementation`: What `op(*args, **kwargs)` would run on a platform,
   without running it.
@@ -39,6 +41,8 @@ Submodules that need Flax, or that most programs do not use, load on first use:
   whole.
 - `softmax`: exp(x / temperature), normalised to sum to one along an axis.
 - `unpack`: The QArray that `prepack` was given.
+- `with_policy`: `fn` with low-bit products in place of those that a policy
+  selects.
 - `doctor`: Measures of quantized tensors, and an audit of casts of gradients.
 - `formats`: Number formats as values: elements, blocks, and their names.
 - `io`: Files: trees of arrays and QArrays, saved and loaded with their formats.
@@ -72,6 +76,11 @@ from lowbit_jax._tree import (
   combine as combine,
   partition as partition,
   shardings as shardings,
+)
+from lowbit_jax._walk import (
+  packed as packed,
+  record as record,
+  with_policy as with_policy,
 )
 from lowbit_jax.ops import (
   dequantize as dequantize,
