@@ -50,6 +50,8 @@ Submodules that need Flax, or that most programs do not use, load on first use:
   modules.
 - `numerics`: Rounding, codes, packing and scales of arrays, and tools to check
   them.
+- `observers`: What is recorded of the activations of a model: values for
+  `record`.
 - `ops`: Operations on Array | QArray with stated derivatives.
 - `qarray`: A quantized array as a pytree.
 - `recipe`: What is done to the operands of the products of a network, as
@@ -69,6 +71,7 @@ from lowbit_jax import (
   formats as formats,
   io as io,
   numerics as numerics,
+  observers as observers,
   ops as ops,
   transforms as transforms,
 )

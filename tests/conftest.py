@@ -52,6 +52,7 @@ _QUICK = (
   'examples/',
   'io_test.py',
   'nn/',
+  'observers_test.py',
   'pallas/gpu_benchmark_test.py',
   'training/',
   'tree_test.py',

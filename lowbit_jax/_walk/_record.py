@@ -13,24 +13,25 @@ from lowbit_jax._walk._walker import NONE, State, Use, Walk
 
 
 class Observer(Protocol):
-  """What `record` hands the operands of products to.
+  """Makes observations of products, and merges those of one site.
 
-  Observations are trees of arrays. Zeros are the observation of nothing:
-  `merge(zeros, a)` is `a`. Such are those of a site that never runs.
+  An observation is a tree of arrays, and that of nothing is all zeros:
+  `merge(zeros, s)` is `s`. `merge` is associative up to rounding. Both run
+  under jit.
   """
 
   def observe(self, product: Product, *operands: Any) -> PyTree | None:
-    """The observation of one product, None for one that is passed over.
+    """The observation of one product, None where it is not recorded.
 
     Args:
-      product: where it stands and what it contracts.
-      *operands: left and right operand, arrays or stored operands, and for
-        'ragged_dot' the sizes of groups.
+      product: what is multiplied, and where.
+      *operands: lhs and rhs, arrays or what a weight is stored as, and the
+        group sizes of a ragged_dot.
     """
     ...
 
   def merge(self, a: PyTree, b: PyTree) -> PyTree:
-    """The observation of all that a and b observed."""
+    """The observation of what `a` and then `b` observed at one site."""
     ...
 
 
