@@ -1,8 +1,9 @@
 """A function as a jaxpr in which dense stand-ins replace stored operands."""
 
+import contextlib
 import inspect
 import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -20,11 +21,13 @@ class Traced(NamedTuple):
   """A traced call of a function.
 
   Attributes:
+    fn: the function.
     jaxpr: the program, of `values`.
     values: arrays, and Named for stored operands and for weights.
     structure: of what the function returns.
   """
 
+  fn: Callable
   jaxpr: Any
   values: list[Any]
   structure: Any
@@ -66,25 +69,35 @@ def trace(
     return fn(*args, **kwargs)
 
   stand_ins = _stand_ins(values.values())
-  try:
+  call = Traced(fn, None, list(values.values()), None)
+  with _leaks_explained(call):
     make = jax.make_jaxpr(of_arrays, return_shape=True)
     jaxpr, shapes = make(*stand_ins)
+  return call._replace(jaxpr=jaxpr, structure=jax.tree.structure(shapes))
+
+
+@contextlib.contextmanager
+def _leaks_explained(call: Traced) -> Iterator[None]:
+  """Says what a stand-in is that a function kept, and what to do instead."""
+  try:
+    yield
   except jax.errors.UnexpectedTracerError as error:
-    sites = [x.site for x in values.values() if isinstance(x, Named)]
+    sites = [x.site for x in call.values if isinstance(x, Named)]
+    name = getattr(call.fn, '__name__', type(call.fn).__name__)
     error.add_note(
-      f'{_name(fn)} was traced with stand-ins for the weights {sites}. It must'
-      ' return what it computes; what it stores elsewhere while it is traced'
-      ' is of no use afterwards.'
+      f'While {name} was traced, stand-ins took the place of its weights'
+      f' {sites}. It may not keep them, nor what it computes of them, outside'
+      ' of itself: let it return what is needed later.'
     )
     raise
-  return Traced(jaxpr, list(values.values()), jax.tree.structure(shapes))
 
 
 def evaluate(traced: Traced, use: Use, state: State) -> tuple[Any, dict, Trace]:
   """What the function returns, what products observed, and what was noted."""
   trace = Trace()
   walk = Walk(use, trace, state)
-  results = walk.run(traced.jaxpr, traced.values)
+  with _leaks_explained(traced):
+    results = walk.run(traced.jaxpr, traced.values)
   arrays = [walk.dense(None, x, 'the function returns it') for x in results]
   return jax.tree.unflatten(traced.structure, arrays), walk.seen, trace
 
@@ -167,10 +180,6 @@ def _parameters(fn: Callable) -> list[str]:
     inspect.Parameter.POSITIONAL_OR_KEYWORD,
   )
   return [p.name for p in parameters if p.kind in kinds]
-
-
-def _name(fn: Callable) -> str:
-  return getattr(fn, '__name__', type(fn).__name__)
 
 
 def _is_float(x: Any) -> bool:

@@ -180,9 +180,9 @@ class Walk:
     values = []
     for v, x in zip(eqn.invars, operands, strict=True):
       if _named.is_packed(x):
+        self.tell(eqn, x, f'{eqn.primitive.name} has no packed form')
         if v not in decoded:
-          why = f'{eqn.primitive.name} has no packed form'
-          decoded[v] = self.dense(eqn, x, why)
+          decoded[v] = _named.dense(x)
         x = decoded[v]
       values.append(_named.dense(x))
     return _versions.bind(eqn, values)
@@ -195,9 +195,13 @@ class Walk:
       x: any value.
       reason: why it has to be decoded.
     """
+    self.tell(eqn, x, reason)
+    return _named.dense(x)
+
+  def tell(self, eqn: Any, x: Any, reason: str) -> None:
+    """Tells the use that a weight is decoded, if x is a whole one."""
     if _named.is_packed(x) and not x.is_part:
       self.use.decodes(self, eqn, x, reason)
-    return _named.dense(x)
 
   # Products and their sites.
 
