@@ -131,6 +131,12 @@ def _einsum(x, w):
   return lowbit_jax.einsum('bk,kn->nb', x, _weight(w, formats.mxfp4))
 
 
+def _left_weight(x, w):
+  q = lowbit_jax.quantize(w.T, formats.mxfp4)
+  f = lambda x: lowbit_jax.dot(q, x.T)
+  return f(x), jax.grad(lambda x: jnp.sum(f(x)))(x)
+
+
 def _prepacked(x, w):
   weight = _weight(w, formats.mxfp4)
   return lowbit_jax.dot(x, lowbit_jax.prepack(weight, implementation='tpu'))
@@ -299,7 +305,7 @@ CASES: dict[str, Case] = {
       _updated, _integer_product, _general_product, _mixed_dtypes, _einsum,
       _held_tensor_scales, _sphere, _by_addition, _views, _transforms,
       _rotated, _polar, _prepacked, _ragged, _spanned,
-      _behind_transforms, _looked_up,
+      _behind_transforms, _looked_up, _left_weight,
     )
   },
 }  # fmt: skip
@@ -326,7 +332,7 @@ SHARDED = (
   'product_mxfp4', 'integer_product', 'softmax_softmax', 'clipped',
   'learned_step', 'held_scales', 'general_product', 'by_addition', 'transforms',
   'polar', 'prepacked', 'ragged', 'spanned', 'behind_transforms',
-  'looked_up',
+  'looked_up', 'left_weight',
 )  # fmt: skip
 # JAX itself refuses to take parts of an axis that is split explicitly.
 NOT_SHARDED = ('parts', 'views', 'sphere')
