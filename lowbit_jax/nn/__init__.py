@@ -13,8 +13,7 @@ a parameter tree that holds them. `nn.nnx` loads on first use.
 - `trainable_mask`: A tree of bools for `optax.masked`: False for QArrays and
   integers.
 - `unbox`: `flax.linen.unbox` that leaves QArrays packed.
-- `linen`: Linen: modules for fake quantization, and packed weights in any
-  module.
+- `linen`: Linen: modules for fake quantization and packed weights.
 - `nnx`: NNX: frozen quantized variables, and modules for fake quantization.
 """
 

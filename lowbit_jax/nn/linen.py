@@ -1,4 +1,4 @@
-"""Linen: modules for fake quantization, and packed weights in any module.
+"""Linen: modules for fake quantization and packed weights.
 
 A parameter tree from `nn.quantize_params` goes to `model.apply` of unmodified
 modules as it is: they decode a weight before they use it. To contract packed
@@ -6,7 +6,7 @@ weights instead, without decoding all of them,
 
   - give a Dense or DenseGeneral `dot_general=nn.dot_general()` and
     `promote_dtype=nn.promote_dtype`, or
-  - call the unmodified model under `with packed():`.
+  - call `lowbit_jax.packed(model.apply)`, for any unmodified model.
 
 - `Dense`: `linen.Dense` on arrays with fake quantization, or on packed QArrays.
 - `DotGeneral`: `nn.dot_general` with random rounding, for `dot_general_cls`
@@ -14,12 +14,9 @@ weights instead, without decoding all of them,
 - `Einsum`: `linen.Einsum` on arrays with fake quantization, or on packed
   QArrays.
 - `Embed`: `linen.Embed` that decodes only the rows that it looks up.
-- `packed`: Unmodified modules use packed weights inside this context.
 """
 
-import contextlib
 import functools
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -30,7 +27,7 @@ from flax.linen import module as flax_module
 from lowbit_jax import _serialization
 from lowbit_jax._typing import DotDims, DTypeLike, Precision
 from lowbit_jax.nn import _dot, _embed
-from lowbit_jax.nn._view import ArrayView, Viewed, unview
+from lowbit_jax.nn._view import Viewed
 from lowbit_jax.recipe import QuantSpec
 
 _serialization.know_all()
@@ -170,60 +167,6 @@ class Embed(flax_linen.Embed):
     query, table = self.promote_dtype(query, self.embedding, dtype=self.dtype)
     specs = _dot.Specs(self.lhs, self.rhs)
     return _embed.attend(query, table, specs, _key(self, specs))
-
-
-@contextlib.contextmanager
-def packed() -> Iterator[None]:
-  """Unmodified modules use packed weights inside this context.
-
-  Dense and DenseGeneral (so also MultiHeadDotProductAttention) that have no
-  `dot_general` of their own contract QArrays as `nn.dot_general` does, and
-  Embed decodes only the rows that it looks up. Other modules, and arrays, are
-  as they were. Tracing must happen inside: a function that was jitted before
-  keeps what it was traced with.
-
-  Examples:
-    `with nn.linen.packed(): y = model.apply({'params': quantized}, x)`
-  """
-  with flax_linen.intercept_methods(_use_packed):
-    yield
-
-
-_PACKED = _dot.dot_general()
-
-
-def _use_packed(call, args, kwargs, context):
-  module = context.module
-  if context.method_name != '__call__':
-    return call(*args, **kwargs)
-  if type(module) is flax_linen.Embed:
-    if isinstance(module.embedding, ArrayView):
-      return _look_up(module, *args, **kwargs)
-  elif (
-    isinstance(module, flax_linen.Dense | flax_linen.DenseGeneral)
-    and module.dot_general is None
-    and module.dot_general_cls is None
-  ):
-    with _fields(module, dot_general=_PACKED, promote_dtype=_dot.promote_dtype):
-      return call(*args, **kwargs)
-  return call(*args, **kwargs)
-
-
-def _look_up(module: flax_linen.Embed, inputs):
-  return _embed.take_rows(unview(module.embedding), inputs, module.dtype)
-
-
-@contextlib.contextmanager
-def _fields(module, **values):
-  """Fields of a bound module for the time of one call."""
-  before = {name: getattr(module, name) for name in values}
-  for name, value in values.items():
-    object.__setattr__(module, name, value)
-  try:
-    yield
-  finally:
-    for name, value in before.items():
-      object.__setattr__(module, name, value)
 
 
 def _key(module: flax_linen.Module, specs: _dot.Specs):

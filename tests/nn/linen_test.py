@@ -136,8 +136,7 @@ class UnmodifiedTest(parameterized.TestCase):
     batch = jax.export.symbolic_shape('b,5,64')
 
     def f(x):
-      with nn.linen.packed():
-        return module.apply({'params': q}, x)
+      return lowbit.packed(module.apply)({'params': q}, x)
 
     x = jax.ShapeDtypeStruct(batch, jnp.float32)
     (out,) = jax.export.export(jax.jit(f))(x).out_avals
@@ -281,16 +280,12 @@ class PackedTest(parameterized.TestCase):
     super().setUp()
     self.x = _rand(1, self.K)
 
-  def _check(self, module, q, x, context=False):
+  def _check(self, module, q, x, walks=False):
     """The result is right, and no decoded weight is as large as the whole."""
     kernel = np.asarray(_decode(q['kernel']))
     plain = lambda p, x: module.apply({'params': p}, x)
 
-    def packed(p, x):
-      if not context:
-        return plain(p, x)
-      with nn.linen.packed():
-        return plain(p, x)
+    packed = lowbit.packed(plain, strict=True) if walks else plain
 
     self.assertLess(_largest_float(packed, q, x), self.K * self.N)
     y = jax.jit(packed)(q, x)
@@ -348,30 +343,27 @@ class PackedTest(parameterized.TestCase):
     q = {'kernel': _quantize(_rand(self.K, self.N), formats.mxfp4, -2)}
     self._check(nn.linen.Dense(self.N, use_bias=False), q, self.x)
 
-  def test_context(self):
+  def test_walk(self):
     q = {'kernel': _quantize(_rand(self.K, self.N), formats.mxfp4, -2)}
     module = flax_linen.Dense(self.N, use_bias=False)
-    self._check(module, q, self.x, context=True)
+    self._check(module, q, self.x, walks=True)
     plain = lambda p, x: module.apply({'params': p}, x)
     size = _largest_float(plain, q, self.x)
     self.assertGreaterEqual(size, self.K * self.N)  # as before
 
   @pytest.mark.slow
-  def test_context_with_heads(self):
+  def test_walk_with_heads(self):
     q = {'kernel': _quantize(_rand(self.K, 2, 4), formats.mxfp4, -3)}
     module = flax_linen.DenseGeneral((2, 4), use_bias=False)
-    self._check(module, q, self.x, context=True)
+    self._check(module, q, self.x, walks=True)
 
   @pytest.mark.slow
-  def test_context_with_attention(self):
+  def test_walk_with_attention(self):
     module, x, q, expected = _attention()
 
-    @jax.jit
-    def packed(q, x):
-      with nn.linen.packed():
-        return module.apply({'params': q}, x)
-
-    np.testing.assert_allclose(packed(q, x), expected, atol=1e-5)
+    packed = jax.jit(lowbit.packed(module.apply, strict=True))
+    y = packed({'params': q}, x)
+    np.testing.assert_allclose(y, expected, atol=1e-5)
 
   def test_gradient_of_the_packed_product(self):
     q = {'kernel': _quantize(_rand(64, 8), formats.nvfp4, -2)}
@@ -438,12 +430,11 @@ class EmbedTest(parameterized.TestCase):
     y = _apply(module, self.q, x, method='attend')
     _assert_close(y, x @ self.table.T, np.abs(x) @ np.abs(self.table.T))
 
-  def test_context(self):
+  def test_walk(self):
     module = flax_linen.Embed(512, 32)
 
     def look_up(q, ids):
-      with nn.linen.packed():
-        return module.apply({'params': q}, ids)
+      return lowbit.packed(module.apply)({'params': q}, ids)
 
     ids = np.array([5, 6])
     np.testing.assert_array_equal(

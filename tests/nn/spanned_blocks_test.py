@@ -119,8 +119,8 @@ class ModelTest(parameterized.TestCase):
         self.assertEqual(leaf.bits_per_element, 4.25)
     dense = jax.tree.map(np.asarray, q, is_leaf=qarray.is_qarray)
     want = jax.jit(model.apply)({'params': dense}, x)
-    with nn.linen.packed():
-      got = jax.jit(lambda q: model.apply({'params': q}, x))(q)
+    packed = lowbit.packed(model.apply, strict=True)
+    got = jax.jit(packed)({'params': q}, x)
     np.testing.assert_allclose(got, want, 1e-4, 1e-5)
 
   def test_convolution(self):

@@ -75,8 +75,8 @@ class ModulesTest(parameterized.TestCase):
     )
     self.assert_product(lambda x: packed.apply(variables, x), w)
     plain = linen.Dense(N, use_bias=False)
-    with nn.linen.packed():
-      self.assert_product(lambda x: plain.apply(variables, x), w)
+    packed = lowbit_jax.packed(plain.apply, strict=True)
+    np.testing.assert_array_equal(packed(variables, X), lowbit_jax.dot(X, w))
     y = plain.apply(variables, X)
     np.testing.assert_allclose(y, X @ np.asarray(w), rtol=1e-4, atol=1e-4)
     box = linen.Partitioned(w, (None, 'model'))
