@@ -46,6 +46,7 @@ Submodules that need Flax, or that most programs do not use, load on first use:
 - `doctor`: Measures of quantized tensors, and an audit of casts of gradients.
 - `formats`: Number formats as values: elements, blocks, and their names.
 - `io`: Files: trees of arrays and QArrays, saved and loaded with their formats.
+- `lora`: Low-rank adapters beside frozen weights, packed or not (LoRA, QLoRA).
 - `nn`: Flax: quantized parameters and quantized products in Linen and NNX
   modules.
 - `numerics`: Rounding, codes, packing and scales of arrays, and tools to check
@@ -70,6 +71,7 @@ from lowbit_jax import (
   _lazy,
   formats as formats,
   io as io,
+  lora as lora,
   numerics as numerics,
   observers as observers,
   ops as ops,

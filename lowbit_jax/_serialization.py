@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lowbit_jax import qarray, transforms
+from lowbit_jax._low_rank import Adapter, LowRank
 from lowbit_jax._transformed import Transformed
 from lowbit_jax.qarray import QArray
 
@@ -25,6 +26,8 @@ class _Fields(NamedTuple):
 _waiting = {
   QArray: _Fields(qarray.LEAVES, ('fmt', 'axis', 'pad', 'dtype', 'merged')),
   Transformed: _Fields(('weight', 'transform'), ('axis', 'rank')),
+  LowRank: _Fields(('weight', 'a', 'b'), ('scale',)),
+  Adapter: _Fields(('a', 'b'), ('scale',)),
   transforms.Permutation: _Fields(('order',), ('axis',)),
   transforms.DiagonalSmoothing: _Fields(('scale',), ('axis',)),
   transforms.Hadamard: _Fields(('signs',), ('block', 'axis')),

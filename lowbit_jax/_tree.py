@@ -20,7 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from lowbit_jax import _explicit, _transformed, qarray
+from lowbit_jax import _explicit, _low_rank, _transformed, qarray
+from lowbit_jax._low_rank import LowRank, is_operand
 from lowbit_jax._transformed import Transformed, is_quantized
 from lowbit_jax._typing import PyTree
 from lowbit_jax.qarray import QArray
@@ -41,10 +42,16 @@ def partition(tree: PyTree, *, scales: bool = False) -> tuple[PyTree, PyTree]:
 
   Returns:
     Two trees; `combine` joins them again. Float arrays are trainable, QArrays,
-    transforms of activations and everything else is frozen.
+    transforms of activations and everything else is frozen. Of an `ops.LowRank`
+    the factors are trainable and its weight is frozen, an array too.
   """
 
   def split(x):
+    if isinstance(x, LowRank):
+      is_scaled = scales and is_quantized(x.weight)
+      trainable, frozen = split(x.weight) if is_scaled else (None, x.weight)
+      held = _low_rank.replace(x, weight=trainable)
+      return held, _low_rank.replace(x, weight=frozen, a=None, b=None)
     if isinstance(x, Transformed) and scales:
       trainable, frozen = split(x.weight)
       held = _transformed.replace(x, weight=trainable, transform=None)
@@ -59,7 +66,7 @@ def partition(tree: PyTree, *, scales: bool = False) -> tuple[PyTree, PyTree]:
       for i in (0, 1)
     )
 
-  leaves, treedef = jax.tree.flatten(tree, is_leaf=is_quantized)
+  leaves, treedef = jax.tree.flatten(tree, is_leaf=is_operand)
   pairs = [split(x) for x in leaves]
   return tuple(treedef.unflatten([p[i] for p in pairs]) for i in (0, 1))
 
@@ -72,8 +79,12 @@ def combine(*trees: PyTree) -> PyTree:
 
   def pick(*xs):
     xs = [x for x in xs if x is not None]
-    if not xs or not is_quantized(xs[0]):
+    if not xs or not is_operand(xs[0]):
       return xs[0] if xs else None
+    if isinstance(xs[0], LowRank):
+      names = ('weight', 'a', 'b')
+      parts = {n: pick(*(getattr(x, n) for x in xs)) for n in names}
+      return _low_rank.replace(xs[0], **parts)
     if isinstance(xs[0], Transformed):
       weight = pick(*(x.weight for x in xs))
       transform = pick(*(x.transform for x in xs))
@@ -82,7 +93,7 @@ def combine(*trees: PyTree) -> PyTree:
     return qarray.replace(xs[0], **merged)
 
   def is_leaf(x):
-    return x is None or is_quantized(x)
+    return x is None or is_operand(x)
 
   return jax.tree.map(pick, *trees, is_leaf=is_leaf)
 
@@ -116,7 +127,7 @@ def shardings(tree: PyTree, sharding: PyTree) -> PyTree:
     return jax.tree.map_with_path(
       lambda path, leaf: _placed(leaf, part, (*start, *path)),
       subtree,
-      is_leaf=is_quantized,
+      is_leaf=is_operand,
     )
 
   return jax.tree.map_with_path(place, sharding, tree, is_leaf=_is_sharding)
@@ -128,6 +139,8 @@ def _is_sharding(x) -> bool:
 
 def _placed(leaf, sharding, path):
   try:
+    if isinstance(leaf, LowRank):
+      return _beside_factors(leaf, sharding)
     if isinstance(leaf, Transformed):
       return _behind_transform(leaf, sharding)
     if isinstance(leaf, QArray):
@@ -166,6 +179,21 @@ def _leaf_shardings(q: QArray, sharding) -> QArray:
   if mesh is None:
     return specs
   return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
+
+
+def _beside_factors(x: LowRank, sharding) -> LowRank:
+  """Those of the weight, and of factors that are split along their own axes."""
+  mesh, parts = _mesh_and_parts(sharding, x.shape)
+
+  def place(factor):
+    own = _low_rank.spanned(factor, x.shape)
+    spec = PartitionSpec(
+      *(part if d in own else None for d, part in enumerate(parts))
+    )
+    return spec if mesh is None else NamedSharding(mesh, spec)
+
+  weight = _placed(x.weight, sharding, ())
+  return _low_rank.replace(x, weight=weight, a=place(x.a), b=place(x.b))
 
 
 def _behind_transform(t: Transformed, sharding) -> Transformed:

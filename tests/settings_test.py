@@ -160,6 +160,19 @@ def _behind_transforms(x, w):
   return gradient, y, each, lowbit_jax.dequantize(q), stack.mT
 
 
+def _beside_factors(x, w):
+  a, b = jnp.ones((K, 1, 2), x.dtype), jnp.ones((1, COLUMNS, 2), x.dtype)
+  q = ops.LowRank(_weight(w, formats.mxfp4), a, b, 0.5)
+
+  def total(a):
+    rows = x.astype(jnp.bfloat16)
+    return jnp.sum(lowbit_jax.dot(rows, ops.LowRank(q.weight, a, b)))
+
+  experts = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), q)
+  y = lowbit_jax.ragged_dot(x, experts, np.array([1, 3], np.int32))
+  return jax.grad(total)(a), y, lowbit_jax.dequantize(q), q.mT
+
+
 def _spanned(x, w):
   heads = w.reshape(4, -1, COLUMNS)
   q = lowbit_jax.quantize(heads, formats.mxfp4, axis=(0, 1))
@@ -305,7 +318,7 @@ CASES: dict[str, Case] = {
       _updated, _integer_product, _general_product, _mixed_dtypes, _einsum,
       _held_tensor_scales, _sphere, _by_addition, _views, _transforms,
       _rotated, _polar, _prepacked, _ragged, _spanned,
-      _behind_transforms, _looked_up, _left_weight,
+      _behind_transforms, _looked_up, _left_weight, _beside_factors,
     )
   },
 }  # fmt: skip
@@ -332,7 +345,7 @@ SHARDED = (
   'product_mxfp4', 'integer_product', 'softmax_softmax', 'clipped',
   'learned_step', 'held_scales', 'general_product', 'by_addition', 'transforms',
   'polar', 'prepacked', 'ragged', 'spanned', 'behind_transforms',
-  'looked_up', 'left_weight',
+  'looked_up', 'left_weight', 'beside_factors',
 )  # fmt: skip
 # JAX itself refuses to take parts of an axis that is split explicitly.
 NOT_SHARDED = ('parts', 'views', 'sphere')

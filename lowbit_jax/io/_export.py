@@ -16,7 +16,13 @@ import numpy as np
 from lowbit_jax import _files, formats, qarray
 from lowbit_jax._transformed import Transformed, is_quantized
 from lowbit_jax.formats import BlockFormat, ElementFormat, IntFormat
-from lowbit_jax.io import _bits, _compressed_tensors, _container, _layouts
+from lowbit_jax.io import (
+  _bits,
+  _compressed_tensors,
+  _container,
+  _layouts,
+  _qarrays,
+)
 from lowbit_jax.qarray import QArray
 from lowbit_jax.transforms import Permutation
 
@@ -109,7 +115,7 @@ def _shards(
       prefix = name.removesuffix('weight')
       found = {prefix + end: part for end, part in weight.parts.items()}
     else:
-      found = {name: np.asarray(value)}
+      found = {name: _qarrays.as_array(name, value)}
     if twice := found.keys() & seen:
       raise ValueError(f'{min(twice)!r} stands for two tensors')
     seen |= found.keys()

@@ -7,6 +7,7 @@ import ml_dtypes
 import numpy as np
 
 from lowbit_jax import formats
+from lowbit_jax._low_rank import Adapter, LowRank
 from lowbit_jax._transformed import Transformed
 from lowbit_jax.io import _transforms
 from lowbit_jax.qarray import QArray
@@ -32,7 +33,7 @@ jax.export.register_pytree_node_serialization(
   deserialize_auxdata=_deserialize_static,
 )
 # Of these only numbers are static.
-for _cls in (Transformed, *_transforms.CLASSES.values()):
+for _cls in (Transformed, LowRank, Adapter, *_transforms.CLASSES.values()):
   jax.export.register_pytree_node_serialization(
     _cls,
     serialized_name=f'lowbit_jax.{_cls.__name__}',

@@ -8,8 +8,8 @@ CRC-32 of each entry. Types that NumPy files do not know (bfloat16, float8, ...)
 are stored as unsigned integers of their width, all numbers little-endian.
 
 Version 2 added the checksums, dicts with integer keys, minima and two levels of
-scales, version 3 weights behind transforms; files of versions 1 and 2 are read
-as well.
+scales, version 3 weights behind transforms, version 4 low-rank terms; files of
+earlier versions are read as well.
 
 A file is taken for hostile until it has been read: entries may not overlap or
 be compressed, so no more memory is used than the file is long, and nothing is
@@ -38,12 +38,13 @@ from jax.core import Tracer
 
 from lowbit_jax import _files, formats, qarray
 from lowbit_jax._files import DamagedFileError
+from lowbit_jax._low_rank import Adapter, LowRank
 from lowbit_jax._transformed import Transformed
 from lowbit_jax._typing import PathLike, PyTree
 from lowbit_jax.io import _transforms
 from lowbit_jax.qarray import QArray
 
-VERSION = 3
+VERSION = 4
 _MAGIC = 'lowbit_jax tree'
 _MANIFEST = 'manifest.json'
 _MANIFEST_BYTES = 2**28
@@ -81,9 +82,9 @@ def save(path: PathLike, tree: PyTree, *, overwrite: bool = False) -> None:
     path: file to write; its directory must exist. A file that is replaced keeps
       its mode, and a symbolic link keeps pointing to it.
     tree: nested dicts with string or with integer keys, lists and tuples of
-      arrays, QArrays, `ops.Transformed`, Python scalars, strings and None, at
-      most 100 deep. Arrays have a dtype that JAX knows, or a NumPy one of 64 or
-      128 bits.
+      arrays, QArrays, `ops.Transformed`, `ops.LowRank`, adapters of `lora`,
+      Python scalars, strings and None, at most 100 deep. Arrays have a dtype
+      that JAX knows, or a NumPy one of 64 or 128 bits.
     overwrite: whether an existing file may be replaced.
 
   Raises:
@@ -169,6 +170,8 @@ def _describe(x, arrays: list, where: str, depth: int) -> dict:
     return _describe_qarray(x, arrays, where)
   if isinstance(x, Transformed):
     return _describe_transformed(x, arrays, where)
+  if isinstance(x, LowRank | Adapter):
+    return _describe_low_rank(x, arrays, where)
   if isinstance(x, np.ndarray | np.generic | jax.Array):
     _check_array(x, where)
     node = {'kind': 'array', 'entry': len(arrays), 'dtype': x.dtype.name}
@@ -240,6 +243,25 @@ def _describe_transformed(t: Transformed, arrays: list, where: str) -> dict:
     'axis': t.axis,
     'rank': t.rank,
   }
+
+
+def _describe_low_rank(x: LowRank | Adapter, arrays: list, where: str) -> dict:
+  with _at(where):
+    if isinstance(x, LowRank):
+      LowRank(x.weight, x.a, x.b, x.scale)  # what `load` will make
+    for name in ('a', 'b'):
+      if not isinstance(getattr(x, name), np.ndarray | jax.Array):
+        raise TypeError(f'its {name} is no array')
+  leaves = {
+    name: _describe(getattr(x, name), arrays, f'{where}.{name}', 0)
+    for name in _children(type(x))
+  }
+  kind = 'low_rank' if isinstance(x, LowRank) else 'adapter'
+  return {'kind': kind, 'leaves': leaves, 'scale': float(x.scale)}
+
+
+def _children(cls: type) -> tuple[str, ...]:
+  return ('weight', 'a', 'b') if cls is LowRank else ('a', 'b')
 
 
 def _check_array(x: Any, where: str) -> None:
@@ -379,6 +401,8 @@ def _restore(node: Any, archive: _Archive, where: str, depth: int) -> Any:
     return _restore_qarray(node, archive, where)
   if kind == 'transformed':
     return _restore_transformed(node, archive, where)
+  if kind in ('low_rank', 'adapter'):
+    return _restore_low_rank(node, archive, where)
   if kind in ('dict', 'int_dict'):
     items = _field(node, 'items', where, dict)
     keys = list(items) if kind == 'dict' else [int(k) for k in items]
@@ -437,6 +461,24 @@ def _restore_transformed(
     stacked = q.ndim - rank
     transform = _transforms.joined(node.get('transform'), arrays, stacked)
     return Transformed(q, transform, axis, rank)
+
+
+def _restore_low_rank(
+  node: dict, archive: _Archive, where: str
+) -> LowRank | Adapter:
+  cls = LowRank if node['kind'] == 'low_rank' else Adapter
+  leaves = _field(node, 'leaves', where, dict)
+  if leaves.keys() != set(_children(cls)):
+    raise ValueError(f'the manifest gives {where} the leaves {list(leaves)}')
+  values = {
+    name: _array(leaves[name], archive, f'{where}.{name}')
+    for name in ('a', 'b')
+  }
+  if cls is LowRank:
+    place = f'{where}.weight'
+    values['weight'] = _restore(leaves['weight'], archive, place, _DEPTH)
+  with _at(where):
+    return cls(**values, scale=_field(node, 'scale', where, float))
 
 
 def _leaf(node: Any, archive: _Archive, where: str) -> Any:

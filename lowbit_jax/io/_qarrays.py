@@ -24,6 +24,7 @@ import jax
 import numpy as np
 
 from lowbit_jax import formats, qarray
+from lowbit_jax._low_rank import LowRank
 from lowbit_jax._transformed import Transformed
 from lowbit_jax.io import _container, _transforms
 from lowbit_jax.io._checkpoint import Tensor
@@ -35,6 +36,21 @@ KEY = 'lowbit_jax.qarrays'
 _FIELDS = ('fmt', 'axis', 'pad', 'dtype', 'merged', 'leaves')
 _TRANSFORMED = ('weight', 'transform', 'axis', 'rank', 'arrays')
 _DTYPES = ('float32', 'bfloat16', 'float16', 'float64')
+
+
+def as_array(name: object, value: Any) -> np.ndarray:
+  """A tensor that is no QArray, as an array.
+
+  Raises:
+    TypeError: for a weight with a low-rank term, whose dense value would be
+      written in place of its packed one.
+  """
+  if isinstance(value, LowRank):
+    raise TypeError(
+      f'{name!r} is {value!r}: write lora.merge(params), or the weight and the'
+      ' adapter apart'
+    )
+  return np.asarray(value)
 
 
 def arrays(name: str, q: QArray | Transformed) -> Iterator[tuple[str, Any]]:

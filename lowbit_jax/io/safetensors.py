@@ -179,7 +179,7 @@ def _described(name: str, value: QArray | Transformed) -> dict[str, Any]:
 
 
 def _array(name: object, value: object) -> np.ndarray:
-  array = np.asarray(value)
+  array = _qarrays.as_array(name, value)
   _container.check_writable(name, array)
   return array.astype(array.dtype.newbyteorder('='), copy=False)
 

@@ -12,7 +12,7 @@ from flax.linen import dtypes as flax_dtypes
 from jax import lax
 
 from lowbit_jax import ops
-from lowbit_jax._transformed import is_quantized
+from lowbit_jax._low_rank import is_operand
 from lowbit_jax._typing import (
   DotDims,
   DTypeLike,
@@ -53,7 +53,7 @@ def dot_general(
   last free axis); QArrays are used as they are stored. Flax turns all operands
   into arrays first: give the module `promote_dtype=nn.promote_dtype` as well
   if its parameters are QArrays. An `ops.Transformed` is taken as a QArray is,
-  its transform applied to the left operand.
+  its transform applied to the left operand, and so is an `ops.LowRank`.
 
   Args:
     lhs: what is done to the left operand, the activations; None for nothing.
@@ -110,13 +110,13 @@ def promote_dtype(
   """
   is_nnx = len(args) == 1 and isinstance(args[0], tuple)
   values = [unview(x) for x in (args[0] if is_nnx else args)]
-  stand_ins = [np.zeros((), x.dtype) if is_quantized(x) else x for x in values]
+  stand_ins = [np.zeros((), x.dtype) if is_operand(x) else x for x in values]
   common = flax_dtypes.canonicalize_dtype(
     *stand_ins, dtype=dtype, inexact=inexact
   )
 
   def cast(x):
-    if x is None or is_quantized(x):
+    if x is None or is_operand(x):
       return x if x is None else x.astype(common)
     return jnp.asarray(x, common)
 
@@ -205,7 +205,7 @@ def contract(
       preferred_element_type, 'preferred_element_type'
     )
   left, right = _quantized(lhs, rhs, dimension_numbers, specs, key)
-  if not (is_quantized(left) or is_quantized(right)):
+  if not (is_operand(left) or is_operand(right)):
     return lax.dot_general(
       left,
       right,
@@ -243,9 +243,7 @@ def contract_einsum(
 ) -> jax.Array:
   """As `contract`, by subscripts."""
   left, right = _operand(lhs, 'lhs'), _operand(rhs, 'rhs')
-  if specs == Specs(None, None) and not (
-    is_quantized(left) or is_quantized(right)
-  ):
+  if specs == Specs(None, None) and not (is_operand(left) or is_operand(right)):
     return jnp.einsum(
       subscripts,
       left,
@@ -306,7 +304,7 @@ def _quantized(lhs, rhs, dims, specs: Specs, key):
     dims = _dot.check_dims(*operands, dims)
   for i, x in enumerate(operands):
     spec = specs[i]
-    if spec is not None and not is_quantized(x):
+    if spec is not None and not is_operand(x):
       contracted, batch = dims[0][i], dims[1][i]
       axis = _spec_axis(spec, x, contracted, batch)
       x = as_float_array(x, ('lhs', 'rhs')[i])

@@ -3,15 +3,14 @@
 import jax
 
 from lowbit_jax import ops
-from lowbit_jax._transformed import Transformed
+from lowbit_jax._low_rank import Stored, is_operand
 from lowbit_jax._typing import ArrayLike, DTypeLike, Key
 from lowbit_jax.nn import _dot
-from lowbit_jax.qarray import QArray
 from lowbit_jax.recipe import QuantSpec
 
 
 def take_rows(
-  table: jax.Array | QArray | Transformed,
+  table: jax.Array | Stored,
   ids: ArrayLike,
   dtype: DTypeLike | None,
   spec: QuantSpec | None = None,
@@ -20,7 +19,7 @@ def take_rows(
   """`ops.take` from a table that `spec` is applied to if it is an array.
 
   Args:
-    table: `(n, features)` array, QArray or Transformed.
+    table: `(n, features)` array or stored operand, such as a QArray.
     ids: integers of any shape.
     dtype: dtype of the result, None for that of the table.
     spec: fake quantization of an array.
@@ -29,7 +28,7 @@ def take_rows(
   Returns:
     An array of shape `(*ids.shape, features)`.
   """
-  if spec is None or isinstance(table, QArray | Transformed):
+  if spec is None or is_operand(table):
     return ops.take(table, ids, dtype=dtype)
   if spec.fmt.tensor_scale or spec.fmt.is_tile:
     axis = (-2, -1) if spec.fmt.is_tile else -1
@@ -40,7 +39,7 @@ def take_rows(
 
 def attend(
   query: jax.Array,
-  table: jax.Array | QArray | Transformed,
+  table: jax.Array | Stored,
   specs: _dot.Specs,
   key: Key | None = None,
 ) -> jax.Array:
@@ -48,7 +47,7 @@ def attend(
 
   Args:
     query: `(..., features)`.
-    table: `(n, features)` array, QArray or Transformed.
+    table: `(n, features)` array or stored operand, such as a QArray.
     specs: fake quantization of query and table.
     key: PRNG key, if a spec needs one.
   """

@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 from flax.core import meta
 
-from lowbit_jax import _quantize as core, _sites, ops, qarray
+from lowbit_jax import _low_rank, _quantize as core, _sites, ops, qarray
+from lowbit_jax._low_rank import LowRank, is_operand
 from lowbit_jax._transformed import is_quantized
 from lowbit_jax._tree import path_name
 from lowbit_jax._typing import Axis, PyTree, ScaleRule
@@ -111,15 +112,19 @@ def quantize_params(
 def trainable_mask(params: PyTree) -> PyTree:
   """A tree of bools for `optax.masked`: False for QArrays and integers.
 
+  Of an `ops.LowRank` the factors are True and its weight is False.
+
   Examples:
     `optax.masked(optax.adam(1e-3), trainable_mask)`
   """
 
   def trainable(x):
+    if isinstance(x, LowRank):
+      return _low_rank.replace(x, weight=False, a=True, b=True)
     is_float = hasattr(x, 'dtype') and jnp.issubdtype(x.dtype, jnp.floating)
     return not is_quantized(x) and is_float
 
-  return jax.tree.map(trainable, params, is_leaf=is_quantized)
+  return jax.tree.map(trainable, params, is_leaf=is_operand)
 
 
 class Choice(NamedTuple):
@@ -158,6 +163,11 @@ class Choice(NamedTuple):
     for path in chosen:
       if is_quantized(leaves[path]):
         continue
+      if isinstance(leaves[path], LowRank):
+        raise ValueError(
+          f'{path!r} has an adapter: quantize the weight first, then'
+          ' lora.attach the adapter'
+        )
       if (q := self._leaf(path, leaves, known or {})) is not None:
         _warn_of_padding(path, q)
         out[path] = q

@@ -1,5 +1,5 @@
-"""How Linen sees a QArray, or one behind a transform: as boxed metadata around
-an array.
+"""How Linen sees a stored weight, such as a QArray: as boxed metadata around an
+array.
 
 Linen compares the leaves of a parameter with the shapes that its initializer
 makes, and packed codes have another shape. What it does first is to unbox
@@ -16,7 +16,8 @@ import numpy as np
 from flax.core import meta
 
 from lowbit_jax import qarray
-from lowbit_jax._transformed import Transformed, is_quantized
+from lowbit_jax._low_rank import LowRank, Stored, is_operand
+from lowbit_jax._transformed import Transformed
 from lowbit_jax._typing import DTypeLike, PyTree
 from lowbit_jax.ops._operand import Operand
 from lowbit_jax.qarray import QArray
@@ -24,13 +25,13 @@ from lowbit_jax.qarray import QArray
 
 @qarray.with_dense_operators
 class ArrayView:
-  """A QArray that looks like an array: not a pytree, dense when used.
+  """A stored weight that looks like an array: not a pytree, dense when used.
 
   Attributes:
-    q: the QArray or Transformed.
+    q: the QArray, Transformed or LowRank.
   """
 
-  def __init__(self, q: QArray | Transformed) -> None:
+  def __init__(self, q: Stored) -> None:
     self.q = q
 
   @property
@@ -110,12 +111,12 @@ def unbox(tree: PyTree) -> PyTree:
     return isinstance(x, ArrayView | meta.AxisMetadata)
 
   def content(x):
-    if is_quantized(x) or isinstance(x, ArrayView):
+    if is_operand(x) or isinstance(x, ArrayView):
       return unview(x)
     if isinstance(x, meta.AxisMetadata):
       # QArrays have no value that a constraint could be put on as a whole.
       value = getattr(x, 'value', None)
-      return content(value if is_quantized(value) else x.unbox())
+      return content(value if is_operand(value) else x.unbox())
     return x
 
   return jax.tree.map(content, tree, is_leaf=is_box)
@@ -143,7 +144,7 @@ _BOX = {
 
 def register() -> None:
   """Declares stored weights `AxisMetadata`; more than once does no harm."""
-  for cls in (QArray, Transformed):
+  for cls in (QArray, Transformed, LowRank):
     for name, function in _BOX.items():
       setattr(cls, name, function)
     meta.AxisMetadata.register(cls)

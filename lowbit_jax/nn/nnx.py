@@ -26,6 +26,7 @@ from flax.nnx.nn import dtypes as flax_dtypes
 from jax import lax
 
 from lowbit_jax import _sites
+from lowbit_jax._low_rank import LowRank
 from lowbit_jax._transformed import Transformed, is_quantized
 from lowbit_jax._typing import (
   Axis,
@@ -131,7 +132,7 @@ def assign(
     `model`.
 
   Raises:
-    TypeError: for what is no module.
+    TypeError: for what is no module, and for weights with adapters.
     ValueError: for a path that the model does not have, and for another shape.
 
   Examples:
@@ -152,6 +153,11 @@ def assign(
     if path not in shapes:
       known = ', '.join(difflib.get_close_matches(path, shapes)) or 'none'
       raise ValueError(f'the model has no {path!r:.200}; similar are {known}')
+    if isinstance(value, LowRank):
+      raise TypeError(
+        f'{path!r} is {value!r}, whose factors no variable of NNX could train:'
+        ' pass the value of lora.merge(params)'
+      )
     if value.shape != shapes[path]:
       raise ValueError(
         f'{path!r} has the shape {shapes[path]}, its value {value.shape}'

@@ -4,6 +4,7 @@ Implementations are chosen by `implementation=` or by themselves; what would be
 chosen can be asked with `select_implementation`.
 
 - `Choice`: The answer of `select_implementation`.
+- `LowRank`: A weight with a low-rank term beside it.
 - `Prepacked`: A quantized (k, n) matrix as a kernel reads it. Made by
   `prepack`.
 - `Transformed`: A quantized weight whose activations take a transform when it
@@ -45,6 +46,7 @@ chosen can be asked with `select_implementation`.
   fields.
 """
 
+from lowbit_jax._low_rank import LowRank as LowRank
 from lowbit_jax._transformed import Transformed as Transformed
 from lowbit_jax.numerics import round_to as round_to
 from lowbit_jax.ops._dispatch import Choice as Choice

@@ -17,13 +17,15 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.sharding import PartitionSpec
 
 from lowbit_jax import _explicit
+from lowbit_jax._low_rank import LowRank
 from lowbit_jax._typing import DotDims, DTypeLike, Implementation, Precision
 from lowbit_jax.numerics._codec import as_dtype, promoted
-from lowbit_jax.ops import _dispatch, _dot_kernels, _operand
+from lowbit_jax.ops import _dispatch, _dot_kernels, _low_rank, _operand
 from lowbit_jax.ops._dispatch import Plan
 from lowbit_jax.ops._operand import Operand, Shaped, dense
 
@@ -95,8 +97,9 @@ def dot(
     lhs: `(..., k)` array or QArray.
     rhs: `(k,)` or `(..., k, n)` array or QArray. Blocks along k are what is
       fast; other layouts are dequantized first. Either operand may also be an
-      `ops.Transformed`, and a QArray on the left is contracted as one on the
-      right where it has as many elements as the array.
+      `ops.Transformed` or an `ops.LowRank`, and a QArray on the left is
+      contracted as one on the right where it has as many elements as the
+      array.
     preferred_element_type: dtype of the result; None for the promoted dtype.
     implementation: 'tpu', 'mosaic_gpu' or 'xla', or a list of names; the first
       that supports the operands runs. None tries all of them, kernels first. If
@@ -114,7 +117,7 @@ def dot(
     >>> lowbit.dot(jnp.ones((2, 64)), w).shape
     (2, 8)
   """
-  left, right, dims, _ = dot_operands(lhs, rhs)
+  left, right, dims = _dot_dims(lhs, rhs)
   return dot_general(
     left,
     right,
@@ -161,10 +164,18 @@ def dot_general(
     dtype = promoted(
       *(_operand.checked(x, s).dtype for x, s in ((lhs, 'lhs'), (rhs, 'rhs')))
     )
-  left, right, dims, _ = dot_general_operands(lhs, rhs, dimension_numbers)
   check_precision(precision)
   if isinstance(implementation, list):
     implementation = tuple(implementation)
+  if isinstance(lhs, LowRank) or isinstance(rhs, LowRank):
+    dims = check_dims(
+      _operand.checked(lhs, 'lhs'),
+      _operand.checked(rhs, 'rhs'),
+      dimension_numbers,
+    )
+    call = _Call(dims, precision, implementation)
+    return _with_term(lhs, rhs, call, dtype)
+  left, right, dims, _ = dot_general_operands(lhs, rhs, dimension_numbers)
   call = _Call(dims, precision, implementation)
   if not (_operand.is_stored(left) or _operand.is_stored(right)):
     _dispatch.select(
@@ -174,6 +185,20 @@ def dot_general(
       left, right, dims, precision=precision, preferred_element_type=dtype
     )
   return _compiled(left, right, call).astype(dtype)
+
+
+def _with_term(lhs: Any, rhs: Any, call: _Call, dtype: np.dtype) -> jax.Array:
+  """The product of operands of which one is a LowRank, or both are."""
+  side = 0 if isinstance(lhs, LowRank) else 1
+  large = dot_general(
+    *_low_rank.large(lhs, rhs, side, call.dims),
+    call.dims,
+    precision=call.precision,
+    preferred_element_type=promoted(dtype, jnp.float32),
+    implementation=call.implementation,
+  )
+  small = _low_rank.small(lhs, rhs, side, call.dims, call.precision)
+  return (large + small).astype(dtype)
 
 
 def einsum(
@@ -309,14 +334,18 @@ def dot_operands(
   **_: Any,
 ) -> PlanArguments:
   """Arguments of the plan of a `dot`."""
+  return dot_general_operands(*_dot_dims(lhs, rhs))
+
+
+def _dot_dims(lhs: Any, rhs: Any) -> tuple[Any, Any, DotDims]:
+  """The operands of a `dot`, checked, and its dimension numbers."""
   left, right = _operand.checked(lhs, 'lhs'), _operand.checked(rhs, 'rhs')
   if left.ndim < 1 or right.ndim < 1:
     raise ValueError(
       f'dot needs operands of rank 1 or more, got lhs.shape={left.shape} and'
       f' rhs.shape={right.shape}'
     )
-  dims = ((left.ndim - 1,), (max(right.ndim - 2, 0),)), ((), ())
-  return dot_general_operands(left, right, dims)
+  return left, right, (((left.ndim - 1,), (max(right.ndim - 2, 0),)), ((), ()))
 
 
 def dot_general_operands(
@@ -330,6 +359,7 @@ def dot_general_operands(
   """Arguments of the plan of a `dot_general`."""
   left, right = _operand.checked(lhs, 'lhs'), _operand.checked(rhs, 'rhs')
   dims = check_dims(left, right, dimension_numbers)
+  left, right = _low_rank.plain(left, right, dims)
   left, right = _operand.untransformed(left, right, dims)
   _check_widths(left, right)
   return *_operand.joined(left, right, dims), precision

@@ -5,7 +5,8 @@
 entry of `STORAGES`; the derivative and the XLA implementation follow from it.
 Kernels that read its leaves as they are have plans of their own. `Transformed`
 is none of them: it is rewritten into a QArray and a transform of the other
-operand before anything else.
+operand before anything else. Nor is `LowRank`, which becomes its weight and two
+small products beside the large one.
 """
 
 import functools
@@ -17,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lowbit_jax import _explicit, _transformed, qarray
+from lowbit_jax._low_rank import LowRank
 from lowbit_jax._transformed import Transformed
 from lowbit_jax._typing import ArrayLike, DotDims, Shape
 from lowbit_jax.ops import _prepack
@@ -45,7 +47,7 @@ STORAGES: dict[type, Storage] = {
 }
 
 # Of a product, as users give them.
-Operand = ArrayLike | QArray | Prepacked | Transformed
+Operand = ArrayLike | QArray | Prepacked | Transformed | LowRank
 Shaped = jax.Array | jax.ShapeDtypeStruct | QArray | Prepacked  # of a plan
 
 
@@ -67,7 +69,7 @@ def checked(x: Operand | jax.ShapeDtypeStruct, side: str) -> Any:
         f'a {type(x).__name__} weight is the right operand of a product'
       )
     return x
-  if isinstance(x, jax.ShapeDtypeStruct | Transformed):
+  if isinstance(x, jax.ShapeDtypeStruct | Transformed | LowRank):
     return x
   try:
     x = jnp.asarray(x)

@@ -16,7 +16,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from lowbit_jax import _explicit
+from lowbit_jax import _explicit, qarray
+from lowbit_jax._low_rank import LowRank
 from lowbit_jax._transformed import Transformed
 from lowbit_jax._typing import (
   ArrayLike,
@@ -25,7 +26,8 @@ from lowbit_jax._typing import (
   Precision,
   PyTree,
 )
-from lowbit_jax.ops import _dispatch, _dot_xla, _operand
+from lowbit_jax.numerics._codec import promoted
+from lowbit_jax.ops import _dispatch, _dot_xla, _low_rank, _operand
 from lowbit_jax.ops._dispatch import Plan
 from lowbit_jax.ops._operand import Operand, Shaped
 from lowbit_jax.qarray import QArray
@@ -60,7 +62,7 @@ def ragged_dot(
     rhs: `(g, k, n)` array or QArray, of one format for all groups. Blocks along
       k are what is fast; of other layouts one matrix at a time is dequantized.
       Either operand may also be an `ops.Transformed`, `rhs` with one transform
-      or a stack of them.
+      or a stack of them, or an `ops.LowRank`.
     group_sizes: `(g,)` integers of 0 or more.
     precision: as in `lax.dot_general`.
     preferred_element_type: dtype of the result; None for the promoted dtype.
@@ -85,12 +87,15 @@ def ragged_dot(
     >>> y[:, 0].tolist()
     [64.0, 64.0, 64.0, 64.0, 64.0, 0.0]
   """
-  left, right, sizes, _ = operands(lhs, rhs, group_sizes)
+  left, right, sizes = _checked(lhs, rhs, group_sizes)
   dtype = preferred_element_type
   if dtype is None:
     dtype = jnp.promote_types(left.dtype, right.dtype)
   if isinstance(implementation, list):
     implementation = tuple(implementation)
+  if isinstance(left, LowRank) or isinstance(right, LowRank):
+    return _with_term(left, right, sizes, precision, implementation, dtype)
+  left, right, sizes, _ = operands(left, right, sizes)
   if not (_operand.is_stored(left) or _operand.is_stored(right)):
     _dispatch.select(
       'ragged_dot', TABLE, implementation, left, right, sizes, precision
@@ -102,6 +107,34 @@ def ragged_dot(
   return out.astype(dtype)
 
 
+def _with_term(
+  lhs: Any, rhs: Any, sizes: jax.Array, precision, implementation, dtype
+) -> jax.Array:
+  """The product of operands of which one is a LowRank, or both are."""
+  large = ragged_dot(
+    *_without_terms(lhs, rhs),
+    sizes,
+    precision=precision,
+    preferred_element_type=promoted(dtype, jnp.float32),
+    implementation=implementation,
+  )
+  small = 0.0
+  if isinstance(rhs, LowRank):
+    small = _low_rank.small_by_group(lhs, rhs, sizes, precision)
+  return (large + small).astype(dtype)
+
+
+def _without_terms(lhs: Any, rhs: Any) -> tuple[Any, Any]:
+  """As `_low_rank.plain`. A term of the rows is none of their product with
+  several matrices: rows are dense."""
+  if isinstance(lhs, LowRank):
+    lhs = _operand.computed(qarray.dequantize, lhs)
+  if isinstance(rhs, LowRank):
+    by_group = ((1,), (1,)), ((0,), (0,))
+    lhs, rhs = _low_rank.large(lhs, rhs, 1, by_group)
+  return lhs, rhs
+
+
 def operands(
   lhs: Operand | jax.ShapeDtypeStruct,
   rhs: Operand | jax.ShapeDtypeStruct,
@@ -111,6 +144,19 @@ def operands(
   **_: Any,
 ) -> PlanArguments:
   """Arguments of the plan of a `ragged_dot`."""
+  left, right, sizes = _checked(lhs, rhs, group_sizes)
+  left, right = _without_terms(left, right)
+  left, right = _untransformed(left, right, sizes)
+  if isinstance(right, QArray) and (right.merged or -3 in right.axes):
+    raise ValueError(
+      f'blocks of rhs lie on axis {right.axis} or through several axes, not'
+      ' within the columns of one matrix; quantize it with axis=-2'
+    )
+  return left, right, sizes, precision
+
+
+def _checked(lhs, rhs, group_sizes) -> tuple[Any, Any, Any]:
+  """The arguments of a `ragged_dot`, or an error that says what is wrong."""
   left, right = _operand.checked(lhs, 'lhs'), _operand.checked(rhs, 'rhs')
   sizes = group_sizes
   if not isinstance(sizes, jax.ShapeDtypeStruct):
@@ -135,13 +181,7 @@ def operands(
       f'group_sizes.shape={sizes.shape} must be {right.shape[:1]}, one for each'
       f' matrix of rhs.shape={right.shape}'
     )
-  left, right = _untransformed(left, right, sizes)
-  if isinstance(right, QArray) and (right.merged or -3 in right.axes):
-    raise ValueError(
-      f'blocks of rhs lie on axis {right.axis} or through several axes, not'
-      ' within the columns of one matrix; quantize it with axis=-2'
-    )
-  return left, right, sizes, precision
+  return left, right, sizes
 
 
 def _untransformed(lhs: Any, rhs: Any, sizes: Any) -> tuple[Any, Any]:

@@ -7,15 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from lowbit_jax import _explicit, qarray
+from lowbit_jax import _explicit, _low_rank, qarray
+from lowbit_jax._low_rank import LowRank, Stored, is_operand
 from lowbit_jax._transformed import Transformed
 from lowbit_jax._typing import ArrayLike, DTypeLike
 from lowbit_jax.numerics._codec import as_dtype
-from lowbit_jax.qarray import QArray
 
 
 def take(
-  table: ArrayLike | QArray | Transformed,
+  table: ArrayLike | Stored,
   indices: ArrayLike,
   *,
   dtype: DTypeLike | None = None,
@@ -23,9 +23,9 @@ def take(
   """Rows of an array or QArray by their indices, as `jnp.take` along axis 0.
 
   Args:
-    table: `(n, ...)` float array, QArray or `ops.Transformed`. Where neither
-      blocks nor a transform run along axis 0, only the rows that are looked up
-      are decoded, otherwise the whole table.
+    table: `(n, ...)` float array, QArray, `ops.Transformed` or `ops.LowRank`.
+      Where neither blocks nor a transform run along axis 0, only the rows that
+      are looked up are decoded, otherwise the whole table.
     indices: integers of any shape. Negative ones count from the end.
     dtype: dtype of the result; None for that of the table.
 
@@ -48,8 +48,7 @@ def take(
     >>> ops.take(table, jnp.array([5, 8]))[:, 0].tolist()
     [1.0, nan]
   """
-  is_packed = isinstance(table, QArray | Transformed)
-  rows = table if is_packed else _array('table', table, jnp.floating)
+  rows = table if is_operand(table) else _array('table', table, jnp.floating)
   if not rows.ndim or rows.shape[0] == 0:
     raise ValueError(f'table.shape={rows.shape} has no rows')
   index = _array('indices', indices, jnp.integer)
@@ -75,9 +74,7 @@ def _array(name: str, x: ArrayLike, kind: type) -> jax.Array:
   return array
 
 
-def _decoded(
-  table: QArray | Transformed, indices: jax.Array, dtype: np.dtype
-) -> jax.Array:
+def _decoded(table: Stored, indices: jax.Array, dtype: np.dtype) -> jax.Array:
   if not _has_rows(table):
     return jnp.take(qarray.dequantize(table, dtype), indices, axis=0)
   # Leaves that were read from a file are NumPy's, which no tracer indexes.
@@ -88,23 +85,21 @@ def _decoded(
   return jnp.where(is_outside, jnp.nan, values)
 
 
-def _has_rows(table: QArray | Transformed) -> bool:
+def _has_rows(table: jax.Array | Stored) -> bool:
   """Whether a row can be decoded without the others."""
-  q = _weight(table)
+  if isinstance(table, LowRank):
+    return _has_rows(table.weight)
+  if not is_operand(table):
+    return True
+  q = table.weight if isinstance(table, Transformed) else table
   axes = {*q.axes, *qarray.merged_axes(q)}
   if isinstance(table, Transformed):
     axes.add(table.axis)
   return -table.ndim not in axes
 
 
-def _parts(
-  rows: jax.Array, table: QArray | Transformed, indices: jax.Array
-) -> PartitionSpec:
+def _parts(rows: jax.Array, table: Stored, indices: jax.Array) -> PartitionSpec:
   """The spec of rows: as the indices, then as the other axes of the table."""
   del rows
-  own = qarray.parts(_weight(table))[1:]
+  own = _low_rank.parts(table)[1:]
   return PartitionSpec(*_explicit.parts(indices), *own)
-
-
-def _weight(table: QArray | Transformed) -> QArray:
-  return table.weight if isinstance(table, Transformed) else table
