@@ -3,7 +3,7 @@
 An adapter adds scale a b to a weight w, where a (in, r) and b (r, out) have
 few numbers. These are trained; w stays as it is, packed if it is a QArray:
 
-    params = nn.quantize_params(params, None, formats.nf4)
+    params = nn.quantize_params(params, None, formats.nf4_g64)
     adapters = lora.init(key, params, rank=16)
 
     def loss(adapters):

@@ -23,6 +23,8 @@ from absl.testing import absltest, parameterized
 
 import lowbit_jax as lowbit
 from lowbit_jax import formats, io, qarray
+from lowbit_jax.lora import Adapter
+from lowbit_jax.ops import LowRank
 
 GOLDEN = pathlib.Path(__file__).parent / 'golden'
 
@@ -281,6 +283,10 @@ NONSENSE = (
 )
 
 
+def factors():
+  return np.ones((2, 1, 1), np.float32), np.ones((1, 3, 1), np.float32)
+
+
 class DamageTest(parameterized.TestCase):
   """Whatever happens to a file: its tree comes back, or DamagedFileError."""
 
@@ -301,6 +307,8 @@ class DamageTest(parameterized.TestCase):
         'list': [np.arange(3, dtype=np.float32), (None, 1.5)],
         'swap': np.arange(3, 6, dtype=np.float32),
         'half': np.ones(3, ml_dtypes.bfloat16),
+        'factors': LowRank(np.ones((2, 3), np.float32), *factors(), 0.5),
+        'adapter': Adapter(*factors(), 0.5),
       },
     )
     self.data = pathlib.Path(self.path).read_bytes()

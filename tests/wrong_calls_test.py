@@ -27,6 +27,7 @@ from lowbit_jax import (
   doctor,
   formats,
   io,
+  lora,
   nn,
   numerics,
   ops,
@@ -122,6 +123,7 @@ QW = jax.eval_shape(lambda: ops.quantize(W, MXFP4, axis=-2))
 Q, QW = (jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), q) for q in (Q, QW))
 DIMS = (((1,), (0,)), ((), ()))
 PARAMS = {'dense': {'kernel': W, 'bias': W[0]}}
+ADAPTER = lora.Adapter(W[:, None, :4], W[None, :32, :4])
 DIRECTORY = tempfile.mkdtemp()
 LAW = laws.FloatLaw()
 STATE = scaling.DotScales(None, None)
@@ -268,6 +270,16 @@ CALLS = {
     'table': Q, 'indices': np.zeros(3, np.int32), 'dtype': None}),
   'ops.update_slice': Call(ops.update_slice, {
     'q': Q, 'x': X, 'start': (0, 0), 'scale_rule': None, **ROUND}),
+  # lora
+  'LowRank': Call(ops.LowRank, {
+    'weight': QW, 'a': W[:, None, :4], 'b': W[None, :32, :4], 'scale': 1.0}),
+  'lora.init': Call(lora.init, {
+    'key': KEY, 'params': PARAMS, 'select': 'kernel', 'rank': 4, 'alpha': 8.0,
+    'stacked': None}),
+  'lora.attach': Call(lambda adapter: lora.attach(
+    PARAMS, {'dense/kernel': adapter}), {'adapter': ADAPTER}),
+  'lora.merge': Call(lambda scale_rule: lora.merge(
+    {'w': QW}, {'w': ADAPTER}, scale_rule=scale_rule), {'scale_rule': None}),
   # arrays and trees
   'QArray.from_codes': Call(lowbit.QArray.from_codes, {
     'codes': CODES, 'scale': np.ones((2, 2), np.uint8), 'fmt': MXFP4,

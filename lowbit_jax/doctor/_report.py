@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lowbit_jax import _sites, qarray
+from lowbit_jax._low_rank import LowRank, is_operand
 from lowbit_jax._quantize import check_array, check_format
 from lowbit_jax._transformed import Transformed, is_quantized
 from lowbit_jax._tree import path_name
@@ -41,7 +42,7 @@ def report(
   Args:
     params: an array, a QArray, or a tree of them, boxed or not (Flax metadata
       boxes and NNX variables are opened). QArrays are measured as they are
-      stored, also behind a transform.
+      stored, also behind a transform, and of an `ops.LowRank` the weight is.
     fmt: the block format for arrays; may be None if all are QArrays.
     select: `(path, x) -> bool`, which leaves to measure; None for all floating
       arrays except, in a tree, vectors below 2^16 elements and leaves named
@@ -197,11 +198,12 @@ def _why_skipped(path: str, x, plan: _Plan, bare: bool) -> str:
 
 
 def _entries(tree, name: str) -> dict[str, Any]:
-  """Arrays and QArrays by path; boxes are opened."""
-  leaves, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_quantized)
+  """Arrays and QArrays by path; boxes are opened, and factors left away."""
+  leaves, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_operand)
   out = {}
   for keys, leaf in leaves:
     leaf = _unbox(leaf)
+    leaf = leaf.weight if isinstance(leaf, LowRank) else leaf
     if keys and _key_name(keys[-1]) == 'value' and len(keys) > 1:
       keys = keys[:-1]  # the content of a box
     path = path_name(keys) or BARE

@@ -282,7 +282,7 @@ def _stop(x) -> bool:
 
 def _content(x):
   """The array in a box or variable."""
-  if is_quantized(x):
+  if is_operand(x):
     return x
   if isinstance(x, meta.AxisMetadata):
     return _content(x.value)  # pyright: ignore[reportAttributeAccessIssue]
