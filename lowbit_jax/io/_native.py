@@ -470,7 +470,7 @@ def _restore_low_rank(
   leaves = _field(node, 'leaves', where, dict)
   if leaves.keys() != set(_children(cls)):
     raise ValueError(f'the manifest gives {where} the leaves {list(leaves)}')
-  values = {
+  values: dict[str, Any] = {
     name: _array(leaves[name], archive, f'{where}.{name}')
     for name in ('a', 'b')
   }

@@ -3,7 +3,7 @@
 import jax
 
 from lowbit_jax import ops
-from lowbit_jax._low_rank import Stored, is_operand
+from lowbit_jax._low_rank import Stored
 from lowbit_jax._typing import ArrayLike, DTypeLike, Key
 from lowbit_jax.nn import _dot
 from lowbit_jax.recipe import QuantSpec
@@ -28,7 +28,7 @@ def take_rows(
   Returns:
     An array of shape `(*ids.shape, features)`.
   """
-  if spec is None or is_operand(table):
+  if spec is None or isinstance(table, Stored):
     return ops.take(table, ids, dtype=dtype)
   if spec.fmt.tensor_scale or spec.fmt.is_tile:
     axis = (-2, -1) if spec.fmt.is_tile else -1

@@ -8,7 +8,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from lowbit_jax import _explicit, _low_rank, qarray
-from lowbit_jax._low_rank import LowRank, Stored, is_operand
+from lowbit_jax._low_rank import LowRank, Stored
 from lowbit_jax._transformed import Transformed
 from lowbit_jax._typing import ArrayLike, DTypeLike
 from lowbit_jax.numerics._codec import as_dtype
@@ -48,7 +48,9 @@ def take(
     >>> ops.take(table, jnp.array([5, 8]))[:, 0].tolist()
     [1.0, nan]
   """
-  rows = table if is_operand(table) else _array('table', table, jnp.floating)
+  rows = (
+    table if isinstance(table, Stored) else _array('table', table, jnp.floating)
+  )
   if not rows.ndim or rows.shape[0] == 0:
     raise ValueError(f'table.shape={rows.shape} has no rows')
   index = _array('indices', indices, jnp.integer)
@@ -89,7 +91,7 @@ def _has_rows(table: jax.Array | Stored) -> bool:
   """Whether a row can be decoded without the others."""
   if isinstance(table, LowRank):
     return _has_rows(table.weight)
-  if not is_operand(table):
+  if not isinstance(table, Stored):
     return True
   q = table.weight if isinstance(table, Transformed) else table
   axes = {*q.axes, *qarray.merged_axes(q)}
