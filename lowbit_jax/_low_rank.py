@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from lowbit_jax import _explicit, qarray
+from lowbit_jax import _decoders, _explicit, _transformed, qarray
 from lowbit_jax._transformed import Transformed, is_quantized
 from lowbit_jax._typing import DTypeLike
 from lowbit_jax.numerics._codec import as_dtype, promoted
@@ -171,7 +171,7 @@ class LowRank:
   def dequantize(self, dtype: DTypeLike | None = None) -> jax.Array:
     """The array that this one stands for, added in float32."""
     dtype = self.dtype if dtype is None else as_dtype(dtype)
-    return _dense(self, dtype)
+    return _decoders.run(decode, self, dtype)
 
   def __getitem__(self, index: Any) -> 'LowRank':
     """NumPy's indexing by integers and slices, as far as the weight goes."""
@@ -283,14 +283,23 @@ def parts(weight: Any) -> list[Any]:
   return _explicit.parts(weight)
 
 
+def decode(x: Stored, dtype: DTypeLike) -> jax.Array:
+  """`dequantize` of any stored operand without a name, for operations of this
+  library."""
+  if isinstance(x, Transformed):
+    return _transformed.decode(x, np.dtype(dtype))
+  if isinstance(x, QArray):
+    return qarray.decode(x, dtype)
+  return _decode(x, np.dtype(dtype))
+
+
 @functools.partial(jax.jit, static_argnums=1, inline=True)
-def _dense(x: LowRank, dtype: np.dtype) -> jax.Array:
+def _decode(x: LowRank, dtype: np.dtype) -> jax.Array:
   def run(x):
     added = term(x)
     wide = promoted(x.dtype, added.dtype)
     weight = x.weight
-    if is_quantized(weight):
-      weight = qarray.dequantize(weight, wide)
+    weight = decode(weight, wide) if is_quantized(weight) else weight
     return (weight.astype(wide) + added.astype(wide)).astype(dtype)
 
   def specs(result, x):

@@ -916,8 +916,8 @@ class _LeafIndex(NamedTuple):
 
 
 def index_per_axis(q: Any, key: Any) -> list[Any]:
-  """One index per axis of a QArray, or of what holds one: an ellipsis, written or
-  not, becomes full slices."""
+  """One index per axis of a QArray, or of what has its shape: an ellipsis,
+  written or not, becomes full slices."""
   index: list[Any] = list(key) if isinstance(key, tuple) else [key]
   if any(i is None for i in index):
     raise IndexError('a QArray cannot be indexed with None; use reshape')

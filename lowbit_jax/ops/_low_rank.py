@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from lowbit_jax import _explicit, _low_rank, qarray
+from lowbit_jax import _explicit, _low_rank
 from lowbit_jax._low_rank import LowRank
 from lowbit_jax._transformed import Transformed
 from lowbit_jax._typing import DotDims, Precision
@@ -70,7 +70,7 @@ def large(lhs: Any, rhs: Any, side: int, dims: DotDims) -> tuple[Any, Any]:
   """
   w = (lhs, rhs)[side]
   apart = _factors(w, *(part[side] for part in dims)) is not None
-  new = w.weight if apart else _operand.computed(_dequantized, w)
+  new = w.weight if apart else _operand.computed(decoded, w)
   return (lhs, new) if side else (new, rhs)
 
 
@@ -118,15 +118,16 @@ def _factors(
   return None
 
 
+def decoded(w: LowRank) -> jax.Array:
+  """The dense value of an operand."""
+  return _low_rank.decode(w, w.dtype)
+
+
 def _array(x: Any) -> jax.Array:
   """An operand of any kind as an array."""
   if isinstance(x, Transformed | LowRank):
-    return qarray.dequantize(x, promoted(x.dtype, jnp.float32))
+    return _low_rank.decode(x, promoted(x.dtype, jnp.float32))
   return _operand.dense(x)
-
-
-def _dequantized(w: LowRank) -> jax.Array:
-  return w.dequantize()
 
 
 @functools.partial(jax.jit, static_argnums=3, inline=True)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from lowbit_jax import _explicit, qarray
+from lowbit_jax import _explicit
 from lowbit_jax._low_rank import LowRank
 from lowbit_jax._transformed import Transformed
 from lowbit_jax._typing import (
@@ -128,7 +128,7 @@ def _without_terms(lhs: Any, rhs: Any) -> tuple[Any, Any]:
   """As `_low_rank.plain`. A term of the rows is none of their product with
   several matrices: rows are dense."""
   if isinstance(lhs, LowRank):
-    lhs = _operand.computed(qarray.dequantize, lhs)
+    lhs = _operand.computed(_low_rank.decoded, lhs)
   if isinstance(rhs, LowRank):
     by_group = ((1,), (1,)), ((0,), (0,))
     lhs, rhs = _low_rank.large(lhs, rhs, 1, by_group)

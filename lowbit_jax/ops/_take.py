@@ -48,9 +48,8 @@ def take(
     >>> ops.take(table, jnp.array([5, 8]))[:, 0].tolist()
     [1.0, nan]
   """
-  rows = (
-    table if isinstance(table, Stored) else _array('table', table, jnp.floating)
-  )
+  is_packed = isinstance(table, Stored)
+  rows = table if is_packed else _array('table', table, jnp.floating)
   if not rows.ndim or rows.shape[0] == 0:
     raise ValueError(f'table.shape={rows.shape} has no rows')
   index = _array('indices', indices, jnp.integer)
