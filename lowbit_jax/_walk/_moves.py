@@ -180,8 +180,13 @@ def index(slices: Sequence[slice]) -> Move:
   """As `slice`, one slice for each axis."""
 
   def weight(q):
+    # All of an axis by name: axes that blocks span are not cut.
+    parts = [
+      slice(None) if s.indices(n) == (0, n, 1) else s
+      for s, n in zip(slices, q.shape, strict=True)
+    ]
     try:
-      return q[tuple(slices)]
+      return q[tuple(parts)]
     except IndexError as error:
       raise NotAView(str(error)) from None
 
