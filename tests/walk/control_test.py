@@ -1,0 +1,452 @@
+"""`packed` through calls and control flow.
+
+Each case is written once for a product `dot`: with `jnp.matmul` it is any
+function, with `ops.dot` what one would write by hand. Packed, the first is the
+program of the second, or where JAX puts it together in another order, has its
+bits.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl.testing import absltest, parameterized
+from jax import lax
+
+import lowbit_jax as lowbit
+from lowbit_jax import ops, qarray
+from tests.ops.products import data, make
+from tests.walk import programs
+
+D, L = 64, 3
+X = data(4, D)
+W, U = make('mxfp4', D, D), make('mxfp4', D, D, seed=2)
+STACK = make('mxfp4', L, D, D)
+CASES = {}
+
+
+def case(*args, rows=1):
+  """Registers a function dot -> fn with the arguments of fn, and how many uses
+  its report lists."""
+
+  def register(build):
+    CASES[build.__name__] = build, args, rows
+    return build
+
+  return register
+
+
+def layer(dot):
+  return lambda x, w: jnp.tanh(dot(x, w))
+
+
+@case(X, W, U, rows=2)
+def jit(dot):
+  run = jax.jit(layer(dot))
+  return lambda x, a, b: run(run(x, a), b)
+
+
+@case(X, W)
+def jit_of_a_tree(dot):
+  half = jax.jit(lambda tree: {'w': tree['w'].astype(jnp.float16)})
+  return lambda x, w: dot(x.astype(jnp.float16), half({'w': w})['w'])
+
+
+@case(X, STACK)
+def scan(dot):
+  body = layer(dot)
+  return lambda x, ws: lax.scan(lambda c, w: (body(c, w), c[0]), x, ws)
+
+
+@case(X, STACK)
+def scan_in_reverse(dot):
+  body = layer(dot)
+
+  def fn(x, ws):
+    step = lambda c, w: (body(c, w), None)  # noqa: E731
+    return lax.scan(step, x, ws, reverse=True, unroll=2)[0]
+
+  return fn
+
+
+@case(X, W)
+def scan_constant(dot):
+  body = layer(dot)
+
+  def fn(x, w):
+    return lax.scan(lambda c, _: (body(c, w), None), x, None, length=3)[0]
+
+  return fn
+
+
+@case(X, W)
+def scan_carry(dot):
+  def step(carry, _):
+    x, w = carry
+    return (dot(x, w), w), None
+
+  return lambda x, w: lax.scan(step, (x, w), None, length=3)[0][0]
+
+
+@case(X, W, U)
+def scan_carry_in_turn(dot):
+  def step(carry, _):
+    x, w, u = carry
+    return (dot(x, w), u, w), None
+
+  return lambda *carry: lax.scan(step, carry, None, length=3)[0][0]
+
+
+@case(X, W, 3)
+def while_loop(dot):
+  def fn(x, w, n):
+    def step(carry):
+      i, x, w = carry
+      return i + 1, dot(x, w), w
+
+    return lax.while_loop(lambda c: c[0] < n, step, (0, x, w))[1]
+
+  return fn
+
+
+@case(X, W)
+def while_with_a_weight_in_its_condition(dot):
+  def fn(x, w):
+    return lax.while_loop(
+      lambda x: jnp.sum(dot(x, w)) > 1e6, lambda x: x * 0.5, x
+    )
+
+  return fn
+
+
+@case(X, STACK)
+def fori_loop(dot):
+  def fn(x, ws):
+    def step(i, x):
+      w = jax.tree.map(lambda leaf: lax.dynamic_index_in_dim(leaf, i, 0), ws)
+      return dot(x, jax.tree.map(lambda leaf: lax.squeeze(leaf, [0]), w))
+
+    return lax.fori_loop(0, L, step, x)
+
+  return fn
+
+
+@case(X, W, U, rows=2)
+def cond(dot):
+  def fn(x, w, u):
+    return lax.cond(x[0, 0] > 0, lambda: dot(x, w), lambda: dot(x + 1, u))
+
+  return fn
+
+
+@case(X, W, U, 1, rows=3)
+def switch(dot):
+  def fn(x, w, u, i):
+    branches = [dot, lambda x, w: x, lambda x, w: dot(x, w) + 1]
+    return dot(lax.switch(i, branches, x, w), u)
+
+  return fn
+
+
+@case(X, W)
+def remat(dot):
+  return jax.checkpoint(layer(dot))
+
+
+@case(X, W)
+def remat_with_a_policy(dot):
+  policy = jax.checkpoint_policies.dots_saveable
+  return jax.checkpoint(layer(dot), policy=policy, prevent_cse=False)
+
+
+@case(X, STACK)
+def scan_of_remat(dot):
+  body = jax.checkpoint(lambda c, w: (layer(dot)(c, w), None))
+  return lambda x, ws: lax.scan(body, x, ws)[0]
+
+
+@case(data(2, 4, D), STACK)
+def vmap_of_scan(dot):
+  return lambda xs, ws: jax.vmap(lambda x: scan(dot)(x, ws)[0])(xs)
+
+
+@case(data(2, 4, D), W)
+def vmap_over_activations(dot):
+  return jax.vmap(dot, (0, None))
+
+
+@case(X, W, STACK, rows=3)
+def all_nested(dot):
+  @jax.jit
+  def block(x, w, ws):
+    step = jax.checkpoint(lambda c, v: (jnp.tanh(dot(c, v)), None))
+    y = lax.scan(step, x, ws)[0]
+    y = lax.fori_loop(0, 2, lambda i, y: dot(y, w), y)
+    return lax.cond(y[0, 0] > 0, lambda: y, lambda: dot(x, w))
+
+  return block
+
+
+def why(report) -> list[str]:
+  """Why weights are decoded."""
+  return [row.how for row in report if row.decoded]
+
+
+class ControlTest(parameterized.TestCase):
+  @parameterized.parameters([*CASES])
+  def test_runs_as_ops_do(self, name):
+    build, args, rows = CASES[name]
+    packed, by_ops = lowbit.packed(build(jnp.matmul)), build(ops.dot)
+    program = programs.lowered(packed, *args)
+    if program != programs.lowered(by_ops, *args):
+      got, want = jax.jit(packed)(*args), jax.jit(by_ops)(*args)
+      programs.assert_same_bits(got, want)
+    report = packed.report(*args)
+    self.assertLen(report, rows)
+    self.assertEqual(why(report), [])
+
+  def assert_decodes(self, reason, fn, *args):
+    """All bits are those of decoded weights, for a reason."""
+    packed = lowbit.packed(fn)
+    self.assertEqual(why(packed.report(*args)), [reason])
+    by_hand = lambda *args: fn(*programs.dense(args))  # noqa: E731
+    got, want = jax.jit(packed)(*args), jax.jit(by_hand)(*args)
+    programs.assert_same_bits(got, want)
+
+  def test_a_carry_that_changes_is_decoded(self):
+    def fn(x, w):
+      def step(carry, _):
+        x, w = carry
+        return (x @ w, w * 0.5), None
+
+      return lax.scan(step, (x, w), None, length=3)[0]
+
+    self.assert_decodes('a loop that carries it changes it', fn, X, W)
+
+  def test_a_weight_that_a_branch_gives_is_decoded(self):
+    def fn(x, w):
+      return x @ lax.cond(x[0, 0] > 0, lambda: w, lambda: jnp.zeros((D, D)))
+
+    self.assert_decodes('it is a result of cond', fn, X, W)
+
+  def test_a_choice_of_platforms_is_left_to_jax(self):
+    def fn(x, w):
+      other = lambda x, w: x  # noqa: E731
+      return lax.platform_dependent(x, w, cpu=jnp.matmul, default=other)
+
+    self.assert_decodes('cond has no packed form', fn, X, W)
+
+  def test_blocks_along_the_scanned_axis_are_decoded(self):
+    w = make('mxfp4', D, D, axis=-2)
+
+    def fn(x, w):
+      return lax.scan(lambda c, row: (c + x @ row, None), x[:, 0], w)[0]
+
+    reason = 'scan: its blocks lie along the scanned axis'
+    self.assert_decodes(reason, fn, X, w)
+
+  def test_one_tensor_scale_for_all_layers(self):
+    def by_ops(x, ws):
+      scales = jnp.broadcast_to(ws.tensor_scale, (L, 1, 1))
+      return scan(ops.dot)(x, qarray.replace(ws, tensor_scale=scales))
+
+    ws = make('nvfp4', L, D, D)
+    packed = lowbit.packed(scan(jnp.matmul))
+    got, want = jax.jit(packed)(X, ws), jax.jit(by_ops)(X, ws)
+    programs.assert_same_bits(got, want)
+
+  def test_vmap_outside(self):
+    xs = data(L, 4, D)
+    for axes, w in ((0, None), W), ((0, 0), STACK):
+      got, want = (
+        programs.lowered(jax.vmap(dot, axes), xs, w)
+        for dot in (lowbit.packed(jnp.matmul), ops.dot)
+      )
+      self.assertEqual(got, want)
+
+
+class JitTest(parameterized.TestCase):
+  def test_a_body_with_many_weights_is_one_function(self):
+    @jax.jit
+    def block(x, w):
+      return jnp.tanh(x @ w)
+
+    def model(params, x):
+      for w in params:
+        x = block(x, w)
+      return x
+
+    text = programs.lowered(lowbit.packed(model), [W, U, W], X)
+    self.assertEqual(text.count('func.func private @block('), 1)
+    self.assertEqual(text.count('call @block('), 3)
+    report = lowbit.packed(model).report([W, U, W], X)
+    self.assertEqual([row.site for row in report], ['0', '1', '2'])
+    self.assertEqual(report.decoded, 0)
+
+  def test_a_body_is_traced_once(self):
+    traces = 0
+
+    @jax.jit
+    def block(x, w):
+      nonlocal traces
+      traces += 1
+      return jnp.tanh(x @ w)
+
+    run = jax.jit(lowbit.packed(lambda x, *ws: [block(x, w) for w in ws]))
+    run(X, W, U)
+    run(X, U, W)
+    self.assertEqual(traces, 1)
+
+  def test_donates(self):
+    @functools.partial(jax.jit, donate_argnums=(0, 3))
+    def step(count, x, w, total):
+      y = x @ w
+      return count + 1, y, total + y
+
+    args = jnp.zeros((7,)), X, W, jnp.zeros((4, D))
+    _, y, total = lowbit.packed(step)(*args)
+    self.assertTrue(args[0].is_deleted() and args[3].is_deleted())
+    self.assertFalse(W.codes.is_deleted())
+    programs.assert_same_bits(total, y)
+
+  def test_scopes_and_names_stay(self):
+    @jax.jit
+    def block(x, w):
+      with jax.named_scope('mlp'):
+        return x @ w
+
+    def model(x, ws):
+      with jax.named_scope('model'):
+        return lax.scan(lambda x, w: (block(x, w), None), x, ws)[0]
+
+    (row,) = lowbit.packed(model).report(X, STACK)
+    self.assertEqual(row.scope, 'model/mlp')
+    lowered = jax.jit(lowbit.packed(model)).lower(X, STACK)
+    text = lowered.as_text(debug_info=True)
+    self.assertIn('"mlp/dot_general', text)
+    self.assertIn('model/', text)
+    self.assertIn('control_test.py', text)
+
+
+def twice(x, w):
+  return 2 * (x @ w)
+
+
+class CustomTest(parameterized.TestCase):
+  """A function with a derivative of its own keeps it."""
+
+  def functions(self):
+    with_jvp = jax.custom_jvp(twice)
+    with_jvp.defjvp(lambda p, t: (with_jvp(*p), 5 * (t[0] @ p[1])))
+    with_vjp = jax.custom_vjp(twice)
+    with_vjp.defvjp(
+      lambda x, w: (twice(x, w), w), lambda w, g: (5 * (g @ w.T), None)
+    )
+    return with_jvp, with_vjp
+
+  def test_values_are_packed(self):
+    want = programs.lowered(lambda x, w: 2 * ops.dot(x, w), X, W)
+    for fn in self.functions():
+      packed = lowbit.packed(fn)
+      self.assertEqual(why(packed.report(X, W)), [])
+      by_ops = lambda x, w: 2 * ops.dot(x, w)  # noqa: E731
+      got, want = jax.jit(packed)(X, W), jax.jit(by_ops)(X, W)
+      programs.assert_same_bits(got, want)
+
+  def test_derivatives_are_its_own(self):
+    for fn in self.functions():
+
+      def total(fn):
+        return jax.jit(jax.grad(lambda x, w: fn(x, w).sum()))
+
+      def inside(x, w, fn=fn):
+        return total(fn)(x, w)
+
+      want = total(fn)(X, programs.dense(W))
+      programs.assert_same_bits(total(lowbit.packed(fn))(X, W), want)
+      programs.assert_same_bits(jax.jit(lowbit.packed(inside))(X, W), want)
+
+  def test_a_library_function_keeps_its_derivative(self):
+    def fn(x, w):
+      return jax.nn.silu(jax.nn.relu(x @ w)).sum()
+
+    def by_ops(x, w):
+      return jax.nn.silu(jax.nn.relu(ops.dot(x, w))).sum()
+
+    packed, hand = (jax.jit(jax.grad(f)) for f in (lowbit.packed(fn), by_ops))
+    programs.assert_same_bits(packed(X, W), hand(X, W))
+
+
+class EnvironmentTest(parameterized.TestCase):
+  def test_effects_happen_once_and_in_order(self):
+    seen = []
+
+    def fn(x, ws):
+      def step(c, x):
+        i, w = x
+        y = jnp.tanh(c @ w)
+        jax.debug.callback(lambda i: seen.append(int(i)), i, ordered=True)
+        return y, None
+
+      y = lax.scan(step, x, (jnp.arange(L), ws))[0]
+      jax.debug.callback(lambda: seen.append('end'), ordered=True)
+      return y
+
+    jax.block_until_ready(jax.jit(lowbit.packed(fn))(X, STACK))
+    jax.effects_barrier()
+    self.assertEqual(seen, [*range(L), 'end'])
+    lowbit.packed(fn).report(X, STACK)
+    jax.effects_barrier()
+    self.assertLen(seen, L + 1)
+
+  def test_effects_of_a_weight(self):
+    seen = []
+
+    def fn(x, w):
+      jax.debug.callback(seen.append, w[0])
+      return x @ w
+
+    jax.block_until_ready(jax.jit(lowbit.packed(fn))(X, W))
+    jax.effects_barrier()
+    programs.assert_same_bits(seen, [programs.dense(W)[0]])
+
+  def test_export(self):
+    leaves, structure = jax.tree.flatten(STACK)
+
+    def fn(x, *leaves):
+      ws = structure.unflatten(leaves)
+      return lowbit.packed(scan(jnp.matmul))(x, ws)[0]
+
+    exported = jax.export.export(jax.jit(fn))(X, *leaves)
+    again = jax.export.deserialize(exported.serialize())
+    got, want = again.call(X, *leaves), jax.jit(fn)(X, *leaves)
+    programs.assert_same_bits(got, want)
+
+  def test_checks_of_jax(self):
+    fn = lowbit.packed(all_nested(jnp.matmul))
+    with jax.checking_leaks(), jax.enable_checks(True):
+      jax.jit(jax.grad(lambda *args: fn(*args).sum())).lower(X, W, STACK)
+
+  def test_x64(self):
+    """Products of float64 activations are those of the decoded weight."""
+    with jax.enable_x64(True):
+      x = np.float64(X)
+      packed = lowbit.packed(jnp.matmul)
+      got = jax.jit(packed)(x, W)
+      want = jax.jit(jnp.matmul)(x, programs.dense(W).astype(jnp.float64))
+      programs.assert_same_bits(got, want)
+      self.assertEqual(got.dtype, jnp.float64)
+      self.assertNotEmpty(why(packed.report(x, W)))
+      # Of float32 they stay packed.
+      self.assertEmpty(why(packed.report(X, W)))
+      self.assertEqual(jax.eval_shape(packed, X, W).dtype, jnp.float32)
+
+  def test_without_jit(self):
+    fn = lowbit.packed(layer(jnp.matmul))
+    want = layer(ops.dot)(X, W)
+    programs.assert_same_bits(fn(X, W), want)
+
+
+if __name__ == '__main__':
+  absltest.main()
