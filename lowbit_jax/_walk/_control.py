@@ -13,6 +13,8 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from lowbit_jax import _decoders, _tree, qarray
+from lowbit_jax._low_rank import LowRank
+from lowbit_jax._transformed import Transformed
 from lowbit_jax._typing import PyTree
 from lowbit_jax._walk import _moves, _named, _versions
 from lowbit_jax._walk._moves import NotAView
@@ -122,8 +124,12 @@ def _decoder(walk: Walk, eqn: Any, operands: list) -> Any:
 
 
 def _checked(stored: Any) -> Any:
-  weight = getattr(stored, 'weight', stored)
-  qarray.validate(weight)
+  """A stored operand whose QArray is one."""
+  weight = stored
+  while isinstance(weight, Transformed | LowRank):
+    weight = weight.weight
+  if isinstance(weight, qarray.QArray):
+    qarray.validate(weight)
   return stored
 
 
@@ -229,6 +235,7 @@ def _carried(
     return structure, [(leaf.shape, leaf.dtype) for leaf in leaves]
 
   why = 'a loop that carries it changes it'
+  notes = dict(walk.trace.rows)
   carry = [x if _named.is_packed(x) else _named.dense(x) for x in carry]
   while any(map(_named.is_packed, carry)):
     after = jax.eval_shape(step, carry)
@@ -238,6 +245,7 @@ def _carried(
     ]
     if not any(lost):
       break
+    walk.trace.rows = dict(notes)  # without those of a step that is not run
     carry = [
       walk.dense(eqn, x, why) if c else x
       for c, x in zip(lost, carry, strict=True)

@@ -15,8 +15,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lowbit_jax import _transformed, _tree, qarray
-from lowbit_jax._transformed import Transformed
+from lowbit_jax import _low_rank, _transformed, _tree, qarray
+from lowbit_jax._low_rank import LowRank, Stored
+from lowbit_jax._transformed import Transformed, is_quantized
 from lowbit_jax.qarray import QArray
 
 _FLOATS = (jnp.bfloat16, jnp.float16, jnp.float32, jnp.float64)
@@ -34,20 +35,36 @@ class Move:
     weight: what it does to a QArray.
     axis: where an axis is found in the result, both counted from the front;
       raises NotAView if it does not stay whole.
+    array: what it does to an array that has sizes of the second argument, or 1
+      in their place, along its first axes; more axes follow. None if it has no
+      such form.
     stack: what it does to a leaf that has only the first axes, as many as the
       second argument says; None if it may touch later ones.
   """
 
   weight: Callable[[QArray], QArray]
   axis: Callable[[int], int]
+  array: Callable[[jax.Array, Sequence[int]], jax.Array] | None = None
   stack: Callable[[jax.Array, int], jax.Array] | None = None
 
 
-def apply(move: Move, x: QArray | Transformed) -> Any:
+# A function is what a view does to a stored operand of any kind.
+View = Move | Callable[[Any], Any]
+
+
+def apply(move: View, x: Stored) -> Any:
   """The view of a stored operand."""
+  if not isinstance(move, Move):
+    return move(x)
   if isinstance(x, QArray):
     return move.weight(x)
-  # The transform stays with the axis that it acts on, and with its stack.
+  if isinstance(x, Transformed):
+    return _behind_transform(move, x)
+  return _beside_term(move, x)
+
+
+def _behind_transform(move: Move, x: Transformed) -> Transformed:
+  """The transform stays with the axis that it acts on, and with its stack."""
   weight = move.weight(x.weight)
   axis = move.axis(x.ndim + x.axis) - weight.ndim
   if weight.shape[axis] != x.shape[x.axis]:
@@ -59,6 +76,20 @@ def apply(move: Move, x: QArray | Transformed) -> Any:
     raise NotAView('it is a stack of transformed weights')
   moved = _transformed.replace(x, weight=weight, axis=axis)
   return moved.with_transform(lambda leaf: stack(leaf, x.stacked))
+
+
+def _beside_term(move: Move, x: LowRank) -> LowRank:
+  """The factors move with the weight; their last axis stays."""
+  array = move.array
+  if array is None:
+    raise NotAView('it has a low-rank term')
+  weight: Any = x.weight
+  if is_quantized(weight):
+    weight = apply(move, weight)
+  else:
+    weight = array(weight, x.shape)
+  a, b = array(x.a, x.shape), array(x.b, x.shape)
+  return _low_rank.replace(x, weight=weight, a=a, b=b)
 
 
 def refuse(reason: str) -> NoReturn:
@@ -104,12 +135,10 @@ def _check_whole(q: QArray, keeps: Callable[[int], bool]) -> None:
     need(whole, 'its blocks span axes together that are not kept whole')
 
 
-def cast(dtype: Any) -> Move:
+def cast(dtype: Any) -> Callable:
   """As `convert_element_type`."""
   need(jnp.dtype(dtype) in map(jnp.dtype, _FLOATS), f'a cast to {dtype}')
-  return Move(
-    lambda q: q.astype(dtype), lambda d: d, lambda leaf, stacked: leaf
-  )
+  return lambda x: x.astype(dtype)
 
 
 def transpose(permutation: Sequence[int]) -> Move:
@@ -131,8 +160,11 @@ def transpose(permutation: Sequence[int]) -> Move:
     need(kept, 'a stack of transformed weights')
     return leaf
 
+  def array(x, shape):
+    return x.transpose(*permutation, *range(len(shape), x.ndim))
+
   permutation = tuple(permutation)
-  return Move(weight, permutation.index, stack)
+  return Move(weight, permutation.index, array, stack)
 
 
 def squeeze(dimensions: Sequence[int], ndim: int) -> Move:
@@ -151,10 +183,14 @@ def squeeze(dimensions: Sequence[int], ndim: int) -> Move:
     axes = [rest.index(a) for a in _axes(q)]
     return _from_leaves(q, lambda leaf: lax.squeeze(leaf, gone), axes)
 
+  def array(x, shape):
+    del shape
+    return lax.squeeze(x, dimensions)
+
   def stack(leaf, stacked):
     return lax.squeeze(leaf, [d for d in dimensions if d < stacked])
 
-  return Move(weight, axis, stack)
+  return Move(weight, axis, array, stack)
 
 
 def broadcast(shape: Sequence[int], dimensions: Sequence[int]) -> Move:
@@ -173,27 +209,32 @@ def broadcast(shape: Sequence[int], dimensions: Sequence[int]) -> Move:
 
     return _from_leaves(q, leaf, [dimensions[a] for a in _axes(q)])
 
-  return Move(weight, lambda d: dimensions[d])
+  def array(x, old):
+    need([shape[n] for n in dimensions] == list(old), 'it is repeated')
+    own = [*shape, *x.shape[len(old) :]]
+    for d, n in enumerate(dimensions):
+      own[n] = x.shape[d]
+    extra = range(len(shape), len(own))
+    return lax.broadcast_in_dim(x, own, (*dimensions, *extra))
+
+  return Move(weight, lambda d: dimensions[d], array)
 
 
-def index(slices: Sequence[slice]) -> Move:
+def index(slices: Sequence[slice]) -> Callable:
   """As `slice`, one slice for each axis."""
 
-  def weight(q):
+  def part(x):
     # All of an axis by name: axes that blocks span are not cut.
     parts = [
       slice(None) if s.indices(n) == (0, n, 1) else s
-      for s, n in zip(slices, q.shape, strict=True)
+      for s, n in zip(slices, x.shape, strict=True)
     ]
     try:
-      return q[tuple(parts)]
-    except IndexError as error:
+      return x[tuple(parts)]
+    except (IndexError, ValueError) as error:
       raise NotAView(str(error)) from None
 
-  def stack(leaf, stacked):
-    return leaf[tuple(slices[:stacked])]
-
-  return Move(weight, lambda d: d, stack)
+  return part
 
 
 def dynamic_slice(starts: Sequence[Any], sizes: Sequence[int]) -> Move:
@@ -219,7 +260,11 @@ def dynamic_slice(starts: Sequence[Any], sizes: Sequence[int]) -> Move:
     }
     return _dynamic(leaf, cut)
 
-  return Move(weight, lambda d: d, stack)
+  def array(x, shape):
+    cut = [d for d, n in enumerate(shape) if sizes[d] != n]
+    return _dynamic(x, {d: (starts[d], sizes[d]) for d in cut})
+
+  return Move(weight, lambda d: d, array, stack)
 
 
 def _dynamic(x: jax.Array, cuts: dict[int, tuple[Any, int]]) -> jax.Array:
@@ -230,23 +275,21 @@ def _dynamic(x: jax.Array, cuts: dict[int, tuple[Any, int]]) -> jax.Array:
   return x
 
 
-def leafwise(f: Callable[[jax.Array], jax.Array]) -> Move:
+def leafwise(f: Callable[[jax.Array], jax.Array]) -> Callable:
   """The same for each leaf, such as a copy."""
-  return Move(
-    lambda q: jax.tree.map(f, q), lambda d: d, lambda leaf, stacked: f(leaf)
-  )
+  return lambda x: jax.tree.map(f, x)
 
 
-def placed(place: Callable, sharding: Any) -> Move:
+def placed(place: Callable, sharding: Any) -> Callable:
   """As `sharding_constraint` and `reshard`."""
 
-  def weight(q):
+  def move(x):
     try:
-      return jax.tree.map(place, q, _tree.shardings(q, sharding))
+      return jax.tree.map(place, x, _tree.shardings(x, sharding))
     except ValueError as error:
       raise NotAView(str(error)) from None
 
-  return Move(weight, lambda d: d)
+  return move
 
 
 def gathered(f: Callable, axis: int, is_tiled: bool) -> Move:
@@ -286,7 +329,16 @@ def reshape(old: Sequence[int], new: Sequence[int]) -> Move:
     need(kept, 'a stack of transformed weights')
     return leaf
 
-  return Move(weight, axis, stack)
+  def array(x, before):
+    own = []
+    for group, after in _groups(before, shape):
+      sizes = [x.shape[d] for d in group]
+      whole = sizes == [before[d] for d in group]
+      need(whole or set(sizes) == {1}, 'axes of both factors become one')
+      own += [shape[n] if whole else 1 for n in after]
+    return x.reshape(*own, *x.shape[len(before) :])
+
+  return Move(weight, axis, array, stack)
 
 
 def _groups(
@@ -379,8 +431,15 @@ def _reshape_spanned(q: QArray, shape: tuple[int, ...]) -> QArray:
   return qarray.replace(moved, merged=q.merged)
 
 
-def stacked(x: QArray | Transformed, length: int) -> Any:
+def stacked(x: Stored, length: int) -> Any:
   """A stack of weights whose leaves all have an entry for each of them."""
+  if isinstance(x, LowRank):
+    weight = stacked(x.weight, length) if is_quantized(x.weight) else x.weight
+    a, b = (
+      jnp.broadcast_to(factor, (length, *factor.shape[1:]))
+      for factor in (x.a, x.b)
+    )
+    return _low_rank.replace(x, weight=weight, a=a, b=b)
   if isinstance(x, Transformed):
     need(x.stacked > 0, 'one transform for all layers')
     return _transformed.replace(x, weight=stacked(x.weight, length))
@@ -414,9 +473,7 @@ def concatenate(parts: Sequence[Any], axis: int) -> QArray:
   return jax.tree.map(join, *parts)
 
 
-def split(
-  x: QArray | Transformed, axis: int, sizes: Sequence[int]
-) -> list[Any]:
+def split(x: Stored, axis: int, sizes: Sequence[int]) -> list[Any]:
   """As `split`."""
   ends = [0, *itertools.accumulate(map(int, sizes))]
   pieces = []
@@ -427,9 +484,7 @@ def split(
   return pieces
 
 
-def outline(
-  x: QArray | Transformed, numbers: Any, sizes: Sequence[int]
-) -> list[int]:
+def outline(x: Stored, numbers: Any, sizes: Sequence[int]) -> list[int]:
   """The shape of an array with size 1 along axes that a look-up keeps whole."""
   cut = _looked_up(x.shape, numbers, sizes)
   return [n if d in cut else 1 for d, n in enumerate(x.shape)]

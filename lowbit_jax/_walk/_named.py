@@ -14,9 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from lowbit_jax import qarray
-from lowbit_jax._transformed import Transformed
+from lowbit_jax._low_rank import Stored, is_operand
 from lowbit_jax.ops import _operand
-from lowbit_jax.qarray import QArray
 
 
 @functools.partial(
@@ -59,7 +58,7 @@ class Named:
 
 def is_stored(x: object) -> bool:
   """Whether `x` is an operand that stands for a dense array."""
-  return _operand.is_stored(x) or isinstance(x, Transformed)
+  return _operand.is_stored(x) or is_operand(x)
 
 
 def is_named(x: object) -> bool:
@@ -79,18 +78,12 @@ def dense(x: Any) -> Any:
 
 
 def decoded(stored: Any) -> jax.Array:
-  return qarray.dequantize(_unpacked(stored))
+  return qarray.dequantize(_operand.unpacked(stored))
 
 
-def _unpacked(stored: Any) -> Any:
-  return (
-    stored if isinstance(stored, Transformed) else _operand.unpacked(stored)
-  )
-
-
-def viewed(x: Named) -> QArray | Transformed:
+def viewed(x: Named) -> Stored:
   """The content as views see it: of a prepacked weight its QArray."""
-  return _unpacked(x.content)
+  return _operand.unpacked(x.content)
 
 
 def decoded_bytes(x: Named) -> int:

@@ -9,7 +9,7 @@ from jax import lax
 
 from lowbit_jax._typing import Key
 from lowbit_jax._walk import _moves, _named, _versions
-from lowbit_jax._walk._moves import Move, NotAView, need
+from lowbit_jax._walk._moves import NotAView, View, need
 from lowbit_jax._walk._named import Named
 from lowbit_jax._walk._walker import NONE, Walk, rule
 from lowbit_jax.ops import specs
@@ -50,7 +50,7 @@ def _marked(x: Named, moved: Any, eqn: Any) -> Named:
 
 
 @view('convert_element_type')
-def _(x: Named, eqn: Any, others: list) -> Move:
+def _(x: Named, eqn: Any, others: list) -> View:
   dtype = eqn.params['new_dtype']
   need(jnp.issubdtype(dtype, jnp.floating), f'a cast to {dtype}')
   wider = jnp.finfo(dtype).bits > jnp.finfo(x.dtype).bits
@@ -59,30 +59,30 @@ def _(x: Named, eqn: Any, others: list) -> Move:
 
 
 @view('transpose')
-def _(x, eqn, others) -> Move:
+def _(x, eqn, others) -> View:
   return _moves.transpose(eqn.params['permutation'])
 
 
 @view('reshape')
-def _(x, eqn, others) -> Move:
+def _(x, eqn, others) -> View:
   need(eqn.params.get('dimensions') is None, 'a reshape that transposes')
   return _moves.reshape(x.shape, eqn.outvars[0].aval.shape)
 
 
 @view('squeeze')
-def _(x, eqn, others) -> Move:
+def _(x, eqn, others) -> View:
   return _moves.squeeze(eqn.params['dimensions'], len(x.shape))
 
 
 @view('broadcast_in_dim')
-def _(x, eqn, others) -> Move:
+def _(x, eqn, others) -> View:
   need(not others, 'its shape is traced')
   params = eqn.params
   return _moves.broadcast(params['shape'], params['broadcast_dimensions'])
 
 
 @view('slice')
-def _(x, eqn, others) -> Move:
+def _(x, eqn, others) -> View:
   params = eqn.params
   strides = params['strides'] or [1] * len(x.shape)
   ends = zip(
@@ -92,22 +92,22 @@ def _(x, eqn, others) -> Move:
 
 
 @view('dynamic_slice')
-def _(x, eqn, others) -> Move:
+def _(x, eqn, others) -> View:
   return _moves.dynamic_slice(others, eqn.params['slice_sizes'])
 
 
 @view('stop_gradient')
-def _(x, eqn, others) -> Move:
+def _(x, eqn, others) -> View:
   return _moves.leafwise(lax.stop_gradient)
 
 
 @view('copy', 'copy_p', 'name', 'pvary', 'pcast')
-def _(x, eqn, others) -> Move:
+def _(x, eqn, others) -> View:
   return _moves.leafwise(lambda leaf: _versions.bind(eqn, [leaf])[0])
 
 
 @view('all_gather')
-def _(x, eqn, others) -> Move:
+def _(x, eqn, others) -> View:
   params = eqn.params
   return _moves.gathered(
     lambda leaf: _versions.bind(eqn, [leaf])[0],
@@ -117,13 +117,13 @@ def _(x, eqn, others) -> Move:
 
 
 @view('sharding_constraint')
-def _(x, eqn, others) -> Move:
+def _(x, eqn, others) -> View:
   place = lax.with_sharding_constraint
   return _moves.placed(place, eqn.params['sharding'])
 
 
 @view('reshard')
-def _(x, eqn, others) -> Move:
+def _(x, eqn, others) -> View:
   return _moves.placed(jax.sharding.reshard, eqn.params['dst_sharding'])
 
 
