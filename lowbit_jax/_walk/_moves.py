@@ -300,10 +300,19 @@ def gathered(f: Callable, axis: int, is_tiled: bool) -> Move:
     padded = axis in _axes(q) and any(q.pad)
     need(not padded, 'its blocks are padded')
 
-    def leaf(x):
-      return x if x.shape[axis] == 1 < q.shape[axis] else f(x)
+    # Scales of the whole axis, and those of the tensor, are on all devices.
+    whole = axis in _axes(q) and not q.fmt.block[_axes(q).index(axis)]
 
-    return jax.tree.map(leaf, q)
+    def scales(tree):
+      return tree if whole else jax.tree.map(f, tree)
+
+    return qarray.replace(
+      q,
+      codes=f(q.codes),
+      scale=scales(q.scale),
+      zero_point=scales(q.zero_point),
+      minimum=scales(q.minimum),
+    )
 
   return Move(weight, lambda d: d)
 
@@ -371,7 +380,8 @@ def _reshape(q: QArray, shape: tuple[int, ...]) -> QArray:
         found[d] = _block_axis(q, k, d, old, [(n, shape[n]) for n in new])
   need(len(set(found.values())) == len(found), 'two block axes become one')
 
-  # Leaves have another size there, and size 1 everywhere or nowhere else.
+  # Leaves have another size there, and size 1 everywhere or nowhere else. One
+  # of the whole axis keeps its size 1, as such an axis keeps its own.
   origin = {n: d for d, n in found.items()}
 
   def leaf(x):
@@ -380,8 +390,6 @@ def _reshape(q: QArray, shape: tuple[int, ...]) -> QArray:
     own = list(shape)
     for n, d in origin.items():
       own[n] = x.shape[d] * shape[n] // q.shape[d]
-      if x.shape[d] == 1:
-        own[n] = 1
     return x.reshape(own)
 
   return _from_leaves(q, leaf, [found[d] for d in _axes(q)])

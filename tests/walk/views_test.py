@@ -273,6 +273,15 @@ class ViewsTest(parameterized.TestCase):
     self.assertIn('which rounds', reasons(there_and_back, w))
     self.assertIsNone(seen['back'])
 
+  def test_members_of_one_block(self):
+    views = {
+      'join': lambda w: w.reshape(3 * 32, 8),
+      'cut free axis': lambda w: w.reshape(3, 32, 2, 4),
+      'join in part': lambda w: w.reshape(3, 1, 32, 8),
+    }
+    for fmt in ('mxfp4', 'nvfp4', 'int4_g32'):
+      self.check(products.make(fmt, 3, 32, 8), views, {})
+
   def test_views_of_views(self):
     w = products.make('mxfp4', 2, 128, 12)
 
