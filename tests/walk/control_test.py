@@ -11,6 +11,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from absl.testing import absltest, parameterized
 from jax import lax
 
@@ -222,7 +223,23 @@ class ControlTest(parameterized.TestCase):
 
       return lax.scan(step, (x, w), None, length=3)[0]
 
-    self.assert_decodes('a loop that carries it changes it', fn, X, W)
+    reason = 'a loop that carries it changes it'
+    self.assertIn(reason, why(lowbit.packed(fn).report(X, W)))
+    got = jax.jit(lowbit.packed(fn))(X, W)
+    programs.assert_same_bits(got, jax.jit(fn)(X, programs.dense(W)))
+
+  # Rows of a trial that is not run are listed too.
+  @pytest.mark.xfail(strict=True)
+  def test_a_carry_that_changes_has_one_row(self):
+    def fn(x, w):
+      return lax.while_loop(
+        lambda carry: carry[0].sum() < 9.0,
+        lambda carry: (carry[0] @ carry[1], carry[1] * 0.5),
+        (x, w),
+      )[0]
+
+    (row,) = lowbit.packed(fn).report(X, W)
+    self.assertEqual((row.operation, row.decoded), ('while', 4 * D * D))
 
   def test_a_weight_that_a_branch_gives_is_decoded(self):
     def fn(x, w):
@@ -243,7 +260,7 @@ class ControlTest(parameterized.TestCase):
     def fn(x, w):
       return lax.scan(lambda c, row: (c + x @ row, None), x[:, 0], w)[0]
 
-    reason = 'scan: its blocks lie along the scanned axis'
+    reason = 'scan: blocks lie across layers'
     self.assert_decodes(reason, fn, X, w)
 
   def test_one_tensor_scale_for_all_layers(self):
