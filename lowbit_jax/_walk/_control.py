@@ -4,6 +4,7 @@ Each re-emits the public function of JAX around the walk of its body. Named
 values and the state of the walk go through as pytrees.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -385,16 +386,19 @@ def _shard_map(walk: Walk, eqn: Any, operands: list) -> Any:
     values.append(x)
     specs.append(spec)
   state = walk.for_body()
+  manual = params['newly_manual_axes']
+  axes = tuple(axis for axis in mesh.axis_names if axis in manual)
 
   def run(values, state):
     results, seen = body(values, state)
-    lone = jax.tree.map(lambda leaf: leaf[None], seen)
     arrays = [walk.dense(eqn, x, 'shard_map returns it') for x in results]
-    return arrays, lone
+    return arrays, jax.tree.map(device, seen)
 
-  # What devices observe has an axis in front, one entry for each device.
-  manual = params['newly_manual_axes']
-  everywhere = PartitionSpec(tuple(a for a in mesh.axis_names if a in manual))
+  # What devices observe is joined, or has an axis of devices in front.
+  if walk.use.joins_devices:
+    device, everywhere = functools.partial(_largest, axes), PartitionSpec()
+  else:
+    device, everywhere = (lambda leaf: leaf[None]), PartitionSpec(axes)
   results, seen = jax.shard_map(
     run,
     mesh=mesh,
@@ -405,6 +409,15 @@ def _shard_map(walk: Walk, eqn: Any, operands: list) -> Any:
   )(values, state)
   walk.observe_all(seen)
   return results
+
+
+def _largest(axes: tuple[str, ...], x: jax.Array) -> jax.Array:
+  """The maximum over devices, the same on all of them."""
+  varying = getattr(jax.typeof(x), 'vma', frozenset(axes))
+  for axis in axes:
+    if axis in varying:
+      x = lax.pmax(x, axis)
+  return x
 
 
 def _sharded(x: Named, mesh: Any, spec: PartitionSpec) -> tuple[Named, Named]:

@@ -135,6 +135,7 @@ def _recorded(scales: Mapping[str, DotScales], seen: Mapping[str, Any]) -> dict:
 class Applying(Use):
   """Does to each product what a policy says."""
 
+  joins_devices = True
   is_first = False
 
   def __init__(
@@ -154,6 +155,15 @@ class Applying(Use):
     if treatment is None:
       return self._untouched(call)
     key = self._key(walk, product.site, treatment)
+    try:
+      return self._treated(walk, call, treatment, key)
+    except (TypeError, ValueError) as error:
+      error.add_note(f'This is the site {product.site!r}.')
+      raise
+
+  def _treated(
+    self, walk: Walk, call: Call, treatment: Any, key: Key | None
+  ) -> jax.Array:
     if isinstance(treatment, Recipe):
       return self._train(walk, call, treatment, key)
     if isinstance(treatment, GemmSpec):
@@ -315,7 +325,8 @@ def with_policy(
       products with a weight that it can be for. A function of a `Product`
       returns one of the four for any product.
     key: PRNG key, needed if random bits are drawn. Fold it with the step. Each
-      site and each layer of a scan gets its own.
+      site and each layer of a scan gets its own; the devices of a shard_map
+      share one.
     scales: held tensor scales by site, needed if a recipe has some: at first
       `with_policy(...).init(*args)`, later what the function returned, moved on
       by `training.scaling.advance`.

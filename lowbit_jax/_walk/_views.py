@@ -1,5 +1,6 @@
 """Rules of the primitives that only rearrange: the result keeps the site."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -36,17 +37,24 @@ def view(*primitives: str) -> Callable:
         why = f'{eqn.primitive.name}: {reason}'
         dense = walk.dense(eqn, x, why)
         return _versions.bind(eqn, [dense, *others])
-      return [_marked(x, moved, eqn)]
+      return [_marked(x, moved)]
 
     return rule(*primitives)(apply)
 
   return register
 
 
-def _marked(x: Named, moved: Any, eqn: Any) -> Named:
-  """The view of x, which remembers a cast that would have rounded."""
+def _marked(x: Named, moved: Any) -> Named:
+  """The view of x, which remembers a cast that would have rounded, and that it
+  is one row of many: that is a look-up."""
   narrower = jnp.finfo(moved.dtype).bits < jnp.finfo(x.dtype).bits
-  return x.of(moved, is_narrowed=x.is_narrowed or narrower)
+  size, longest = math.prod(moved.shape), max(moved.shape, default=1)
+  is_row = size == longest < math.prod(x.shape)
+  return x.of(
+    moved,
+    is_narrowed=x.is_narrowed or narrower,
+    is_part=x.is_part or is_row,
+  )
 
 
 @view('convert_element_type')

@@ -38,12 +38,15 @@ class Use:
     names_arrays: whether arrays are weights too, not stored operands alone;
       then all products matter.
     observes: whether products observe something.
+    joins_devices: whether observations of the devices of a shard_map are joined
+      by their maximum; otherwise there is one for each device.
     is_anonymous: whether sites do not matter, so that a body which is called
       more than once is walked once.
   """
 
   names_arrays = True
   observes = False
+  joins_devices = False
   is_anonymous = False
 
   def product(self, walk: 'Walk', call: Call) -> jax.Array:
