@@ -229,6 +229,8 @@ def index(slices: Sequence[slice]) -> Callable:
       slice(None) if s.indices(n) == (0, n, 1) else s
       for s, n in zip(slices, x.shape, strict=True)
     ]
+    if isinstance(x, Transformed) and parts[x.axis] != slice(None):
+      refuse('its transform needs the axis whole')
     try:
       return x[tuple(parts)]
     except (IndexError, ValueError) as error:

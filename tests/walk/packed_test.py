@@ -316,7 +316,6 @@ class LookUpsTest(parameterized.TestCase):
     self.check(fmt)
 
   # It counts as a decoded weight.
-  @pytest.mark.xfail(strict=True)
   def test_a_row_by_one_number(self):
     table = make('mxfp4', 32, K, axis=-1)
     packed = lowbit.packed(lambda table, i: table[i] * 2, strict=True)
