@@ -51,7 +51,8 @@ def compiled(fn: Callable, *args: Any) -> str:
   """The compiled program, without its name and the lines of its source."""
   text = jax.jit(fn).lower(*args).compile().as_text()
   text = re.sub(r', metadata=\{[^}]*\}', '', text[text.index('\n') :])
-  return text.split('\nFileNames\n')[0]
+  tables = 'FileNames|FunctionNames|FileLocations|StackFrames'
+  return re.sub(rf'\n(?:{tables})\n(?:.+\n)*', '\n', text)
 
 
 def temporaries(fn: Callable, *args: Any) -> int:
