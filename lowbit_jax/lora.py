@@ -183,7 +183,8 @@ def merge(
   An array stays an array. A QArray is dequantized, added to in float32 and
   quantized again in its format and along its axes, with new scales: this rounds
   the weight a second time, so the model differs from that of `attach` by a
-  rounding error. A weight behind a transform goes through it.
+  rounding error. A weight behind a transform goes through it. To quantize by a
+  method of your own, merge into dequantized weights and quantize the result.
 
   Args:
     params: the tree that `init` was given.
