@@ -11,7 +11,7 @@ so w may stay packed, and a and b are trained beside it.
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, TypeGuard
 
 import jax
@@ -179,6 +179,9 @@ class LowRank:
 
   def __len__(self) -> int:
     return self.shape[0]
+
+  def __iter__(self) -> Iterator['LowRank']:
+    return (self[i] for i in range(len(self)))
 
   def __jax_array__(self) -> jax.Array:
     return self.dequantize()

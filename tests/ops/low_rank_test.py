@@ -104,6 +104,7 @@ class ValueTest(parameterized.TestCase):
       np.testing.assert_array_equal(dense(view), expected)
     self.assertEqual((w.size, len(w), w.ndim), (whole.size, 3, 3))
     self.assertEqual((w.rank, w.dtype), (R, np.float32))
+    self.assertLen(list(beside(WEIGHTS['array'])), K)
     self.assertEqual(w.nbytes, w.weight.nbytes + 4 * R * 3 * (K + N))
     self.assertStartsWith(repr(w), 'LowRank(QArray(mxfp4, shape=(3, 64, 8)')
     self.assertEqual(
