@@ -30,6 +30,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
+from lowbit_jax import _derivative
 from lowbit_jax._typing import DTypeLike
 from lowbit_jax.doctor import _flow
 
@@ -266,7 +267,8 @@ class Forward(_Finder):
 
   def skips(self, eqn: Any) -> bool:
     # These state their own derivative.
-    return eqn.primitive.name in ('custom_vjp_call', 'custom_jvp_call')
+    own = 'custom_vjp_call', 'custom_jvp_call', _derivative.NAME
+    return eqn.primitive.name in own
 
   def opaque(self, eqn: Any, states: list, path: tuple) -> list:
     return self.step(eqn, states, path)

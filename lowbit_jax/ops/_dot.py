@@ -21,7 +21,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from lowbit_jax import _explicit
+from lowbit_jax import _derivative, _explicit
 from lowbit_jax._low_rank import LowRank
 from lowbit_jax._typing import DotDims, DTypeLike, Implementation, Precision
 from lowbit_jax.numerics._codec import as_dtype, promoted
@@ -250,7 +250,7 @@ def check_precision(precision: Precision) -> None:
     ) from error
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3, 4))
+@functools.partial(_derivative.custom_jvp, nondiff_argnums=(2, 3, 4))
 def product(
   lhs: Operand,
   rhs: Operand,

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from lowbit_jax import _explicit, _quantize as core
+from lowbit_jax import _derivative, _explicit, _quantize as core
 from lowbit_jax._typing import ArrayLike, Axis, Key, Origin, ScaleRule
 from lowbit_jax.formats import BlockFormat
 from lowbit_jax.numerics import _rounding, _scaling
@@ -244,7 +244,7 @@ def _fixed(tree):
   return jax.tree.map(lax.stop_gradient, tree)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(4,))
+@functools.partial(_derivative.custom_jvp, nondiff_argnums=(4,))
 def _straight(y, x, scale, slopes: _Slopes, options: Options):
   """The value y, with a derivative in x and scale that is linear in theirs.
 
@@ -296,7 +296,7 @@ def _tangent(options: Options, dtype, slopes: _Slopes, dx, ds):
   return dy
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+@functools.partial(_derivative.custom_jvp, nondiff_argnums=(0,))
 def differentiable_once(why: str, x: jax.Array) -> jax.Array:
   """x where a derivative is taken that cannot be differentiated again.
 

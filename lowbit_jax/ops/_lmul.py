@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from lowbit_jax import _explicit
+from lowbit_jax import _derivative, _explicit
 from lowbit_jax._typing import ArrayLike
 from lowbit_jax.formats import FloatFormat, bfloat16, e4m3fn, e5m2, float32
 from lowbit_jax.numerics._codec import as_float_array, promoted
@@ -226,13 +226,13 @@ def _products(x, y, options: _Options):
   return arith.from_codes(code, f)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+@functools.partial(_derivative.custom_jvp, nondiff_argnums=(2,))
 def _elements(x, y, options: _Options):
   out = _products(_codes(x, options), _codes(y, options), options)
   return out.astype(promoted(x.dtype, y.dtype))
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+@functools.partial(_derivative.custom_jvp, nondiff_argnums=(2,))
 def _dot(x, y, options: _Options):
   dtype = promoted(x.dtype, y.dtype)
   batch = jnp.broadcast_shapes(x.shape[:-2], y.shape[:-2])

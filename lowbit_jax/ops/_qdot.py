@@ -29,7 +29,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from lowbit_jax import _explicit, _quantize as core, qarray
+from lowbit_jax import _derivative, _explicit, _quantize as core, qarray
 from lowbit_jax._typing import (
   ArrayLike,
   DotDims,
@@ -385,7 +385,7 @@ class _Operand(NamedTuple):
   amax: Any
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
+@functools.partial(_derivative.custom_jvp, nondiff_argnums=(0, 1, 2))
 def _product(call: _Call, sites, dtype, operands) -> jax.Array:
   """The product of two operands, each quantized as its site says.
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from lowbit_jax import _explicit
+from lowbit_jax import _derivative, _explicit
 from lowbit_jax._low_rank import LowRank
 from lowbit_jax._transformed import Transformed
 from lowbit_jax._typing import (
@@ -260,7 +260,7 @@ def _free_parts(
   return PartitionSpec(_operand.parts(lhs)[0], _operand.parts(rhs)[2])
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(3, 4))
+@functools.partial(_derivative.custom_jvp, nondiff_argnums=(3, 4))
 def _ragged(lhs, rhs, group_sizes, precision, contract):
   del precision
   return contract(lhs, rhs, group_sizes)

@@ -25,7 +25,7 @@ import numpy as np
 from jax.core import Tracer
 from jax.sharding import PartitionSpec
 
-from lowbit_jax import _explicit
+from lowbit_jax import _derivative, _explicit
 from lowbit_jax._typing import ArrayLike, DTypeLike, Implementation
 from lowbit_jax.numerics._codec import as_dtype
 from lowbit_jax.ops import _dispatch, _partition
@@ -302,7 +302,7 @@ TABLE = {
 }
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+@functools.partial(_derivative.custom_jvp, nondiff_argnums=(2,))
 def _apply(x, where, call: _Call) -> jax.Array:
   return _dispatch.run(call.kind, TABLE, call.implementation, (x, where), call)
 
