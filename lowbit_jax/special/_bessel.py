@@ -35,6 +35,7 @@ import numpy as np
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
+from lowbit_jax import _derivative
 from lowbit_jax._typing import ArrayLike
 
 _DTYPES = ('float32', 'float64')
@@ -176,7 +177,7 @@ def _operands(v, x):
 
 def _kept_partials(f):
   """f(v, x), elementwise, whose linearization keeps its partials alone."""
-  g = jax.custom_jvp(f)
+  g = _derivative.custom_jvp(f)
 
   def rule(primals, tangents):
     v, x = primals
@@ -309,7 +310,7 @@ def _asinh(v, x):
   return jnp.where(far, quotient + _LOG_2, jnp.arcsinh(v / near))
 
 
-@jax.custom_jvp
+@_derivative.custom_jvp
 def _exponent(v, x):
   """h - v asinh(v / x), with an error relative to itself, not to h.
 

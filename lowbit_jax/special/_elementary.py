@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from lowbit_jax import _derivative
 from lowbit_jax._typing import ArrayLike
 from lowbit_pallas.arith import elementary
 
@@ -40,7 +41,7 @@ MAX_ULP = {
 def _with_derivative(fn: Callable, derivative: Callable) -> Callable:
   """`fn` of float32 arrays with d fn = derivative(x, fn(x)) dx."""
   # Constants are no arguments of the public function, nor of its derivative.
-  wrapped = jax.custom_jvp(lambda x: fn(x))
+  wrapped = _derivative.custom_jvp(lambda x: fn(x))
   # Compiled as a whole, lest the bounds depend on a `jit` around the call.
   compiled = jax.jit(wrapped, inline=True)
 

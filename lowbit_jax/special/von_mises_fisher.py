@@ -27,6 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from lowbit_jax import _derivative
 from lowbit_jax._typing import ArrayLike, Key
 from lowbit_jax.special import _bessel
 
@@ -118,7 +119,7 @@ def _entropy(kappa, p: int):
   return _log_area(p) + _spread(p / 2 - 1, kappa)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+@functools.partial(_derivative.custom_jvp, nondiff_argnums=(0,))
 def _spread(v: float, kappa):
   """log 0F1 - kappa A, without what cancels."""
   missing = _bessel.iv_ratio_below_1(v, kappa)
@@ -136,7 +137,7 @@ def _spread_jvp(v, primals, tangents):
   return _spread(v, kappa), kappa * slope * tangent
 
 
-@jax.custom_jvp
+@_derivative.custom_jvp
 def _one_minus_dot(x, y):
   """1 - x . y of unit vectors, by their distance.
 

@@ -58,7 +58,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lowbit_jax import _quantize as core, formats, qarray
+from lowbit_jax import _derivative, _quantize as core, formats, qarray
 from lowbit_jax._typing import ArrayLike, Key
 from lowbit_jax.formats import BlockFormat, FloatFormat
 from lowbit_jax.numerics import _rounding, _scaling
@@ -331,7 +331,7 @@ class _Forward(NamedTuple):
   scales: _Scales
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
+@functools.partial(_derivative.custom_jvp, nondiff_argnums=(2, 3))
 def _quantize(x, key, quantizer: MicroScaling, axes):
   return _run(x, key, quantizer, axes)[0]
 

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from lowbit_jax import _derivative
 from lowbit_jax._typing import ArrayLike
 from lowbit_jax.numerics._codec import as_float_array
 from lowbit_jax.qarray import check_axis
@@ -206,11 +207,13 @@ def _check_params(params: object) -> None:
     raise TypeError(f'{params=} must be a dict: make it with init')
 
 
-@jax.custom_jvp
+@_derivative.custom_jvp
 def _with_value(value, x):
   """`value` with the derivative of x."""
   del x
   return value
 
 
-_with_value.defjvps(None, lambda tangent, *_: tangent)
+@_with_value.defjvp
+def _with_value_jvp(primals, tangents):
+  return _with_value(*primals), tangents[1]

@@ -15,7 +15,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lowbit_jax import _explicit, _quantize as core, formats, qarray
+from lowbit_jax import (
+  _derivative,
+  _explicit,
+  _quantize as core,
+  formats,
+  qarray,
+)
 from lowbit_jax._typing import ArrayLike, Key
 from lowbit_jax.numerics import _rounding, _scaling
 from lowbit_jax.numerics._codec import as_float_array, round_to
@@ -512,7 +518,7 @@ def _masked(y, x, mask):
   return _with_slope(y, x, mask.astype(jnp.float32))
 
 
-@jax.custom_jvp
+@_derivative.custom_jvp
 def _with_slope(y, x, slope):
   """The value y with the derivative `slope` with respect to x, all float32."""
   del x, slope

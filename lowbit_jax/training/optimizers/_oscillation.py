@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from lowbit_jax import numerics, ops, qarray
+from lowbit_jax import _derivative, numerics, ops, qarray
 from lowbit_jax._typing import Axis
 from lowbit_jax.formats import BlockFormat, ElementFormat
 from lowbit_jax.formats._types import check_format
@@ -209,7 +209,7 @@ def grid_neighbours(
   return nearest.astype(w.dtype), other.astype(w.dtype)
 
 
-@jax.custom_jvp
+@_derivative.custom_jvp
 def _straight_through(w, value):
   """`value` with the derivative of `w`."""
   del w
