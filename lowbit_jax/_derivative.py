@@ -32,7 +32,9 @@ class custom_jvp:
     nondiff_argnums: arguments that are neither, with which the rule begins.
   """
 
-  def __init__(self, function: Callable, nondiff_argnums: Sequence[int] = ()):
+  def __init__(
+    self, function: Callable, nondiff_argnums: Sequence[int] = ()
+  ) -> None:
     functools.update_wrapper(self, function)
     self._function, self._static = function, tuple(nondiff_argnums)
     self._signature = inspect.signature(function)
