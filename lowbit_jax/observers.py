@@ -28,7 +28,7 @@ import numpy as np
 from jax import lax
 
 from lowbit_jax import _explicit, ops
-from lowbit_jax._transformed import is_quantized
+from lowbit_jax._low_rank import is_operand
 from lowbit_jax._typing import PyTree, Shape
 from lowbit_jax._walk import Observer as Observer, Product as Product
 
@@ -100,7 +100,7 @@ def rows(product: Product, *operands: Any) -> Rows | None:
   x = lhs if product.weight == 'rhs' else rhs
   if product.weight is None or jnp.issubdtype(x.dtype, jnp.complexfloating):
     return None
-  x = lax.stop_gradient(ops.dequantize(x) if is_quantized(x) else x)
+  x = lax.stop_gradient(ops.dequantize(x) if is_operand(x) else x)
   x = x if x.dtype.name in _AS_THEY_ARE else x.astype(jnp.float32)
   match product.op, product.weight:
     case 'dot_general', weight:

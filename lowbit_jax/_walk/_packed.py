@@ -53,7 +53,7 @@ class Packing(Use):
 
   def product(self, walk: Walk, call: Call) -> jax.Array:
     try:
-      return call.packed()[0]
+      return call.packed()
     except Unsupported:
       return call.plain()
 
@@ -66,14 +66,14 @@ class Noting(Use):
   def product(self, walk: Walk, call: Call) -> jax.Array:
     product, shapes = call.product, (call.product.lhs, call.product.rhs)
     try:
-      y, choice = call.packed()
+      choice = call.choice()
     except Unsupported as reason:
       for x in filter(_named.is_packed, call.operands):
         self.dense(walk, call.eqn, x, shapes, str(reason))
       return call.plain()
     how = f'{choice.implementation}: {choice.note}'
     walk.note(call.eqn, product.site, (product.op, shapes, how))
-    return y
+    return call.packed()
 
   def decodes(self, walk: Walk, eqn: Any, x: Named, reason: str) -> None:
     self.dense(walk, eqn, x, (_named.shape_of(x),), reason)

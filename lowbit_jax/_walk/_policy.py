@@ -257,7 +257,7 @@ class Applying(Use):
     if not call.is_packed:
       return call.plain()
     try:
-      return call.packed()[0]
+      return call.packed()
     except Unsupported:
       return call.plain()
 

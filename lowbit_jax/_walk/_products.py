@@ -6,7 +6,7 @@ where `ops` has one, a form that takes stored operands packed.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -54,11 +54,13 @@ class Call:
     product: what policies and observers see.
     operands: values, Named where they have a site; those of `product.op`.
     eqn: the equation.
+    choices: what computes products of the same form; filled on the way.
   """
 
   product: Product
   operands: tuple[Any, ...]
   eqn: Any
+  choices: dict[Hashable, Any]
 
   @property
   def contents(self) -> tuple[Any, ...]:
@@ -80,23 +82,45 @@ class Call:
     (out,) = _versions.bind(self.eqn, [_named.dense(x) for x in self.operands])
     return out
 
-  def packed(self) -> tuple[jax.Array, ops.Choice]:
-    """The product of stored operands as they are, and what computes it.
+  def packed(self) -> jax.Array:
+    """The product of stored operands as they are.
 
     Raises:
       Unsupported: if it would decode a whole weight, or has no such form.
     """
-    choice = self.choice()
-    if 'dequantizes' in choice.note:
-      raise Unsupported(choice.note)
-    return self.by_ops(*self.contents), choice
+    self.choice()
+    return self.by_ops(*self.contents)
 
   def choice(self) -> ops.Choice:
-    operation, arguments, options = self._arguments(*self.contents)
+    """What computes it packed.
+
+    Raises:
+      Unsupported: as `packed`.
+    """
+    form = self._form()
+    if form not in self.choices:
+      self.choices[form] = self._choose()
+    choice = self.choices[form]
+    if isinstance(choice, Unsupported):
+      raise choice
+    return choice
+
+  def _form(self) -> Hashable:
+    """All that the choice depends on."""
+    leaves, structure = jax.tree.flatten(self.contents)
+    types = tuple(map(jax.typeof, leaves))
+    return self.product.op, repr(self.product.params), structure, types
+
+  def _choose(self) -> 'ops.Choice | Unsupported':
     try:
-      return ops.select_implementation(operation, *arguments, **options)
+      operation, arguments, options = self._arguments(*self.contents)
+      choice = ops.select_implementation(operation, *arguments, **options)
+    except Unsupported as refusal:
+      return refusal
     except (NotImplementedError, TypeError, ValueError) as refusal:
-      raise Unsupported(str(refusal)) from refusal
+      return Unsupported(str(refusal))
+    decodes = 'dequantizes' in choice.note
+    return Unsupported(choice.note) if decodes else choice
 
   def by_ops(self, *contents: Any) -> jax.Array:
     """The result of `ops` on arrays and stored operands, in the place of that
@@ -149,13 +173,16 @@ def resharded(y: jax.Array, out: Any) -> jax.Array:
   return jax.sharding.reshard(y, out.sharding)
 
 
-def call_of(eqn: Any, values: list, site: Callable[[str], str]) -> Call:
+def call_of(
+  eqn: Any, values: list, site: Callable[[str], str], choices: dict
+) -> Call:
   """The product that an equation is.
 
   Args:
     eqn: an equation of a primitive in PRIMITIVES.
     values: its operands.
     site: gives a site to a product of an operation that has no weight.
+    choices: as in `Call`.
   """
   op = eqn.primitive.name
   if op == 'ragged_dot_general' and _is_ragged_dot(eqn.params):
@@ -171,7 +198,7 @@ def call_of(eqn: Any, values: list, site: Callable[[str], str]) -> Call:
   own = values[weight == 'rhs'].site if weight else ''
   lhs, rhs = map(_named.shape_of, values[:2])
   product = Product(own or site(op), op, lhs, rhs, weight, dict(eqn.params))
-  return Call(product, tuple(values), eqn)
+  return Call(product, tuple(values), eqn, choices)
 
 
 def _is_ragged_dot(params: Mapping[str, Any]) -> bool:

@@ -104,7 +104,7 @@ class Recording(Use):
     if not call.is_packed:
       return call.plain()
     try:
-      return call.packed()[0]
+      return call.packed()
     except Unsupported:
       return call.plain()
 

@@ -49,8 +49,9 @@ class Report(Sequence[Row]):
   def __repr__(self) -> str:
     if not self.rows:
       return 'no use of a stored weight'
-    head = ('site', 'scope', 'operation', 'shapes', 'decoded', 'how')
-    lines = [head, *map(_cells, self.rows)]
+    lines = [_HEAD, *map(_cells, self.rows)]
+    if not any(row.scope for row in self.rows):
+      lines = [(site, *rest) for site, _, *rest in lines]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     table = [
       '  '.join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip()
@@ -63,8 +64,12 @@ class Report(Sequence[Row]):
     return '\n'.join([*table, total])
 
 
+_HEAD = 'site', 'scope', 'operation', 'shapes', 'decoded', 'how'
+
+
 def _cells(row: Row) -> tuple[str, ...]:
-  shapes = ' · '.join(f'{x.dtype.name}{list(x.shape)}' for x in row.shapes)
+  sign = ' -> ' if row.operation == 'gather' else ' · '
+  shapes = sign.join(f'{x.dtype.name}{list(x.shape)}' for x in row.shapes)
   size = _size(row.decoded) if row.decoded else '-'
   return row.site, row.scope or '-', row.operation, shapes, size, row.how
 

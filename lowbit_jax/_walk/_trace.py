@@ -196,8 +196,18 @@ def _stand_ins(values: Iterable[Any]) -> list[Any]:
       out.append(jax.typeof(x.content if isinstance(x, Named) else x))
       continue
     leaves, structure = jax.tree.flatten(x.content)
-    form = structure, tuple(map(jax.typeof, leaves))
-    if form not in known:
-      (known[form],) = jax.make_jaxpr(_named.decoded)(x.content).out_avals
-    out.append(known[form])
+    types = tuple(map(jax.typeof, leaves))
+    if not any(map(_has_place, types)):
+      out.append(_named.shape_of(x))
+      continue
+    if (structure, types) not in known:
+      (aval,) = jax.make_jaxpr(_named.decoded)(x.content).out_avals
+      known[structure, types] = aval
+    out.append(known[structure, types])
   return out
+
+
+def _has_place(aval: Any) -> bool:
+  """Whether a type says where on a mesh the array is."""
+  mesh = aval.sharding.mesh
+  return bool(mesh.explicit_axes or mesh.manual_axes)

@@ -104,6 +104,7 @@ class Trace:
     default_factory=collections.Counter
   )
   rows: dict[tuple, Row] = dataclasses.field(default_factory=dict)
+  choices: dict[Any, Any] = dataclasses.field(default_factory=dict)
   closures: dict[int, int] = dataclasses.field(default_factory=dict)
   bodies: dict[int, Callable] = dataclasses.field(default_factory=dict)
   holding: dict[int, tuple[Any, bool]] = dataclasses.field(default_factory=dict)
@@ -299,5 +300,7 @@ def _alike(a: PyTree, b: PyTree) -> bool:
 
 @rule(*_products.PRIMITIVES)
 def _product(walk: Walk, eqn: Any, operands: list) -> list[Any]:
-  call = _products.call_of(eqn, operands, lambda op: walk.name(eqn, op))
+  call = _products.call_of(
+    eqn, operands, lambda op: walk.name(eqn, op), walk.trace.choices
+  )
   return [walk.use.product(walk, call)]

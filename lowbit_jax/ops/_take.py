@@ -77,11 +77,11 @@ def _array(name: str, x: ArrayLike, kind: type) -> jax.Array:
 
 def _decoded(table: Stored, indices: jax.Array, dtype: np.dtype) -> jax.Array:
   if not _has_rows(table):
-    return jnp.take(qarray.dequantize(table, dtype), indices, axis=0)
+    return jnp.take(_low_rank.decode(table, dtype), indices, axis=0)
   # Leaves that were read from a file are NumPy's, which no tracer indexes.
   table = jax.tree.map(jnp.asarray, table)
   row = jnp.take(jnp.arange(table.shape[0]), indices, fill_value=-1)
-  values = qarray.dequantize(table[jnp.maximum(row, 0)], dtype)
+  values = _low_rank.decode(table[jnp.maximum(row, 0)], dtype)
   is_outside = jnp.expand_dims(row < 0, range(indices.ndim, values.ndim))
   return jnp.where(is_outside, jnp.nan, values)
 
