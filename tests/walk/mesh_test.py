@@ -153,7 +153,12 @@ class AutoMeshTest(parameterized.TestCase):
 
 class ExplicitMeshTest(parameterized.TestCase):
   @parameterized.parameters(
-    (P(None, None), None), (P(None, 'y'), None), (P('y', None), P('x'))
+    (P(None, None), None),
+    (P(None, 'y'), None),
+    (P(None, 'y'), P('x', None)),
+    (P('y', None), P('x')),
+    (P('y', None), P(None, None)),
+    (P(None, None), P('x', 'y')),
   )
   def test_result_is_placed_as_that_of_arrays(self, spec, out):
     m = mesh(AxisType.Explicit)

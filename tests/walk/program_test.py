@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from absl.testing import absltest, parameterized
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 import lowbit_jax as lowbit
 from lowbit_jax import ops
@@ -55,6 +56,23 @@ class ProgramTest(parameterized.TestCase):
     packed = gradient_of_scan_of_remat(jnp.matmul, lowbit.packed)
     by_ops = gradient_of_scan_of_remat(ops.dot)
     self.assert_equal(packed, by_ops, X, STACK)
+
+  def test_gradient_of_remat_with_a_policy(self):
+    """Of two values one is saved and one computed again."""
+
+    def gradient(dot, around=lambda f: f):
+      def layer(x, w):
+        y = checkpoint_name(jnp.tanh(dot(x, w)), 'saved')
+        return jnp.tanh(dot(y, w))
+
+      policy = jax.checkpoint_policies.save_only_these_names('saved')
+      fn = around(jax.checkpoint(layer, policy=policy, prevent_cse=False))
+      return jax.grad(lambda x, w: jnp.sum(fn(x, w)))
+
+    packed = gradient(jnp.matmul, lowbit.packed)
+    by_ops = gradient(ops.dot)
+    got, want = (programs.lowered(f, X, W) for f in (packed, by_ops))
+    self.assertEqual(got, want)
 
   def test_the_comparison_sees_a_difference(self):
     dense = matmul(jnp.matmul)
