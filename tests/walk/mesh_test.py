@@ -115,6 +115,16 @@ class ShardMapTest(parameterized.TestCase):
     y = jax.jit(packed)(data(4, 96), w)
     assert_product(y, 'mk,kn->mn', data(4, 96), values(w))
 
+  @parameterized.parameters('columns', 'rows')
+  def test_gradients_are_those_of_ops(self, name):
+    packed, by_ops = (
+      jax.jit(jax.grad(lambda x, w, f=f: jnp.sum(f(x, w) ** 2)))
+      for f in self.functions(*SHARDED[name])
+    )
+    got, want = packed(X, W), by_ops(X, W)
+    programs.assert_same_bits(got, want)
+    self.assertEqual(got.sharding, want.sharding)
+
   def test_a_weight_of_all_devices(self):
     options = specs(P('x'), P(), P('x'))
     packed, by_ops = self.functions(columns, options)
