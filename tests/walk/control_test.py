@@ -64,7 +64,9 @@ def scan_in_reverse(dot):
   body = layer(dot)
 
   def fn(x, ws):
-    step = lambda c, w: (body(c, w), None)  # noqa: E731
+    def step(c, w):
+      return body(c, w), None
+
     return lax.scan(step, x, ws, reverse=True, unroll=2)[0]
 
   return fn
@@ -210,7 +212,10 @@ class ControlTest(parameterized.TestCase):
     """All bits are those of decoded weights, for a reason."""
     packed = lowbit.packed(fn)
     self.assertEqual(why(packed.report(*args)), [reason])
-    by_hand = lambda *args: fn(*programs.dense(args))  # noqa: E731
+
+    def by_hand(*args):
+      return fn(*programs.dense(args))
+
     got, want = jax.jit(packed)(*args), jax.jit(by_hand)(*args)
     programs.assert_same_bits(got, want)
 
@@ -247,7 +252,9 @@ class ControlTest(parameterized.TestCase):
 
   def test_a_choice_of_platforms_is_left_to_jax(self):
     def fn(x, w):
-      other = lambda x, w: x  # noqa: E731
+      def other(x, w):
+        return x
+
       return lax.platform_dependent(x, w, cpu=jnp.matmul, default=other)
 
     self.assert_decodes('cond has no packed form', fn, X, W)
@@ -361,13 +368,11 @@ class CustomTest(parameterized.TestCase):
     return with_jvp, with_vjp
 
   def test_values_are_packed(self):
-    want = programs.lowered(lambda x, w: 2 * ops.dot(x, w), X, W)
+    want = jax.jit(lambda x, w: 2 * ops.dot(x, w))(X, W)
     for fn in self.functions():
       packed = lowbit.packed(fn)
       self.assertEqual(why(packed.report(X, W)), [])
-      by_ops = lambda x, w: 2 * ops.dot(x, w)  # noqa: E731
-      got, want = jax.jit(packed)(X, W), jax.jit(by_ops)(X, W)
-      programs.assert_same_bits(got, want)
+      programs.assert_same_bits(jax.jit(packed)(X, W), want)
 
   def test_derivatives_are_its_own(self):
     for fn in self.functions():

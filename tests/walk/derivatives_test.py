@@ -108,11 +108,16 @@ class DerivativesTest(parameterized.TestCase):
       got, want = jax.jit(packed)(X, w), jax.jit(by_ops)(X, w)
       programs.assert_same_bits(got, want)
 
-  @parameterized.product(name=[*CASES], derivative=FIRST)
+  @parameterized.product(name=['layer', 'scan_of_remat'], derivative=FIRST)
   def test_of_packed_functions(self, name, derivative):
     self.check(name, derivative)
 
-  @parameterized.product(name=['layer', 'cond'], derivative=SECOND)
+  @parameterized.product(name=['scan', 'cond', 'jit', 'vmap'], derivative=FIRST)
+  @pytest.mark.slow
+  def test_of_more_packed_functions(self, name, derivative):
+    self.check(name, derivative)
+
+  @parameterized.product(name=['layer'], derivative=SECOND)
   def test_second_of_packed_functions(self, name, derivative):
     self.check(name, derivative)
 
@@ -127,7 +132,7 @@ class DerivativesTest(parameterized.TestCase):
   def test_hessian_vector_of_scan(self, name):
     self.check(name, hessian_vector)
 
-  @parameterized.product(name=['jit', 'vmap'], derivative=SECOND)
+  @parameterized.product(name=['cond', 'jit', 'vmap'], derivative=SECOND)
   @pytest.mark.slow
   def test_more_second_of_packed_functions(self, name, derivative):
     self.check(name, derivative)
@@ -175,8 +180,15 @@ class DerivativesTest(parameterized.TestCase):
     bound = 10 * (D + 8) * products.U * np.max(np.abs(want))
     np.testing.assert_allclose(got, want, rtol=0, atol=bound)
 
-  @parameterized.parameters(('int4_g32', 1), ('nvfp4', 1), ('q4_k', 2))
+  @parameterized.parameters(('int4_g32', 1), ('nvfp4', 1))
   def test_scales_are_trained(self, fmt, count):
+    self.check_scales(fmt, count)
+
+  @pytest.mark.slow
+  def test_scales_of_two_levels_are_trained(self):
+    self.check_scales('q4_k', 2)
+
+  def check_scales(self, fmt, count):
     """As leaves of QArrays, packed or not."""
     params = {'w': make(fmt, D, D), 'b': data(D)}
     trained, rest = lowbit.partition(params, scales=True)

@@ -76,7 +76,10 @@ class ProgramTest(parameterized.TestCase):
 
   def test_the_comparison_sees_a_difference(self):
     dense = matmul(jnp.matmul)
-    by_hand = lambda x, w: dense(x, lowbit.dequantize(w))  # noqa: E731
+
+    def by_hand(x, w):
+      return dense(x, lowbit.dequantize(w))
+
     packed = lowbit.packed(dense)
     self.assertNotEqual(
       programs.compiled(packed, X, W), programs.compiled(by_hand, X, W)

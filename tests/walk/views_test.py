@@ -264,8 +264,13 @@ class ViewsTest(parameterized.TestCase):
 
   def test_casts(self):
     w = products.make('mxfp4', 64, 8)
-    there = lambda w: w.astype(jnp.bfloat16)  # noqa: E731
-    there_and_back = lambda w: there(w).astype(jnp.float32)  # noqa: E731
+
+    def there(w):
+      return w.astype(jnp.bfloat16)
+
+    def there_and_back(w):
+      return there(w).astype(jnp.float32)
+
     views = {'there': there, 'back': there_and_back}
     seen = met(views, w)
     self.assertEqual(seen['there'].dtype, jnp.bfloat16)
