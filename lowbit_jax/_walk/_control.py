@@ -40,10 +40,11 @@ def _shared(walk: Walk, eqn: Any, jaxpr: Any) -> Callable:
   """The jitted walk of a body, one for all calls where sites do not matter."""
   if not walk.use.is_anonymous:
     return _jitted(walk, eqn, jaxpr)
-  bodies = walk.trace.bodies
-  if id(jaxpr) not in bodies:
-    bodies[id(jaxpr)] = _jitted(walk, eqn, jaxpr)
-  function = bodies[id(jaxpr)]
+  params, bodies = eqn.params, walk.trace.bodies
+  form = id(jaxpr), params.get('name'), params.get('donated_invars')
+  if form not in bodies:
+    bodies[form] = _jitted(walk, eqn, jaxpr)
+  function = bodies[form]
 
   def call(values, state):
     return function([_without_site(x) for x in values], state)
@@ -155,7 +156,7 @@ def _remat(walk: Walk, eqn: Any, operands: list) -> Any:
 def _scan(walk: Walk, eqn: Any, operands: list) -> Any:
   params = eqn.params
   length, body = params['length'], walk.body(params['jaxpr'], eqn)
-  constants, count, _ = _versions.scanned(eqn)
+  constants, count = _versions.scanned(eqn)
   fixed, carry = operands[:constants], operands[constants:][:count]
   xs = [_stacked(walk, eqn, x, length) for x in operands[constants + count :]]
   state = walk.for_body()
@@ -171,9 +172,12 @@ def _scan(walk: Walk, eqn: Any, operands: list) -> Any:
     results, seen = body([*fixed, *carry, *values], inside)
     return results[:count], results[count:], seen
 
-  first = jax.tree.map(lambda leaf: leaf[0], (xs, held[0], steps))
-  carry, restore = _carried(walk, eqn, lambda c: step(c, first)[0], carry)
-  total = _zeros(walk, lambda: _split_sites(step(carry, first)[2], scanned)[1])
+  def trial(carry):
+    first = jax.tree.map(_first, (xs, held[0], steps))
+    return step(carry, first)
+
+  carry, restore = _carried(walk, eqn, lambda c: trial(c)[0], carry)
+  total = _zeros(walk, lambda: _split_sites(trial(carry)[2], scanned)[1])
 
   def run(state, x):
     carry, total = state
@@ -191,6 +195,11 @@ def _scan(walk: Walk, eqn: Any, operands: list) -> Any:
   )
   walk.observe_all({**total, **each})
   return [*last, *ys]
+
+
+def _first(stack: jax.Array) -> jax.Array:
+  """A member of a stack, or what one would be."""
+  return stack[0] if len(stack) else jnp.zeros(stack.shape[1:], stack.dtype)
 
 
 def _stacked(walk: Walk, eqn: Any, x: Any, length: int) -> Any:
@@ -349,7 +358,8 @@ def _custom(walk: Walk, eqn: Any, operands: list) -> Any:
   """The value by the walk, the derivative by the function's own rule."""
   body = walk.body(eqn.params['call_jaxpr'], eqn)
   if walk.use.names_arrays:
-    return walk.use.custom(walk, eqn, operands, body)
+    holds = walk.holds(eqn)
+    return walk.use.custom(walk, eqn, operands, body) if holds else NONE
 
   def own(*values):
     return _versions.bind(eqn, [_named.dense(x) for x in values])

@@ -93,7 +93,9 @@ class WithPolicy:
     """A key for programs that are not run."""
     return jax.random.key(0) if self.key is None else self.key
 
-  def _run(self, use, state, args, kwargs):
+  def _run(
+    self, use: 'Applying', state: State, args: tuple, kwargs: dict
+  ) -> tuple[Any, dict, Any]:
     traced = _trace.trace(
       self.fn, args, kwargs, self.argnums, names_arrays=True
     )
@@ -188,6 +190,14 @@ class Applying(Use):
     self._note(walk, eqn, product, spec)
     key = self._key(walk, product.site, spec)
     return [_views.quantized_rows(eqn, x, indices, spec, key)]
+
+  def custom(self, walk: Walk, eqn: Any, operands: list, body: Callable) -> Any:
+    """It stays as it is, which is noted."""
+    del operands, body
+    name = eqn.primitive.name
+    row = name, (), 'as it is: it has a derivative of its own'
+    walk.note(eqn, walk.name(eqn, name), row)
+    return NONE
 
   def merge(self, a: Any, b: Any) -> Any:
     return jax.tree.map(jnp.maximum, a, b)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from lowbit_jax._tree import path_name
 from lowbit_jax._walk import _control, _named, _views
@@ -184,7 +185,7 @@ def _parameters(fn: Callable) -> list[str]:
 
 def _is_float(x: Any) -> bool:
   dtype = getattr(x, 'dtype', None)
-  return dtype is not None and jax.numpy.issubdtype(dtype, jax.numpy.floating)
+  return dtype is not None and jnp.issubdtype(dtype, jnp.floating)
 
 
 def _stand_ins(values: Iterable[Any]) -> list[Any]:

@@ -56,10 +56,9 @@ def is_unspecified(sharding: Any) -> bool:
   return sharding is None or type(sharding).__name__ == 'UnspecifiedValue'
 
 
-def scanned(eqn: Any) -> tuple[int, int, int]:
-  """Of a scan: how many operands are constants, how many are carried, and how
-  many results are carried. Ranks tell: what is scanned has an axis more than
-  in the body."""
+def scanned(eqn: Any) -> tuple[int, int]:
+  """Of a scan: how many operands are constants, and how many are carried.
+  Ranks tell: what is scanned has an axis more than in the body."""
   jaxpr = body(eqn.params['jaxpr'])
 
   def same(outer, inside):
@@ -68,4 +67,4 @@ def scanned(eqn: Any) -> tuple[int, int, int]:
 
   kept = same(eqn.invars, jaxpr.invars)
   carried = same(eqn.outvars, jaxpr.outvars)
-  return kept - carried, carried, carried
+  return kept - carried, carried

@@ -64,8 +64,8 @@ class Use:
   def custom(
     self, walk: 'Walk', eqn: Any, operands: list, body: Callable
   ) -> Any:
-    """A function with a derivative of its own: its results, or NONE for it as
-    it is."""
+    """A function that holds products and has a derivative of its own: its
+    results, or NONE for it as it is."""
     return NONE
 
   def decodes(self, walk: 'Walk', eqn: Any, x: Named, reason: str) -> None:
@@ -97,6 +97,16 @@ class Trace:
 
   An equation is known by the way to it, the calls around it included: JAX may
   trace a body twice, and the second time finds what was noted the first.
+
+  Attributes:
+    names: the sites of products without a weight, by the way to them.
+    counts: how many have a site with the same beginning.
+    rows: what became of a weight, by the way to the equation.
+    choices: see `Call`.
+    closures: numbers of stored weights that the function closes over.
+    bodies: jitted walks that several calls share.
+    holding: whether a jaxpr holds something that counts.
+    alive: what is known by its id, so that no other object gets this id.
   """
 
   names: dict[tuple, str] = dataclasses.field(default_factory=dict)
@@ -106,7 +116,7 @@ class Trace:
   rows: dict[tuple, Row] = dataclasses.field(default_factory=dict)
   choices: dict[Any, Any] = dataclasses.field(default_factory=dict)
   closures: dict[int, int] = dataclasses.field(default_factory=dict)
-  bodies: dict[int, Callable] = dataclasses.field(default_factory=dict)
+  bodies: dict[tuple, Callable] = dataclasses.field(default_factory=dict)
   holding: dict[int, tuple[Any, bool]] = dataclasses.field(default_factory=dict)
   alive: list[Any] = dataclasses.field(default_factory=list)
 
@@ -150,6 +160,7 @@ class Walk:
         if outputs is NONE:
           outputs = self._as_it_is(eqn, operands, decoded)
       env.update(zip(eqn.outvars, outputs, strict=True))
+    self.scope = self.outer
     return [read(v) for v in inside.outvars]
 
   def _constant(self, x: Any) -> Any:
@@ -162,9 +173,9 @@ class Walk:
 
   def concerns(self, eqn: Any, operands: Sequence[Any]) -> bool:
     """Whether an equation is more than its operands show to JAX."""
-    return any(map(_named.is_named, operands)) or self._holds(eqn)
+    return any(map(_named.is_named, operands)) or self.holds(eqn)
 
-  def _holds(self, eqn: Any) -> bool:
+  def holds(self, eqn: Any) -> bool:
     """Whether an equation is, or holds, a product or a decoder that counts."""
     if eqn.primitive.name in _products.PRIMITIVES:
       return self.use.names_arrays
@@ -175,7 +186,7 @@ class Walk:
   def _any_holds(self, jaxpr: Any) -> bool:
     known = self.trace.holding.get(id(jaxpr))
     if known is None:
-      found = any(map(self._holds, _versions.body(jaxpr).eqns))
+      found = any(map(self.holds, _versions.body(jaxpr).eqns))
       known = jaxpr, found  # kept alive, so that its id stays its own
       self.trace.holding[id(jaxpr)] = known
     return known[1]

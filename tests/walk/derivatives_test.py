@@ -123,7 +123,6 @@ class DerivativesTest(parameterized.TestCase):
 
   # `ops.dot` in a scan cannot be differentiated twice in reverse yet.
   @parameterized.parameters('scan', 'scan_of_remat')
-  @pytest.mark.xfail(strict=False)
   def test_curvature_of_scan(self, name):
     self.check(name, curvature)
 
