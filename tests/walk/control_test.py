@@ -15,7 +15,7 @@ from absl.testing import absltest, parameterized
 from jax import lax
 
 import lowbit_jax as lowbit
-from lowbit_jax import ops, qarray
+from lowbit_jax import ops, qarray, transforms
 from tests.ops.products import data, make
 from tests.walk import programs
 
@@ -24,6 +24,19 @@ X = data(4, D)
 W, U = make('mxfp4', D, D), make('mxfp4', D, D, seed=2)
 STACK = make('mxfp4', L, D, D)
 CASES = {}
+
+
+def transformed(count):
+  """A stack of weights, each with a permutation of its own."""
+  members = [
+    ops.Transformed(
+      make('mxfp4', D, D, seed=i),
+      transforms.Permutation(np.random.RandomState(i).permutation(D)),
+      -2,
+    )
+    for i in range(count)
+  ]
+  return jax.tree.map(lambda *leaves: jnp.stack(leaves), *members)
 
 
 def case(*args, rows=1):
@@ -70,6 +83,16 @@ def scan_in_reverse(dot):
     return lax.scan(step, x, ws, reverse=True, unroll=2)[0]
 
   return fn
+
+
+@case(X, transformed(L))
+def scan_of_transformed(dot):
+  return scan(dot)
+
+
+@case(X, STACK)
+def map_over_weights(dot):
+  return lambda x, ws: lax.map(lambda w: dot(x, w), ws)
 
 
 @case(X, W)

@@ -1,5 +1,7 @@
 """What `packed` reports, and what it refuses."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from absl.testing import absltest, parameterized
@@ -7,7 +9,7 @@ from jax import lax
 
 import lowbit_jax as lowbit
 from lowbit_jax.ops import Transformed
-from tests.ops.products import data, make
+from tests.ops.products import assert_product, data, dense as values, make
 from tests.walk import programs
 
 K, N = 64, 12
@@ -156,6 +158,29 @@ class ArgumentsTest(parameterized.TestCase):
     params = {'w': W, 'v': make('mxfp4', K, N)}
     out = lowbit.packed(fn)(X, params, 'tanh', 2, gain=3)
     self.assertEqual(out['y'].shape, X.shape)
+
+  def test_any_callable(self):
+    class Model:
+      def __call__(self, x, w):
+        return 2 * (x @ w)
+
+      def method(self, x, w):
+        return self(x, w)
+
+    def times(n, x, w):
+      return n * (x @ w)
+
+    jitted = jax.jit(times, static_argnums=0)
+    for fn in (
+      Model(),
+      Model().method,
+      functools.partial(times, 2),
+      functools.partial(jitted, 2),
+      lowbit.packed(Model()),
+    ):
+      packed = lowbit.packed(fn, strict=True)
+      y = jax.jit(packed)(X, W)
+      assert_product(y, 'mk,kn->mn', 2 * X, values(W))
 
   def test_weights_by_keyword(self):
     packed = lowbit.packed(model)
