@@ -17,6 +17,7 @@ from lowbit_jax.formats import BlockFormat
 from lowbit_jax.ops import _dot_xla
 from lowbit_jax.recipe import QuantSpec
 from tests.compilation import quick_jit
+from tests.ops import products
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,7 +108,7 @@ class Count:
 class ModelTest(parameterized.TestCase):
   """Laws of `packed`, `record` and `with_policy` for any model.
 
-  Tiles are small here, as the weights are.
+  As on one device, with tiles that are small, as the weights are.
   """
 
   @classmethod
@@ -115,6 +116,7 @@ class ModelTest(parameterized.TestCase):
     super().setUpClass()
     small = {'TILE_FEW_ROWS': 32, 'TILE_MANY_ROWS': 32, 'OUTPUTS': 16}
     cls.enterClassContext(mock.patch.multiple(_dot_xla, **small))
+    cls.enterClassContext(products.one_device())
     cls.addClassCleanup(jax.clear_caches)
     jax.clear_caches()
 
