@@ -121,7 +121,6 @@ class DerivativesTest(parameterized.TestCase):
   def test_second_of_packed_functions(self, name, derivative):
     self.check(name, derivative)
 
-  # `ops.dot` in a scan cannot be differentiated twice in reverse yet.
   @parameterized.parameters('scan', 'scan_of_remat')
   def test_curvature_of_scan(self, name):
     self.check(name, curvature)
