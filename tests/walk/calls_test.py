@@ -95,7 +95,7 @@ class JitTest(parameterized.TestCase):
     text = lowered.as_text(debug_info=True)
     self.assertRegex(text, '"mlp/.*dot_general')
     self.assertIn('model/', text)
-    self.assertIn('control_test.py', text)
+    self.assertIn('calls_test.py', text)
 
 
 def twice(x, w):
