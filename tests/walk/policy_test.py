@@ -624,6 +624,10 @@ class ErrorTest(parameterized.TestCase):
       lowbit.with_policy('matmul', MXFP8)
 
 
+def run_held(fn, scales, *args):
+  return lowbit.with_policy(fn, DELAYED, scales=scales)(*args)
+
+
 class DeviceTest(parameterized.TestCase):
   """Integers of a few bits are exact in MXFP8, and so are their sums."""
 
@@ -669,6 +673,28 @@ class DeviceTest(parameterized.TestCase):
     run = jax.jit(lowbit.with_policy(parts, policy))
     want = jax.jit(lowbit.with_policy(matmul, policy))
     np.testing.assert_array_equal(run(self.W, self.X), want(self.W, self.X))
+
+  def test_held_scales_are_those_of_the_whole_tensors(self):
+    mesh = jax.make_mesh((2, 2), ('a', 'b'), axis_types=(AxisType.Auto,) * 2)
+    parts = jax.shard_map(
+      matmul,
+      mesh=mesh,
+      in_specs=(P(None, 'b'), P('a')),
+      out_specs=P('a', 'b'),
+    )
+    scales = lowbit.with_policy(parts, DELAYED).init(self.W, self.X)
+    whole = lowbit.with_policy(matmul, DELAYED).init(self.W, self.X)
+    assert_equal(scales, whole)
+    run, by_hand = (
+      jax.jit(lambda s, fn=fn: run_held(fn, s, self.W, self.X))
+      for fn in (parts, matmul)
+    )
+    _, scales = run(scales)
+    _, whole = by_hand(whole)
+    assert_equal(scales, whole)
+    # From the second step on, all devices take the scale that was held.
+    scales, whole = scaling.advance((scales, whole))
+    assert_equal(*map(np.asarray, (run(scales)[0], by_hand(whole)[0])))
 
   def test_x64(self):
     want = jax.jit(lowbit.with_policy(matmul, MXFP8))(self.W, self.X)
