@@ -144,6 +144,7 @@ class ExampleTest(ModelTest):
     make = lambda rngs: llama.Llama(config, rngs=rngs)
     return nnx_model(make, (TOKENS,), weights, fmt=fmt, terms=512)
 
+  @pytest.mark.slow
   def test_llama_with_weights_as_of_gguf_files(self):
     weights = {
       '(query|key|out|gate|up)/kernel': -2,
