@@ -142,7 +142,7 @@ def _sites(
   def add(argument, tree, name, prefix, is_weight):
     found = jax.tree_util.tree_leaves_with_path(tree, is_leaf=_named.is_stored)
     for path, leaf in found:
-      inner = path_name(path)
+      inner = path_name(_without_box(path))
       site = '/'.join(filter(None, [prefix, inner])) or name
       out.append((site, is_weight))
       _check_once(owners, site, (argument, jax.tree_util.keystr(path)), leaf)
@@ -156,6 +156,12 @@ def _sites(
   for key in sorted(kwargs):
     add(key, kwargs[key], key, key, False)
   return out
+
+
+def _without_box(path: tuple) -> tuple:
+  """A path without the attribute in which a variable of NNX holds its value."""
+  is_box = path[-1:] == (jax.tree_util.GetAttrKey('value'),)
+  return path[:-1] if is_box else path
 
 
 def _check_once(owners: dict, site: str, owner: tuple, leaf: Any) -> None:

@@ -66,7 +66,8 @@ class Model:
   def sites(self) -> set[str]:
     """Paths of the weights that are stored."""
     leaves = jax.tree_util.tree_leaves_with_path(self.stored(), is_leaf=is_q)
-    return {path_name(path) for path, leaf in leaves if is_q(leaf)}
+    names = {path_name(path) for path, leaf in leaves if is_q(leaf)}
+    return {name.removesuffix('/value') for name in names}
 
 
 def is_q(x: object) -> bool:
