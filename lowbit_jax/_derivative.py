@@ -84,10 +84,10 @@ def _run(*operands, jaxpr, rule):
   return jex.jaxpr_as_fun(jaxpr)(*operands)
 
 
-@_call.def_abstract_eval
+@_call.def_effectful_abstract_eval
 def _shapes(*operands, jaxpr, rule):
   del operands, rule
-  return jaxpr.out_avals
+  return jaxpr.out_avals, jaxpr.effects
 
 
 def _jvp(primals, tangents, *, jaxpr, rule):

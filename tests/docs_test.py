@@ -30,8 +30,7 @@ _README = _ROOT / 'README.md'
 _FENCE = re.compile(r'^(?P<indent> *)```(?P<language>[^\s`{]*).*$')
 _ALONE = re.compile(r'config\.update|formats\.register')  # global state
 _RUN = ('python', 'pycon')
-# 'py' needs packages that the tests do without.
-_SKIPPED = ('', 'bash', 'console', 'json', 'py', 'sh', 'text', 'toml')
+_SKIPPED = ('', 'bash', 'console', 'json', 'sh', 'text', 'toml')
 
 
 class Block(NamedTuple):
