@@ -1,7 +1,8 @@
 """Low-bit numerics for JAX: exact formats, stated gradients, packed storage.
 
-Submodules that need Flax, or that most programs do not use, load on first use:
-`nn`, `training`, `doctor`, `search`, `special`, `testing`.
+What needs Flax, or what most programs do not use, loads on first use: `nn`,
+`training`, `doctor`, `lora`, `observers`, `search`, `special`, `testing`, and
+the functions `packed`, `with_policy` and `record`.
 
 - `GemmSpec`: One product of two operands that share a reduction axis.
 - `Policy`: Which recipe each layer takes.
@@ -67,13 +68,13 @@ Submodules that need Flax, or that most programs do not use, load on first use:
   unchanged.
 """
 
+import typing as _t
+
 from lowbit_jax import (
   _lazy,
   formats as formats,
   io as io,
-  lora as lora,
   numerics as numerics,
-  observers as observers,
   ops as ops,
   transforms as transforms,
 )
@@ -81,11 +82,6 @@ from lowbit_jax._tree import (
   combine as combine,
   partition as partition,
   shardings as shardings,
-)
-from lowbit_jax._walk import (
-  packed as packed,
-  record as record,
-  with_policy as with_policy,
 )
 from lowbit_jax.ops import (
   dequantize as dequantize,
@@ -117,6 +113,24 @@ from lowbit_jax.recipe import (
 
 __version__ = '0.1.0'
 
+if _t.TYPE_CHECKING:
+  from lowbit_jax._walk import (
+    packed as packed,
+    record as record,
+    with_policy as with_policy,
+  )
+
 __getattr__, __dir__ = _lazy.submodules(
-  __name__, ('doctor', 'nn', 'search', 'special', 'testing', 'training')
+  __name__,
+  (
+    'doctor',
+    'lora',
+    'nn',
+    'observers',
+    'search',
+    'special',
+    'testing',
+    'training',
+  ),
+  dict.fromkeys(('packed', 'record', 'with_policy'), '_walk'),
 )
