@@ -17,6 +17,7 @@ the matrices that one weight holds: batch axes of a dot_general, groups of a
 ragged_dot or of a convolution; without them there are no such axes.
 """
 
+import abc
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
@@ -199,7 +200,7 @@ def _of_groups(
   return lax.map(of_group, (jnp.cumsum(sizes) - sizes, sizes))
 
 
-class _OfRows:
+class _OfRows(abc.ABC):
   """An observer that measures rows of activations."""
 
   def observe(self, product: Product, *operands: Any) -> PyTree | None:
@@ -209,11 +210,13 @@ class _OfRows:
 
     return _explicit.automatic(run, _explicit.gathered, *operands)
 
+  @abc.abstractmethod
   def measure(self, x: jax.Array, count: jax.Array) -> PyTree:
-    raise NotImplementedError
+    """The observation of one member, see `Rows.reduce`."""
 
+  @abc.abstractmethod
   def merge(self, a: PyTree, b: PyTree) -> PyTree:
-    raise NotImplementedError
+    """As in `Observer`."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -199,9 +199,6 @@ class Applying(Use):
     walk.note(eqn, walk.name(eqn, name), row)
     return NONE
 
-  def merge(self, a: Any, b: Any) -> Any:
-    return jax.tree.map(jnp.maximum, a, b)
-
   def treatment(self, call: Call) -> Treatment:
     """What is done to a product; None if nothing is."""
     product, chosen = call.product, self.choose(call.product)

@@ -10,6 +10,7 @@ Three kinds of state travel with the values, and through control flow: a key
 what products observe at each site (written).
 """
 
+import abc
 import collections
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -31,8 +32,8 @@ NONE = NotImplemented
 RULES: dict[str, Callable] = {}
 
 
-class Use:
-  """What is done with the products of a function; a base class.
+class Use(abc.ABC):
+  """What is done with the products of a function.
 
   Attributes:
     names_arrays: whether arrays are weights too, not stored operands alone;
@@ -49,13 +50,14 @@ class Use:
   joins_devices = False
   is_anonymous = False
 
+  @abc.abstractmethod
   def product(self, walk: 'Walk', call: Call) -> jax.Array:
     """The result of a product."""
-    raise NotImplementedError
 
   def merge(self, a: PyTree, b: PyTree) -> PyTree:
-    """Joins two observations of one site; zeros are those of nothing."""
-    raise NotImplementedError
+    """Joins two observations of one site, magnitudes unless said otherwise;
+    zeros are those of nothing."""
+    return jax.tree.map(jnp.maximum, a, b)
 
   def look_up(self, walk: 'Walk', eqn: Any, x: Named, indices: Any) -> Any:
     """Rows of a table that is an array: the results, or NONE."""
@@ -70,9 +72,11 @@ class Use:
 
   def decodes(self, walk: 'Walk', eqn: Any, x: Named, reason: str) -> None:
     """Called where a whole weight is decoded, and why."""
+    del walk, eqn, x, reason
 
   def looks_up(self, walk: 'Walk', eqn: Any, x: Named) -> None:
     """Called where rows of a stored table are decoded."""
+    del walk, eqn, x
 
 
 @dataclasses.dataclass
