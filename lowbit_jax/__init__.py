@@ -44,6 +44,8 @@ the functions `packed`, `with_policy` and `record`.
 - `unpack`: The QArray that `prepack` was given.
 - `with_policy`: `fn` with low-bit products in place of those that a policy
   selects.
+- `cpu`: Kernels for CPUs: machine code that is written in Python and called by
+  XLA.
 - `doctor`: Measures of quantized tensors, and an audit of casts of gradients.
 - `formats`: Number formats as values: elements, blocks, and their names.
 - `io`: Files: trees of arrays and QArrays, saved and loaded with their formats.

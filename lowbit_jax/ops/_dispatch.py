@@ -16,17 +16,25 @@ from typing import Any, NamedTuple
 import jax
 from jax import lax
 
+from lowbit_jax import cpu
 from lowbit_jax._typing import Implementation
 from lowbit_pallas import _support
 
-NAMES = ('xla', *_support.PLATFORMS)
+NAMES = ('xla', 'cpu', *_support.PLATFORMS)
 
 
 class Plan(NamedTuple):
-  """What an implementation would do: a sentence for people, and a function."""
+  """What an implementation would do.
+
+  Attributes:
+    note: a sentence for people.
+    run: a function of the operands.
+    is_portable: whether it is lowered for every platform, as those of XLA are.
+  """
 
   note: str
   run: Callable
+  is_portable: bool = False
 
 
 class Choice(NamedTuple):
@@ -76,12 +84,24 @@ def _why_unavailable(name: str, implementation, platform: str) -> str | None:
     return why
   if implementation is not None:
     return None
+  if name == 'cpu':
+    return _why_not_on_cpu()
   why = _support.why_unproven(name)
   several = len(_support.devices(name)) > 1
   if why is None and several and not _support.has_rules(name):
     if not jax.sharding.get_abstract_mesh().manual_axes:
       return 'on several TPUs kernels run inside shard_map, or by name'
   return why
+
+
+def _why_not_on_cpu() -> str | None:
+  """Why kernels for CPUs do not run unasked, or None."""
+  if why := cpu.why_not() or cpu.why_unproven():
+    return why
+  alone = jax.sharding.get_abstract_mesh().manual_axes
+  if jax.device_count() > 1 and not alone:
+    return 'on several devices kernels run inside shard_map, or by name'
+  return None
 
 
 def select(
@@ -154,18 +174,18 @@ def run(
     _, plan = choose(implementation, *operands, *static)
     return plan.run(*operands)
 
-  # A plan for each platform, and that of XLA for those that are not known yet.
-  plans, by_xla = {}, None
+  # A plan for each platform, and one for those that are not known yet.
+  plans, portable = {}, None
   for platform in _platforms(implementation, table):
     choice, plan = choose(implementation, *operands, *static, platform=platform)
-    if choice.implementation == 'xla':
-      by_xla = plan
+    if choice.implementation == 'xla' or plan.is_portable:
+      portable = plan
     else:
       plans[platform] = plan
-  if by_xla is None and 'xla' in requested(implementation, table):
-    _, by_xla = choose('xla', *operands, *static)
-  if by_xla and not plans:
-    return by_xla.run(*operands)
+  if portable is None and 'xla' in requested(implementation, table):
+    _, portable = choose('xla', *operands, *static)
+  if portable and not plans:
+    return portable.run(*operands)
 
   # JAX's lowering takes one of them.
   arrays, rebuild = _arrays(operands)
@@ -173,7 +193,7 @@ def run(
     platform: functools.partial(_run, plan, rebuild)
     for platform, plan in plans.items()
   }
-  default = by_xla and functools.partial(_run, by_xla, rebuild)
+  default = portable and functools.partial(_run, portable, rebuild)
   return lax.platform_dependent(*arrays, default=default, **programs)
 
 

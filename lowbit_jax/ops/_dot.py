@@ -25,7 +25,13 @@ from lowbit_jax import _derivative, _explicit
 from lowbit_jax._low_rank import LowRank
 from lowbit_jax._typing import DotDims, DTypeLike, Implementation, Precision
 from lowbit_jax.numerics._codec import as_dtype, promoted
-from lowbit_jax.ops import _dispatch, _dot_kernels, _low_rank, _operand
+from lowbit_jax.ops import (
+  _dispatch,
+  _dot_cpu,
+  _dot_kernels,
+  _low_rank,
+  _operand,
+)
 from lowbit_jax.ops._dispatch import Plan
 from lowbit_jax.ops._operand import Operand, Shaped, dense
 
@@ -41,7 +47,7 @@ def _from_either_side(plan: Callable[..., Plan]) -> Callable[..., Plan]:
       return plan(lhs, rhs, dims, precision)
     (lhs_k, rhs_k), (lhs_b, rhs_b) = dims
     exchanged = (rhs_k, lhs_k), (rhs_b, lhs_b)
-    note, product = plan(rhs, lhs, exchanged, precision)
+    note, product, is_portable = plan(rhs, lhs, exchanged, precision)
     first, n = len(rhs_b), rhs.ndim - len(rhs_k) - len(rhs_b)
 
     def run(lhs, rhs):
@@ -49,7 +55,7 @@ def _from_either_side(plan: Callable[..., Plan]) -> Callable[..., Plan]:
       out = product(rhs, lhs)
       return jnp.moveaxis(out, range(first, first + n), range(-n, 0))
 
-    return Plan(f'exchanges the operands: {note}', run)
+    return Plan(f'exchanges the operands: {note}', run, is_portable)
 
   return plan_either
 
@@ -71,6 +77,7 @@ def _is_left_weight(lhs: Shaped, rhs: Shaped) -> bool:
 TABLE = {
   'tpu': _from_either_side(_dot_kernels.plan_tpu),
   'mosaic_gpu': _from_either_side(_dot_kernels.plan_mosaic_gpu),
+  'cpu': _from_either_side(_dot_cpu.plan),
   'xla': _from_either_side(_dot_kernels.plan_xla),
 }
 

@@ -51,7 +51,7 @@ def plan_xla(
   left, right = jax.eval_shape(
     lambda: tuple(map(_operand.unpacked, (lhs, rhs)))
   )
-  note, run = _dot_xla.plan_dot_general(left, right, dims, precision)
+  note, run, _ = _dot_xla.plan_dot_general(left, right, dims, precision)
   return Plan(
     f'unpacks the weight: {note}',
     lambda lhs, rhs: run(_operand.unpacked(lhs), _operand.unpacked(rhs)),

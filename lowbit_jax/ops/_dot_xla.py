@@ -22,6 +22,7 @@ meet the same rows of x, so nothing is interleaved.
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -64,14 +65,15 @@ def plan_dot_general(
     return Plan(
       'no operand is quantized: lax.dot_general', _Dense(dims, precision)
     )
-  refusal = _why_not_integer(lhs, rhs, dims)
+  refusal = why_not_integer(lhs, rhs, dims)
   if refusal is None:
     return Plan(
       'int32 product of the codes, scales on the result', _Integer(dims)
     )
   why_dense = why_not_tiles(lhs, rhs, dims)
   if why_dense is None:
-    return Plan('scan over tiles of the weight', _Tiles(dims, precision))
+    multiply = functools.partial(product, precision=precision)
+    return Plan('scan over tiles of the weight', Tiles(dims, multiply))
   return Plan(
     f'dequantizes to float32 first: {why_dense}', _Dense(dims, precision)
   )
@@ -126,22 +128,30 @@ class _Integer:
       rhs, scale=None, tensor_scale=None, fmt=_integer_codes(rhs.fmt.element)
     )
     x, codes, shape = as_matrices(_int8(lhs), codes, self.dims)
-    out = _product(x.astype(jnp.float32), codes, None, jnp.int32)
+    out = product(x.astype(jnp.float32), codes, None, jnp.int32)
     return out.reshape(shape)
 
 
-class _Tiles:
-  def __init__(self, dims, precision):
-    self.dims, self.precision = dims, precision
+class Tiles:
+  """A product with a weight whose blocks lie along a contracted axis.
 
-  def __call__(self, lhs, rhs):
+  Args:
+    dims: dimension numbers.
+    multiply: of float32 (m, k) and a QArray (k, n) or (n, k) in blocks along k,
+      without tensor scale; float32 (m, n).
+  """
+
+  def __init__(self, dims: DotDims, multiply: Callable) -> None:
+    self.dims, self.multiply = dims, multiply
+
+  def __call__(self, lhs: Any, rhs: QArray) -> jax.Array:
     (_, rhs_k), (_, rhs_b) = self.dims
     tensor_scale = rhs.tensor_scale
     x = _dense(lhs).astype(jnp.float32)
     w = qarray.replace(rhs, tensor_scale=None)
     x, w, shape = as_matrices(x, w, self.dims)
-    product = functools.partial(_product, precision=self.precision)
-    out = (jax.vmap(product) if rhs_b else product)(x, w).reshape(shape)
+    multiply = jax.vmap(self.multiply) if rhs_b else self.multiply
+    out = multiply(x, w).reshape(shape)
     if tensor_scale is None:
       return out
     # One for each member of the batch, or one for all.
@@ -192,7 +202,7 @@ def as_matrices(
   return x, qarray.with_axes(jax.tree.map(matrix, q), axes), shape
 
 
-def _product(
+def product(
   x: jax.Array, q: QArray, precision: Precision, dtype: DTypeLike = jnp.float32
 ) -> jax.Array:
   """x @ dequantize(q) for q of shape (k, n), or that of its transpose for
@@ -206,7 +216,7 @@ def _product(
   def rule(size, in_batched, x, q):
     x_batched, q_batched = in_batched
     if not any(jax.tree.leaves(q_batched)):
-      out = _product(x.reshape(-1, x.shape[-1]), q, precision, dtype)
+      out = product(x.reshape(-1, x.shape[-1]), q, precision, dtype)
       return out.reshape(*x.shape[:2], -1), True
     if not _partition.is_alone():
       axes = jax.tree.map(lambda b: 0 if b else None, (x_batched, q_batched))
@@ -219,7 +229,7 @@ def _product(
         return lax.dynamic_index_in_dim(leaf, i, keepdims=False)
 
       one, matrix = jax.tree.map(pick, (x, q), (x_batched, q_batched))
-      return _product(one, matrix, precision, dtype)
+      return product(one, matrix, precision, dtype)
 
     return lax.map(member, jnp.arange(size)), True
 
@@ -263,7 +273,7 @@ def _tiling(q: QArray, few: bool) -> _Tiling:
 
 
 def _scan_tiles(x, q: QArray, precision, dtype):
-  """`_product` of one matrix."""
+  """`product` of one matrix."""
   m, n = x.shape[0], q.shape[1]
   steps, blocks, rows, group, along_k, columns = _tiling(q, _is_few(m))
 
@@ -314,7 +324,7 @@ def _scan_tiles(x, q: QArray, precision, dtype):
 
 
 def _scan_rows(x, q: QArray, precision, dtype):
-  """`_product` of one matrix that is stored as (n, k)."""
+  """`product` of one matrix that is stored as (n, k)."""
   m, n = x.shape[0], q.shape[0]
   group = _packing.codes_per_group(q.fmt.element.bits)
   k = q.shape[1] + q.pad[0]
@@ -471,7 +481,7 @@ def why_not_tiles(lhs: Shaped, rhs: Shaped, dims: DotDims) -> str | None:
   return None
 
 
-def _why_not_integer(lhs, rhs, dims) -> str | None:
+def why_not_integer(lhs: Shaped, rhs: Shaped, dims: DotDims) -> str | None:
   (lhs_k, rhs_k), _ = dims
   for q, contracted in ((lhs, lhs_k), (rhs, rhs_k)):
     if not isinstance(q, QArray):

@@ -470,7 +470,7 @@ def _plan_packed(
 ) -> _dispatch.Plan:
   """Plans a product of packed operands by a kernel of `dot`."""
   lhs, rhs = jax.eval_shape(lambda: (_packed(a), _packed(b)))
-  note, contract = plan(lhs, rhs, dims, precision)
+  note, contract, _ = plan(lhs, rhs, dims, precision)
 
   def run(a, b):
     return _dot.product(_packed(a), _packed(b), dims, precision, contract)

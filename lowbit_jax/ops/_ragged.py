@@ -215,7 +215,9 @@ def plan_xla(
   m, k = lhs.shape
   window = jax.ShapeDtypeStruct((_window_rows(m), k), jnp.float32)
   matrix = jax.eval_shape(lambda q: _member(q, 0), rhs)
-  note, multiply = _dot_xla.plan_dot_general(window, matrix, _DIMS, precision)
+  note, multiply, _ = _dot_xla.plan_dot_general(
+    window, matrix, _DIMS, precision
+  )
 
   def run(lhs, rhs, group_sizes):
     return _by_windows(_operand.dense(lhs), rhs, group_sizes, multiply)

@@ -188,7 +188,7 @@ class DotTest(parameterized.TestCase):
     )
     specs = jax.tree.map(lambda leaf: P(None, 'columns'), q)
     f = jax.shard_map(
-      lowbit_jax.dot,
+      functools.partial(lowbit_jax.dot, implementation='xla'),
       mesh=mesh,
       in_specs=(P('rows'), specs),
       out_specs=P('rows', 'columns'),

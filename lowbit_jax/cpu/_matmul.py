@@ -1,0 +1,122 @@
+"""Products of float32 rows with packed matrices.
+
+Each weight becomes the float32 that `dequantize` gives, and is multiplied and
+added in one rounding (`fma`). Of a matrix that is stored as (n, k) a sum has
+eight parts, one for each k modulo 8, which are added at the end; of one that is
+stored as (k, n) it runs through all k. So the order of a sum depends on the
+layout of the matrix alone, and its result neither on threads nor on what other
+rows or columns there are.
+
+One row meets weights as they are decoded. Of more rows, a tile of the matrix is
+decoded into the cache first, and a few rows at a time meet a few columns.
+"""
+
+import functools
+import math
+import threading
+
+from lowbit_jax.cpu import _columns, _rows, _stages
+from lowbit_jax.cpu._code import I64, LANES, Module, choose, least, most
+from lowbit_jax.cpu._compiler import Target, compiled, host
+from lowbit_jax.cpu._frame import Frame, Specification, handler, register
+from lowbit_jax.cpu._part import SIZES, Part
+from lowbit_jax.cpu._weights import Kind, Weights
+
+# Bytes of packed weights in a chunk, about, and the work that is not worth
+# another thread, in bytes that are read once.
+CHUNK, SOLO = 1 << 15, 100_000
+
+
+def why_not(kind: Kind, k: int, n: int) -> str | None:
+  """Why there is no kernel for a padded k and n, or None."""
+  along, multiple = kind.along_k(k), kind.group
+  if kind.layout == 'nk':
+    multiple = LANES
+  elif n < LANES:
+    return f'n={n} is less than {LANES}'
+  if along % multiple or k % multiple:
+    return f'blocks of {along} elements are no multiples of {multiple}'
+  if kind.has_zero and kind.step != 1:
+    return f'zero points beside elements of step {kind.step}'
+  return None
+
+
+def arrays(kind: Kind) -> tuple[list[Specification], list[Specification]]:
+  """What a kernel takes and gives: products of x (batch, m, k) with matrices of
+  a stack, of which `index` (batch,) says which, are `out` (batch, m, n)."""
+  stored = [Specification(*pair, 3) for pair in kind.arrays.items()]
+  x = Specification('x', 'float32', 3)
+  index = Specification('index', 'int32', 1)
+  return [x, index, *stored], [Specification('out', 'float32', 3)]
+
+
+@functools.cache
+def kernel(kind: Kind, target: Target) -> int:
+  """The address of a kernel."""
+  module = Module('wq_matmul')
+  weights = Weights(kind, module, target)
+  inputs, outputs = arrays(kind)
+  names = [array.name for array in (*inputs, *outputs)]
+  write = (_rows if kind.layout == 'nk' else _columns).write
+  _stages.define(
+    module, [*names, *SIZES], lambda words, i: write(weights, Part(words, i))
+  )
+  with handler(module, 'wq_matmul', inputs, outputs) as frame:
+    _check_and_run(kind, frame)
+  return compiled(module, target)
+
+
+def _check_and_run(kind: Kind, frame: Frame) -> None:
+  """Checks sizes, cuts the products into chunks and runs them."""
+  batch, m, k = (frame['x'].size(axis) for axis in range(3))
+  at_n, at_k = (1, 2) if kind.layout == 'nk' else (2, 1)
+  stack, n = frame['codes'].size(0), frame['codes'].size(at_n)
+  multiple = LANES if kind.layout == 'nk' else kind.group
+  if kind.block:
+    multiple = math.lcm(multiple, kind.block)
+  frame.require((k % multiple).equals(0), f'k is no multiple of {multiple}')
+  blocks = k // kind.block if kind.block else I64.constant(1)
+  row_bytes = k * kind.element.bits // 8
+  frame.require_size('index', 0, batch, 'the size of the batch')
+  for name in kind.arrays:
+    along_k = row_bytes if name == 'codes' else blocks
+    frame.require_size(name, 0, stack, 'the size of the stack')
+    frame.require_size(name, at_n, n, 'n')
+    frame.require_size(name, at_k, along_k, 'what k needs')
+  for axis, size in enumerate((batch, m, n)):
+    name = ('the size of the batch', 'm', 'n')[axis]
+    frame.require_size('out', axis, size, name)
+  is_empty = (batch * m * n).equals(0)
+  frame.require((stack > 0) | is_empty, 'the stack is empty')
+  if kind.layout == 'kn':
+    frame.require((n >= LANES) | is_empty, f'n is less than {LANES}')
+
+  # Chunks are whole tiles of a matrix; the last one takes what is left.
+  tile = _rows.TILE_ROWS
+  if kind.layout == 'kn':
+    tile = _columns.TILE_VECTORS * LANES
+  fitting = I64.constant(CHUNK) // most(row_bytes, 1) // tile * tile
+  width = most(least(fitting, _columns.WIDEST), tile)
+  chunks = most(n // width, 1)
+  sizes = m, k, n, blocks, stack, row_bytes, width, chunks
+  shared = {name: frame[name].data for name in (*frame.arguments, 'out')}
+  shared |= dict(zip(SIZES, sizes, strict=True))
+  # A further row of x costs about as much as an eighth of the decoding.
+  work = row_bytes * n * batch * (m + 7) // 8
+  count = choose(is_empty, I64.constant(0), batch * chunks)
+  _stages.run(frame, count, shared, work > SOLO)
+
+
+_lock = threading.Lock()
+_names: dict[tuple[Kind, Target], str] = {}
+
+
+def target_name(kind: Kind) -> str:
+  """The name by which XLA calls the kernel, which is compiled if it must be."""
+  key = kind, host()
+  with _lock:
+    if key not in _names:
+      name = f'lowbit_jax.wq_matmul.{len(_names)}'
+      register(name, kernel(*key))
+      _names[key] = name
+    return _names[key]

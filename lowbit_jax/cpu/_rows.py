@@ -1,0 +1,172 @@
+"""Products with matrices that are stored as (n, k).
+
+Lanes are eight elements along k of one row of the matrix. A sum has a part in
+each lane, and the lanes are added at the end.
+"""
+
+from lowbit_jax.cpu import _decode
+from lowbit_jax.cpu._code import (
+  I64,
+  LANES,
+  F32x8,
+  Value,
+  Variable,
+  fma,
+  least,
+  load,
+  loop,
+  otherwise,
+  scratch,
+  store,
+)
+from lowbit_jax.cpu._part import (
+  FLOAT,
+  VECTOR,
+  Part,
+  clear,
+  in_groups,
+  in_steps,
+  zeros,
+)
+from lowbit_jax.cpu._weights import Factors, Weights
+
+# Rows of the matrix side by side, and rows of x that meet them side by side.
+ROWS, FEW = 4, 3
+# Rows of a tile, its elements along k, and the rows of x that it meets before
+# the next one is decoded.
+TILE_ROWS, TILE_LENGTH, PANEL = 16, 256, 96
+
+
+def write(weights: Weights, part: Part) -> None:
+  """Writes the code of a part."""
+  with otherwise(part.m.equals(1)) as (one, several):
+    with one:
+      count = part.end - part.first
+      whole = count // ROWS * ROWS
+      with loop(whole, step=ROWS) as i:
+        _one_row(weights, part, part.first + i, ROWS)
+      with loop(count, start=whole) as i:
+        _one_row(weights, part, part.first + i, 1)
+    with several:
+      _several_rows(weights, part)
+
+
+def _address(weights: Weights, part: Part, row: Value, k: Value) -> Value:
+  """Of the codes of a row from element k on."""
+  offset = k * weights.kind.element.bits // 8
+  return part.codes + row * part.row_bytes + offset
+
+
+def _factors(weights: Weights, part: Part, row: Value, block: Value) -> Factors:
+  entry = part.entries + row * part.blocks + block
+  return weights.row_factors(part.words, entry)
+
+
+def _one_row(weights: Weights, part: Part, first: Value, count: int) -> None:
+  """One row of x with `count` rows of the matrix."""
+  kind, bits = weights.kind, weights.kind.element.bits
+  rows = [first + r for r in range(count)]
+  sums = [Variable(zeros()) for _ in rows]
+  length = kind.block or part.k
+  with loop(part.blocks) as block:
+    start = block * length
+    factors = [_factors(weights, part, row, block) for row in rows]
+    codes = [_address(weights, part, row, start) for row in rows]
+    x = part.x + start * FLOAT
+
+    def add(i):
+      inputs = load(x + i * VECTOR, F32x8)
+      for total, address, own in zip(sums, codes, factors, strict=True):
+        eight = _decode.codes_in_row(address + i * bits, bits)
+        total.set(fma(weights.of(eight, own), inputs, total.get()))
+
+    in_steps(length // LANES, 4, add)
+  for row, total in zip(rows, sums, strict=True):
+    store(total.get().sum(), part.out + row * FLOAT)
+
+
+def _several_rows(weights: Weights, part: Part) -> None:
+  """Rows of x with tiles that are decoded once for a panel of them."""
+  stretch = weights.kind.stretch(TILE_LENGTH)
+  tile = scratch(TILE_ROWS * stretch * FLOAT)
+  sums = scratch(PANEL * TILE_ROWS * VECTOR)
+  with loop(part.m, step=PANEL) as top:
+    m = least(part.m - top, PANEL)
+    with loop(part.end, start=part.first, step=TILE_ROWS) as first:
+      rows = least(part.end - first, TILE_ROWS)
+      clear(sums, m * TILE_ROWS)
+      with loop(part.k, step=stretch) as start:
+        length = least(part.k - start, stretch)
+        with loop(rows) as r:
+          row = tile + r * (stretch * FLOAT)
+          _decode_row(weights, part, first + r, start, length, row)
+        x = part.x + (top * part.k + start) * FLOAT
+        _add_tile(part, x, m, tile, stretch, rows, length, sums)
+      # The lanes of each sum become one number.
+      with loop(m) as i:
+        out = part.out + ((top + i) * part.n + first) * FLOAT
+        with loop(rows) as r:
+          total = load(sums + (i * TILE_ROWS + r) * VECTOR, F32x8)
+          store(total.sum(), out + r * FLOAT)
+
+
+def _decode_row(
+  weights: Weights,
+  part: Part,
+  row: Value,
+  start: Value,
+  length: Value,
+  out: Value,
+) -> None:
+  """Weights of a row from `start` on, a number of blocks or a part of one."""
+  kind, bits = weights.kind, weights.kind.element.bits
+  is_whole = kind.block and kind.block <= TILE_LENGTH
+  run = kind.block if is_whole else length
+  with loop(length // run if is_whole else 1) as i:
+    first = start + i * run
+    block = first // kind.block if kind.block else I64.constant(0)
+    factors = _factors(weights, part, row, block)
+    address = _address(weights, part, row, first)
+    place = out + i * run * FLOAT
+
+    def decode(j):
+      eight = _decode.codes_in_row(address + j * bits, bits)
+      store(weights.of(eight, factors), place + j * VECTOR)
+
+    in_steps(run // LANES, 4, decode)
+
+
+def _add_tile(
+  part: Part,
+  x: Value,
+  m: Value,
+  tile: Value,
+  stretch: int,
+  rows: Value,
+  length: Value,
+  sums: Value,
+) -> None:
+  """Adds the products of m rows of x with a tile to their sums."""
+
+  def add(i, few, r, count):
+    places = [
+      [sums + ((i + a) * TILE_ROWS + r + b) * VECTOR for b in range(count)]
+      for a in range(few)
+    ]
+    totals = [[Variable(load(p, F32x8)) for p in row] for row in places]
+    lines = [x + (i + a) * part.k * FLOAT for a in range(few)]
+    columns = [tile + (r + b) * (stretch * FLOAT) for b in range(count)]
+
+    def step(j):
+      inputs = [load(line + j * VECTOR, F32x8) for line in lines]
+      for b, column in enumerate(columns):
+        eight = load(column + j * VECTOR, F32x8)
+        for a, own in enumerate(inputs):
+          totals[a][b].set(fma(eight, own, totals[a][b].get()))
+
+    in_steps(length // LANES, 2, step)
+    for row, own in zip(places, totals, strict=True):
+      for place, total in zip(row, own, strict=True):
+        store(total.get(), place)
+
+  in_groups(m, FEW, rows, ROWS, add)
