@@ -20,6 +20,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from lowbit_jax import _decoders, _explicit, _transformed, qarray
+from lowbit_jax._member import Member
 from lowbit_jax._transformed import Transformed, is_quantized
 from lowbit_jax._typing import DTypeLike
 from lowbit_jax.numerics._codec import as_dtype, promoted
@@ -221,10 +222,10 @@ class Adapter:
 Stored = QArray | Transformed | LowRank
 
 
-def is_operand(x: object) -> TypeGuard[Stored]:
-  """Whether `x` is a QArray, Transformed or LowRank: what products take beside
-  arrays; the `is_leaf` of tree functions."""
-  return is_quantized(x) or isinstance(x, LowRank)
+def is_operand(x: object) -> TypeGuard[Stored | Member]:
+  """Whether `x` is a QArray, Transformed, LowRank or Member: what products take
+  beside arrays; the `is_leaf` of tree functions."""
+  return is_quantized(x) or isinstance(x, LowRank | Member)
 
 
 def replace(x: LowRank, **changes: Any) -> LowRank:

@@ -101,7 +101,7 @@ def rows(product: Product, *operands: Any) -> Rows | None:
   x = lhs if product.weight == 'rhs' else rhs
   if product.weight is None or jnp.issubdtype(x.dtype, jnp.complexfloating):
     return None
-  x = lax.stop_gradient(ops.dequantize(x) if is_operand(x) else x)
+  x = lax.stop_gradient(jnp.asarray(x) if is_operand(x) else x)
   x = x if x.dtype.name in _AS_THEY_ARE else x.astype(jnp.float32)
   match product.op, product.weight:
     case 'dot_general', weight:

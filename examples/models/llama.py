@@ -199,13 +199,15 @@ class Llama(nnx.Module):
       graph, parameters = nnx.split(blocks)
       numbers = first + jnp.arange(jax.tree.leaves(parameters)[0].shape[0])
 
-      def step(carry, block, graph=graph):
-        parameters, *of_block = block
+      def step(carry, block, graph=graph, parameters=parameters):
+        own, *of_block = block
         place = _Place(positions, rotation, *of_block)
-        return nnx.merge(graph, parameters)(carry[0], place, carry[1]), None
+        block = nnx.merge(graph, lowbit.ops.member(parameters, own))
+        return block(carry[0], place, carry[1]), None
 
       per_block = rotates[numbers], jnp.array(windows)[numbers], numbers
-      (x, cache), _ = jax.lax.scan(step, (x, cache), (parameters, *per_block))
+      own = numbers - first
+      (x, cache), _ = jax.lax.scan(step, (x, cache), (own, *per_block))
       first += numbers.size
     return self.norm(x), cache
 

@@ -54,9 +54,9 @@ class Type:
     """The type of a lane."""
     return Type(self.element, self.size)
 
-  def vector(self) -> 'Type':
-    """The type of LANES of them."""
-    return Type(self.element, self.size, LANES)
+  def vector(self, lanes: int = LANES) -> 'Type':
+    """The type of so many of them."""
+    return Type(self.element, self.size, lanes)
 
   @property
   def nbytes(self) -> int:
@@ -212,19 +212,19 @@ class Value:
     """The same bits as another type of this size."""
     return self._converted('bitcast', type)
 
-  def everywhere(self) -> 'Value':
+  def everywhere(self, lanes: int = LANES) -> 'Value':
     """A scalar in all lanes."""
-    vector = self.type.vector()
+    vector = self.type.vector(lanes)
     start = ir.Constant(vector.llvm, ir.Undefined)
     first = _writer.get().insert_element(start, self.llvm, I32.constant(0).llvm)
-    return Value(first, vector).lanes_at([0] * LANES)
+    return Value(first, vector).lanes_at([0] * lanes)
 
   def lanes_at(self, places: Sequence[int], other: Any = None) -> 'Value':
-    """Lanes in another order; those from LANES on are lanes of `other`."""
+    """The lanes at these places; places after the last are in `other`."""
     second = self.llvm if other is None else other.llvm
-    order = I32x8.constant(list(places)).llvm
-    writer = _writer.get()
-    return Value(writer.shuffle_vector(self.llvm, second, order), self.type)
+    order = I32.vector(len(places)).constant(list(places)).llvm
+    lanes = _writer.get().shuffle_vector(self.llvm, second, order)
+    return Value(lanes, self.type.vector(len(places)))
 
   def lane(self, place: int) -> 'Value':
     """One lane."""

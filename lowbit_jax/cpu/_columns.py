@@ -5,7 +5,6 @@ Lanes are eight columns of the matrix, and a sum runs through all k.
 
 import math
 
-from lowbit_jax.cpu import _decode
 from lowbit_jax.cpu._code import (
   F32,
   I64,
@@ -91,14 +90,15 @@ def _one_row(weights: Weights, part: Part) -> None:
       if fetches:
         for row in range(kind.group * bits // 8):
           prefetch(address + part.n * (row + piece * bits // 8))
-      codes = [
-        _decode.codes_in_columns(address + v * LANES, part.n, bits)
-        for v in range(size)
+      side = 2 if size % 2 == 0 else 1  # vectors that are decoded together
+      eights = [
+        weights.in_columns(address + v * LANES, part.n, factors[v : v + side])
+        for v in range(0, size, side)
       ]
       for j in range(kind.group):
         x = load(part.x + (k + j) * FLOAT, F32).everywhere()
-        for total, own, factor in zip(totals, codes, factors, strict=True):
-          eight = weights.of(own[j], factor)
+        row = [eight for pair in eights for eight in pair[j]]
+        for total, eight in zip(totals, row, strict=True):
           total.set(fma(eight, x, total.get()))
 
     in_steps(length // kind.group, max(1, 8 // kind.group), add_group)
@@ -163,7 +163,7 @@ def _decode_vector(
   out: Value,
 ) -> None:
   """Eight columns from `start` on, a number of blocks or a part of one."""
-  kind, bits = weights.kind, weights.kind.element.bits
+  kind = weights.kind
   is_whole = kind.block and kind.block <= TILE_HEIGHT
   run = kind.block if is_whole else height
   with loop(height // run if is_whole else 1) as i:
@@ -173,10 +173,10 @@ def _decode_vector(
     def decode(j):
       k = first + j * kind.group
       address = _address(part, weights, start + k, column)
-      codes = _decode.codes_in_columns(address, part.n, bits)
-      for r, eight in enumerate(codes):
+      rows = weights.in_columns(address, part.n, [factors])
+      for r, (eight,) in enumerate(rows):
         place = out + (k + r) * (TILE_VECTORS * VECTOR)
-        store(weights.of(eight, factors), place)
+        store(eight, place)
 
     in_steps(run // kind.group, 2, decode)
 

@@ -18,6 +18,7 @@ import numpy as np
 
 from lowbit_jax.cpu._code import (
   F32,
+  I8,
   I16,
   I32,
   I64,
@@ -105,6 +106,86 @@ def _bytes(address: Value, count: int) -> Value:
   if count == 2:
     return low
   return low | (load(address + 2, byte).unsigned(I32) << 16)
+
+
+# Sixteen bytes, twice: AVX2 moves bytes within each half of a vector only.
+BYTES = I8.vector(32)
+_UNIT = 8  # bytes that become LANES numbers
+
+
+def whole_bytes(address: Value, count: int) -> Value:
+  """8 or 16 bytes from an address on, as BYTES; 8 are there four times."""
+  if count == _UNIT:
+    return load(address, I64).everywhere(4).bits(BYTES)
+  return load(address, I8.vector(16)).lanes_at([*range(16)] * 2)
+
+
+def codes_in_bytes(whole: Value, bits: int) -> list[Value]:
+  """The first codes of all bytes, the second ones, and so on, one a byte."""
+  if bits == 8:
+    return [whole]
+  pairs = whole.bits(I16.vector(16))
+  shifted = [
+    (pairs >> start).bits(BYTES) if start else whole
+    for start in range(0, 8, bits)
+  ]
+  return [codes & ((1 << bits) - 1) for codes in shifted]
+
+
+def eight_of(whole: Value, part: int, target: Target) -> Value:
+  """Bytes 8 part ... 8 part + 7 as integers of 32 bits."""
+  first = _UNIT * part
+  if not target.has_permutations:
+    return whole.lanes_at(range(first, first + LANES)).unsigned(I32x8)
+  places = [0x80] * 32  # of a zero
+  places[::4] = range(first, first + LANES)
+  return _picked(whole, BYTES.constant(places)).bits(I32x8)
+
+
+def _picked(whole: Value, places: Value) -> Value:
+  """Bytes at the places within 16 bytes, on processors with AVX2."""
+  name = 'llvm.x86.avx2.pshuf.b'
+  return intrinsic(name, BYTES, whole, places, is_overloaded=False)
+
+
+class Ordinal(NamedTuple):
+  """Elements as unsigned integers: element = (integer - offset) * step.
+
+  Attributes:
+    integers: from codes, one a byte, to such integers of 8 bits.
+    offset: an integer.
+    step: a power of two.
+  """
+
+  integers: Callable[[Value], Value]
+  offset: int
+  step: float
+
+
+def ordinal(fmt: ElementFormat, target: Target) -> Ordinal | None:
+  """Elements as integers of 8 bits, None where they are none."""
+  if isinstance(fmt, IntFormat):
+    if np.frexp(fmt.step)[0] != 0.5:
+      return None
+    if not fmt.signed:
+      return Ordinal(lambda codes: codes, 0, float(fmt.step))
+    sign = 1 << (fmt.bits - 1)  # two's complement, seen from the least number
+    return Ordinal(lambda codes: codes ^ sign, sign, float(fmt.step))
+  if fmt.bits > 4 or not target.has_permutations:
+    return None
+  values = fmt.values()
+  for step in 2.0 ** np.arange(8, -9, -1):
+    integers = np.rint(values / step)
+    if np.array_equal(integers * step, values) and np.ptp(integers) < 256:
+      return _in_table(integers.astype(int), step)
+  return None
+
+
+def _in_table(integers: np.ndarray, step: float) -> Ordinal:
+  """Lookup of 16 integers in a register."""
+  offset = -int(integers.min())
+  table = BYTES.constant(np.resize(integers + offset, 32).tolist())
+  return Ordinal(lambda codes: _picked(table, codes), offset, float(step))
 
 
 def codes_in_columns(address: Value, stride: Value, bits: int) -> list[Codes]:

@@ -22,16 +22,16 @@ from lowbit_jax.cpu._frame import Frame, Specification, handler, register
 from lowbit_jax.cpu._part import SIZES, Part
 from lowbit_jax.cpu._weights import Kind, Weights
 
-# Bytes of packed weights in a chunk, about, and the work that is not worth
-# another thread, in bytes that are read once.
-CHUNK, SOLO = 1 << 15, 100_000
+# Bytes of packed weights in a chunk of rows, chunks of columns for each thread,
+# and the work that is not worth another thread, in bytes that are read once.
+CHUNK, CHUNKS, SOLO = 1 << 15, 4, 100_000
 
 
 def why_not(kind: Kind, k: int, n: int) -> str | None:
   """Why there is no kernel for a padded k and n, or None."""
   along, multiple = kind.along_k(k), kind.group
   if kind.layout == 'nk':
-    multiple = LANES
+    multiple = LANES * kind.order
   elif n < LANES:
     return f'n={n} is less than {LANES}'
   if along % multiple or k % multiple:
@@ -71,7 +71,7 @@ def _check_and_run(kind: Kind, frame: Frame) -> None:
   batch, m, k = (frame['x'].size(axis) for axis in range(3))
   at_n, at_k = (1, 2) if kind.layout == 'nk' else (2, 1)
   stack, n = frame['codes'].size(0), frame['codes'].size(at_n)
-  multiple = LANES if kind.layout == 'nk' else kind.group
+  multiple = LANES * kind.order if kind.layout == 'nk' else kind.group
   if kind.block:
     multiple = math.lcm(multiple, kind.block)
   frame.require((k % multiple).equals(0), f'k is no multiple of {multiple}')
@@ -91,12 +91,16 @@ def _check_and_run(kind: Kind, frame: Frame) -> None:
   if kind.layout == 'kn':
     frame.require((n >= LANES) | is_empty, f'n is less than {LANES}')
 
-  # Chunks are whole tiles of a matrix; the last one takes what is left.
-  tile = _rows.TILE_ROWS
-  if kind.layout == 'kn':
+  # Chunks are whole tiles of a matrix; the last one takes what is left. Rows of
+  # a matrix (k, n) are read in long stretches: few chunks for each thread.
+  if kind.layout == 'nk':
+    tile = _rows.TILE_ROWS
+    fitting = I64.constant(CHUNK) // most(row_bytes, 1)
+  else:
     tile = _columns.TILE_VECTORS * LANES
-  fitting = I64.constant(CHUNK) // most(row_bytes, 1) // tile * tile
-  width = most(least(fitting, _columns.WIDEST), tile)
+    fitting = n // (frame.threads() * CHUNKS)
+  fitting = least(fitting, _columns.WIDEST)
+  width = most(fitting // tile * tile, tile)
   chunks = most(n // width, 1)
   sizes = m, k, n, blocks, stack, row_bytes, width, chunks
   shared = {name: frame[name].data for name in (*frame.arguments, 'out')}

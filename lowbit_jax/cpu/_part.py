@@ -1,6 +1,6 @@
 """A part of a product: some columns of its result, computed by one thread."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from lowbit_jax.cpu._code import (
   I32,
@@ -63,6 +63,25 @@ def in_steps(count: Value | int, step: int, body: Callable) -> None:
   if not isinstance(count, int) and step > 1:
     with loop(count, start=whole) as i:
       body(i)
+
+
+def in_sizes(
+  count: Value | int, sizes: Sequence[int], body: Callable[[Value, int], None]
+) -> None:
+  """body(i, size) for pieces of 0 ... count - 1, of the largest sizes that fit.
+
+  Args:
+    count: a multiple of the last size.
+    sizes: each a multiple of the next one.
+    body: writes the code of a piece from i on.
+  """
+  start = 0
+  for size in sizes:
+    whole = count // size * size
+    if not isinstance(whole, int) or whole > start:
+      with loop(whole, start=start, step=size) as i:
+        body(i, size)
+    start = whole
 
 
 def zeros() -> Value:

@@ -4,7 +4,6 @@ Lanes are eight elements along k of one row of the matrix. A sum has a part in
 each lane, and the lanes are added at the end.
 """
 
-from lowbit_jax.cpu import _decode
 from lowbit_jax.cpu._code import (
   I64,
   LANES,
@@ -16,6 +15,7 @@ from lowbit_jax.cpu._code import (
   load,
   loop,
   otherwise,
+  prefetch,
   scratch,
   store,
 )
@@ -25,6 +25,7 @@ from lowbit_jax.cpu._part import (
   Part,
   clear,
   in_groups,
+  in_sizes,
   in_steps,
   zeros,
 )
@@ -32,6 +33,7 @@ from lowbit_jax.cpu._weights import Factors, Weights
 
 # Rows of the matrix side by side, and rows of x that meet them side by side.
 ROWS, FEW = 4, 3
+LINE = 64  # bytes that memory gives at once
 # Rows of a tile, its elements along k, and the rows of x that it meets before
 # the next one is decoded.
 TILE_ROWS, TILE_LENGTH, PANEL = 16, 256, 96
@@ -64,25 +66,68 @@ def _factors(weights: Weights, part: Part, row: Value, block: Value) -> Factors:
 
 def _one_row(weights: Weights, part: Part, first: Value, count: int) -> None:
   """One row of x with `count` rows of the matrix."""
-  kind, bits = weights.kind, weights.kind.element.bits
+  kind = weights.kind
   rows = [first + r for r in range(count)]
   sums = [Variable(zeros()) for _ in rows]
-  length = kind.block or part.k
-  with loop(part.blocks) as block:
-    start = block * length
-    factors = [_factors(weights, part, row, block) for row in rows]
+  following = _address(weights, part, first + count, I64.constant(0))
+
+  def add_stretch(start, length, blocks):
+    """Elements from `start` on, in blocks of one number or several."""
+    own = [
+      [_factors(weights, part, row, block) for block in blocks] for row in rows
+    ]
     codes = [_address(weights, part, row, start) for row in rows]
     x = part.x + start * FLOAT
 
-    def add(i):
-      inputs = load(x + i * VECTOR, F32x8)
-      for total, address, own in zip(sums, codes, factors, strict=True):
-        eight = _decode.codes_in_row(address + i * bits, bits)
-        total.set(fma(weights.of(eight, own), inputs, total.get()))
+    def add(i, size):
+      inputs = [
+        load(x + i * FLOAT + j * VECTOR, F32x8) for j in range(size // LANES)
+      ]
+      for total, address, factors in zip(sums, codes, own, strict=True):
+        place = address + i * kind.element.bits // 8
+        eights = _in_row(weights, place, size, factors)
+        for eight, x_eight in zip(eights, inputs, strict=True):
+          total.set(fma(eight, x_eight, total.get()))
 
-    in_steps(length // LANES, 4, add)
+    in_sizes(length, _sizes(weights, len(blocks)), add)
+
+  if not kind.block:
+    add_stretch(I64.constant(0), part.k, [I64.constant(0)])
+  else:
+    size = kind.block * kind.element.bits // 8
+    side = 2 if size == LANES and kind.is_bytes else 1  # blocks in 16 bytes
+    lines = max(1, count * size * side // LINE)
+
+    def add_blocks(block, number):
+      for i in range(lines):
+        prefetch(following + block * (count * size) + i * LINE)
+      blocks = [block + i for i in range(number)]
+      add_stretch(block * kind.block, kind.block * number, blocks)
+
+    in_sizes(part.blocks, [side, 1][:side], add_blocks)
   for row, total in zip(rows, sums, strict=True):
     store(total.get().sum(), part.out + row * FLOAT)
+
+
+def _sizes(weights: Weights, blocks: int = 1) -> list[int]:
+  """Elements that are decoded at once, the most first."""
+  kind = weights.kind
+  if not kind.is_bytes:
+    return [LANES]
+  unit = LANES * kind.order
+  return [2 * unit] if blocks == 2 else [2 * unit, unit]
+
+
+def _in_row(
+  weights: Weights, address: Value, size: int, factors: list[Factors]
+) -> list[Value]:
+  """So many weights of a row, one of `_sizes`."""
+  kind = weights.kind
+  if not kind.is_bytes:
+    return [weights.eight_in_row(address, factors[0])]
+  count = size // kind.order
+  parts = count // LANES
+  return weights.in_row(address, count, (factors * parts)[:parts])
 
 
 def _several_rows(weights: Weights, part: Part) -> None:
@@ -129,11 +174,12 @@ def _decode_row(
     address = _address(weights, part, row, first)
     place = out + i * run * FLOAT
 
-    def decode(j):
-      eight = _decode.codes_in_row(address + j * bits, bits)
-      store(weights.of(eight, factors), place + j * VECTOR)
+    def decode(j, size):
+      eights = _in_row(weights, address + j * bits // 8, size, [factors])
+      for i, eight in enumerate(eights):
+        store(eight, place + j * FLOAT + i * VECTOR)
 
-    in_steps(run // LANES, 4, decode)
+    in_sizes(run, _sizes(weights), decode)
 
 
 def _add_tile(

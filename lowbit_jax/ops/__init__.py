@@ -5,6 +5,7 @@ chosen can be asked with `select_implementation`.
 
 - `Choice`: The answer of `select_implementation`.
 - `LowRank`: A weight with a low-rank term beside it.
+- `Member`: One quantized array of a stack. Made by `ops.member`.
 - `Prepacked`: A quantized (k, n) matrix as a kernel reads it. Made by
   `prepack`.
 - `Transformed`: A quantized weight whose activations take a transform when it
@@ -25,6 +26,8 @@ chosen can be asked with `select_implementation`.
   float32.
 - `log_softmax`: The logarithm of `softmax`, never positive.
 - `logsumexp`: log(sum(exp(x / temperature))) over an axis, without overflow.
+- `member`: A member of a tree of stacks, such as the parameters of one layer of
+  many.
 - `prepack`: Reorders a weight once, so that a kernel need not do so in every
   call.
 - `qdot`: x @ w as a recipe trains it, with quantized products in both
@@ -47,6 +50,7 @@ chosen can be asked with `select_implementation`.
 """
 
 from lowbit_jax._low_rank import LowRank as LowRank
+from lowbit_jax._member import Member as Member, member as member
 from lowbit_jax._transformed import Transformed as Transformed
 from lowbit_jax.numerics import round_to as round_to
 from lowbit_jax.ops._dispatch import Choice as Choice

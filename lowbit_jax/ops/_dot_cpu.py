@@ -17,6 +17,7 @@ from jax.core import ShapedArray
 from jax.interpreters import batching, mlir
 
 from lowbit_jax import cpu, qarray
+from lowbit_jax._member import Member
 from lowbit_jax._typing import DotDims, Precision
 from lowbit_jax.formats import BlockFormat
 from lowbit_jax.numerics import _scaling
@@ -24,6 +25,8 @@ from lowbit_jax.ops import _dot_xla
 from lowbit_jax.ops._dispatch import Plan
 from lowbit_jax.ops._operand import Shaped
 from lowbit_jax.qarray import QArray
+
+_INDEX = jnp.int32
 
 
 def plan(
@@ -35,19 +38,32 @@ def plan(
     why = _why_not(lhs, rhs, dims)
   if why is not None:
     raise NotImplementedError(why)
-  multiply = functools.partial(_product, precision=precision)
-  product = _dot_xla.Tiles(dims, multiply)
-  return Plan(
-    'decodes weights next to the product, on the threads of XLA',
-    lambda lhs, rhs: product(lhs, _along_k(rhs)),
-    is_portable=True,
-  )
+
+  def run(lhs, rhs):
+    multiply = functools.partial(_product, precision=precision)
+    if isinstance(rhs, Member):
+      if _is_in_place(rhs, dims):
+        multiply = functools.partial(multiply, member=rhs)
+      rhs = rhs.unpack()
+    return _dot_xla.Tiles(dims, multiply)(lhs, _along_k(rhs))
+
+  note = 'decodes weights next to the product, on the threads of XLA'
+  return Plan(note, run, is_portable=True)
+
+
+def _is_in_place(rhs: Member, dims: DotDims) -> bool:
+  """Whether a member lies in its stack as the kernel reads a matrix."""
+  fmt, ((_, contracted), _) = rhs.stack.fmt, dims
+  is_matrix = rhs.ndim == 2 and len(contracted) == 1 and not rhs.stack.merged
+  return is_matrix and not fmt.is_tile and fmt.scale_blocks is None
 
 
 def _why_not(lhs: Shaped, rhs: Shaped, dims: DotDims) -> str | None:
   """Why there is no kernel for these operands, or None."""
   from lowbit_jax.cpu import _matmul
 
+  if isinstance(rhs, Member):
+    rhs = jax.eval_shape(Member.unpack, rhs)
   if not isinstance(rhs, QArray):
     return _dot_xla.why_not_tiles(lhs, rhs, dims)
   if not all(isinstance(n, int) for n in (*lhs.shape, *rhs.shape)):
@@ -120,17 +136,37 @@ def _is_after(q: QArray) -> bool:
   return q.scale.shape[q.axes[0]] == 1
 
 
-def _product(x: jax.Array, q: QArray, precision: Precision) -> jax.Array:
-  """x (m, k) times a matrix (k, n) or (n, k), float32."""
+def _product(
+  x: jax.Array,
+  q: QArray,
+  precision: Precision,
+  member: Member | None = None,
+) -> jax.Array:
+  """x (m, k) times a matrix (k, n) or (n, k), float32.
+
+  Args:
+    x: float32 (m, k).
+    q: the matrix.
+    precision: as in `lax.dot_general`.
+    member: where q lies in a stack, None for one that lies by itself.
+  """
+  from lowbit_jax.cpu._weights import LANES
+
   kind, along = _kind(q), q.axes[0]
   x = jnp.pad(x, ((0, 0), (0, q.pad[0])))
+  if kind.order > 1:
+    m, k = x.shape
+    groups = x.reshape(m, -1, LANES, kind.order)
+    x = groups.swapaxes(-1, -2).reshape(m, k)
   scale = q.scale
   if _is_after(q):
     q = qarray.replace(q, scale=None)
-  leaves = q.codes, q.scale, q.zero_point, q.minimum
-  leaves = [leaf[None] for leaf in leaves if leaf is not None]
+  stack, index = jax.tree.map(lambda leaf: leaf[None], q), jnp.zeros(1, _INDEX)
+  if member is not None:
+    stack, index = member.stack, member.index[None]
+  leaves = [getattr(stack, name) for name in kind.arrays]
   how = {'kind': kind, 'precision': precision}
-  out = _matmul.bind(x[None], jnp.zeros(1, jnp.int32), *leaves, **how)[0]
+  out = _matmul.bind(x[None], index, *leaves, **how)[0]
   if scale is not None and q.scale is None:
     assert q.fmt.scale is not None
     for f in _scaling.factors(scale, q.fmt.scale):

@@ -19,6 +19,7 @@ import numpy as np
 
 from lowbit_jax import _explicit, _transformed, qarray
 from lowbit_jax._low_rank import LowRank
+from lowbit_jax._member import Member
 from lowbit_jax._transformed import Transformed
 from lowbit_jax._typing import ArrayLike, DotDims, Shape
 from lowbit_jax.ops import _prepack
@@ -43,12 +44,15 @@ class Storage(NamedTuple):
 
 STORAGES: dict[type, Storage] = {
   QArray: Storage(lambda q: q, ('scale', 'tensor_scale', 'minimum')),
+  Member: Storage(Member.unpack),
   Prepacked: Storage(_prepack.unpack, sides=('rhs',)),
 }
 
 # Of a product, as users give them.
-Operand = ArrayLike | QArray | Prepacked | Transformed | LowRank
-Shaped = jax.Array | jax.ShapeDtypeStruct | QArray | Prepacked  # of a plan
+Operand = ArrayLike | QArray | Member | Prepacked | Transformed | LowRank
+Shaped = (  # of a plan
+  jax.Array | jax.ShapeDtypeStruct | QArray | Member | Prepacked
+)
 
 
 def is_stored(x: object) -> bool:
