@@ -231,6 +231,12 @@ def _attention(x, w):
   return ops.lmul_attention(q, q, q, is_causal=True)
 
 
+def _decode_attention(x, w):
+  q, cache = x[:, None, None], jnp.stack([x, -x])[:, :, None, None]
+  step = lambda q: ops.decode_attention(q, cache, cache, 1, layer=1, window=3)
+  return step(q), jax.grad(lambda q: jnp.sum(step(q)))(q)
+
+
 def _views(x, w):
   q = lowbit_jax.quantize(x, formats.mxfp4)
   stack = lowbit_jax.quantize(jnp.stack([x, x]), formats.nvfp4)
@@ -319,6 +325,7 @@ CASES: dict[str, Case] = {
       _held_tensor_scales, _sphere, _by_addition, _views, _transforms,
       _rotated, _polar, _prepacked, _ragged, _spanned,
       _behind_transforms, _looked_up, _left_weight, _beside_factors,
+      _decode_attention,
     )
   },
 }  # fmt: skip
@@ -345,7 +352,7 @@ SHARDED = (
   'product_mxfp4', 'integer_product', 'softmax_softmax', 'clipped',
   'learned_step', 'held_scales', 'general_product', 'by_addition', 'transforms',
   'polar', 'prepacked', 'ragged', 'spanned', 'behind_transforms',
-  'looked_up', 'left_weight', 'beside_factors',
+  'looked_up', 'left_weight', 'beside_factors', 'decode_attention',
 )  # fmt: skip
 # JAX itself refuses to take parts of an axis that is split explicitly.
 NOT_SHARDED = ('parts', 'views', 'sphere')
@@ -430,6 +437,7 @@ class TracedTest(parameterized.TestCase):
         lambda: lowbit_jax.softmax(x),
         lambda: special.tanh(x),
         lambda: ops.lmul(x, x),
+        lambda: ops.decode_attention(*[x[None, :, None]] * 3, 1),
       ):
         with self.assertRaisesRegex(TypeError, 'float64.*(cast|astype)'):
           f()

@@ -118,6 +118,7 @@ CODES = np.zeros((2, 64), np.uint8)
 MXFP4, NVFP4, UINT4 = formats.mxfp4, formats.nvfp4, formats.uint4_g32
 SPEC = QuantSpec(MXFP4)
 RECIPE = recipes.get('mxfp8')
+HEADS = X.reshape(1, 2, 4, 16)
 Q = jax.eval_shape(lambda: ops.quantize(X, MXFP4))
 QW = jax.eval_shape(lambda: ops.quantize(W, MXFP4, axis=-2))
 Q, QW = (jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), q) for q in (Q, QW))
@@ -242,6 +243,9 @@ CALLS = {
     'x': X, 'scale': np.ones((2, 2), np.float32), 'fmt': MXFP4, 'axis': -1,
     'tensor_scale': None, 'zero_point': None, **ROUND, 'origin': None,
     'backward': 'identity'}),
+  'ops.decode_attention': Call(ops.decode_attention, {
+    'query': HEADS, 'keys': HEADS, 'values': HEADS, 'lengths': 2,
+    'layer': None, 'scale': None, 'window': None, **RUN}),
   'ops.dot': Call(ops.dot, {
     'lhs': X, 'rhs': QW, 'preferred_element_type': None, **RUN}),
   'ops.dot_general': Call(ops.dot_general, {

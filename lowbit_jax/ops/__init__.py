@@ -10,6 +10,8 @@ chosen can be asked with `select_implementation`.
   `prepack`.
 - `Transformed`: A quantized weight whose activations take a transform when it
   is used.
+- `decode_attention`: Attention of the last tokens of sequences, of whose cache
+  the filled part alone is read.
 - `dequantize`: The array that `q` stands for.
 - `dot`: `jnp.dot` on arrays and QArrays: the last axis of `lhs` with the last
   but one of `rhs`.
@@ -53,6 +55,9 @@ from lowbit_jax._low_rank import LowRank as LowRank
 from lowbit_jax._member import Member as Member, member as member
 from lowbit_jax._transformed import Transformed as Transformed
 from lowbit_jax.numerics import round_to as round_to
+from lowbit_jax.ops._decode_attention import (
+  decode_attention as decode_attention,
+)
 from lowbit_jax.ops._dispatch import Choice as Choice
 from lowbit_jax.ops._dot import (
   dot as dot,

@@ -5,7 +5,14 @@ import inspect
 from typing import Any
 
 from lowbit_jax._typing import Implementation
-from lowbit_jax.ops import _dispatch, _dot, _quantize, _ragged, _softmax
+from lowbit_jax.ops import (
+  _decode_attention,
+  _dispatch,
+  _dot,
+  _quantize,
+  _ragged,
+  _softmax,
+)
 
 _OPS = {
   'quantize': (_quantize.TABLE, _quantize.operands),
@@ -13,6 +20,7 @@ _OPS = {
   'dot_general': (_dot.TABLE, _dot.dot_general_operands),
   'einsum': (_dot.TABLE, _dot.einsum_operands),
   'ragged_dot': (_ragged.TABLE, _ragged.operands),
+  'decode_attention': (_decode_attention.TABLE, _decode_attention.operands),
   **{
     kind: (_softmax.TABLE, functools.partial(_softmax.operands, kind))
     for kind in _softmax.forms.KINDS
@@ -49,13 +57,14 @@ def select_implementation(
               xla              everything, by an int32 product, a scan over
                                tiles of the weight, or dequantized operands
     ragged    xla              everything, one group after the other
+    decode... xla              everything, one chunk of positions at a time
     softmax   tpu, mosaic_gpu  rows that fit into the memory of a kernel, with
     and kin                    exp='degree5'
               xla              everything
 
   Args:
     op: 'quantize', 'dot', 'dot_general', 'einsum', 'ragged_dot', 'softmax',
-      'log_softmax' or 'logsumexp'.
+      'log_softmax', 'logsumexp' or 'decode_attention'.
     *args: its arguments; `jax.ShapeDtypeStruct` leaves will do.
     implementation: as in the operation.
     platform: 'cpu', 'gpu' or 'tpu'; None for that of the default device.
