@@ -33,6 +33,9 @@ FOLLOWERS: Mapping[str, tuple[str, ...]] = {
   'norm/scale': ('head/kernel',),
 }
 
+# Tokens of a decoding step; more of them are a prompt.
+_FEW = 8
+
 
 class Cache(NamedTuple):
   """Keys and values (blocks, batch, positions, kv_heads, head_size)."""
@@ -84,16 +87,11 @@ class Attention(nnx.Module):
     query, key = (
       jnp.where(place.rotates, place.rotation.apply(h), h) for h in (query, key)
     )
-    if cache is not None:
-      cache = _written(cache, place, key, value)
-      key, value = cache.keys[place.block], cache.values[place.block]
-      key, value = key.astype(query.dtype), value.astype(query.dtype)
-      seen = jnp.arange(key.shape[1])
+    if cache is None:
+      out = _attend((query, key, value), place, place.positions)
     else:
-      seen = place.positions
-    distance = place.positions[:, None] - seen
-    mask = (0 <= distance) & (distance < place.window)
-    out = jax.nn.dot_product_attention(query, key, value, mask=mask[None, None])
+      cache = _written(cache, place, key, value)
+      out = _attend_cached(query, cache, place)
     return self.out(out.reshape(*x.shape[:2], -1)), cache
 
 
@@ -227,6 +225,26 @@ class Llama(nnx.Module):
 
 def norm(config: Config, size: int, options: Mapping[str, Any]) -> nnx.RMSNorm:
   return nnx.RMSNorm(size, epsilon=config.epsilon, **options)
+
+
+def _attend(
+  heads: Sequence[jax.Array], place: _Place, seen: jax.Array
+) -> jax.Array:
+  """Attention of queries to keys and values at the positions `seen`."""
+  distance = place.positions[:, None] - seen
+  mask = (0 <= distance) & (distance < place.window)
+  return jax.nn.dot_product_attention(*heads, mask=mask[None, None])
+
+
+def _attend_cached(query: jax.Array, cache: Cache, place: _Place) -> jax.Array:
+  """The same to the cache, of which a few tokens read the filled part alone."""
+  if query.shape[1] <= _FEW:
+    length = place.positions[-1] + 1
+    return lowbit.ops.decode_attention(
+      query, *cache, length, layer=place.block, window=place.window
+    )
+  heads = query, *(leaf[place.block].astype(query.dtype) for leaf in cache)
+  return _attend(heads, place, jnp.arange(heads[1].shape[1]))
 
 
 def _written(

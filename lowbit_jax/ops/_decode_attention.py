@@ -111,6 +111,7 @@ def decode_attention(
   *arrays, scale = operands(
     query, keys, values, lengths, layer=layer, scale=scale, window=window
   )
+  _dispatch.requested(implementation, TABLE)
   if isinstance(implementation, list):
     implementation = tuple(implementation)
   return _compiled(*arrays, scale, implementation)
