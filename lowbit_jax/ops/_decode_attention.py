@@ -249,16 +249,9 @@ def _by_chunks(
 
   # The largest score, the sum of exponentials, and that times the values.
   shape = (batch, kv_heads, heads // kv_heads, tokens)
-  state = tuple(
-    loops.carry(
-      jnp.full(shape, start, jnp.float32), query, keys, values, low, layer
-    )
-    for shape, start in (
-      (shape, -jnp.inf),
-      (shape, 0.0),
-      ((*shape, size), 0.0),
-    )
-  )
+  starts = (shape, -jnp.inf), (shape, 0.0), ((*shape, size), 0.0)
+  state = tuple(jnp.full(*start, jnp.float32) for start in starts)
+  state = tuple(loops.carry(x, query, keys, values, low, layer) for x in state)
   _, total, out = lax.fori_loop(jnp.int32(0), chunks, add_chunk, state)
 
   # The quotients, and 0 where a token sees nothing.
@@ -286,8 +279,8 @@ def _at_once(
 
 
 def _seen(query, keys, lengths, window) -> tuple[jax.Array, jax.Array]:
-  """The first position that each token (b, t) sees, and the one after the last;
-  not less than the first one only if it sees none."""
+  """The first position that each token (b, t) sees, and the one after the last,
+  which is greater unless the token sees none."""
   batch, tokens = query.shape[:2]
   lengths = jnp.broadcast_to(lengths, (batch,))[:, None]
   steps = jnp.arange(1 - tokens, 1, dtype=jnp.int32)[None]
@@ -310,11 +303,11 @@ def _chunk(cache, layer, start, chunk: int) -> jax.Array:
   at[-3], sizes[-3] = start, chunk
   if layer is not None:
     at[0], sizes[0] = layer, 1
-  # Where it slices no bfloat16, XLA would convert the whole cache beforehand.
+  # Else XLA may take what it does to the chunk out of the loop, to the whole
+  # cache: to float32 where it slices no bfloat16, to another layout.
   cache, at = lax.optimization_barrier((cache, at))
-  part = lax.dynamic_slice(cache, at, sizes).reshape(sizes[-4:])
-  # Else a layout that suits the product would become one of the whole cache.
-  return lax.optimization_barrier(part.astype(jnp.float32))
+  part = lax.dynamic_slice(cache, at, sizes)
+  return part.reshape(sizes[-4:]).astype(jnp.float32)
 
 
 def _only(x: jax.Array, used: jax.Array) -> jax.Array:
@@ -426,8 +419,10 @@ def _checked_integers(
     if array.min() < least or (most is not None and array.max() > most):
       upper = '' if most is None else f' and at most {most}, the {what}'
       raise ValueError(f'{name}={x!r} must be at least {least}{upper}')
-    array = np.minimum(array, _ENDLESS)
-  return jnp.asarray(array).astype(jnp.int32)
+  array = jnp.asarray(np.minimum(array, _ENDLESS) if is_known else array)
+  if array.dtype in (jnp.int64, jnp.uint64, jnp.uint32):
+    array = jnp.minimum(array, _ENDLESS)
+  return array.astype(jnp.int32)
 
 
 def _checked_scale(scale: Any, size: int) -> float:

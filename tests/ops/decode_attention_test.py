@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl.testing import absltest, parameterized
 from jax import lax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 from lowbit_jax import ops
 from lowbit_jax.ops import _decode_attention
@@ -285,8 +286,36 @@ class TransformationsTest(parameterized.TestCase):
     out = attend(q, k, v, np.array([9, 200]), layer=1, window=20)
     with jax.enable_x64(True):
       wide = attend(q, k, v, np.array([9, 200]), layer=1, window=20)
+      endless = attend(q, k, v, jnp.arange(199, 201), layer=1, window=2**40)
+      traced = attend(
+        q, k, v, jnp.arange(199, 201), layer=1, window=jnp.int64(2**40)
+      )
     self.assertEqual(wide.dtype, jnp.float32)
     np.testing.assert_array_equal(out, wide)
+    np.testing.assert_array_equal(endless, traced)
+    Oracle(q, k[1], v[1], np.arange(199, 201)).check(traced)
+
+  def test_shards_of_sequences_and_heads(self):
+    q, k, v = operands(batch=4, heads=8, kv_heads=4, layers=2)
+    lengths = np.array([3, 280, 30, 140], np.int32)
+    oracle = Oracle(q, k[1], v[1], lengths, 130)
+    specs = P('b', None, 'h'), *[P(None, 'b', None, 'h')] * 2, P('b')
+    run = functools.partial(ops.decode_attention, layer=1, window=130)
+    for kind in (AxisType.Auto, AxisType.Explicit):
+      mesh = jax.make_mesh((2, 4), ('b', 'h'), axis_types=(kind, kind))
+      with jax.set_mesh(mesh):
+        arrays = [
+          jax.device_put(x, NamedSharding(mesh, spec))
+          for x, spec in zip((q, k, v, lengths), specs, strict=True)
+        ]
+        out = jax.jit(run)(*arrays)
+        if kind == AxisType.Explicit:
+          self.assertEqual(
+            jax.typeof(out).sharding.spec, P('b', None, 'h', None)
+          )
+        oracle.check(out)
+        parts = jax.shard_map(run, in_specs=specs, out_specs=specs[0])
+        oracle.check(jax.jit(parts)(*arrays))
 
   @parameterized.product(
     dtype=('float32', 'bfloat16', 'float16'), positions=(CHUNK, 4 * CHUNK)
@@ -299,14 +328,23 @@ class TransformationsTest(parameterized.TestCase):
     q = jax.ShapeDtypeStruct((1, 1, 8, size), jnp.float32)
     number = jax.ShapeDtypeStruct((), jnp.int32)
 
-    def step(q, k, v, length):
-      def add(i, x):
-        return x + ops.decode_attention(x, k, v, length, layer=i)
+    # On CPU XLA updates no bfloat16 in place.
+    writes = dtype != 'bfloat16'
 
-      return lax.fori_loop(0, layers, add, q)
+    def step(q, k, v, length):
+      def add(i, carry):
+        x, k, v = carry
+        at = i, 0, length - 1, 0, 0
+        new = x[None].astype(dtype)
+        if writes:
+          k, v = (lax.dynamic_update_slice(old, new, at) for old in (k, v))
+        return x + ops.decode_attention(x, k, v, length, layer=i), k, v
+
+      return lax.fori_loop(0, layers, add, (q, k, v))
 
     with one_device():
-      compiled = jax.jit(step).lower(q, cache, cache, number).compile()
+      run = jax.jit(step, donate_argnums=(1, 2))
+      compiled = run.lower(q, cache, cache, number).compile()
     memory = compiled.memory_analysis().temp_size_in_bytes
     # Chunks of keys and values in float32, each in two layouts.
     chunk = CHUNK * kv_heads * size * 4
