@@ -1,12 +1,14 @@
 """How fast products with quantized weights are, relative to float32 `jnp.dot`.
 
-x is (m, 4096) float32, w is (4096, 4096), quantized beforehand along k. Results
-are checked against a float64 product of the dequantized operands first. qwix is
-timed too where it is installed.
+x is (m, 4096) float32, w is (4096, 4096), quantized beforehand along k. Each
+implementation that takes the operands here is timed. Results are checked against
+a float64 product of the dequantized operands first. qwix is timed too where it is
+installed.
 
   python benchmarks/matmul.py
   python benchmarks/matmul.py --rows 1 --formats int4_g128 --rounds 31
   python benchmarks/matmul.py --stored nk
+  python benchmarks/matmul.py --k 576 --n 1536 --rows 1
 """
 
 import functools
@@ -20,13 +22,14 @@ from absl import app, flags
 import _timing
 import lowbit_jax as lowbit
 
-_SIZE = flags.DEFINE_integer('size', 4096, 'Rows and columns of the weight.')
-_ROWS = flags.DEFINE_list('rows', ['1', '256'], 'Rows of x.')
+_K = flags.DEFINE_integer('k', 4096, 'Rows of the weight.')
+_N = flags.DEFINE_integer('n', 4096, 'Columns of the weight.')
+_ROWS = flags.DEFINE_list('rows', ['1', '8', '256'], 'Rows of x.')
 _ROUNDS = flags.DEFINE_integer('rounds', 21, 'Timed calls of each candidate.')
 _FORMATS = flags.DEFINE_list(
   'formats',
   ['int8_channel', 'int8_g128', 'int4_g128', 'uint4_g128', 'mxfp4', 'nvfp4',
-   'mxfp6_e2m3', 'mxfp8_e4m3', 'nf4_g64'],
+   'mxfp6_e2m3', 'mxfp8_e4m3', 'nf4_g64', 'int2_g32', 'int3_g32'],
   'Block formats of the weight.',
 )  # fmt: skip
 _STORED = flags.DEFINE_enum(
@@ -35,24 +38,23 @@ _STORED = flags.DEFINE_enum(
 _PEERS = flags.DEFINE_bool('peers', True, 'Time installed peers too.')
 
 # What we set out to reach: wall time relative to float32 jnp.dot on idle cores.
+_FOUR_BITS = ['int4_g128', 'uint4_g128', 'mxfp4', 'nvfp4', 'nf4_g64']
 GOALS = {
-  1: {'int8_channel': 1.0, 'int8_g128': 1.0, 'int4_g128': 1.0, 'mxfp4': 1.0},
-  256: dict.fromkeys(
-    ['int8_channel', 'int8_g128', 'int4_g128', 'mxfp4', 'nvfp4', 'mxfp8_e4m3'],
-    1.05,
-  )
-  | {'int8 x int8': 0.65},
+  1: dict.fromkeys(_FOUR_BITS, 0.15)
+  | dict.fromkeys(['int8_channel', 'int8_g128', 'mxfp8_e4m3'], 0.22)
+  | dict.fromkeys(['int2_g32', 'int3_g32'], 0.12),
+  8: dict.fromkeys(_FOUR_BITS, 0.35),
+  256: dict.fromkeys(_FOUR_BITS, 0.8) | {'int8 x int8': 0.65},
 }
 
 
-def product(x, q):
+def product(x, q, implementation=None):
   """x times the weight, which stands for (k, n) however it is stored."""
-  if _STORED.value == 'kn':
-    return lowbit.dot(x, q)
-  return lowbit.einsum('mk,nk->mn', x, q)
+  subscripts = f'mk,{_STORED.value}->mn'
+  return lowbit.einsum(subscripts, x, q, implementation=implementation)
 
 
-def check(x, w) -> None:
+def check(x, w, implementation) -> None:
   """The product is within the rounding of a float32 sum of k terms."""
 
   def dense(a):
@@ -62,19 +64,28 @@ def check(x, w) -> None:
   w_kn = dense(w) if _STORED.value == 'kn' else dense(w).T
   a, b = dense(x)[:4], w_kn[:, :64]
   bound = (np.abs(a) @ np.abs(b)) * (b.shape[0] + 8) * 2.0**-24
-  actual = np.asarray(product(x, w), np.float64)[:4, :64]
-  assert np.all(np.abs(actual - a @ b) <= bound)
+  actual = product(x, w, implementation)[:4, :64]
+  assert np.all(np.abs(np.asarray(actual, np.float64) - a @ b) <= bound)
 
 
 def candidates(x, w) -> tuple[dict, dict]:
   thunks, notes = {}, {}
 
   def add(name, x, q):
-    check(x, q)
-    thunks[name] = functools.partial(jax.jit(product), x, q)
     subscripts = f'mk,{_STORED.value}->mn'
-    choice = lowbit.select_implementation('einsum', subscripts, x, q)
-    notes[name] = choice.note
+    for implementation in ('cpu', 'xla'):
+      select = functools.partial(
+        lowbit.select_implementation, implementation=implementation
+      )
+      try:
+        choice = select('einsum', subscripts, x, q)
+      except NotImplementedError:
+        continue
+      check(x, q, implementation)
+      run = jax.jit(functools.partial(product, implementation=implementation))
+      key = name, implementation
+      thunks[key] = functools.partial(run, x, q)
+      notes[key] = choice.note
 
   axis = _STORED.value.index('k') - 2
   w = w if axis == -2 else w.T
@@ -84,7 +95,7 @@ def candidates(x, w) -> tuple[dict, dict]:
   q = lowbit.quantize(w, int8, axis=axis)
   add('int8 x int8', lowbit.quantize(x, int8), q)
   dynamic = jax.jit(lambda x, q: product(lowbit.quantize(x, int8), q))
-  thunks['int8 x int8, x quantized too'] = functools.partial(dynamic, x, q)
+  thunks['int8 x int8, x quantized too', ''] = functools.partial(dynamic, x, q)
   return thunks, notes
 
 
@@ -98,18 +109,18 @@ def qwix_candidates(x, w) -> dict:
       qtype=name, channelwise_axes=[1], tiled_axes=tiles
     )
     q = jax.jit(lambda w, how=how: qarray.quantize(w, how))(w)
-    thunks[f'qwix {name}'] = functools.partial(jax.jit(qwix.dot), x, q)
+    thunks[f'qwix {name}', ''] = functools.partial(jax.jit(qwix.dot), x, q)
   return thunks
 
 
 def main(argv):
   del argv
-  n = _SIZE.value
-  w = jax.random.normal(jax.random.key(1), (n, n), jnp.float32)
+  k, n = _K.value, _N.value
+  w = jax.random.normal(jax.random.key(1), (k, n), jnp.float32)
   base = jax.jit(jnp.dot)
-  print(f'{_timing.machine()}; weight {n} x {n}\n')
+  print(f'{_timing.machine()}; weight {k} x {n}\n')
   for m in map(int, _ROWS.value):
-    x = jax.random.normal(jax.random.key(0), (m, n), jnp.float32)
+    x = jax.random.normal(jax.random.key(0), (m, k), jnp.float32)
     thunks, notes = candidates(x, w)
     if _PEERS.value and importlib.util.find_spec('qwix'):
       thunks |= qwix_candidates(x, w)
@@ -118,13 +129,15 @@ def main(argv):
     )
     rows = []
     for r in ratios:
-      goal = GOALS.get(m, {}).get(r.name)
+      goal = GOALS.get(m, {}).get(r.name[0])
       rows.append([
-        r.name, f'{r.wall:.2f}', f'{r.cpu:.2f}',
+        *r.name, f'{r.wall:.2f}', f'{r.cpu:.2f}',
         '' if goal is None else f'<= {goal}', f'{r.milliseconds:.2f}',
         notes.get(r.name, ''),
       ])  # fmt: skip
-    header = ['weight', 'wall ratio', 'CPU ratio', 'goal (wall)', 'ms', 'how']
+    header = [
+      'weight', 'by', 'wall ratio', 'CPU ratio', 'goal (wall)', 'ms', 'how',
+    ]  # fmt: skip
     print(_timing.table(f'm = {m}', header, rows) + '\n')
 
 

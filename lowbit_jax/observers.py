@@ -28,7 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from lowbit_jax import _explicit, ops
+from lowbit_jax import _explicit
 from lowbit_jax._low_rank import is_operand
 from lowbit_jax._typing import PyTree, Shape
 from lowbit_jax._walk import Observer as Observer, Product as Product

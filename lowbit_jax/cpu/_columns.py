@@ -16,13 +16,22 @@ from lowbit_jax.cpu._code import (
   least,
   load,
   loop,
+  most,
   otherwise,
   prefetch,
   scratch,
   store,
   when,
 )
-from lowbit_jax.cpu._part import FLOAT, VECTOR, Part, clear, in_groups, in_steps
+from lowbit_jax.cpu._part import (
+  AHEAD,
+  FLOAT,
+  VECTOR,
+  Part,
+  clear,
+  in_groups,
+  in_steps,
+)
 from lowbit_jax.cpu._weights import Factors, Weights
 
 # Vectors of columns that one row of x meets side by side, and the elements
@@ -76,6 +85,7 @@ def _one_row(weights: Weights, part: Part) -> None:
   vectors = count // LANES
   wide = vectors // (2 * VECTORS) * (2 * VECTORS)
   clear(sums, vectors + 1)
+  ahead = most(I64.constant(AHEAD) // count, piece * bits // 8) * part.n
 
   def add(start, length, vector, column, size, fetches):
     """Adds `length` products to the sums of `size` vectors."""
@@ -89,7 +99,7 @@ def _one_row(weights: Weights, part: Part) -> None:
       address = _address(part, weights, k, column)
       if fetches:
         for row in range(kind.group * bits // 8):
-          prefetch(address + part.n * (row + piece * bits // 8))
+          prefetch(address + part.n * row + ahead)
       side = 2 if size % 2 == 0 else 1  # vectors that are decoded together
       eights = [
         weights.in_columns(address + v * LANES, part.n, factors[v : v + side])

@@ -18,6 +18,8 @@ from lowbit_jax.cpu._code import (
 
 FLOAT = 4  # bytes
 VECTOR = FLOAT * LANES
+LINE = 64  # bytes that memory gives at once
+AHEAD = 1 << 13  # bytes between what is read and what is asked for
 SIZES = ('m', 'k', 'n', 'blocks', 'stack', 'row_bytes', 'width', 'chunks')
 
 

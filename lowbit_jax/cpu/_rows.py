@@ -20,7 +20,9 @@ from lowbit_jax.cpu._code import (
   store,
 )
 from lowbit_jax.cpu._part import (
+  AHEAD,
   FLOAT,
+  LINE,
   VECTOR,
   Part,
   clear,
@@ -33,7 +35,6 @@ from lowbit_jax.cpu._weights import Factors, Weights
 
 # Rows of the matrix side by side, and rows of x that meet them side by side.
 ROWS, FEW = 4, 3
-LINE = 64  # bytes that memory gives at once
 # Rows of a tile, its elements along k, and the rows of x that it meets before
 # the next one is decoded.
 TILE_ROWS, TILE_LENGTH, PANEL = 16, 256, 96
@@ -69,7 +70,7 @@ def _one_row(weights: Weights, part: Part, first: Value, count: int) -> None:
   kind = weights.kind
   rows = [first + r for r in range(count)]
   sums = [Variable(zeros()) for _ in rows]
-  following = _address(weights, part, first + count, I64.constant(0))
+  ahead = _address(weights, part, first, I64.constant(0)) + AHEAD
 
   def add_stretch(start, length, blocks):
     """Elements from `start` on, in blocks of one number or several."""
@@ -100,7 +101,7 @@ def _one_row(weights: Weights, part: Part, first: Value, count: int) -> None:
 
     def add_blocks(block, number):
       for i in range(lines):
-        prefetch(following + block * (count * size) + i * LINE)
+        prefetch(ahead + block * (count * size) + i * LINE)
       blocks = [block + i for i in range(number)]
       add_stretch(block * kind.block, kind.block * number, blocks)
 

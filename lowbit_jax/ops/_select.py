@@ -54,6 +54,9 @@ def select_implementation(
                                any operand with a QArray in blocks along such
                                an axis, on either side of it, or times a
                                Prepacked weight
+              cpu              float arrays, or QArrays that are decoded, times
+                               a QArray in blocks along such an axis, which may
+                               be tiles, or a Member of a stack of them
               xla              everything, by an int32 product, a scan over
                                tiles of the weight, or dequantized operands
     ragged    xla              everything, one group after the other
@@ -78,7 +81,9 @@ def select_implementation(
     >>> import jax.numpy as jnp
     >>> import lowbit_jax as lowbit
     >>> w = lowbit.quantize(jnp.ones((64, 8)), lowbit.formats.mxfp4, axis=-2)
-    >>> lowbit.select_implementation('dot', jnp.ones((1, 64)), w).note
+    >>> lowbit.select_implementation(
+    ...   'dot', jnp.ones((1, 64)), w, implementation='xla'
+    ... ).note
     'scan over tiles of the weight'
   """
   table, operands = _op(op)
