@@ -1,9 +1,9 @@
 """How fast products with quantized weights are, relative to float32 `jnp.dot`.
 
 x is (m, 4096) float32, w is (4096, 4096), quantized beforehand along k. Each
-implementation that takes the operands here is timed. Results are checked against
-a float64 product of the dequantized operands first. qwix is timed too where it is
-installed.
+implementation that takes the operands here is timed. Results are checked
+against a float64 product of the dequantized operands first. qwix is timed too
+where it is installed.
 
   python benchmarks/matmul.py
   python benchmarks/matmul.py --rows 1 --formats int4_g128 --rounds 31
