@@ -190,6 +190,8 @@ _matmul.def_abstract_eval(_shape)
 def _by_xla(x, index, *leaves, kind, precision):
   """The product by a scan over tiles of one matrix after the other."""
 
+  index = _within(index, leaves[0].shape[0])
+
   def member(i):
     pick = functools.partial(lax.dynamic_index_in_dim, keepdims=False)
     q = _matrix(kind, [pick(leaf, index[i]) for leaf in leaves])
@@ -198,6 +200,11 @@ def _by_xla(x, index, *leaves, kind, precision):
   if x.shape[0] == 1:
     return member(0)[None]
   return lax.map(member, jnp.arange(x.shape[0]))
+
+
+def _within(index: jax.Array, stack: int) -> jax.Array:
+  """Numbers of the nearest matrices, as the kernel takes them."""
+  return jnp.clip(index, 0, max(stack - 1, 0))
 
 
 def _matrix(kind, leaves) -> QArray:
@@ -274,7 +281,8 @@ def _batched(operands, axes, **how):
   if any(d is not None for d in axes[2:]):
     leaves = [spread(a, d) for a, d in zip(leaves, axes[2:], strict=True)]
     stack = leaves[0].shape[1]
-    index = index + stack * jnp.arange(size, dtype=index.dtype)[:, None]
+    first = stack * jnp.arange(size, dtype=index.dtype)[:, None]
+    index = first + _within(index, stack)
     leaves = [a.reshape(size * stack, *a.shape[2:]) for a in leaves]
   shape = x.shape[:2]
   x = x.reshape(math.prod(shape), *x.shape[2:])
