@@ -247,7 +247,8 @@ def decoder(
     if fmt.exponent_bits == 8 and fmt.bias == 127:
       return Decoder(_powers, 1.0)
   elif isinstance(fmt, FloatFormat) and target.has_halves:
-    if fmt.exponent_bits <= _HALF_EXPONENT:
+    # The greatest exponent of a float16 is that of Inf and NaN alone.
+    if fmt.exponent_bits < _HALF_EXPONENT or _is_half_at_the_top(fmt):
       return Decoder(_halves(fmt), 1.0)
   module.table(name, fmt.values().astype(np.float32))
   return Decoder(lambda codes: _gathered(name, codes), 1.0)
@@ -299,6 +300,10 @@ def _powers(codes: Codes) -> Value:
   is_nan = code.equals(255)
   power = choose(is_nan, I32x8.constant(-1), code << 23)
   return power.bits(F32x8)
+
+
+def _is_half_at_the_top(fmt: FloatFormat) -> bool:
+  return fmt.exponent_bits == _HALF_EXPONENT and fmt.special == 'ieee'
 
 
 def _halves(fmt: FloatFormat) -> Callable[[Codes], Value]:
