@@ -246,10 +246,8 @@ def decoder(
   if isinstance(fmt, FloatFormat) and not fmt.zero:
     if fmt.exponent_bits == 8 and fmt.bias == 127:
       return Decoder(_powers, 1.0)
-  elif isinstance(fmt, FloatFormat) and target.has_halves:
-    # The greatest exponent of a float16 is that of Inf and NaN alone.
-    if fmt.exponent_bits < _HALF_EXPONENT or _is_half_at_the_top(fmt):
-      return Decoder(_halves(fmt), 1.0)
+  elif isinstance(fmt, FloatFormat) and target.has_halves and _is_half(fmt):
+    return Decoder(_halves(fmt), 1.0)
   module.table(name, fmt.values().astype(np.float32))
   return Decoder(lambda codes: _gathered(name, codes), 1.0)
 
@@ -302,8 +300,12 @@ def _powers(codes: Codes) -> Value:
   return power.bits(F32x8)
 
 
-def _is_half_at_the_top(fmt: FloatFormat) -> bool:
-  return fmt.exponent_bits == _HALF_EXPONENT and fmt.special == 'ieee'
+def _is_half(fmt: FloatFormat) -> bool:
+  """Whether a float16 has room for its exponents, of which the greatest one is
+  that of Inf and NaN alone."""
+  if fmt.exponent_bits == _HALF_EXPONENT:
+    return fmt.special == 'ieee'
+  return fmt.exponent_bits < _HALF_EXPONENT
 
 
 def _halves(fmt: FloatFormat) -> Callable[[Codes], Value]:
@@ -333,6 +335,46 @@ def _halves(fmt: FloatFormat) -> Callable[[Codes], Value]:
     return value if factor == 1 else value * factor
 
   return values_of
+
+
+def halves_in_bytes(
+  fmt: ElementFormat, target: Target
+) -> Callable[[Value], list[Value]] | None:
+  """A decoder of 16 bytes at once, into two vectors; None where there is none.
+
+  A code of 8 bits is moved to the top of 16, where its sign is that of a
+  float16, and its exponent to the low bits of the exponent there.
+  """
+  is_float = isinstance(fmt, FloatFormat) and fmt.bits == 8 and fmt.signed
+  if not is_float or not fmt.zero or not _is_half(fmt):
+    return None
+  if not (target.has_permutations and target.has_halves):
+    return None
+  shift = _HALF_EXPONENT - fmt.exponent_bits
+  magnitude = 0x7F00 >> shift
+  exponent = magnitude & 0x7C00
+  wide = I16.vector(16)
+  none, ones = wide.constant(0), wide.constant(-1)
+  factor = 2.0 ** (_HALF_BIAS - fmt.bias)
+  places = [0x80] * 32  # of a zero
+  places[1:16:2], places[17::2] = range(8), range(8, 16)
+
+  def numbers(whole):
+    top = _picked(whole, BYTES.constant(places)).bits(wide)
+    half = top.shifted_right(shift) & wide.constant(magnitude - 0x8000)
+    if fmt.special == 'fn':
+      is_nan = (half & magnitude).equals(magnitude)
+      half = half | choose(is_nan, ones, none)
+    elif fmt.special == 'fnuz':
+      half = half | choose(top.equals(-0x8000), ones, none)
+    elif fmt.special == 'ieee' and shift:
+      is_top = (half & exponent).equals(exponent)
+      half = half | choose(is_top, wide.constant(0x7C00), none)
+    parts = [half.lanes_at(range(i, i + LANES)) for i in (0, LANES)]
+    parts = [part.bits(F16x8).widened(F32x8) for part in parts]
+    return parts if factor == 1 else [part * factor for part in parts]
+
+  return numbers
 
 
 def _gathered(name: str, codes: Codes) -> Value:

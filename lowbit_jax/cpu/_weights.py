@@ -144,6 +144,7 @@ class Weights:
     else:
       step = self._ordinal.step
     self._step = step
+    self._halves = _decode.halves_in_bytes(kind.element, target)
     self._is_coded = kind.arrays.get('scale') == 'uint8'
     if self._is_coded and kind.scale is not None:
       if kind.layout == 'nk':
@@ -215,6 +216,8 @@ class Weights:
     """What becomes of codes in whole bytes: for each eight bytes the first
     codes of all, the second ones and so on."""
     whole = _decode.whole_bytes(address, count)
+    if self._halves is not None:
+      return [[part] for part in self._halves(whole)[: count // LANES]]
     codes = _decode.codes_in_bytes(whole, self.kind.element.bits)
     if self._ordinal is not None:
       codes = [self._ordinal.integers(c) for c in codes]

@@ -108,9 +108,9 @@ def dot(
       contracted as one on the right where it has as many elements as the
       array.
     preferred_element_type: dtype of the result; None for the promoted dtype.
-    implementation: 'tpu', 'mosaic_gpu' or 'xla', or a list of names; the first
-      that supports the operands runs. None tries all of them, kernels first. If
-      none does, NotImplementedError says why.
+    implementation: 'tpu', 'mosaic_gpu', 'cpu' or 'xla', or a list of names; the
+      first that supports the operands runs. None tries all of them, kernels
+      first. If none does, NotImplementedError says why.
 
   Returns:
     The product, accumulated in float32 (or int32 and then float32). With a

@@ -18,6 +18,7 @@ from jax.sharding import PartitionSpec
 
 from lowbit_jax import _derivative, _explicit
 from lowbit_jax._low_rank import LowRank
+from lowbit_jax._member import Member
 from lowbit_jax._transformed import Transformed
 from lowbit_jax._typing import (
   ArrayLike,
@@ -27,7 +28,7 @@ from lowbit_jax._typing import (
   PyTree,
 )
 from lowbit_jax.numerics._codec import promoted
-from lowbit_jax.ops import _dispatch, _dot_xla, _low_rank, _operand
+from lowbit_jax.ops import _dispatch, _dot_cpu, _dot_xla, _low_rank, _operand
 from lowbit_jax.ops._dispatch import Plan
 from lowbit_jax.ops._operand import Operand, Shaped
 from lowbit_jax.qarray import QArray
@@ -66,7 +67,7 @@ def ragged_dot(
     group_sizes: `(g,)` integers of 0 or more.
     precision: as in `lax.dot_general`.
     preferred_element_type: dtype of the result; None for the promoted dtype.
-    implementation: 'xla', or a list of names, as in `dot`.
+    implementation: 'cpu', 'xla', or a list of names, as in `dot`.
 
   Returns:
     `(m, n)`, accumulated in float32. Rows after the last group are zero.
@@ -225,7 +226,28 @@ def plan_xla(
   return Plan(f'one window of rows of a group after the other: {note}', run)
 
 
-TABLE = {'xla': plan_xla}
+def plan_cpu(
+  lhs: Shaped, rhs: Shaped, group_sizes: Any, precision: Precision
+) -> Plan:
+  """Plans a ragged product by the kernel of `dot` for CPUs, which reads the
+  matrix of a group where it lies."""
+  del group_sizes
+  if not isinstance(rhs, QArray):
+    raise NotImplementedError('rhs is not quantized')
+  m, k = lhs.shape
+  window = jax.ShapeDtypeStruct((_window_rows(m), k), jnp.float32)
+  matrix = jax.eval_shape(lambda q: Member(q, jnp.int32(0)), rhs)
+  plan = _dot_cpu.plan(window, matrix, _DIMS, precision)
+
+  def run(lhs, rhs, group_sizes):
+    x = _operand.dense(lhs)
+    return _by_windows(x, rhs, group_sizes, plan.run, Member)
+
+  note = f'one window of rows of a group after the other: {plan.note}'
+  return Plan(note, run, plan.is_portable)
+
+
+TABLE = {'cpu': plan_cpu, 'xla': plan_xla}
 
 
 def _dense_product(lhs, rhs, group_sizes):
@@ -298,7 +320,11 @@ _ragged.defjvp(_ragged_jvp, symbolic_zeros=True)
 
 
 def _by_windows(
-  x: jax.Array, weights: PyTree, group_sizes: jax.Array, multiply: Callable
+  x: jax.Array,
+  weights: PyTree,
+  group_sizes: jax.Array,
+  multiply: Callable,
+  member: Callable | None = None,
 ) -> jax.Array:
   """The rows of each group times the matrix of the group.
 
@@ -307,11 +333,13 @@ def _by_windows(
     weights: tree with leaves (g, ...), or (1, ...) for what groups share.
     group_sizes: (g,).
     multiply: of (rows, k) and a member of `weights`, (rows, n) in float32.
+    member: of `weights` and the number of a group; None takes a copy.
   """
+  member = member or _member
   m, rows = x.shape[0], _window_rows(x.shape[0])
   x = x.astype(jnp.float32)
   window = jax.ShapeDtypeStruct((rows, x.shape[1]), x.dtype)
-  matrix = jax.eval_shape(lambda w: _member(w, 0), weights)
+  matrix = jax.eval_shape(lambda w: member(w, jnp.int32(0)), weights)
   n = jax.eval_shape(multiply, window, matrix).shape[1]
   out = jnp.zeros((m, n), jnp.float32)
   if 0 in (m, n, len(group_sizes)):
@@ -329,7 +357,7 @@ def _by_windows(
     is_ours = ((index >= first) & (index < ends[group]))[:, None]
     # Other rows are left out before, and after: the matrix may hold NaN.
     part = jnp.where(is_ours, x[index], 0)
-    part = jnp.where(is_ours, multiply(part, _member(weights, group)), 0)
+    part = jnp.where(is_ours, multiply(part, member(weights, group)), 0)
     return out.at[index].add(part)
 
   @functools.partial(jax.checkpoint, prevent_cse=False)

@@ -59,7 +59,8 @@ def select_implementation(
                                be tiles, or a Member of a stack of them
               xla              everything, by an int32 product, a scan over
                                tiles of the weight, or dequantized operands
-    ragged    xla              everything, one group after the other
+    ragged    cpu              what cpu supports of dot, a matrix at a time
+              xla              everything, one group after the other
     decode... xla              everything, one chunk of positions at a time
     softmax   tpu, mosaic_gpu  rows that fit into the memory of a kernel, with
     and kin                    exp='degree5'
