@@ -21,7 +21,6 @@ from lowbit_jax.cpu._code import (
   prefetch,
   scratch,
   store,
-  when,
 )
 from lowbit_jax.cpu._part import (
   AHEAD,
@@ -48,17 +47,17 @@ def write(weights: Weights, part: Part) -> None:
     with one:
       _one_row(weights, part)
     with several:
-      count = part.end - part.first
-      columns = TILE_VECTORS * LANES
-      whole = count // columns * columns
-      with loop(whole, step=columns) as c:
-        width = I64.constant(TILE_VECTORS)
-        _several_rows(weights, part, part.first + c, width)
-      rest = (count - whole) // LANES
-      with when(rest > 0):
-        _several_rows(weights, part, part.first + whole, rest)
-      with when((count % LANES) > 0):
-        _several_rows(weights, part, part.end - LANES, I64.constant(1))
+      _several_rows(weights, part)
+
+
+def _vectors(part: Part) -> Value:
+  """How many vectors the columns of a part fill; the last one may overlap."""
+  return (part.end - part.first + (LANES - 1)) // LANES
+
+
+def _column(part: Part, vector: Value) -> Value:
+  """The first column of a vector."""
+  return least(part.first + vector * LANES, part.end - LANES)
 
 
 def _address(part: Part, weights: Weights, k: Value, column: Value) -> Value:
@@ -81,10 +80,9 @@ def _one_row(weights: Weights, part: Part) -> None:
   kind, bits = weights.kind, weights.kind.element.bits
   piece = math.gcd(kind.block, PIECE) if kind.block else PIECE
   sums = scratch((2 * WIDEST + LANES) * FLOAT)
-  count = part.end - part.first
-  vectors = count // LANES
-  wide = vectors // (2 * VECTORS) * (2 * VECTORS)
-  clear(sums, vectors + 1)
+  count, vectors = part.end - part.first, _vectors(part)
+  wide = count // (2 * VECTORS * LANES) * (2 * VECTORS)
+  clear(sums, vectors)
   ahead = most(I64.constant(AHEAD) // count, piece * bits // 8) * part.n
 
   def add(start, length, vector, column, size, fetches):
@@ -121,9 +119,7 @@ def _one_row(weights: Weights, part: Part) -> None:
         column = part.first + (v + half) * LANES
         add(start, length, v + half, column, VECTORS, half == 0)
     with loop(vectors, start=wide) as v:
-      add(start, length, v, part.first + v * LANES, 1, False)
-    with when((count % LANES) > 0):
-      add(start, length, vectors, part.end - LANES, 1, False)
+      add(start, length, v, _column(part, v), 1, False)
 
   whole = part.k // piece * piece
   with loop(whole, step=piece) as start:
@@ -133,35 +129,33 @@ def _one_row(weights: Weights, part: Part) -> None:
       add_columns(start, kind.group)
   with loop(vectors) as v:
     total = load(sums + v * VECTOR, F32x8)
-    store(total, part.out + (part.first + v * LANES) * FLOAT)
-  with when((count % LANES) > 0):
-    total = load(sums + vectors * VECTOR, F32x8)
-    store(total, part.out + (part.end - LANES) * FLOAT)
+    store(total, part.out + _column(part, v) * FLOAT)
 
 
-def _several_rows(
-  weights: Weights, part: Part, column: Value, vectors: Value
-) -> None:
+def _several_rows(weights: Weights, part: Part) -> None:
   """Rows of x with tiles that are decoded once for a panel of them."""
   stretch = weights.kind.stretch(TILE_HEIGHT)
   line = TILE_VECTORS * VECTOR
   tile = scratch(stretch * line)
   sums = scratch(PANEL * line)
+  end = _vectors(part)
   with loop(part.m, step=PANEL) as top:
     m = least(part.m - top, PANEL)
-    clear(sums, m * TILE_VECTORS)
-    with loop(part.k, step=stretch) as start:
-      height = least(part.k - start, stretch)
-      with loop(vectors) as v:
-        place = column + v * LANES
-        _decode_vector(weights, part, start, height, place, tile + v * VECTOR)
-      x = part.x + (top * part.k + start) * FLOAT
-      _add_tile(part, x, m, tile, vectors, height, sums)
-    with loop(m) as i:
-      out = part.out + ((top + i) * part.n + column) * FLOAT
-      with loop(vectors) as v:
-        total = load(sums + (i * TILE_VECTORS + v) * VECTOR, F32x8)
-        store(total, out + v * VECTOR)
+    with loop(end, step=TILE_VECTORS) as first:
+      vectors = least(end - first, TILE_VECTORS)
+      clear(sums, m * TILE_VECTORS)
+      with loop(part.k, step=stretch) as start:
+        height = least(part.k - start, stretch)
+        with loop(vectors) as v:
+          place = _column(part, first + v)
+          _decode_vector(weights, part, start, height, place, tile + v * VECTOR)
+        x = part.x + (top * part.k + start) * FLOAT
+        _add_tile(part, x, m, tile, vectors, height, sums)
+      with loop(m) as i:
+        out = part.out + (top + i) * part.n * FLOAT
+        with loop(vectors) as v:
+          total = load(sums + (i * TILE_VECTORS + v) * VECTOR, F32x8)
+          store(total, out + _column(part, first + v) * FLOAT)
 
 
 def _decode_vector(

@@ -345,8 +345,9 @@ def halves_in_bytes(
   A code of 8 bits is moved to the top of 16, where its sign is that of a
   float16, and its exponent to the low bits of the exponent there.
   """
-  is_float = isinstance(fmt, FloatFormat) and fmt.bits == 8 and fmt.signed
-  if not is_float or not fmt.zero or not _is_half(fmt):
+  if not isinstance(fmt, FloatFormat) or not _is_half(fmt):
+    return None
+  if fmt.bits != 8 or not fmt.signed or not fmt.zero:
     return None
   if not (target.has_permutations and target.has_halves):
     return None
