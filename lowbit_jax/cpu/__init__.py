@@ -19,6 +19,8 @@ The modules, each of which knows only those before it:
   _rows      products with matrices that are stored as (n, k)
   _columns   products with matrices that are stored as (k, n)
   _matmul    a kernel for either
+  _exponential  the exponential function
+  _attention    a kernel of decode attention
 
 Importing this package imports none of them, and so no llvmlite.
 """

@@ -396,7 +396,7 @@ def _add(
       for place, total in zip(row, totals, strict=True):
         store(total.get(), place)
 
-  in_groups(part.count, FEW, vectors, SEVERAL, add)
+  in_groups(part.count, FEW, I64.constant(vectors), SEVERAL, add)
 
 
 _lock = threading.Lock()

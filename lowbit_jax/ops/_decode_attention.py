@@ -31,7 +31,7 @@ from jax.sharding import PartitionSpec
 from lowbit_jax import _derivative, _explicit
 from lowbit_jax._typing import ArrayLike, Implementation
 from lowbit_jax.numerics._codec import FLOAT_DTYPES
-from lowbit_jax.ops import _dispatch, _operand
+from lowbit_jax.ops import _decode_attention_cpu, _dispatch, _operand
 from lowbit_jax.ops._softmax import softmax
 from lowbit_pallas.arith import loops
 
@@ -78,8 +78,8 @@ def decode_attention(
     window: how many positions a token sees, its own included: those after
       `position - window`. A positive integer, which may be traced; None for all
       of them.
-    implementation: 'xla', or a list of names; the first that supports the
-      operands runs. None tries all of them.
+    implementation: 'cpu', 'xla', or a list of names; the first that supports
+      the operands runs. None tries all of them.
 
   Returns:
     (batch, tokens, heads, value_size) in the dtype of `query`. A token that
@@ -159,7 +159,10 @@ def plan_xla(
   return _dispatch.Plan('one chunk of positions after the other', run)
 
 
-TABLE = {'xla': plan_xla}
+TABLE = {
+  'cpu': lambda *arguments: _decode_attention_cpu.plan(_by_chunks, *arguments),
+  'xla': plan_xla,
+}
 
 
 @functools.partial(jax.jit, static_argnums=(6, 7), inline=True)

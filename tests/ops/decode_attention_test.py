@@ -442,7 +442,7 @@ class RefusalsTest(parameterized.TestCase):
     shapes = jax.eval_shape(lambda: operands(layers=2))
     length = jax.ShapeDtypeStruct((), jnp.int32)
     choice = ops.select_implementation(
-      'decode_attention', *shapes, length, layer=1
+      'decode_attention', *shapes, length, layer=1, implementation=['xla']
     )
     self.assertEqual(choice.implementation, 'xla')
     self.assertIn('chunk', choice.note)
