@@ -295,10 +295,8 @@ def _score(
     in_steps(vectors, 2, convert)
     rows = own
   ahead = part.keys + (start + AHEAD) * part.key_step
-  values = part.values + start * part.value_step
   for i in range(LANES):
     _expect(ahead + i * part.key_step, part.kind.key_bytes)
-    _expect(values + i * part.value_step, part.kind.value_bytes)
   places = I32x8.constant(list(range(LANES)))
   is_live = places < length.low(I32).everywhere()
 

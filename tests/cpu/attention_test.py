@@ -18,7 +18,7 @@ import pytest
 from absl.testing import absltest, parameterized
 
 from lowbit_jax import cpu, ops
-from tests.ops import decode_attention_test as common
+from tests.ops import attention as common
 
 if (why := cpu.why_not()) is not None:
   pytest.skip(why, allow_module_level=True)
@@ -46,7 +46,7 @@ def by_kernel(target, query, keys, values):
   return jax.jit(lambda lengths: call(*arrays, lengths, *integers))
 
 
-class ValuesTest(common.ValuesTest):
+class ValuesTest(common.Values):
   def setUp(self):
     super().setUp()
     run = functools.partial(ops.decode_attention, implementation=['cpu', 'xla'])
