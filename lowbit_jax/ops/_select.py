@@ -61,7 +61,8 @@ def select_implementation(
                                tiles of the weight, or dequantized operands
     ragged    cpu              what cpu supports of dot, a matrix at a time
               xla              everything, one group after the other
-    decode... xla              everything, one chunk of positions at a time
+    decode... cpu              keys and values of a multiple of 8 elements
+              xla              everything, one chunk of positions at a time
     softmax   tpu, mosaic_gpu  rows that fit into the memory of a kernel, with
     and kin                    exp='degree5'
               xla              everything
