@@ -46,14 +46,13 @@ from lowbit_jax.cpu._part import (
   FLOAT,
   VECTOR,
   clear,
-  in_groups,
   in_steps,
   zeros,
 )
 
-# Queries of a chunk, positions of a piece, and the queries and vectors of
-# values whose sums stay in registers.
-QUERIES, PIECE, FEW, SEVERAL = 8, 128, 2, 4
+# Queries of a chunk, positions of a piece, and vectors of values whose sums
+# stay in registers, at most.
+QUERIES, PIECE, SEVERAL = 8, 128, 8
 # The widest keys: eight of them are converted on the stack.
 WIDEST = 1024
 # Positions between keys that are read and those that are asked for.
@@ -371,30 +370,23 @@ def _add(
   """Adds the values of a piece, times their weights, to what is kept."""
   vectors, dtype = part.kind.value_size // LANES, part.kind.values
   first = part.values + start * part.value_step
-
-  def add(q, few, i, several):
-    own = [weights + (q + a) * (PIECE * FLOAT) for a in range(few)]
-    factors = [load(kept + (q + a) * FLOAT, F32) for a in range(few)]
-    places = [
-      [part.out + ((q + a) * vectors + i + b) * VECTOR for b in range(several)]
-      for a in range(few)
-    ]
-    sums = [
-      [Variable(load(place, F32x8) * factor.everywhere()) for place in row]
-      for row, factor in zip(places, factors, strict=True)
-    ]
-    with loop(length) as s:
-      row = first + s * part.value_step
-      values = [part.eight(row, i + b, dtype) for b in range(several)]
-      for address, totals in zip(own, sums, strict=True):
-        weight = load(address + s * FLOAT, F32).everywhere()
-        for value, total in zip(values, totals, strict=True):
+  several = max(n for n in range(1, SEVERAL + 1) if vectors % n == 0)
+  with loop(part.count) as q:
+    own = weights + q * (PIECE * FLOAT)
+    factor = load(kept + q * FLOAT, F32).everywhere()
+    with loop(vectors, step=several) as i:
+      places = [
+        part.out + (q * vectors + i + j) * VECTOR for j in range(several)
+      ]
+      sums = [Variable(load(place, F32x8) * factor) for place in places]
+      with loop(length) as s:
+        row = first + s * part.value_step
+        weight = load(own + s * FLOAT, F32).everywhere()
+        for j, total in enumerate(sums):
+          value = part.eight(row, i + j, dtype)
           total.set(fma(weight, value, total.get()))
-    for row, totals in zip(places, sums, strict=True):
-      for place, total in zip(row, totals, strict=True):
+      for place, total in zip(places, sums, strict=True):
         store(total.get(), place)
-
-  in_groups(part.count, FEW, I64.constant(vectors), SEVERAL, add)
 
 
 _lock = threading.Lock()
