@@ -103,6 +103,12 @@ class ValuesTest(common.Values):
     self.assertTrue(np.isnan(want).all())
     np.testing.assert_array_equal(out, want)
 
+  def test_scores_of_minus_infinity_have_no_weight(self):
+    q, k, v = common.operands()
+    q, first = jnp.abs(q), 140
+    out = attend(q, k.at[:, :first].set(-jnp.inf), v, 290)
+    common.Oracle(q, k, v, 290, window=290 - first).check(out)
+
 
 class BitsTest(parameterized.TestCase):
   @parameterized.parameters('float32', 'bfloat16')

@@ -93,6 +93,13 @@ class ExponentialTest(parameterized.TestCase):
     np.testing.assert_array_equal(got, np.float32(want))
     self.assertFalse(np.signbit(got[got == 0]).any())
 
+  def test_every_nan_gives_nan(self):
+    payloads = np.r_[1 : 1 << 22 : 101, (1 << 22) : (1 << 23) : 101]
+    for sign in (0, 1 << 31):
+      x = (payloads + 0x7F800000 + sign).astype(np.uint32).view(np.float32)
+      x = x[: x.size // 8 * 8]
+      self.assertTrue(np.isnan(exp(x)).all())
+
   def test_ends_of_the_normal_numbers(self):
     tiny, huge = 2.0**-126, float(np.finfo(np.float32).max)
     least, most = np.float32(LEAST), np.float32(MOST)
