@@ -21,6 +21,9 @@ The modules, each of which knows only those before it:
   _matmul    a kernel for either
   _exponential  the exponential function
   _attention    a kernel of decode attention
+  _encode    from float32 to packed codes
+  _scales    from the maxima of blocks to their scales
+  _quantize  a kernel that quantizes
 
 Importing this package imports none of them, and so no llvmlite.
 """

@@ -248,10 +248,17 @@ def bounded(
   and what keeps the largest element finite, `largest` in place of
   `fmt.element.max` where it is encoded.
   """
+  return jnp.clip(scale, *bounds(fmt, largest))
+
+
+def bounds(
+  fmt: BlockFormat, largest: float | None = None
+) -> tuple[float, float]:
+  """The ends between which `bounded` keeps scales."""
   stored = formats.float32 if fmt.scale is None else fmt.scale
   top = exact.largest_scale(largest or fmt.element.max, stored.mantissa_bits)
   least = max(exact.SMALLEST, stored.min_subnormal)
-  return jnp.clip(scale, least, min(top, stored.max))
+  return least, min(top, stored.max)
 
 
 def from_values(scale: jax.Array, fmt: FloatFormat) -> jax.Array:

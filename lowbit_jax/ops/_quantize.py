@@ -23,7 +23,7 @@ from lowbit_jax._typing import (
 )
 from lowbit_jax.formats import BlockFormat
 from lowbit_jax.numerics import _rounding, _scaling
-from lowbit_jax.ops import _dispatch, _quantize_kernels
+from lowbit_jax.ops import _dispatch, _quantize_cpu, _quantize_kernels
 from lowbit_jax.qarray import QArray, dequantize as dequantize
 from lowbit_jax.transforms import Hadamard
 from lowbit_pallas.arith.codec import RANDOM_BITS
@@ -102,9 +102,10 @@ def quantize(
     rotation: `transforms.Hadamard` along the block axis that x goes through
       first, in the same pass where a kernel does it; the result stands for the
       rotated array.
-    implementation: 'tpu', 'mosaic_gpu' or 'xla', or a list of names; the first
-      that supports the operands runs. None tries all of them, kernels first.
-      All give the same bits, but for the order of the sums of a rotation.
+    implementation: 'tpu', 'mosaic_gpu', 'cpu' or 'xla', or a list of names; the
+      first that supports the operands runs. None tries all of them, kernels
+      first. All give the same bits, but for the order of the sums of a
+      rotation.
 
   Returns:
     A QArray of the shape and dtype of `x`. A block that holds NaN or Inf is
@@ -319,6 +320,7 @@ def data_job(x: jax.Array, extras: Extras, options: Options) -> core.Job:
 TABLE = {
   'tpu': functools.partial(_quantize_kernels.plan, 'tpu'),
   'mosaic_gpu': functools.partial(_quantize_kernels.plan, 'mosaic_gpu'),
+  'cpu': _quantize_cpu.plan,
   'xla': _plan_xla,
 }
 

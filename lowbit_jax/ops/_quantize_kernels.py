@@ -80,7 +80,7 @@ def _run(kernel: Kernel, task, x, extras, options) -> QArray:
   fmt = options.fmt
   arguments = {}
   if fmt.tensor_scale:
-    arguments['tensor_scale'] = _tensor_scale(x, extras, options)
+    arguments['tensor_scale'] = tensor_scale_of(x, extras, options)
   if extras.signs is not None:
     n, signs = x.shape[-1], jnp.asarray(extras.signs, jnp.float32)
     arguments['signs'] = jnp.tile(signs, n // signs.size)
@@ -120,7 +120,8 @@ def _run(kernel: Kernel, task, x, extras, options) -> QArray:
   )
 
 
-def _tensor_scale(x, extras, options) -> jax.Array:
+def tensor_scale_of(x, extras, options) -> jax.Array:
+  """The tensor scale, held or of the data, as a scalar."""
   if extras.tensor_scale is not None:
     return jnp.asarray(extras.tensor_scale, jnp.float32).reshape(())
   if options.rotation:
