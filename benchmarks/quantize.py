@@ -6,6 +6,7 @@ scalar oracle first. qwix and torchao are timed too where they are installed.
 
   python benchmarks/quantize.py
   python benchmarks/quantize.py --size 2048 --formats mxfp4,nvfp4 --rounds 5
+  LOWBIT_JAX_CPU=0 python benchmarks/quantize.py  # without kernels
 """
 
 import functools
@@ -33,10 +34,12 @@ _PEERS = flags.DEFINE_bool('peers', True, 'Time installed peers too.')
 # What we set out to reach: CPU time relative to x + 1 along the last axis.
 GOALS = {'mxfp4': 0.5, 'mxfp8_e4m3': 0.5, 'nvfp4': 0.8, 'int4_g128': 0.5}
 DEQUANTIZE_GOAL = 1.0
+_STATIC = 'fmt', 'axis', 'implementation'
 
 
 def check(x, fmt, axis: int) -> None:
-  """Codes of a few rows or columns equal those of the scalar oracle."""
+  """Codes of a few rows or columns equal those of the scalar oracle, and those
+  of all equal those of XLA."""
   from lowbit_jax.numerics import oracle
 
   size = max(fmt.block[0], 32)
@@ -47,6 +50,11 @@ def check(x, fmt, axis: int) -> None:
   np.testing.assert_array_equal(
     np.asarray(lowbit.dequantize(q)).reshape(-1), np.array(expected, np.float32)
   )
+  quantize = jax.jit(lowbit.quantize, static_argnames=_STATIC)
+  ours = quantize(x, fmt=fmt, axis=axis)
+  xlas = quantize(x, fmt=fmt, axis=axis, implementation='xla')
+  for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(xlas), strict=True):
+    np.testing.assert_array_equal(a, b)
 
 
 def ours(x, axis: int) -> dict:

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from lowbit_jax import _decoders, _explicit, formats
+from lowbit_jax import _decoders, _dequantize_cpu, _explicit, formats
 from lowbit_jax._typing import ArrayLike, Axis, DTypeLike, Shape, as_tuple
 from lowbit_jax.formats import BlockFormat, IntFormat
 from lowbit_jax.formats._types import check_format
@@ -698,7 +698,7 @@ def dequantize(
   q = check_qarray(q)
   dtype = q.dtype if dtype is None else as_dtype(dtype)
   if dither is None:
-    return _decoders.run(decode, q, dtype)
+    return _decoders.run(_decode_whole, q, dtype)
   dither_step(q.fmt.element)  # refuses elements that are not dithered
   dither = jnp.asarray(dither)
   if dither.shape != q.shape:
@@ -708,6 +708,14 @@ def dequantize(
       ' transposed as q was'
     )
   return _compiled(q, dtype, dither)
+
+
+def _decode_whole(q: QArray, dtype: np.dtype) -> jax.Array:
+  """`decode` by a kernel, where there is one."""
+  if not _dequantize_cpu.takes(q.codes, q.fmt, q.axes, dtype):
+    return decode(q, dtype)
+  x = _dequantize_cpu.values(q.codes, q.scale, q.fmt, q.axes)
+  return unpadded(x, q.axes, q.pad).reshape(q.shape)
 
 
 def decode(q: QArray, dtype: DTypeLike | None = None) -> jax.Array:

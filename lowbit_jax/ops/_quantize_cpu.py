@@ -25,6 +25,9 @@ from lowbit_pallas.arith import scale as exact
 
 # Elements of an array for which a kernel is not worth its compilation, unasked.
 FEW = 1 << 14
+# Elements of a block of columns that are read twice from the cache. XLA, which
+# reads whole rows, is faster with more of them.
+HIGH = 1 << 10
 
 
 def plan(
@@ -56,8 +59,6 @@ def _why_not(x, extras, options) -> str | None:
   fmt, rule = options.fmt, options.rule
   if not all(isinstance(n, int) for n in x.shape):
     return 'shapes are symbolic'
-  if options.implementation is None and math.prod(x.shape) < FEW:
-    return f'x.shape={x.shape} has fewer than {FEW} elements'
   if callable(rule):
     return f'scale_rule={rule!r} is a function'
   if options.rounding != 'nearest_even':
@@ -74,6 +75,11 @@ def _why_not(x, extras, options) -> str | None:
   from lowbit_jax.cpu import _compiler, _quantize as kernels
 
   task, n = _task(x, options)
+  if options.implementation is None:
+    if math.prod(x.shape) < FEW:
+      return f'x.shape={x.shape} has fewer than {FEW} elements: name it'
+    if task.layout == 'columns' and task.block > HIGH:
+      return f'blocks of columns have more than {HIGH} elements: name it'
   return kernels.why_not(task, n, _compiler.host())
 
 

@@ -120,7 +120,7 @@ def _run(kernel: Kernel, task, x, extras, options) -> QArray:
   )
 
 
-def tensor_scale_of(x, extras, options) -> jax.Array:
+def tensor_scale_of(x: jax.Array, extras: Any, options: Any) -> jax.Array:
   """The tensor scale, held or of the data, as a scalar."""
   if extras.tensor_scale is not None:
     return jnp.asarray(extras.tensor_scale, jnp.float32).reshape(())
