@@ -714,8 +714,12 @@ def _decode_whole(q: QArray, dtype: np.dtype) -> jax.Array:
   """`decode` by a kernel, where there is one."""
   if not _dequantize_cpu.takes(q.codes, q.fmt, q.axes, dtype):
     return decode(q, dtype)
-  x = _dequantize_cpu.values(q.codes, q.scale, q.fmt, q.axes)
-  return unpadded(x, q.axes, q.pad).reshape(q.shape)
+
+  def run(q):
+    x = _dequantize_cpu.values(q.codes, q.scale, q.fmt, q.axes)
+    return unpadded(x, q.axes, q.pad).reshape(q.shape)
+
+  return _explicit.automatic(run, lambda x, q: PartitionSpec(*parts(q)), q)
 
 
 def decode(q: QArray, dtype: DTypeLike | None = None) -> jax.Array:

@@ -5,6 +5,7 @@ multiplies them. Blocks lie as they do in `_quantize`.
 """
 
 import functools
+import hashlib
 import threading
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -187,15 +188,19 @@ def _columns(task: Task, element, words: Mapping[str, Value], i: Value) -> None:
 
 
 _lock = threading.Lock()
-_names: dict[tuple[Task, Target], str] = {}
+_registered: set[str] = set()
 
 
 def target_name(task: Task) -> str:
-  """The name by which XLA calls the kernel, which is compiled if it must be."""
-  key = task, host()
+  """The name by which XLA calls the kernel, which is compiled if it must be.
+
+  It follows from the task: a program that another process compiled finds the
+  same kernel, or none.
+  """
+  digest = hashlib.sha256(repr(task).encode()).hexdigest()[:16]
+  name = f'lowbit_jax.dequantize.{digest}'
   with _lock:
-    if key not in _names:
-      name = f'lowbit_jax.dequantize.{len(_names)}'
-      register(name, kernel(*key))
-      _names[key] = name
-    return _names[key]
+    if name not in _registered:
+      register(name, kernel(task, host()))
+      _registered.add(name)
+  return name

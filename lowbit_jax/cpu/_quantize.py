@@ -10,6 +10,7 @@ follow row by row too.
 """
 
 import functools
+import hashlib
 import threading
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -227,7 +228,10 @@ class _Writer:
       total = best[0][name].get()
       for own in best[1:]:
         total = _best_of(name, total, own[name].get())
-      total = total._reduced(functools.partial(_best_of, name))
+      if name == 'low':
+        total = 0.0 - (0.0 - total).greatest()
+      else:
+        total = total.greatest()
       store(total, lists[name] + r * FLOAT)
 
   def _row_codes(self, line: Value, factors: _Factors, out: Value) -> None:
@@ -421,15 +425,19 @@ def _best_of(name: str, a: Value, b: Value) -> Value:
 
 
 _lock = threading.Lock()
-_names: dict[tuple[Task, Target], str] = {}
+_registered: set[str] = set()
 
 
 def target_name(task: Task) -> str:
-  """The name by which XLA calls the kernel, which is compiled if it must be."""
-  key = task, host()
+  """The name by which XLA calls the kernel, which is compiled if it must be.
+
+  It follows from the task: a program that another process compiled finds the
+  same kernel, or none.
+  """
+  digest = hashlib.sha256(repr(task).encode()).hexdigest()[:16]
+  name = f'lowbit_jax.quantize.{digest}'
   with _lock:
-    if key not in _names:
-      name = f'lowbit_jax.quantize.{len(_names)}'
-      register(name, kernel(*key))
-      _names[key] = name
-    return _names[key]
+    if name not in _registered:
+      register(name, kernel(task, host()))
+      _registered.add(name)
+  return name
