@@ -106,6 +106,15 @@ class ImportTest(parameterized.TestCase):
     self.assertContainsSubset(['lowbit_jax.formats', 'jax'], loaded)
     self.assertEmpty([name for name in _NEVER if name in loaded])
 
+  def test_kernels_for_cpus_are_loaded_on_first_use(self):
+    loaded, used = _modules_after(
+      'import lowbit_jax, lowbit_jax.ops', 'import lowbit_jax.cpu._matmul'
+    )
+    self.assertIn('lowbit_jax.cpu', loaded)
+    self.assertNotIn('llvmlite', loaded)
+    self.assertNotIn('lowbit_jax.cpu._code', loaded)
+    self.assertIn('llvmlite', used)
+
   def test_formats_need_no_jax_of_their_own(self):
     formats, facade, *_ = _library()
     self.assertEqual(formats, facade)
