@@ -81,7 +81,7 @@ class WrongCallsTest(parameterized.TestCase):
 
 class MemoryTest(parameterized.TestCase):
   @parameterized.parameters(
-    ('kn', [3, 8]), ('nk', [1, 3, 5, 7]), ('nk', [6], 'bfloat16')
+    ('kn', [3]), ('nk', [5, 7]), ('nk', [6], 'bfloat16')
   )
   def test_nothing_outside_of_arrays_is_touched(self, *arguments):
     self.check(*arguments)

@@ -48,7 +48,7 @@ def work(number):
   others = products.make('int3_g32', 1000, 640, axis=-1, seed=number + 5)
   f = jax.jit(lambda x, q: jnp.tanh(product(x, q)) + number)
   want = f(x, others)
-  for i in range(20):
+  for i in range(10):
     rest = heavy(square) if number % 2 else None
     many = [product(x[:1], q), product(x, q), f(x, others)]
     for got, right in zip(many, (one, several, want)):
@@ -108,7 +108,7 @@ class ProcessTest(parameterized.TestCase):
   @parameterized.parameters(1, 2)
   @pytest.mark.slow
   def test_more_calls_from_several_threads(self, cores):
-    longer = _STRESS.replace('range(20)', 'range(1000)')
+    longer = _STRESS.replace('range(10)', 'range(1000)')
     got = processes.output(_PROGRAM + longer, cores)
     self.assertEqual(got, _bits(2))
 
@@ -163,9 +163,9 @@ class PoolTest(absltest.TestCase):
 
   def test_tasks_that_wait_have_a_limit(self):
     pool = frames.Scheduler(1000, starts=False)
-    for _ in range(5):
+    for _ in range(20):
       self.check(pool)
-    self.assertBetween(pool.scheduled, 1, 64)
+    self.assertEqual(pool.scheduled, 64)
     pool.run_late()
     self.check(pool)
     self.assertGreater(len(pool.tasks), 0)
