@@ -12,11 +12,10 @@ results depend neither on threads nor on what other sequences there are.
 
 import functools
 import math
-import threading
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from lowbit_jax.cpu import _decode, _stages
+from lowbit_jax.cpu import _decode, _registry, _stages
 from lowbit_jax.cpu._code import (
   F32,
   I32,
@@ -39,9 +38,9 @@ from lowbit_jax.cpu._code import (
   store,
   when,
 )
-from lowbit_jax.cpu._compiler import Target, compiled, host
+from lowbit_jax.cpu._compiler import Target, compiled
 from lowbit_jax.cpu._exponential import exponential
-from lowbit_jax.cpu._frame import Frame, Specification, handler, register
+from lowbit_jax.cpu._frame import Frame, Specification, handler
 from lowbit_jax.cpu._part import (
   FLOAT,
   VECTOR,
@@ -389,16 +388,6 @@ def _add(
         store(total.get(), place)
 
 
-_lock = threading.Lock()
-_names: dict[tuple[Kind, Target], str] = {}
-
-
-def target_name(kind: Kind) -> str:
-  """The name by which XLA calls the kernel, which is compiled if it must be."""
-  key = kind, host()
-  with _lock:
-    if key not in _names:
-      name = f'lowbit_jax.decode_attention.{len(_names)}'
-      register(name, kernel(*key))
-      _names[key] = name
-    return _names[key]
+target_name = functools.partial(
+  _registry.target_name, 'decode_attention', kernel
+)

@@ -28,6 +28,7 @@ from lowbit_jax.cpu._part import (
   VECTOR,
   Part,
   clear,
+  copy_tile,
   in_groups,
   in_steps,
 )
@@ -35,7 +36,7 @@ from lowbit_jax.cpu._weights import Factors, Weights
 
 # Vectors of columns that one row of x meets side by side, and the elements
 # along k for which their sums stay in registers; columns of a part at most.
-VECTORS, PIECE, WIDEST = 4, 32, 1024
+VECTORS, PIECE, WIDEST = 8, 32, 1024
 # Vectors of a tile and its elements along k; vectors and rows of x side by
 # side, and the rows of x that a tile meets before the next one is decoded.
 TILE_VECTORS, TILE_HEIGHT, PAIR, MANY, PANEL = 8, 128, 2, 6, 96
@@ -81,7 +82,7 @@ def _one_row(weights: Weights, part: Part) -> None:
   piece = math.gcd(kind.block, PIECE) if kind.block else PIECE
   sums = scratch((2 * WIDEST + LANES) * FLOAT)
   count, vectors = part.end - part.first, _vectors(part)
-  wide = count // (2 * VECTORS * LANES) * (2 * VECTORS)
+  wide = count // (VECTORS * LANES) * VECTORS
   clear(sums, vectors)
   ahead = most(I64.constant(AHEAD) // count, piece * bits // 8) * part.n
 
@@ -109,15 +110,13 @@ def _one_row(weights: Weights, part: Part) -> None:
         for total, eight in zip(totals, row, strict=True):
           total.set(fma(eight, x, total.get()))
 
-    in_steps(length // kind.group, max(1, 8 // kind.group), add_group)
+    in_steps(length // kind.group, max(1, 2 // kind.group), add_group)
     for place, total in zip(places, totals, strict=True):
       store(total.get(), place)
 
   def add_columns(start, length):
-    with loop(wide, step=2 * VECTORS) as v:
-      for half in (0, VECTORS):
-        column = part.first + (v + half) * LANES
-        add(start, length, v + half, column, VECTORS, half == 0)
+    with loop(wide, step=VECTORS) as v:
+      add(start, length, v, part.first + v * LANES, VECTORS, True)
     with loop(vectors, start=wide) as v:
       add(start, length, v, _column(part, v), 1, False)
 
@@ -137,7 +136,7 @@ def _several_rows(weights: Weights, part: Part) -> None:
   stretch = weights.kind.stretch(TILE_HEIGHT)
   line = TILE_VECTORS * VECTOR
   tile = scratch(stretch * line)
-  sums = scratch(PANEL * line)
+  x, sums = scratch(PANEL * stretch * FLOAT), scratch(PANEL * line)
   end = _vectors(part)
   with loop(part.m, step=PANEL) as top:
     m = least(part.m - top, PANEL)
@@ -149,8 +148,8 @@ def _several_rows(weights: Weights, part: Part) -> None:
         with loop(vectors) as v:
           place = _column(part, first + v)
           _decode_vector(weights, part, start, height, place, tile + v * VECTOR)
-        x = part.x + (top * part.k + start) * FLOAT
-        _add_tile(part, x, m, tile, vectors, height, sums)
+        copy_tile(part, top, m, start, height, x)
+        _add_tile(x, m, tile, vectors, height, sums)
       with loop(m) as i:
         out = part.out + (top + i) * part.n * FLOAT
         with loop(vectors) as v:
@@ -186,7 +185,6 @@ def _decode_vector(
 
 
 def _add_tile(
-  part: Part,
   x: Value,
   m: Value,
   tile: Value,
@@ -202,7 +200,7 @@ def _add_tile(
       for a in range(many)
     ]
     totals = [[Variable(load(p, F32x8)) for p in row] for row in places]
-    lines = [x + (i + a) * part.k * FLOAT for a in range(many)]
+    lines = [x + (i + a) * height * FLOAT for a in range(many)]
 
     def step(j):
       row = tile + (j * TILE_VECTORS + v) * VECTOR

@@ -5,12 +5,10 @@ multiplies them. Blocks lie as they do in `_quantize`.
 """
 
 import functools
-import hashlib
-import threading
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from lowbit_jax.cpu import _decode, _stages
+from lowbit_jax.cpu import _decode, _registry, _stages
 from lowbit_jax.cpu._code import (
   I8,
   I32,
@@ -29,9 +27,9 @@ from lowbit_jax.cpu._code import (
   store,
   when,
 )
-from lowbit_jax.cpu._compiler import Target, compiled, host
+from lowbit_jax.cpu._compiler import Target, compiled
 from lowbit_jax.cpu._decode import Codes
-from lowbit_jax.cpu._frame import Frame, Specification, handler, register
+from lowbit_jax.cpu._frame import Frame, Specification, handler
 from lowbit_jax.cpu._part import FLOAT, VECTOR, in_steps
 from lowbit_jax.formats import ElementFormat
 
@@ -187,20 +185,4 @@ def _columns(task: Task, element, words: Mapping[str, Value], i: Value) -> None:
       decode(n - LANES)
 
 
-_lock = threading.Lock()
-_registered: set[str] = set()
-
-
-def target_name(task: Task) -> str:
-  """The name by which XLA calls the kernel, which is compiled if it must be.
-
-  It follows from the task: a program that another process compiled finds the
-  same kernel, or none.
-  """
-  digest = hashlib.sha256(repr(task).encode()).hexdigest()[:16]
-  name = f'lowbit_jax.dequantize.{digest}'
-  with _lock:
-    if name not in _registered:
-      register(name, kernel(task, host()))
-      _registered.add(name)
-  return name
+target_name = functools.partial(_registry.target_name, 'dequantize', kernel)

@@ -8,11 +8,8 @@ XLA refuses to register a kernel of another major version.
 """
 
 import contextlib
-import ctypes
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
-
-import jax
 
 from lowbit_jax.cpu._code import (
   I32,
@@ -193,12 +190,3 @@ def _answer_for_metadata(address: Value) -> None:
       for i, value in enumerate((*_VERSION, 0)):
         store(I32.constant(value), metadata + 24 + 4 * i)
       result(0)
-
-
-def register(name: str, handler: int) -> None:
-  """Makes the function at an address a custom call of XLA."""
-  capsule = ctypes.pythonapi.PyCapsule_New
-  capsule.restype = ctypes.py_object
-  capsule.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
-  target = capsule(handler, b'xla._CUSTOM_CALL_TARGET', None)
-  jax.ffi.register_ffi_target(name, target, platform='cpu')

@@ -13,18 +13,17 @@ decoded into the cache first, and a few rows at a time meet a few columns.
 
 import functools
 import math
-import threading
 
-from lowbit_jax.cpu import _columns, _rows, _stages
+from lowbit_jax.cpu import _columns, _registry, _rows, _stages
 from lowbit_jax.cpu._code import I64, LANES, Module, choose, least, most
-from lowbit_jax.cpu._compiler import Target, compiled, host
-from lowbit_jax.cpu._frame import Frame, Specification, handler, register
+from lowbit_jax.cpu._compiler import Target, compiled
+from lowbit_jax.cpu._frame import Frame, Specification, handler
 from lowbit_jax.cpu._part import SIZES, Part
 from lowbit_jax.cpu._weights import Kind, Weights
 
 # Bytes of packed weights in a chunk of rows, chunks of columns for each thread,
 # and the work that is not worth another thread, in bytes that are read once.
-CHUNK, CHUNKS, SOLO = 1 << 15, 4, 100_000
+CHUNK, CHUNKS, SOLO = 1 << 15, 2, 100_000
 
 
 def why_not(kind: Kind, k: int, n: int) -> str | None:
@@ -111,16 +110,4 @@ def _check_and_run(kind: Kind, frame: Frame) -> None:
   _stages.run(frame, count, shared, work > SOLO)
 
 
-_lock = threading.Lock()
-_names: dict[tuple[Kind, Target], str] = {}
-
-
-def target_name(kind: Kind) -> str:
-  """The name by which XLA calls the kernel, which is compiled if it must be."""
-  key = kind, host()
-  with _lock:
-    if key not in _names:
-      name = f'lowbit_jax.wq_matmul.{len(_names)}'
-      register(name, kernel(*key))
-      _names[key] = name
-    return _names[key]
+target_name = functools.partial(_registry.target_name, 'wq_matmul', kernel)

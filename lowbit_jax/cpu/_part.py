@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 
 from lowbit_jax.cpu._code import (
+  F32,
   I32,
   I64,
   LANES,
@@ -94,6 +95,24 @@ def clear(address: Value, vectors: Value | int) -> None:
   """Sets so many vectors to zero."""
   with loop(vectors) as i:
     store(zeros(), address + i * VECTOR)
+
+
+def copy_tile(
+  part: Part, first: Value, m: Value, start: Value, length: Value, tile: Value
+) -> None:
+  """Copies a tile of x to an address, without the gaps between its rows.
+
+  Rows that lie a power of two apart would push each other out of the cache.
+  """
+  x = part.x + (first * part.k + start) * FLOAT
+  with loop(m) as i:
+    row, place = x + i * part.k * FLOAT, tile + i * length * FLOAT
+
+    def copy(j, size):
+      kind = F32.vector(size)
+      store(load(row + j * FLOAT, kind), place + j * FLOAT)
+
+    in_sizes(length, [4 * LANES, LANES, 1], copy)
 
 
 def in_groups(

@@ -10,12 +10,10 @@ follow row by row too.
 """
 
 import functools
-import hashlib
-import threading
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from lowbit_jax.cpu import _encode, _scales, _stages
+from lowbit_jax.cpu import _encode, _registry, _scales, _stages
 from lowbit_jax.cpu._code import (
   F32,
   I8,
@@ -40,10 +38,10 @@ from lowbit_jax.cpu._code import (
   store,
   when,
 )
-from lowbit_jax.cpu._compiler import Target, compiled, host
+from lowbit_jax.cpu._compiler import Target, compiled
 from lowbit_jax.cpu._decode import rows_of_group
 from lowbit_jax.cpu._encode import MAGNITUDE, Zero
-from lowbit_jax.cpu._frame import Frame, Specification, handler, register
+from lowbit_jax.cpu._frame import Frame, Specification, handler
 from lowbit_jax.cpu._part import FLOAT, VECTOR, in_steps
 from lowbit_jax.cpu._scales import Maxima, Rule
 
@@ -424,20 +422,4 @@ def _best_of(name: str, a: Value, b: Value) -> Value:
   return least(a, b) if name == 'low' else most(a, b)
 
 
-_lock = threading.Lock()
-_registered: set[str] = set()
-
-
-def target_name(task: Task) -> str:
-  """The name by which XLA calls the kernel, which is compiled if it must be.
-
-  It follows from the task: a program that another process compiled finds the
-  same kernel, or none.
-  """
-  digest = hashlib.sha256(repr(task).encode()).hexdigest()[:16]
-  name = f'lowbit_jax.quantize.{digest}'
-  with _lock:
-    if name not in _registered:
-      register(name, kernel(task, host()))
-      _registered.add(name)
-  return name
+target_name = functools.partial(_registry.target_name, 'quantize', kernel)

@@ -14,6 +14,7 @@ from lowbit_jax.cpu._code import (
   least,
   load,
   loop,
+  most,
   otherwise,
   prefetch,
   scratch,
@@ -26,6 +27,7 @@ from lowbit_jax.cpu._part import (
   VECTOR,
   Part,
   clear,
+  copy_tile,
   in_groups,
   in_sizes,
   in_steps,
@@ -70,7 +72,10 @@ def _one_row(weights: Weights, part: Part, first: Value, count: int) -> None:
   kind = weights.kind
   rows = [first + r for r in range(count)]
   sums = [Variable(zeros()) for _ in rows]
-  ahead = _address(weights, part, first, I64.constant(0)) + AHEAD
+  # Rows that follow lie behind these: whole groups of them are asked for.
+  bits, group_bytes = kind.element.bits, most(part.row_bytes * count, 1)
+  ahead = (group_bytes + (AHEAD - 1)) // group_bytes * group_bytes
+  ahead = ahead + _address(weights, part, first, I64.constant(0))
 
   def add_stretch(start, length, blocks):
     """Elements from `start` on, in blocks of one number or several."""
@@ -81,12 +86,14 @@ def _one_row(weights: Weights, part: Part, first: Value, count: int) -> None:
     x = part.x + start * FLOAT
 
     def add(i, size):
+      nbytes = count * size * bits // 8
+      if 2 * nbytes >= LINE:
+        prefetch(ahead + (start + i) * count * bits // 8)
       inputs = [
         load(x + i * FLOAT + j * VECTOR, F32x8) for j in range(size // LANES)
       ]
       for total, address, factors in zip(sums, codes, own, strict=True):
-        place = address + i * kind.element.bits // 8
-        eights = _in_row(weights, place, size, factors)
+        eights = _in_row(weights, address + i * bits // 8, size, factors)
         for eight, x_eight in zip(eights, inputs, strict=True):
           total.set(fma(eight, x_eight, total.get()))
 
@@ -95,13 +102,10 @@ def _one_row(weights: Weights, part: Part, first: Value, count: int) -> None:
   if not kind.block:
     add_stretch(I64.constant(0), part.k, [I64.constant(0)])
   else:
-    size = kind.block * kind.element.bits // 8
-    side = 2 if size == LANES and kind.is_bytes else 1  # blocks in 16 bytes
-    lines = max(1, count * size * side // LINE)
+    is_half = kind.block * bits // 8 == LANES and kind.is_bytes
+    side = 2 if is_half else 1  # blocks in 16 bytes
 
     def add_blocks(block, number):
-      for i in range(lines):
-        prefetch(ahead + block * (count * size) + i * LINE)
       blocks = [block + i for i in range(number)]
       add_stretch(block * kind.block, kind.block * number, blocks)
 
@@ -135,7 +139,10 @@ def _several_rows(weights: Weights, part: Part) -> None:
   """Rows of x with tiles that are decoded once for a panel of them."""
   stretch = weights.kind.stretch(TILE_LENGTH)
   tile = scratch(TILE_ROWS * stretch * FLOAT)
-  sums = scratch(PANEL * TILE_ROWS * VECTOR)
+  x, sums = (
+    scratch(PANEL * stretch * FLOAT),
+    scratch(PANEL * TILE_ROWS * VECTOR),
+  )
   with loop(part.m, step=PANEL) as top:
     m = least(part.m - top, PANEL)
     with loop(part.end, start=part.first, step=TILE_ROWS) as first:
@@ -146,8 +153,8 @@ def _several_rows(weights: Weights, part: Part) -> None:
         with loop(rows) as r:
           row = tile + r * (stretch * FLOAT)
           _decode_row(weights, part, first + r, start, length, row)
-        x = part.x + (top * part.k + start) * FLOAT
-        _add_tile(part, x, m, tile, stretch, rows, length, sums)
+        copy_tile(part, top, m, start, length, x)
+        _add_tile(x, m, tile, stretch, rows, length, sums)
       # The lanes of each sum become one number.
       with loop(m) as i:
         out = part.out + ((top + i) * part.n + first) * FLOAT
@@ -184,7 +191,6 @@ def _decode_row(
 
 
 def _add_tile(
-  part: Part,
   x: Value,
   m: Value,
   tile: Value,
@@ -201,7 +207,7 @@ def _add_tile(
       for a in range(few)
     ]
     totals = [[Variable(load(p, F32x8)) for p in row] for row in places]
-    lines = [x + (i + a) * part.k * FLOAT for a in range(few)]
+    lines = [x + (i + a) * length * FLOAT for a in range(few)]
     columns = [tile + (r + b) * (stretch * FLOAT) for b in range(count)]
 
     def step(j):

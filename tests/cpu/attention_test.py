@@ -23,7 +23,7 @@ from tests.ops import attention as common
 if (why := cpu.why_not()) is not None:
   pytest.skip(why, allow_module_level=True)
 
-from lowbit_jax.cpu import _attention, _compiler, _frame  # noqa: E402
+from lowbit_jax.cpu import _attention, _compiler, _registry  # noqa: E402
 from lowbit_jax.ops import _decode_attention_cpu  # noqa: E402
 
 attend = jax.jit(
@@ -38,7 +38,7 @@ def by_kernel(target, query, keys, values):
   names = keys.dtype.name, values.dtype.name
   kind = _attention.Kind(*names, keys.shape[-1], values.shape[-1])
   name = f'test.decode_attention.{next(_count)}'
-  _frame.register(name, _attention.kernel.__wrapped__(kind, target))
+  _registry.register(name, _attention.kernel.__wrapped__(kind, target))
   shape = *query.shape[:3], values.shape[-1]
   call = jax.ffi.ffi_call(name, jax.ShapeDtypeStruct(shape, jnp.float32))
   arrays = query, keys[None], values[None]
