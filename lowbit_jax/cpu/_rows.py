@@ -27,7 +27,6 @@ from lowbit_jax.cpu._part import (
   VECTOR,
   Part,
   clear,
-  copy_tile,
   in_groups,
   in_sizes,
   in_steps,
@@ -139,10 +138,7 @@ def _several_rows(weights: Weights, part: Part) -> None:
   """Rows of x with tiles that are decoded once for a panel of them."""
   stretch = weights.kind.stretch(TILE_LENGTH)
   tile = scratch(TILE_ROWS * stretch * FLOAT)
-  x, sums = (
-    scratch(PANEL * stretch * FLOAT),
-    scratch(PANEL * TILE_ROWS * VECTOR),
-  )
+  sums = scratch(PANEL * TILE_ROWS * VECTOR)
   with loop(part.m, step=PANEL) as top:
     m = least(part.m - top, PANEL)
     with loop(part.end, start=part.first, step=TILE_ROWS) as first:
@@ -153,8 +149,8 @@ def _several_rows(weights: Weights, part: Part) -> None:
         with loop(rows) as r:
           row = tile + r * (stretch * FLOAT)
           _decode_row(weights, part, first + r, start, length, row)
-        copy_tile(part, top, m, start, length, x)
-        _add_tile(x, m, tile, stretch, rows, length, sums)
+        x = part.x + (top * part.k + start) * FLOAT
+        _add_tile(part, x, m, tile, stretch, rows, length, sums)
       # The lanes of each sum become one number.
       with loop(m) as i:
         out = part.out + ((top + i) * part.n + first) * FLOAT
@@ -191,6 +187,7 @@ def _decode_row(
 
 
 def _add_tile(
+  part: Part,
   x: Value,
   m: Value,
   tile: Value,
@@ -207,7 +204,7 @@ def _add_tile(
       for a in range(few)
     ]
     totals = [[Variable(load(p, F32x8)) for p in row] for row in places]
-    lines = [x + (i + a) * length * FLOAT for a in range(few)]
+    lines = [x + (i + a) * part.k * FLOAT for a in range(few)]
     columns = [tile + (r + b) * (stretch * FLOAT) for b in range(count)]
 
     def step(j):
