@@ -6,17 +6,15 @@ leaf, and so no derivative. The primitive is lowered as that of
 `ops._quantize_cpu`.
 """
 
-import functools
 import math
 
 import jax
-import jax.extend.core as jex
 import jax.numpy as jnp
 from jax.core import ShapedArray
-from jax.interpreters import batching, mlir
 
 from lowbit_jax import cpu
 from lowbit_jax._typing import DTypeLike
+from lowbit_jax.cpu import _primitive
 from lowbit_jax.formats import BlockFormat
 from lowbit_jax.numerics import _packing, _scaling
 from lowbit_jax.numerics._codec import spec
@@ -86,10 +84,6 @@ def _task(codes, fmt: BlockFormat, axes: tuple[int, ...]):
   return Task(layout, fmt.block[0], fmt.element), n
 
 
-# Numbers of codes and scales as a kernel takes them.
-_dequantize = jex.Primitive('lowbit_dequantize')
-
-
 def _shape(codes, scale, *, task, fmt):
   del scale
   batch, height, n = codes.shape
@@ -97,9 +91,6 @@ def _shape(codes, scale, *, task, fmt):
     return ShapedArray((batch, height, task.block), jnp.dtype(jnp.float32))
   height = _packing.unpacked_size(height, fmt.element.bits)
   return ShapedArray((batch, height, n), jnp.dtype(jnp.float32))
-
-
-_dequantize.def_abstract_eval(_shape)
 
 
 def _by_xla(codes, scale, *, task, fmt):
@@ -123,23 +114,6 @@ def _by_kernel(codes, scale, *, task, fmt):
   return jax.ffi.ffi_call(kernels.target_name(task), out)(codes, scale)
 
 
-def _lower_on_cpu(context, *operands, **how):
-  module = context.module_context
-  is_split = getattr(module.axis_context, 'num_devices', None) not in (None, 1)
-  is_exported = module.lowering_parameters.for_export
-  run = _by_xla if is_split or is_exported else _by_kernel
-  return mlir.lower_fun(run, False)(context, *operands, **how)
-
-
-mlir.register_lowering(_dequantize, mlir.lower_fun(_by_xla, False))
-mlir.register_lowering(_dequantize, _lower_on_cpu, platform='cpu')
-
-
-@_dequantize.def_impl
-def _run(*operands, **how):
-  return jax.jit(functools.partial(_dequantize.bind, **how))(*operands)
-
-
 def _batched(operands, axes, **how):
   """Members of a batch are folded into the batch of the kernel."""
   size = next(
@@ -158,4 +132,7 @@ def _batched(operands, axes, **how):
   return out.reshape(size, -1, *out.shape[1:]), 0
 
 
-batching.primitive_batchers[_dequantize] = _batched
+# Numbers of codes and scales as a kernel takes them.
+_dequantize = _primitive.primitive(
+  'lowbit_dequantize', _shape, _by_xla, _by_kernel, _batched
+)

@@ -9,6 +9,7 @@ threads. `LOWBIT_JAX_CPU=0` in the environment switches all of them off.
 
 The modules, each of which knows only those before it:
 
+  _primitive    an operation that is lowered to a kernel where it can
   _code         machine code as Python values
   _compiler     from such code to an address in memory
   _frame        what XLA hands to a kernel, and how a kernel refuses it

@@ -10,14 +10,13 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.extend.core as jex
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.core import ShapedArray
-from jax.interpreters import batching, mlir
 
 from lowbit_jax import cpu
+from lowbit_jax.cpu import _primitive
 from lowbit_jax.ops._dispatch import Plan
 
 _ENDLESS = np.iinfo(np.int32).max  # a window
@@ -86,12 +85,6 @@ def _attend(
   return _attention.bind(*arrays, by_xla=by_xla).astype(query.dtype)
 
 
-# Of query (batch, tokens, heads, size), keys and values (layers, batch,
-# positions, kv_heads, size), lengths (batch,), layer (1,) and window (1,).
-_attention = jex.Primitive('lowbit_decode_attention')
-
-
-@_attention.def_abstract_eval
 def _shape(query, keys, values, *integers, by_xla):
   del keys, integers, by_xla
   return ShapedArray((*query.shape[:3], values.shape[-1]), jnp.float32)
@@ -111,23 +104,6 @@ def _by_kernel(query, keys, values, *integers, by_xla):
   name = kernels.target_name(_kind(keys, values))
   out = jax.ShapeDtypeStruct(shape, jnp.float32)
   return jax.ffi.ffi_call(name, out)(query, keys, values, *integers)
-
-
-def _lower_on_cpu(context, *operands, **how):
-  module = context.module_context
-  is_split = getattr(module.axis_context, 'num_devices', None) not in (None, 1)
-  is_exported = module.lowering_parameters.for_export
-  run = _by_loop if is_split or is_exported else _by_kernel
-  return mlir.lower_fun(run, False)(context, *operands, **how)
-
-
-mlir.register_lowering(_attention, mlir.lower_fun(_by_loop, False))
-mlir.register_lowering(_attention, _lower_on_cpu, platform='cpu')
-
-
-@_attention.def_impl
-def _run(*operands, **how):
-  return jax.jit(functools.partial(_attention.bind, **how))(*operands)
 
 
 def _batched(operands, axes, **how):
@@ -192,4 +168,8 @@ def _together(x: jax.Array, axis: int | None, size: int, place: int):
   return x.reshape(*x.shape[:place], -1, *x.shape[place + 2 :])
 
 
-batching.primitive_batchers[_attention] = _batched
+# Of query (batch, tokens, heads, size), keys and values (layers, batch,
+# positions, kv_heads, size), lengths (batch,), layer (1,) and window (1,).
+_attention = _primitive.primitive(
+  'lowbit_decode_attention', _shape, _by_loop, _by_kernel, _batched
+)

@@ -10,15 +10,14 @@ import functools
 import math
 
 import jax
-import jax.extend.core as jex
 import jax.numpy as jnp
 from jax import lax
 from jax.core import ShapedArray
-from jax.interpreters import batching, mlir
 
 from lowbit_jax import cpu, qarray
 from lowbit_jax._member import Member
 from lowbit_jax._typing import DotDims, Precision
+from lowbit_jax.cpu import _primitive
 from lowbit_jax.formats import BlockFormat
 from lowbit_jax.numerics import _scaling
 from lowbit_jax.ops import _dot_xla
@@ -174,17 +173,10 @@ def _product(
   return out
 
 
-# Products of x (batch, m, k) with the members `index` (batch,) of a stack.
-_matmul = jex.Primitive('lowbit_matmul')
-
-
 def _shape(x, index, codes, *leaves, kind, precision):
   del index, leaves, precision
   n = codes.shape[1 if kind.layout == 'nk' else 2]
   return ShapedArray((*x.shape[:2], n), jnp.float32)
-
-
-_matmul.def_abstract_eval(_shape)
 
 
 def _by_xla(x, index, *leaves, kind, precision):
@@ -240,23 +232,6 @@ def _by_kernel(x, index, *leaves, kind, precision):
   return jax.ffi.ffi_call(kernels.target_name(kind), out)(x, index, *leaves)
 
 
-def _lower_on_cpu(context, *operands, **how):
-  module = context.module_context
-  is_split = getattr(module.axis_context, 'num_devices', None) not in (None, 1)
-  is_exported = module.lowering_parameters.for_export
-  run = _by_xla if is_split or is_exported else _by_kernel
-  return mlir.lower_fun(run, False)(context, *operands, **how)
-
-
-mlir.register_lowering(_matmul, mlir.lower_fun(_by_xla, False))
-mlir.register_lowering(_matmul, _lower_on_cpu, platform='cpu')
-
-
-@_matmul.def_impl
-def _run(*operands, **how):
-  return jax.jit(functools.partial(_matmul.bind, **how))(*operands)
-
-
 def _batched(operands, axes, **how):
   """Rows of x are folded where matrices are shared; else stacks grow."""
   x, index, *leaves = (
@@ -290,4 +265,7 @@ def _batched(operands, axes, **how):
   return out.reshape(*shape, *out.shape[1:]), 0
 
 
-batching.primitive_batchers[_matmul] = _batched
+# Products of x (batch, m, k) with the members `index` (batch,) of a stack.
+_matmul = _primitive.primitive(
+  'lowbit_matmul', _shape, _by_xla, _by_kernel, _batched
+)

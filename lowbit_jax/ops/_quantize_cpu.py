@@ -6,17 +6,15 @@ processes do not know the kernel, to the quantizer of XLA, of which it has the
 bits.
 """
 
-import functools
 import math
 from typing import Any
 
 import jax
-import jax.extend.core as jex
 import jax.numpy as jnp
 from jax.core import ShapedArray
-from jax.interpreters import batching, mlir
 
 from lowbit_jax import _quantize as core, cpu, qarray
+from lowbit_jax.cpu import _primitive
 from lowbit_jax.numerics import _scaling
 from lowbit_jax.ops import _quantize_kernels
 from lowbit_jax.ops._dispatch import Plan
@@ -139,11 +137,6 @@ def _run(x: jax.Array, extras, options) -> QArray:
   )
 
 
-# Of x as a kernel takes it, and the tensor scale of each member of the batch.
-_quantize = jex.Primitive('lowbit_quantize')
-_quantize.multiple_results = True
-
-
 def _shapes(x, *tensor_scale, task, fmt):
   del tensor_scale, fmt
   batch, height, n = x.shape
@@ -156,9 +149,6 @@ def _shapes(x, *tensor_scale, task, fmt):
     ShapedArray(codes if name == 'codes' else scale, jnp.dtype(dtype))
     for name, dtype in task.results.items()
   ]
-
-
-_quantize.def_abstract_eval(_shapes)
 
 
 def _by_xla(x, *tensor_scale, task, fmt):
@@ -183,23 +173,6 @@ def _by_kernel(x, *tensor_scale, task, fmt):
   return jax.ffi.ffi_call(kernels.target_name(task), out)(x, *tensor_scale)
 
 
-def _lower_on_cpu(context, *operands, **how):
-  module = context.module_context
-  is_split = getattr(module.axis_context, 'num_devices', None) not in (None, 1)
-  is_exported = module.lowering_parameters.for_export
-  run = _by_xla if is_split or is_exported else _by_kernel
-  return mlir.lower_fun(run, True)(context, *operands, **how)
-
-
-mlir.register_lowering(_quantize, mlir.lower_fun(_by_xla, True))
-mlir.register_lowering(_quantize, _lower_on_cpu, platform='cpu')
-
-
-@_quantize.def_impl
-def _run_alone(*operands, **how):
-  return jax.jit(functools.partial(_quantize.bind, **how))(*operands)
-
-
 def _batched(operands, axes, **how):
   """Members of a batch are folded into the batch of the kernel."""
   size = next(
@@ -219,4 +192,7 @@ def _batched(operands, axes, **how):
   return out, [0] * len(out)
 
 
-batching.primitive_batchers[_quantize] = _batched
+# Of x as a kernel takes it, and the tensor scale of each member of the batch.
+_quantize = _primitive.primitive(
+  'lowbit_quantize', _shapes, _by_xla, _by_kernel, _batched, several=True
+)
