@@ -15,7 +15,7 @@ import numpy as np
 from lowbit_jax import QArray
 from lowbit_jax.cpu import _compiler, _frame, _matmul
 from lowbit_jax.cpu._compiler import Target
-from lowbit_jax.cpu._weights import Kind
+from lowbit_jax.cpu._weights import LANES, Kind
 from lowbit_jax.ops import _dot_cpu
 
 _WORD = ctypes.c_int64
@@ -168,6 +168,8 @@ def operands(x: np.ndarray, q: QArray) -> tuple[Kind, list[np.ndarray]]:
   q = _dot_cpu._along_k(q)
   kind = _dot_cpu._kind(q)
   x = np.pad(x, ((0, 0), (0, q.pad[0]))).astype(np.float32)
+  groups = x.reshape(len(x), -1, LANES, kind.order)
+  x = np.ascontiguousarray(groups.swapaxes(-1, -2)).reshape(x.shape)
   scale = None if _dot_cpu._is_after(q) else q.scale
   leaves = (q.codes, scale, q.zero_point, q.minimum)
   leaves = [np.asarray(leaf)[None] for leaf in leaves if leaf is not None]
