@@ -1,6 +1,6 @@
 """From a `Module` to the addresses of its functions, for the processor here.
 
-Compilation takes some hundredths of a second, so that nothing is kept on disk:
+Compilation takes some tenths of a second, so that nothing is kept on disk:
 what runs is always what this version of the library wrote.
 """
 
