@@ -116,18 +116,7 @@ def _by_kernel(codes, scale, *, task, fmt):
 
 def _batched(operands, axes, **how):
   """Members of a batch are folded into the batch of the kernel."""
-  size = next(
-    a.shape[d] for a, d in zip(operands, axes, strict=True) if d is not None
-  )
-
-  def folded(array, axis):
-    if axis is None:
-      array = jnp.broadcast_to(array, (size, *array.shape))
-    else:
-      array = jnp.moveaxis(array, axis, 0)
-    return array.reshape(size * array.shape[1], *array.shape[2:])
-
-  arrays = [folded(a, d) for a, d in zip(operands, axes, strict=True)]
+  size, arrays = _primitive.folded(operands, axes)
   out = _dequantize.bind(*arrays, **how)
   return out.reshape(size, -1, *out.shape[1:]), 0
 

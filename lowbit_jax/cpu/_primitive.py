@@ -6,11 +6,12 @@ else XLA computes the same. This module needs no llvmlite.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.extend.core as jex
+import jax.numpy as jnp
 from jax.interpreters import batching, mlir
 
 
@@ -54,3 +55,28 @@ def primitive(
   mlir.register_lowering(operation, mlir.lower_fun(by_xla, several))
   mlir.register_lowering(operation, lower_on_cpu, platform='cpu')
   return operation
+
+
+def folded(
+  operands: Sequence[jax.Array], axes: Sequence[int | None]
+) -> tuple[int, list[jax.Array]]:
+  """Operands under vmap as larger ones without it.
+
+  Args:
+    operands: with a batch that comes first, when the axis of vmap is left out.
+    axes: of vmap, None of those that have none.
+
+  Returns:
+    The size of the axis, and the operands with it folded into the batch.
+  """
+  pairs = list(zip(operands, axes, strict=True))
+  size = next(x.shape[axis] for x, axis in pairs if axis is not None)
+
+  def fold(x, axis):
+    if axis is None:
+      x = jnp.broadcast_to(x, (size, *x.shape))
+    else:
+      x = jnp.moveaxis(x, axis, 0)
+    return x.reshape(size * x.shape[1], *x.shape[2:])
+
+  return size, [fold(*pair) for pair in pairs]
