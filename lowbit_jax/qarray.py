@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from lowbit_jax import _decoders, _dequantize_cpu, _explicit, formats
+from lowbit_jax import _decoders, _explicit, formats
 from lowbit_jax._typing import ArrayLike, Axis, DTypeLike, Shape, as_tuple
 from lowbit_jax.formats import BlockFormat, IntFormat
 from lowbit_jax.formats._types import check_format
@@ -712,6 +712,8 @@ def dequantize(
 
 def _decode_whole(q: QArray, dtype: np.dtype) -> jax.Array:
   """`decode` by a kernel, where there is one."""
+  from lowbit_jax import _dequantize_cpu
+
   if not _dequantize_cpu.takes(q.codes, q.fmt, q.axes, dtype):
     return decode(q, dtype)
 

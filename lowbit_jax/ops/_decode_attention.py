@@ -31,7 +31,7 @@ from jax.sharding import PartitionSpec
 from lowbit_jax import _derivative, _explicit
 from lowbit_jax._typing import ArrayLike, Implementation
 from lowbit_jax.numerics._codec import FLOAT_DTYPES
-from lowbit_jax.ops import _decode_attention_cpu, _dispatch, _operand
+from lowbit_jax.ops import _dispatch, _operand
 from lowbit_jax.ops._softmax import softmax
 from lowbit_pallas.arith import loops
 
@@ -159,8 +159,14 @@ def plan_xla(
   return _dispatch.Plan('one chunk of positions after the other', run)
 
 
+def _plan_cpu(*arguments: Any) -> _dispatch.Plan:
+  from lowbit_jax.ops import _decode_attention_cpu
+
+  return _decode_attention_cpu.plan(_by_chunks, *arguments)
+
+
 TABLE = {
-  'cpu': lambda *arguments: _decode_attention_cpu.plan(_by_chunks, *arguments),
+  'cpu': _plan_cpu,
   'xla': plan_xla,
 }
 

@@ -27,7 +27,6 @@ from lowbit_jax._typing import DotDims, DTypeLike, Implementation, Precision
 from lowbit_jax.numerics._codec import as_dtype, promoted
 from lowbit_jax.ops import (
   _dispatch,
-  _dot_cpu,
   _dot_kernels,
   _low_rank,
   _operand,
@@ -74,10 +73,16 @@ def _is_left_weight(lhs: Shaped, rhs: Shaped) -> bool:
   return isinstance(ours, int) and ours >= others
 
 
+def _plan_cpu(*arguments: Any) -> Plan:
+  from lowbit_jax.ops import _dot_cpu
+
+  return _dot_cpu.plan(*arguments)
+
+
 TABLE = {
   'tpu': _from_either_side(_dot_kernels.plan_tpu),
   'mosaic_gpu': _from_either_side(_dot_kernels.plan_mosaic_gpu),
-  'cpu': _from_either_side(_dot_cpu.plan),
+  'cpu': _from_either_side(_plan_cpu),
   'xla': _from_either_side(_dot_kernels.plan_xla),
 }
 

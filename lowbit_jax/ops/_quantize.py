@@ -23,7 +23,7 @@ from lowbit_jax._typing import (
 )
 from lowbit_jax.formats import BlockFormat
 from lowbit_jax.numerics import _rounding, _scaling
-from lowbit_jax.ops import _dispatch, _quantize_cpu, _quantize_kernels
+from lowbit_jax.ops import _dispatch, _quantize_kernels
 from lowbit_jax.qarray import QArray, dequantize as dequantize
 from lowbit_jax.transforms import Hadamard
 from lowbit_pallas.arith.codec import RANDOM_BITS
@@ -317,10 +317,16 @@ def data_job(x: jax.Array, extras: Extras, options: Options) -> core.Job:
   return job.prescaled(options.prescale)
 
 
+def _plan_cpu(*arguments: Any) -> _dispatch.Plan:
+  from lowbit_jax.ops import _quantize_cpu
+
+  return _quantize_cpu.plan(*arguments)
+
+
 TABLE = {
   'tpu': functools.partial(_quantize_kernels.plan, 'tpu'),
   'mosaic_gpu': functools.partial(_quantize_kernels.plan, 'mosaic_gpu'),
-  'cpu': _quantize_cpu.plan,
+  'cpu': _plan_cpu,
   'xla': _plan_xla,
 }
 

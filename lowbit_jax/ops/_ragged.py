@@ -28,7 +28,7 @@ from lowbit_jax._typing import (
   PyTree,
 )
 from lowbit_jax.numerics._codec import promoted
-from lowbit_jax.ops import _dispatch, _dot_cpu, _dot_xla, _low_rank, _operand
+from lowbit_jax.ops import _dispatch, _dot_xla, _low_rank, _operand
 from lowbit_jax.ops._dispatch import Plan
 from lowbit_jax.ops._operand import Operand, Shaped
 from lowbit_jax.qarray import QArray
@@ -231,6 +231,8 @@ def plan_cpu(
 ) -> Plan:
   """Plans a ragged product by the kernel of `dot` for CPUs, which reads the
   matrix of a group where it lies."""
+  from lowbit_jax.ops import _dot_cpu
+
   del group_sizes
   if not isinstance(rhs, QArray):
     raise NotImplementedError('rhs is not quantized')

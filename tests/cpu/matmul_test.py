@@ -37,6 +37,9 @@ _PAIRS = (
   *((name, 'kn') for name in _IN_COLUMNS),
   *((name, 'nk') for name in _IN_ROWS),
 )
+_ALONG_K = [
+  name for name in kinds.block_formats() if not formats.get(name).is_tile
+]
 _M = (1, 2, 3, 5, 7, 97, 200)
 _N = 200
 
@@ -94,8 +97,10 @@ class _AloneTest(parameterized.TestCase):
 class ValuesTest(_AloneTest):
   def check(self, name, layout, target=None):
     """Two blocks, some with padding, and several tiles and chunks."""
-    unit = _unit(name)
-    padded = 333 if formats.get(name).block[0] > 1 else 336
+    unit, fmt = _unit(name), formats.get(name)
+    padded = 333
+    if not fmt.block[0]:  # without padding k is whole groups of bytes
+      unit, padded = 64, 384
     for k in (2 * unit, padded, 1200 // unit * unit):
       q, x = _matrix(name, k, _N, layout), products.data(max(_M), k)
       got = frames.product(x, q, target)
@@ -106,7 +111,9 @@ class ValuesTest(_AloneTest):
     self.check(name, layout)
 
   @parameterized.parameters(
-    *_formats([name for name in kinds.block_formats() if 'x1' not in name])
+    *_formats(
+      [name for name in kinds.block_formats() if not formats.get(name).is_tile]
+    )
   )
   @pytest.mark.slow
   def test_products_of_every_format(self, name, layout):
@@ -165,9 +172,7 @@ class ValuesTest(_AloneTest):
     got = frames.product(x, q, _compiler.generic())
     np.testing.assert_array_equal(got, frames.product(x, q))
 
-  @parameterized.parameters(
-    *_formats([name for name in kinds.block_formats() if 'x1' not in name])
-  )
+  @parameterized.parameters(*_formats(_ALONG_K))
   @pytest.mark.slow
   def test_every_format_without_extensions(self, name, layout):
     self.check(name, layout, _compiler.generic())
