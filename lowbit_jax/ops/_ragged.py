@@ -159,6 +159,10 @@ def operands(
 def _checked(lhs, rhs, group_sizes) -> tuple[Any, Any, Any]:
   """The arguments of a `ragged_dot`, or an error that says what is wrong."""
   left, right = _operand.checked(lhs, 'lhs'), _operand.checked(rhs, 'rhs')
+  left, right = (
+    _operand.computed(Member.unpack, x) if isinstance(x, Member) else x
+    for x in (left, right)
+  )
   sizes = group_sizes
   if not isinstance(sizes, jax.ShapeDtypeStruct):
     sizes = jnp.asarray(sizes)

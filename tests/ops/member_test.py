@@ -103,6 +103,13 @@ class MemberTest(parameterized.TestCase):
     for i, number in enumerate(numbers):
       np.testing.assert_array_equal(got[i], lowbit.dot(x, stack[number]))
 
+  def test_groups_of_a_member(self):
+    """A layer of experts is one of a stack of stacks."""
+    layers = products.stacked(_stack('mxfp4'), _stack('mxfp4'))
+    x, sizes = products.data(4, K), jnp.array([1, 0, 3])
+    got = lowbit.ragged_dot(x, ops.member(layers, 1), sizes)
+    np.testing.assert_array_equal(got, lowbit.ragged_dot(x, layers[1], sizes))
+
   def test_wrong_arguments(self):
     stack = _stack('mxfp4')
     with self.assertRaisesRegex(ValueError, 'must be one integer'):
