@@ -129,9 +129,10 @@ def main(argv):
     )
     rows = []
     for r in ratios:
-      goal = GOALS.get(m, {}).get(r.name[0])
+      name, by = r.name if isinstance(r.name, tuple) else (r.name, '')
+      goal = GOALS.get(m, {}).get(name)
       rows.append([
-        *r.name, f'{r.wall:.2f}', f'{r.cpu:.2f}',
+        name, by, f'{r.wall:.2f}', f'{r.cpu:.2f}',
         '' if goal is None else f'<= {goal}', f'{r.milliseconds:.2f}',
         notes.get(r.name, ''),
       ])  # fmt: skip
