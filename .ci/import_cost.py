@@ -3,8 +3,7 @@
   python .ci/import_cost.py FOLDER
 
 Fails if lowbit_jax or lowbit_pallas is not imported from FOLDER, or if the cost
-is more than three times the goal and than most of what JAX itself takes, which
-shows how busy the machine is.
+is more than three times the goal.
 """
 
 import pathlib
@@ -12,7 +11,6 @@ import subprocess
 import sys
 
 _GOAL = 0.15
-_SHARE = 0.75  # of the time of JAX
 _REPEATS = 5
 _PROGRAM = 'import time, {}; print(time.process_time())'
 
@@ -36,7 +34,7 @@ def main(folder: pathlib.Path) -> None:
   base = cpu_seconds('jax')
   cost = cpu_seconds('lowbit_jax') - base
   print(f'import jax {base:.2f} s, lowbit_jax +{cost:.3f} s (goal {_GOAL} s)')
-  if cost > max(3 * _GOAL, _SHARE * base):
+  if cost > 3 * _GOAL:
     raise SystemExit('import lowbit_jax has become slow')
 
 
