@@ -9,6 +9,7 @@ where it is installed.
   python benchmarks/matmul.py --rows 1 --formats int4_g128 --rounds 31
   python benchmarks/matmul.py --stored nk
   python benchmarks/matmul.py --k 576 --n 1536 --rows 1
+  python benchmarks/matmul.py --activations int8_g32
 """
 
 import functools
@@ -35,6 +36,11 @@ _FORMATS = flags.DEFINE_list(
 _STORED = flags.DEFINE_enum(
   'stored', 'kn', ['kn', 'nk'], 'Axes of the weight, the last one contiguous.'
 )
+_ACTIVATIONS = flags.DEFINE_string(
+  'activations',
+  '',
+  'Format to which x is quantized in each call; none by default.',
+)
 _PEERS = flags.DEFINE_bool('peers', True, 'Time installed peers too.')
 
 # What we set out to reach: wall time relative to float32 jnp.dot on idle cores.
@@ -52,6 +58,13 @@ def product(x, q, implementation=None):
   """x times the weight, which stands for (k, n) however it is stored."""
   subscripts = f'mk,{_STORED.value}->mn'
   return lowbit.einsum(subscripts, x, q, implementation=implementation)
+
+
+def stored(x):
+  """x as --activations has it."""
+  if not _ACTIVATIONS.value or isinstance(x, lowbit.QArray):
+    return x
+  return lowbit.quantize(x, lowbit.formats.get(_ACTIVATIONS.value))
 
 
 def check(x, w, implementation) -> None:
@@ -78,11 +91,11 @@ def candidates(x, w) -> tuple[dict, dict]:
         lowbit.select_implementation, implementation=implementation
       )
       try:
-        choice = select('einsum', subscripts, x, q)
+        choice = select('einsum', subscripts, stored(x), q)
       except NotImplementedError:
         continue
-      check(x, q, implementation)
-      run = jax.jit(functools.partial(product, implementation=implementation))
+      check(stored(x), q, implementation)
+      run = jax.jit(lambda x, q, by=implementation: product(stored(x), q, by))
       key = name, implementation
       thunks[key] = functools.partial(run, x, q)
       notes[key] = choice.note

@@ -21,6 +21,10 @@ The modules, each of which knows only those before it:
   _rows         products with matrices that are stored as (n, k)
   _columns      products with matrices that are stored as (k, n)
   _matmul       a kernel of either
+  _integers     products of integers, and their sums
+  _integer_rows     products of int8 with matrices that are stored as (n, k)
+  _integer_columns  products of int8 with matrices that are stored as (k, n)
+  _integer_matmul   a kernel of either
   _exponential  the exponential function
   _attention    a kernel of decode attention
   _encode       from float32 to packed codes

@@ -15,7 +15,15 @@ import functools
 import math
 
 from lowbit_jax.cpu import _columns, _registry, _rows, _stages
-from lowbit_jax.cpu._code import I64, LANES, Module, choose, least, most
+from lowbit_jax.cpu._code import (
+  I64,
+  LANES,
+  Module,
+  Value,
+  choose,
+  least,
+  most,
+)
 from lowbit_jax.cpu._compiler import Target, compiled
 from lowbit_jax.cpu._frame import Frame, Specification, handler
 from lowbit_jax.cpu._part import SIZES, Part
@@ -60,17 +68,32 @@ def kernel(kind: Kind, target: Target) -> int:
   _stages.define(
     module, [*names, *SIZES], lambda words, i: write(weights, Part(words, i))
   )
+  multiple = LANES * kind.order if kind.layout == 'nk' else kind.group
   with handler(module, 'wq_matmul', inputs, outputs) as frame:
-    _check_and_run(kind, frame)
+    batch, m, k = (frame['x'].size(axis) for axis in range(3))
+    run(frame, kind, (batch, m, k), multiple, LANES)
   return compiled(module, target)
 
 
-def _check_and_run(kind: Kind, frame: Frame) -> None:
-  """Checks sizes, cuts the products into chunks and runs them."""
-  batch, m, k = (frame['x'].size(axis) for axis in range(3))
+def run(
+  frame: Frame,
+  kind: Kind,
+  sizes: tuple[Value, Value, Value],
+  multiple: int,
+  fewest: int,
+) -> None:
+  """Checks sizes, cuts the products into chunks and runs them.
+
+  Args:
+    frame: of the call, whose result is (batch, m, n).
+    kind: of the matrices.
+    sizes: batch, m and k.
+    multiple: of which k must be one.
+    fewest: columns of a matrix (k, n).
+  """
+  batch, m, k = sizes
   at_n, at_k = (1, 2) if kind.layout == 'nk' else (2, 1)
   stack, n = frame['codes'].size(0), frame['codes'].size(at_n)
-  multiple = LANES * kind.order if kind.layout == 'nk' else kind.group
   if kind.block:
     multiple = math.lcm(multiple, kind.block)
   frame.require((k % multiple).equals(0), f'k is no multiple of {multiple}')
@@ -88,7 +111,7 @@ def _check_and_run(kind: Kind, frame: Frame) -> None:
   is_empty = (batch * m * n).equals(0)
   frame.require((stack > 0) | is_empty, 'the stack is empty')
   if kind.layout == 'kn':
-    frame.require((n >= LANES) | is_empty, f'n is less than {LANES}')
+    frame.require((n >= fewest) | is_empty, f'n is less than {fewest}')
 
   # Chunks are whole tiles of a matrix; the last one takes what is left. Rows of
   # a matrix (k, n) are read in long stretches: few chunks for each thread.
@@ -101,9 +124,9 @@ def _check_and_run(kind: Kind, frame: Frame) -> None:
   fitting = least(fitting, _columns.WIDEST)
   width = most(fitting // tile * tile, tile)
   chunks = most(n // width, 1)
-  sizes = m, k, n, blocks, stack, row_bytes, width, chunks
+  words = m, k, n, blocks, stack, row_bytes, width, chunks
   shared = {name: frame[name].data for name in (*frame.arguments, 'out')}
-  shared |= dict(zip(SIZES, sizes, strict=True))
+  shared |= dict(zip(SIZES, words, strict=True))
   # A further row of x costs about as much as an eighth of the decoding.
   work = row_bytes * n * batch * (m + 7) // 8
   count = choose(is_empty, I64.constant(0), batch * chunks)

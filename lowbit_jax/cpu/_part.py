@@ -38,7 +38,7 @@ class Part:
     self.words = words
     self.m, self.k, self.n = words['m'], words['k'], words['n']
     self.blocks, self.row_bytes = words['blocks'], words['row_bytes']
-    member = i // words['chunks']
+    member = self.member = i // words['chunks']
     number = i - member * words['chunks']
     # As in JAX, a number outside of the stack is that of the nearest matrix.
     index = load(words['index'] + member * 4, I32).signed(I64)

@@ -105,6 +105,20 @@ class Kind(NamedTuple):
     return math.gcd(self.block, most)
 
 
+class Numbers(NamedTuple):
+  """What is stored for eight weights, vectors or None.
+
+  Attributes:
+    zero_point: an integer.
+    scale: of the integers or numbers that come of the codes.
+    minimum: what is added at last.
+  """
+
+  zero_point: Value | None
+  scale: Value | None
+  minimum: Value | None
+
+
 class Factors(NamedTuple):
   """What eight weights are shifted and multiplied by, vectors or None.
 
@@ -130,12 +144,21 @@ class Weights:
     kind: of the weights.
     module: of the kernel, which gets the tables of the formats.
     target: the processor.
+    keeps_integers: whether the caller takes elements as integers, for which
+      they must be integers, in whole bytes.
   """
 
-  def __init__(self, kind: Kind, module: Module, target: Target) -> None:
+  def __init__(
+    self,
+    kind: Kind,
+    module: Module,
+    target: Target,
+    *,
+    keeps_integers: bool = False,
+  ) -> None:
     self.kind, self.target = kind, target
     self._ordinal = _decode.ordinal(kind.element, target)
-    if not kind.is_bytes or not self._is_exact():
+    if not keeps_integers and not (kind.is_bytes and self._is_exact()):
       self._ordinal = None
     step = kind.step
     if self._ordinal is None:
@@ -247,7 +270,11 @@ class Weights:
     return fma(number, factors.scale, factors.shift)
 
   def row_factors(self, arrays: Mapping[str, Value], entry: Value) -> Factors:
-    """Those of a block of a row of (n, k), which all its weights share.
+    """Those of a block of a row of (n, k), which all its weights share."""
+    return self._factors(*self.row_numbers(arrays, entry))
+
+  def row_numbers(self, arrays: Mapping[str, Value], entry: Value) -> Numbers:
+    """What is stored for a block of a row of (n, k), in all lanes.
 
     Args:
       arrays: addresses of the arrays of a stack.
@@ -266,12 +293,18 @@ class Weights:
         return load(place, F32).everywhere()
       return self._number(word, name).everywhere()
 
-    return self._factors(at('zero_point'), at('scale'), at('minimum'))
+    return Numbers(at('zero_point'), at('scale'), at('minimum'))
 
   def column_factors(
     self, arrays: Mapping[str, Value], entry: Value
   ) -> Factors:
-    """Those of a block of eight columns of (k, n).
+    """Those of a block of eight columns of (k, n)."""
+    return self._factors(*self.column_numbers(arrays, entry))
+
+  def column_numbers(
+    self, arrays: Mapping[str, Value], entry: Value
+  ) -> Numbers:
+    """What is stored for a block of eight columns of (k, n).
 
     Args:
       arrays: addresses of the arrays of a stack.
@@ -290,7 +323,7 @@ class Weights:
         return _times(scale, self._step)
       return self._number(word, name)
 
-    return self._factors(at('zero_point'), at('scale'), at('minimum'))
+    return Numbers(at('zero_point'), at('scale'), at('minimum'))
 
   def _factors(
     self, zero_point: Value | None, scale: Value | None, minimum: Value | None

@@ -8,6 +8,8 @@ since other processes do not know the kernel, to the scan over tiles of
 
 import functools
 import math
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +20,7 @@ from lowbit_jax import cpu, qarray
 from lowbit_jax._member import Member
 from lowbit_jax._typing import DotDims, Precision
 from lowbit_jax.cpu import _primitive
-from lowbit_jax.formats import BlockFormat
+from lowbit_jax.formats import BlockFormat, IntFormat
 from lowbit_jax.numerics import _scaling
 from lowbit_jax.ops import _dot_xla
 from lowbit_jax.ops._dispatch import Plan
@@ -37,16 +39,28 @@ def plan(
     why = _why_not(lhs, rhs, dims)
   if why is not None:
     raise NotImplementedError(why)
+  note = 'decodes weights next to the product, on the threads of XLA'
+  why_floats = _why_not_integers(lhs, rhs, dims)
+  is_integer = why_floats is None
+  if is_integer:
+    note = 'multiplies integers, exactly within blocks, on the threads of XLA'
+  elif isinstance(lhs, QArray):
+    note = f'{note}; lhs as float32: {why_floats}'
 
   def run(lhs, rhs):
-    multiply = functools.partial(_product, precision=precision)
+    arrays, multiply, scales = None, _product, []
+    if is_integer:
+      lhs, *scales = _dot_xla.without_tensor_scale(lhs)
+      arrays = _integers_and_scales
+      multiply = functools.partial(_integer_product, block=lhs.fmt.block[0])
+    multiply = functools.partial(multiply, precision=precision)
     if isinstance(rhs, Member):
       if _is_in_place(rhs, dims):
         multiply = functools.partial(multiply, member=rhs)
       rhs = rhs.unpack()
-    return _dot_xla.Tiles(dims, multiply)(lhs, _along_k(rhs))
+    out = _dot_xla.Tiles(dims, multiply, arrays)(lhs, _along_k(rhs))
+    return _dot_xla.times(out, *scales)
 
-  note = 'decodes weights next to the product, on the threads of XLA'
   return Plan(note, run, is_portable=True)
 
 
@@ -74,13 +88,57 @@ def _why_not(lhs: Shaped, rhs: Shaped, dims: DotDims) -> str | None:
   matrices = jax.eval_shape(_along_k, rhs)
   if (why := _dot_xla.why_not_tiles(lhs, matrices, dims)) is not None:
     return why
+  return _matmul.why_not(*_sizes(lhs, matrices, dims))
+
+
+def _sizes(lhs: Shaped, rhs: QArray, dims: DotDims) -> tuple[Any, int, int]:
+  """The kind of the matrices of a product, its k with padding and its n."""
   x, q, _ = jax.eval_shape(
     lambda x, q: _dot_xla.as_matrices(x, q, dims),
     jax.ShapeDtypeStruct(lhs.shape, jnp.float32),
-    matrices,
+    rhs,
   )
   n = q.shape[-1 if q.axes == (-2,) else -2]
-  return _matmul.why_not(_kind(q), x.shape[-1] + q.pad[0], n)
+  return _kind(q), x.shape[-1] + q.pad[0], n
+
+
+def _why_not_integers(lhs: Shaped, rhs: Shaped, dims: DotDims) -> str | None:
+  """Why integers of both operands are not multiplied, or None."""
+  from lowbit_jax.cpu import _integer_matmul
+
+  if not isinstance(lhs, QArray):
+    return 'it is no QArray'
+  element, ((contracted, _), _) = lhs.fmt.element, dims
+  if not isinstance(element, IntFormat) or not element.signed:
+    return f'{element} is no signed integer'
+  if lhs.merged or lhs.fmt.is_tile or lhs.fmt.scale_blocks:
+    return 'its blocks are not runs with a scale each'
+  if lhs.fmt.zero_point or lhs.fmt.minimum:
+    return 'it has zero points or minima'
+  if contracted != (lhs.ndim + lhs.axes[0],):
+    return f'its blocks lie on axis {lhs.axis}, which is not contracted alone'
+  if lhs.tensor_scale is not None and math.prod(lhs.tensor_scale.shape) != 1:
+    return 'it is a stack of tensors'
+  if isinstance(rhs, Member):
+    rhs = jax.eval_shape(Member.unpack, rhs)
+  kind, k, n = _sizes(lhs, jax.eval_shape(_along_k, rhs), dims)
+  found = _integer_matmul.task(kind, lhs.fmt.block[0], k, n)
+  return found if isinstance(found, str) else None
+
+
+def _integers_and_scales(q: QArray) -> list[jax.Array]:
+  """The integers of an operand, int8, and what each is to be multiplied by."""
+  along, element = q.axes[0], q.fmt.element
+  assert isinstance(element, IntFormat)
+  scale = jnp.full((1,) * q.ndim, element.step, jnp.float32)
+  if q.scale is not None:
+    assert q.fmt.scale is not None
+    for factor in _scaling.factors(q.scale, q.fmt.scale):
+      scale = scale * factor
+    if scale.shape[along] > 1:
+      scale = jnp.repeat(scale, q.fmt.block[0], along)
+      scale = lax.slice_in_dim(scale, 0, q.shape[along], axis=along)
+  return [_dot_xla.int8(q), jnp.broadcast_to(scale, q.shape)]
 
 
 def _along_k(q: QArray) -> QArray:
@@ -151,21 +209,66 @@ def _product(
   """
   from lowbit_jax.cpu._weights import LANES
 
-  kind, along = _kind(q), q.axes[0]
+  kind = _kind(q)
   x = jnp.pad(x, ((0, 0), (0, q.pad[0])))
   if kind.order > 1:
     m, k = x.shape
     groups = x.reshape(m, -1, LANES, kind.order)
     x = groups.swapaxes(-1, -2).reshape(m, k)
-  scale = q.scale
+  how = {'kind': kind, 'precision': precision}
+  return _with_stack(
+    functools.partial(_multiply.bind, x[None], **how), q, member
+  )
+
+
+def _integer_product(
+  x: jax.Array,
+  scale: jax.Array,
+  q: QArray,
+  block: int,
+  precision: Precision,
+  member: Member | None = None,
+) -> jax.Array:
+  """Integers x (m, k), times their scales, times a matrix, float32.
+
+  Args:
+    x: int8 (m, k).
+    scale: float32 (m, k), the same for all elements of a block.
+    q: the matrix.
+    block: elements along k of a block of x, 0 for all.
+    precision: as in `lax.dot_general`.
+    member: as in `_product`.
+  """
+  from lowbit_jax.cpu import _integer_matmul
+
+  x, scale = (jnp.pad(a, ((0, 0), (0, q.pad[0]))) for a in (x, scale))
+  n = q.shape[-1 if q.axes == (-2,) else -2]
+  task = _integer_matmul.task(_kind(q), block, x.shape[1], n)
+  assert isinstance(task, _integer_matmul.Task)  # or there is no plan
+  multiply = functools.partial(
+    _multiply_integers.bind,
+    x[None],
+    scale[None, :, :: task.unit],
+    task=task,
+    precision=precision,
+  )
+  return _with_stack(multiply, q, member)
+
+
+def _with_stack(
+  multiply: Callable, q: QArray, member: Member | None
+) -> jax.Array:
+  """multiply(index, *leaves) by a matrix, of a batch of one.
+
+  A scale that a column has for all of k multiplies the result instead.
+  """
+  kind, along, scale = _kind(q), q.axes[0], q.scale
   if _is_after(q):
     q = qarray.replace(q, scale=None)
   stack, index = jax.tree.map(lambda leaf: leaf[None], q), jnp.zeros(1, _INDEX)
   if member is not None:
     stack, index = member.stack, member.index[None]
-  leaves = [getattr(stack, name) for name in kind.arrays]
-  how = {'kind': kind, 'precision': precision}
-  out = _matmul.bind(x[None], index, *leaves, **how)[0]
+  out = multiply(index, *(getattr(stack, name) for name in kind.arrays))[0]
   if scale is not None and q.scale is None:
     assert q.fmt.scale is not None
     for f in _scaling.factors(scale, q.fmt.scale):
@@ -232,40 +335,88 @@ def _by_kernel(x, index, *leaves, kind, precision):
   return jax.ffi.ffi_call(kernels.target_name(kind), out)(x, index, *leaves)
 
 
-def _batched(operands, axes, **how):
-  """Rows of x are folded where matrices are shared; else stacks grow."""
-  x, index, *leaves = (
-    a if d is None else jnp.moveaxis(a, d, 0)
-    for a, d in zip(operands, axes, strict=True)
-  )
+def _integer_shape(x, scale, *arrays, task, precision):
+  del scale
+  return _shape(x, *arrays, kind=task.kind, precision=precision)
+
+
+def _integer_by_xla(x, scale, *arrays, task, precision):
+  x = x.astype(jnp.float32) * jnp.repeat(scale, task.unit, -1)
+  return _by_xla(x, *arrays, kind=task.kind, precision=precision)
+
+
+def _integer_by_kernel(x, scale, index, *leaves, task, precision):
+  del precision
+  from lowbit_jax.cpu import _integer_matmul as kernels
+
+  n = leaves[0].shape[1 if task.kind.layout == 'nk' else 2]
+  out = jax.ShapeDtypeStruct((*x.shape[:2], n), jnp.float32)
+  units = x.reshape(*scale.shape, task.unit).astype(jnp.int32)
+  sums = jnp.sum(units, -1).astype(jnp.float32)
+  x = _in_order(lax.bitcast_convert_type(x, jnp.uint8), task)
+  call = jax.ffi.ffi_call(kernels.target_name(task), out)
+  return call(x, scale, sums, index, *leaves)
+
+
+def _in_order(x: jax.Array, task) -> jax.Array:
+  """Bytes of x (batch, m, k) in the order in which the kernel reads them."""
+  codes_of_byte = 8 // task.kind.element.bits
+  if task.kind.layout == 'nk':  # bytes that are read together
+    groups = x.reshape(*x.shape[:2], -1, task.side, codes_of_byte)
+    return groups.swapaxes(-1, -2).reshape(x.shape)
+  pairs = x.reshape(*x.shape[:2], -1, 2, codes_of_byte).swapaxes(-1, -2)
+  return jnp.tile(pairs, 2).reshape(*x.shape[:2], -1)
+
+
+def _batched(operands, axes, rows=1, **how):
+  """Rows of x are folded where matrices are shared; else stacks grow.
+
+  Args:
+    operands: those of the primitive, of which the first `rows` are (batch, m,
+      ...).
+    axes: of vmap.
+    rows: 1, or 2 where scales of x lie beside it.
+    **how: parameters of the primitive.
+  """
+  multiply = _multiply if rows == 1 else _multiply_integers
   size = next(
     a.shape[d] for a, d in zip(operands, axes, strict=True) if d is not None
   )
-  if all(d is None for d in axes[1:]):
-    _, batch, m, k = x.shape
-    rows = jnp.moveaxis(x, 0, 1).reshape(batch, size * m, k)
-    out = _matmul.bind(rows, index, *leaves, **how)
-    return jnp.moveaxis(out.reshape(batch, size, m, -1), 1, 0), 0
 
   def spread(array, axis):
     if axis is not None:
-      return array
+      return jnp.moveaxis(array, axis, 0)
     return jnp.broadcast_to(array, (size, *array.shape))
 
-  x, index = spread(x, axes[0]), spread(index, axes[1])
-  if any(d is not None for d in axes[2:]):
-    leaves = [spread(a, d) for a, d in zip(leaves, axes[2:], strict=True)]
+  xs = [spread(*pair) for pair in zip(operands[:rows], axes, strict=False)]
+  others = list(zip(operands[rows:], axes[rows:], strict=True))
+  if all(d is None for _, d in others):
+    _, batch, m, _ = xs[0].shape
+    xs = [jnp.moveaxis(x, 0, 1).reshape(batch, size * m, -1) for x in xs]
+    out = multiply.bind(*xs, *(a for a, _ in others), **how)
+    return jnp.moveaxis(out.reshape(batch, size, m, -1), 1, 0), 0
+  index, leaves = spread(*others[0]), [a for a, _ in others[1:]]
+  if any(d is not None for _, d in others[1:]):
+    leaves = [spread(*pair) for pair in others[1:]]
     stack = leaves[0].shape[1]
     first = stack * jnp.arange(size, dtype=index.dtype)[:, None]
     index = first + _within(index, stack)
     leaves = [a.reshape(size * stack, *a.shape[2:]) for a in leaves]
-  shape = x.shape[:2]
-  x = x.reshape(math.prod(shape), *x.shape[2:])
-  out = _matmul.bind(x, index.reshape(-1), *leaves, **how)
+  shape = xs[0].shape[:2]
+  xs = [x.reshape(math.prod(shape), *x.shape[2:]) for x in xs]
+  out = multiply.bind(*xs, index.reshape(-1), *leaves, **how)
   return out.reshape(*shape, *out.shape[1:]), 0
 
 
 # Products of x (batch, m, k) with the members `index` (batch,) of a stack.
-_matmul = _primitive.primitive(
+_multiply = _primitive.primitive(
   'lowbit_matmul', _shape, _by_xla, _by_kernel, _batched
+)
+# The same of integers, with scales (batch, m, k / unit) after them.
+_multiply_integers = _primitive.primitive(
+  'lowbit_integer_matmul',
+  _integer_shape,
+  _integer_by_xla,
+  _integer_by_kernel,
+  functools.partial(_batched, rows=2),
 )

@@ -120,14 +120,14 @@ class _Integer:
     is_few = _is_few(rows(lhs, self.dims)) and not is_batched
     if not is_few or why_not_tiles(lhs, rhs, self.dims) is not None:
       return lax.dot_general(
-        _int8(lhs), _int8(rhs), self.dims, preferred_element_type=jnp.int32
+        int8(lhs), int8(rhs), self.dims, preferred_element_type=jnp.int32
       )
     # XLA:CPU is slow at few rows. Sums of a tile are exact in float32: at most
     # EXACT_PRODUCTS below 2^14.
     codes = qarray.replace(
       rhs, scale=None, tensor_scale=None, fmt=_integer_codes(rhs.fmt.element)
     )
-    x, codes, shape = as_matrices(_int8(lhs), codes, self.dims)
+    x, codes, shape = as_matrices(int8(lhs), codes, self.dims)
     out = product(x.astype(jnp.float32), codes, None, jnp.int32)
     return out.reshape(shape)
 
@@ -137,21 +137,29 @@ class Tiles:
 
   Args:
     dims: dimension numbers.
-    multiply: of float32 (m, k) and a QArray (k, n) or (n, k) in blocks along k,
+    multiply: of arrays (m, k) and a QArray (k, n) or (n, k) in blocks along k,
       without tensor scale; float32 (m, n).
+    arrays: from the left operand to arrays of its shape; by default it is
+      itself, in float32.
   """
 
-  def __init__(self, dims: DotDims, multiply: Callable) -> None:
+  def __init__(
+    self,
+    dims: DotDims,
+    multiply: Callable,
+    arrays: Callable | None = None,
+  ) -> None:
     self.dims, self.multiply = dims, multiply
+    self.arrays = arrays or (lambda x: [_dense(x).astype(jnp.float32)])
 
   def __call__(self, lhs: Any, rhs: QArray) -> jax.Array:
     (_, rhs_k), (_, rhs_b) = self.dims
     tensor_scale = rhs.tensor_scale
-    x = _dense(lhs).astype(jnp.float32)
-    w = qarray.replace(rhs, tensor_scale=None)
-    x, w, shape = as_matrices(x, w, self.dims)
+    stored = qarray.replace(rhs, tensor_scale=None)
+    seen = [as_matrices(x, stored, self.dims) for x in self.arrays(lhs)]
+    xs, (_, w, shape) = [x for x, _, _ in seen], seen[0]
     multiply = jax.vmap(self.multiply) if rhs_b else self.multiply
-    out = multiply(x, w).reshape(shape)
+    out = multiply(*xs, w).reshape(shape)
     if tensor_scale is None:
       return out
     # One for each member of the batch, or one for all.
@@ -522,7 +530,8 @@ def _result_scale(q: QArray, contracted, batch, before: int, after: int):
   return scale.reshape(*shape, *[1] * after)
 
 
-def _int8(q: QArray):
+def int8(q: QArray) -> jax.Array:
+  """The integers of an operand of signed ones."""
   codes = _packing.unpack_unchecked(q.codes, q.fmt.element.bits, q.axes[0])
   codes = qarray.unpadded(codes, q.axes, q.pad)
   shift = 8 - q.fmt.element.bits

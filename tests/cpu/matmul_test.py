@@ -375,7 +375,7 @@ class ProgramsTest(_AloneTest):
 
     def product(i, x, stack):
       how = {'kind': kind, 'precision': None}
-      return _dot_cpu._matmul.bind(x, i[None], *stack, **how)[0]
+      return _dot_cpu._multiply.bind(x, i[None], *stack, **how)[0]
 
     one = [jax.jit(product)(i, x, stack) for i in numbers]
     np.testing.assert_array_equal(one, want)
