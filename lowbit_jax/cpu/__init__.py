@@ -9,28 +9,28 @@ threads. `LOWBIT_JAX_CPU=0` in the environment switches all of them off.
 
 The modules, each of which knows only those before it:
 
-  _primitive    an operation that is lowered to a kernel where it can
-  _code         machine code as Python values
-  _compiler     from such code to an address in memory
-  _frame        what XLA hands to a kernel, and how a kernel refuses it
-  _registry     kernels by the names that XLA calls them by
-  _stages       chunks of work for several threads
-  _decode       from packed codes to float32
-  _weights      from the arrays of a packed matrix to float32
-  _part         the part of a product that a thread computes
-  _rows         products with matrices that are stored as (n, k)
-  _columns      products with matrices that are stored as (k, n)
-  _matmul       a kernel of either
-  _integers     products of integers, and their sums
+  _primitive        an operation that is lowered to a kernel where it can
+  _code             machine code as Python values
+  _compiler         from such code to an address in memory
+  _frame            what XLA hands to a kernel, and how a kernel refuses it
+  _registry         kernels by the names that XLA calls them by
+  _stages           chunks of work for several threads
+  _decode           from packed codes to float32
+  _weights          from the arrays of a packed matrix to float32
+  _part             the part of a product that a thread computes
+  _rows             products with matrices that are stored as (n, k)
+  _columns          products with matrices that are stored as (k, n)
+  _matmul           a kernel of either
+  _integers         products of integers, and their sums
   _integer_rows     products of int8 with matrices that are stored as (n, k)
   _integer_columns  products of int8 with matrices that are stored as (k, n)
   _integer_matmul   a kernel of either
-  _exponential  the exponential function
-  _attention    a kernel of decode attention
-  _encode       from float32 to packed codes
-  _scales       from the maxima of blocks to their scales
-  _quantize     a kernel that quantizes
-  _dequantize   a kernel that decodes what lies across bytes
+  _exponential      the exponential function
+  _attention        a kernel of decode attention
+  _encode           from float32 to packed codes
+  _scales           from the maxima of blocks to their scales
+  _quantize         a kernel that quantizes
+  _dequantize       a kernel that decodes what lies across bytes
 
 Importing this package imports none of them, and so no llvmlite.
 """

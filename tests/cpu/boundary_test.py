@@ -37,9 +37,9 @@ Frame.require_size = lambda *arguments: None
 """
 _WRITES_MORE = """
 from lowbit_jax.cpu import _rows
-def write(weights, part):
+def write(weights, part, *others):
   part.end = part.end + 1
-  original(weights, part)
+  original(weights, part, *others)
 original, _rows.write = _rows.write, write
 """
 
@@ -86,6 +86,11 @@ class MemoryTest(parameterized.TestCase):
   def test_nothing_outside_of_arrays_is_touched(self, *arguments):
     self.check(*arguments)
 
+  @parameterized.product(layout=_LAYOUTS)
+  def test_integer_products_touch_nothing_outside(self, layout):
+    out = processes.output(_guarded(f'check_integers({layout!r}, [1, 4, 8])'))
+    self.assertEqual(out, 'nothing outside was touched\n')
+
   @parameterized.product(layout=_LAYOUTS, scale=_SCALES)
   @pytest.mark.slow
   def test_of_all_bits_and_scales(self, layout, scale):
@@ -98,6 +103,11 @@ class MemoryTest(parameterized.TestCase):
   @parameterized.parameters(
     ("check('nk', [3])", _READS_MORE, -signal.SIGSEGV),
     ("check('nk', [8])", _WRITES_MORE, -signal.SIGSEGV),
+    (
+      "check_integers('nk', [8])",
+      _WRITES_MORE.replace('_rows', '_integer_rows'),
+      -signal.SIGSEGV,
+    ),
     ("fuzz('nk', 600)", _BELIEVES_SIZES, 1),
   )
   def test_finds_planted_faults(self, call, fault, code):

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lowbit_jax import formats
-from lowbit_jax.cpu import _compiler, _matmul
+from lowbit_jax.cpu import _compiler, _integer_matmul, _matmul
 from lowbit_jax.cpu._weights import Kind
 from tests.cpu import frames
 
@@ -98,6 +98,32 @@ def check(layout: str, bits: Sequence[int], scale: str = 'float32') -> None:
     for m, k, n in sizes:
       arrays = arrays_of(kind, m, k, n, batch=2, stack=2)
       want = frames.result(kind, arrays[0], arrays[2])
+      frames.call(address, arrays, [want])
+      assert not np.isnan(want).any()
+      for at_the_end in (True, False):
+        inputs = [guarded.copy(a, at_the_end) for a in arrays]
+        out = guarded.copy(np.full_like(want, np.nan), at_the_end)
+        frames.call(address, inputs, [out])
+        np.testing.assert_array_equal(out, want)
+        guarded.free()
+  print('nothing outside was touched')
+
+
+def check_integers(layout: str, bits: Sequence[int]) -> None:
+  """The same of kernels that multiply integers."""
+  guarded = Guarded()
+  for b in bits:
+    kind = kind_of(layout, b, 'float16' if b > 1 else 'e8m0')._replace(block=64)
+    for m, k, n in itertools.product((1, 6, 70), (256, 768), (32, 33, 95, 200)):
+      task = _integer_matmul.task(kind, 32, k, n)
+      assert isinstance(task, _integer_matmul.Task), task
+      x, index, *leaves = arrays_of(kind, m, k, n, batch=2, stack=2)
+      copies = 2 if layout == 'kn' else 1
+      nbytes = np.tile(x, copies).astype(np.int8).view(np.uint8)
+      units = np.ascontiguousarray(x[:, :, :: task.unit])
+      arrays = [nbytes, units, units, index, *leaves]
+      address = _integer_matmul.kernel(task, _compiler.host())
+      want = np.full((2, m, n), np.nan, np.float32)
       frames.call(address, arrays, [want])
       assert not np.isnan(want).any()
       for at_the_end in (True, False):
