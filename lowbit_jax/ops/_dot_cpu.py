@@ -82,7 +82,10 @@ def _why_not(lhs: Shaped, rhs: Shaped, dims: DotDims) -> str | None:
   if not all(isinstance(n, int) for n in (*lhs.shape, *rhs.shape)):
     return 'shapes are symbolic'
   if _dot_xla.why_not_integer(lhs, rhs, dims) is None:
-    return 'XLA multiplies the integers of both operands'
+    if not _dot_xla.is_few(_dot_xla.rows(lhs, dims)):
+      return 'XLA multiplies the integers of many rows'
+    if (why := _why_not_integers(lhs, rhs, dims)) is not None:
+      return f'XLA multiplies the integers of both operands: {why}'
   if rhs.fmt.is_tile and rhs.pad[1]:
     return 'tiles are padded along an axis that is not contracted'
   matrices = jax.eval_shape(_along_k, rhs)

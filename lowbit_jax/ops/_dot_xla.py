@@ -117,8 +117,8 @@ class _Integer:
   def codes_product(self, lhs, rhs):
     """The int32 product of the codes."""
     is_batched = bool(self.dims[1][0])
-    is_few = _is_few(rows(lhs, self.dims)) and not is_batched
-    if not is_few or why_not_tiles(lhs, rhs, self.dims) is not None:
+    takes_tiles = is_few(rows(lhs, self.dims)) and not is_batched
+    if not takes_tiles or why_not_tiles(lhs, rhs, self.dims) is not None:
       return lax.dot_general(
         int8(lhs), int8(rhs), self.dims, preferred_element_type=jnp.int32
       )
@@ -175,7 +175,7 @@ def rows(lhs: Shaped, dims: DotDims) -> int:
   return math.prod(n for d, n in enumerate(lhs.shape) if d not in others)
 
 
-def _is_few(rows: int) -> bool:
+def is_few(rows: int) -> bool:
   """Whether there are few rows; of a symbolic number that is not known."""
   return isinstance(rows, int) and rows <= FEW_ROWS
 
@@ -283,7 +283,7 @@ def _tiling(q: QArray, few: bool) -> _Tiling:
 def _scan_tiles(x, q: QArray, precision, dtype):
   """`product` of one matrix."""
   m, n = x.shape[0], q.shape[1]
-  steps, blocks, rows, group, along_k, columns = _tiling(q, _is_few(m))
+  steps, blocks, rows, group, along_k, columns = _tiling(q, is_few(m))
 
   # Rows of x by (step, lane, m, block, row): those that meet each lane.
   if q.pad[0]:

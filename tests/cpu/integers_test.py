@@ -103,6 +103,17 @@ class IntegersTest(parameterized.TestCase):
     _check(x, w, layout)
 
   @parameterized.parameters(*_LAYOUTS)
+  def test_one_scale_for_each_row_and_column(self, layout):
+    """A few rows; XLA's int32 product is as fast for many."""
+    for m in (1, 4):
+      x, w = _operands('int8_channel', layout, m, 512, x_format='int8_channel')
+      assert _kernel_of(x, w, layout) == 'integers'
+      _check(x, w, layout)
+    x, w = _operands('int8_channel', layout, 5, 512, x_format='int8_channel')
+    with self.assertRaisesRegex(NotImplementedError, 'many rows'):
+      _product(x, w, layout)
+
+  @parameterized.parameters(*_LAYOUTS)
   def test_integers_as_large_as_they_get(self, layout):
     """No sum of 16 bits overflows."""
     for name in ('uint4_g32', 'mxfp4', 'int8_g32', 'iq4_nl', 'int2_g32'):
