@@ -11,6 +11,9 @@ stay as the file has them, or take another format of the library:
 
   python examples/chat.py --format=nvfp4 --prompt="Are dogs real?"
 
+With --activations=int8_g32 the inputs of linear layers are quantized too, and
+meet the weights as integers where a kernel can do so, which is faster.
+
 Standard output holds the answers alone; what the run needed goes to standard
 error, and with --stats to a JSON file. The answer to the same question is the
 same on every run; --temperature=0.7 draws it, from --seed.
@@ -65,10 +68,14 @@ _SEED = flags.DEFINE_integer('seed', 0, 'Of what is drawn.', lower_bound=0)
 _FORMAT = flags.DEFINE_string(
   'format', '', 'Format of the linear layers; "" leaves them as they are.'
 )
+_ACTIVATIONS = flags.DEFINE_string(
+  'activations', '', 'Format of the inputs of linear layers; "" for float.'
+)
 _STATS = flags.DEFINE_string('stats', '', 'JSON file for figures of the run.')
 
 
 flags.register_validator('format', format_flags.is_block_format)
+flags.register_validator('activations', format_flags.is_block_format)
 
 
 class _Chat:
@@ -82,6 +89,9 @@ class _Chat:
     if _FORMAT.value:
       pair = variants.Pair(_FORMAT.value, 'none')
       model = variants.Variants(model)(pair)
+    if _ACTIVATIONS.value:
+      fmt = variants.block_format(_ACTIVATIONS.value)
+      model = variants.with_stored_activations(model, fmt)
     self.bytes = variants.nbytes(jax.block_until_ready(model))
     self.load_seconds = time.perf_counter() - begin
     sampling = generation.Sampling(

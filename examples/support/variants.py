@@ -74,8 +74,32 @@ def with_activations(
   Raises:
     ValueError: for a mixture of experts, whose products are no linear layers.
   """
+  spec = QuantSpec(fmt, scale_rule=scale_rule)
+  return _with_products(model, lowbit.nn.dot_general(lhs=spec))
+
+
+def with_stored_activations(model: nnx.Module, fmt: BlockFormat) -> nnx.Module:
+  """The same without a derivative: inputs are stored in the format, so that
+  kernels can multiply their integers."""
+  return _with_products(model, _StoresInputs(fmt))
+
+
+class _StoresInputs(NamedTuple):
+  """A product that quantizes its left operand."""
+
+  fmt: BlockFormat
+
+  def __call__(
+    self, lhs: jax.Array, rhs: Any, dimension_numbers: Any, **options: Any
+  ) -> jax.Array:
+    (contracted, _), _ = dimension_numbers
+    lhs = lowbit.quantize(lhs, self.fmt, axis=contracted[-1])
+    return lowbit.nn.dot_general()(lhs, rhs, dimension_numbers, **options)
+
+
+def _with_products(model: nnx.Module, product: Callable) -> nnx.Module:
+  """A copy of a model whose linear layers compute products in another way."""
   copy = nnx.clone(model)
-  product = lowbit.nn.dot_general(lhs=QuantSpec(fmt, scale_rule=scale_rule))
   for path, module in nnx.iter_modules(copy):
     if isinstance(module, experts.Experts):
       raise ValueError('activations of a mixture of experts stay in float')
@@ -184,7 +208,7 @@ class Variants:
 
   def _quantized(self, floats: nnx.Module, name: str) -> nnx.Module:
     model = quantized(
-      floats, _format(name), head=self._head, scale_rule=self._rule
+      floats, block_format(name), head=self._head, scale_rule=self._rule
     )
     if not self._head:
       kept = {
@@ -199,10 +223,11 @@ class Variants:
     if pair.activations == 'none':
       return model
     rule = self._rule if pair.activations == pair.weights else None
-    return with_activations(model, _format(pair.activations), rule)
+    return with_activations(model, block_format(pair.activations), rule)
 
 
-def _format(name: str) -> BlockFormat:
+def block_format(name: str) -> BlockFormat:
+  """A block format by its name."""
   fmt = formats.get(name)
   assert isinstance(fmt, BlockFormat)
   return fmt

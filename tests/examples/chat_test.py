@@ -78,6 +78,13 @@ class ChatTest(parameterized.TestCase):
     self.assertEqual(status, 0)
     self.assertIn('made in', text)
 
+  def test_activations_are_integers(self):
+    _folder(self.folder)
+    arguments = '--prompt=w5', '--max_tokens=2', '--format=int8_channel'
+    status, text = self.run_script(*arguments, '--activations=int8_g32')
+    self.assertEqual(status, 0)
+    self.assertIn('made in', text)
+
   @parameterized.parameters(
     (('--prompt=w1',), None, 'no chat template.*--raw'),
     (('--prompt=w1',), '{{ raise_exception("no such role") }}', 'no such role'),
