@@ -47,7 +47,7 @@ class Planes(NamedTuple):
 
   Attributes:
     ordinal: weights as unsigned integers.
-    bits: what each plane is shifted by.
+    shifts: the place of the lowest bit of each plane.
     most: products of pairs that are added in 16 bits.
   """
 
