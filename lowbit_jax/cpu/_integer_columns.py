@@ -155,25 +155,20 @@ def _add_row(
 ) -> None:
   """Adds the products of a unit of a row of x to their sums."""
   x = part.words['x'] + row * part.k * (_X // 2) + k * (_X // 2)
-  entry = row * (part.k // unit) + k // unit
-  x_scale, x_sum = (
-    load(part.words[name] + entry * FLOAT, F32).everywhere()
-    for name in ('x_scale', 'x_sum')
-  )
+  entry, of_x = row * (part.k // unit) + k // unit, ()
+  if not planes.is_exact:
+    of_x = [
+      load(part.words[name] + entry * FLOAT, F32).everywhere()
+      for name in _integers.OF_X
+    ]
   for s, (own, own_numbers) in enumerate(zip(pairs, numbers, strict=True)):
     sums_of_pairs = _sums_of_pairs(own, x, planes)
     quarters = [_wide(sums_of_pairs[i % 2], i // 2, planes) for i in range(4)]
     for i, products in enumerate(quarters):
       place = sums + ((vector + s) * WIDTH + i * LANES) * FLOAT
-      total = _integers.add_scaled(
-        load(place, F32x8),
-        products.number(F32x8),
-        own_numbers[i],
-        planes.ordinal,
-        x_scale,
-        x_sum,
-      )
-      store(total, place)
+      own_unit = _integers.Unit(own_numbers[i], *of_x) if of_x else None
+      total = load(place, planes.sums)
+      store(_integers.added(total, products, planes, own_unit), place)
 
 
 def _sums_of_pairs(

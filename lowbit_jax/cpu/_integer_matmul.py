@@ -3,6 +3,8 @@
 Products are summed as integers within a unit, which is a block of x and of the
 matrix or a part of them; such sums are exact. What units give is scaled and
 added in float32, in an order that depends on the layout of the matrix alone.
+Where each row of x and each column has one scale, the integers are summed over
+all of k, and the caller scales.
 """
 
 import functools
@@ -29,10 +31,12 @@ class Task(NamedTuple):
   Attributes:
     kind: of the matrices.
     unit: elements along k that share a scale of x, and one of the matrix.
+    is_exact: whether results are int32 sums without scales.
   """
 
   kind: Kind
   unit: int
+  is_exact: bool = False
 
   @property
   def side(self) -> int:
@@ -47,7 +51,9 @@ class Task(NamedTuple):
     return _integer_rows.WIDTH * 8 // self.kind.element.bits
 
 
-def task(kind: Kind, block: int, k: int, n: int) -> Task | str:
+def task(
+  kind: Kind, block: int, k: int, n: int, *, is_exact: bool = False
+) -> Task | str:
   """The product with x in blocks of so many elements, or why there is none."""
   if (why := _integers.why_not(kind, host())) is not None:
     return why
@@ -65,7 +71,7 @@ def task(kind: Kind, block: int, k: int, n: int) -> Task | str:
     fits = not any(b % unit for b in blocks)
     length = unit * LANES
     fits &= not kind.block or not (kind.block % length and length % kind.block)
-  out = Task(kind, unit)
+  out = Task(kind, unit, is_exact)
   if not fits:
     return f'blocks of {blocks} elements have no part in common'
   if k % out.multiple:
@@ -73,22 +79,31 @@ def task(kind: Kind, block: int, k: int, n: int) -> Task | str:
   return out
 
 
+def offset(kind: Kind) -> int:
+  """What is to be subtracted from the integers u of a kind of matrices."""
+  return int(_integers.planes(kind, host(), is_exact=True).ordinal.offset)
+
+
 def arrays(task: Task) -> tuple[list[Specification], list[Specification]]:
   """What a kernel takes and gives: as `_matmul.arrays`, but x is of bytes in
   the order of `_integer_rows` or `_integer_columns`, and beside it lie the
-  scales of units and the sums of x in them, (batch, m, k / unit)."""
-  (x, *others), outputs = _matmul.arrays(task.kind)
-  units = [Specification(name, 'float32', 3) for name in ('x_scale', 'x_sum')]
-  return [x._replace(dtype='uint8'), *units, *others], outputs
+  scales of units and the sums of x in them, (batch, m, k / unit). An exact one
+  takes neither and gives the int32 sums of x u."""
+  (x, *others), (out,) = _matmul.arrays(task.kind)
+  x = x._replace(dtype='uint8')
+  if task.is_exact:
+    return [x, *others], [out._replace(dtype='int32')]
+  units = [Specification(name, 'float32', 3) for name in _integers.OF_X]
+  return [x, *units, *others], [out]
 
 
 @functools.cache
 def kernel(task: Task, target: Target) -> int:
   """The address of a kernel."""
   module = Module('integer_matmul')
-  kind, unit = task
+  kind, unit, is_exact = task
   weights = Weights(kind, module, target, keeps_integers=True)
-  planes = _integers.planes(kind, target)
+  planes = _integers.planes(kind, target, is_exact)
   inputs, outputs = arrays(task)
   names = [array.name for array in (*inputs, *outputs)]
 
@@ -106,7 +121,7 @@ def kernel(task: Task, target: Target) -> int:
     k = nbytes // copies
     frame.require((nbytes % copies).equals(0), 'x has half an element')
     sizes = ('the size of the batch', batch), ('m', m), ('k / unit', k // unit)
-    for name in ('x_scale', 'x_sum'):
+    for name in () if is_exact else _integers.OF_X:
       for axis, (what, size) in enumerate(sizes):
         frame.require_size(name, axis, size, what)
     _matmul.run(

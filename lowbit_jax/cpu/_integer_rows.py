@@ -29,7 +29,6 @@ from lowbit_jax.cpu._part import (
   VECTOR,
   Part,
   in_groups,
-  zeros,
 )
 from lowbit_jax.cpu._weights import LANES, Numbers, Weights
 
@@ -79,7 +78,8 @@ def _add(
   kind, first = weights.kind, part.first + r
   bits = kind.element.bits
   length = WIDTH * 8 // bits  # elements of 32 bytes
-  totals = [[Variable(zeros()) for _ in range(count)] for _ in range(few)]
+  zero = planes.sums.constant(0)
+  totals = [[Variable(zero) for _ in range(count)] for _ in range(few)]
   codes = [part.codes + (first + b) * part.row_bytes for b in range(count)]
   lines = [part.member * part.m + i + a for a in range(few)]
   groups = part.k // (length // LANES)  # scales of a row of x
@@ -99,9 +99,9 @@ def _add(
     scales, sums = (
       [
         load(part.words[name] + line * groups * FLOAT + step * VECTOR, F32x8)
-        for line in lines
+        for line in (() if planes.is_exact else lines)
       ]
-      for name in ('x_scale', 'x_sum')
+      for name in _integers.OF_X
     )
     for b in range(count):
       whole = load(codes[b] + step * WIDTH, BYTES)
@@ -115,13 +115,11 @@ def _add(
             [own[plane] for own in split], x[a], planes.most
           )
         ]
-        products = functools.reduce(operator.add, parts).number(F32x8)
-        total = totals[a][b]
-        total.set(
-          _integers.add_scaled(
-            total.get(), products, numbers, planes.ordinal, scales[a], sums[a]
-          )
-        )
+        products, total = functools.reduce(operator.add, parts), totals[a][b]
+        unit = None
+        if not planes.is_exact:
+          unit = _integers.Unit(numbers, scales[a], sums[a])
+        total.set(_integers.added(total.get(), products, planes, unit))
   for row, line in zip(totals, lines, strict=True):
     for b, total in enumerate(row):
       place = part.words['out'] + (line * part.n + first + b) * FLOAT

@@ -10,7 +10,8 @@ so that kernels multiply unsigned bytes with signed ones, as processors like it,
 and take the sums of x from the caller. Bytes are multiplied in pairs, whose
 sums have 16 bits. They are added there as long as none can overflow. Weights
 that are too large for that are cut into two planes of four bits. All sums of a
-block are below 2^24, so that float32 holds them exactly.
+block are below 2^24, so that float32 holds them exactly. Where scales are those
+of all of k, sums of x u stay integers to the end.
 """
 
 import functools
@@ -19,7 +20,16 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from lowbit_jax.cpu import _decode
-from lowbit_jax.cpu._code import I16, I32, Value, fma, intrinsic
+from lowbit_jax.cpu._code import (
+  I16,
+  I32,
+  F32x8,
+  I32x8,
+  Type,
+  Value,
+  fma,
+  intrinsic,
+)
 from lowbit_jax.cpu._compiler import Target
 from lowbit_jax.cpu._decode import BYTES
 from lowbit_jax.cpu._weights import Kind, Numbers
@@ -27,6 +37,8 @@ from lowbit_jax.cpu._weights import Kind, Numbers
 PAIRS = I16.vector(16)
 # Elements whose products are summed as integers; at most, for (k, n).
 UNIT = 32
+# Arrays of what units of x have.
+OF_X = 'x_scale', 'x_sum'
 _LARGEST = 31  # of a weight that is not cut into planes
 _PLANE = 4  # bits
 
@@ -49,11 +61,18 @@ class Planes(NamedTuple):
     ordinal: weights as unsigned integers.
     shifts: the place of the lowest bit of each plane.
     most: products of pairs that are added in 16 bits.
+    sums: of what type the sums of all units are.
   """
 
   ordinal: _decode.Ordinal
   shifts: tuple[int, ...]
   most: int
+  sums: Type
+
+  @property
+  def is_exact(self) -> bool:
+    """Whether sums are those of integers, without scales."""
+    return not self.sums.is_float
 
   def split(self, codes: Value) -> list[Value]:
     """The planes of codes, one a byte."""
@@ -65,7 +84,7 @@ class Planes(NamedTuple):
     return [integers & mask, high & mask]
 
 
-def planes(kind: Kind, target: Target) -> Planes:
+def planes(kind: Kind, target: Target, is_exact: bool) -> Planes:
   """Those of weights that `why_not` takes."""
   ordinal = _decode.ordinal(kind.element, target)
   assert ordinal is not None
@@ -73,7 +92,8 @@ def planes(kind: Kind, target: Target) -> Planes:
   largest, shifts = int(values.max()), (0,)
   if largest > _LARGEST:
     largest, shifts = (1 << _PLANE) - 1, (0, _PLANE)
-  return Planes(ordinal, shifts, (2**15 - 1) // (2 * 128 * largest))
+  most = (2**15 - 1) // (2 * 128 * largest)
+  return Planes(ordinal, shifts, most, I32x8 if is_exact else F32x8)
 
 
 def multiplied(weights: Value, x: Value) -> Value:
@@ -105,24 +125,35 @@ def neighbours(pairs: Value, factor: int) -> Value:
   return intrinsic(name, I32.vector(8), pairs, factors, is_overloaded=False)
 
 
-def add_scaled(
-  total: Value,
-  products: Value,
-  numbers: Numbers,
-  ordinal: _decode.Ordinal,
-  x_scale: Value,
-  x_sum: Value,
+class Unit(NamedTuple):
+  """What belongs to the products of a unit, in eight lanes.
+
+  Attributes:
+    numbers: what is stored for the weights.
+    x_scale: of the activations.
+    x_sum: their sums.
+  """
+
+  numbers: Numbers
+  x_scale: Value
+  x_sum: Value
+
+
+def added(
+  total: Value, products: Value, planes: Planes, unit: Unit | None
 ) -> Value:
-  """A sum and what a block adds to it, in eight lanes.
+  """A sum and what a unit adds to it, in eight lanes.
 
   Args:
-    total: float32.
-    products: the sums of x u as float32.
-    numbers: what is stored for the weights.
-    ordinal: of the weights.
-    x_scale: of the activations.
-    x_sum: sums of x.
+    total: of the type of the sums.
+    products: the sums of x u, int32.
+    planes: of the weights.
+    unit: None where sums are those of integers.
   """
+  if unit is None:
+    return total + products
+  (numbers, x_scale, x_sum), ordinal = unit, planes.ordinal
+  products = products.number(F32x8)
   if numbers.zero_point is not None:
     products = fma(numbers.zero_point, 0.0 - x_sum, products)
   if ordinal.offset:

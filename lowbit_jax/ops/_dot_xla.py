@@ -68,7 +68,7 @@ def plan_dot_general(
   refusal = why_not_integer(lhs, rhs, dims)
   if refusal is None:
     return Plan(
-      'int32 product of the codes, scales on the result', _Integer(dims)
+      'int32 product of the codes, scales on the result', Integer(dims)
     )
   why_dense = why_not_tiles(lhs, rhs, dims)
   if why_dense is None:
@@ -96,9 +96,20 @@ class _Dense:
     return times(out, lhs_scale, rhs_scale)
 
 
-class _Integer:
-  def __init__(self, dims):
+class Integer:
+  """A product of two operands of integers whose scales multiply the result.
+
+  Args:
+    dims: dimension numbers.
+    multiply: of int8 (m, k) and a QArray (k, n) or (n, k) of integers without
+      scale, where rows are few; int32 (m, n). By default that of `product`.
+  """
+
+  def __init__(
+    self, dims: DotDims, multiply: Callable[..., jax.Array] | None = None
+  ) -> None:
     self.dims = dims
+    self.multiply = multiply or integers_of_tiles
 
   def __call__(self, lhs, rhs):
     out = self.codes_product(lhs, rhs).astype(jnp.float32)
@@ -122,14 +133,19 @@ class _Integer:
       return lax.dot_general(
         int8(lhs), int8(rhs), self.dims, preferred_element_type=jnp.int32
       )
-    # XLA:CPU is slow at few rows. Sums of a tile are exact in float32: at most
-    # EXACT_PRODUCTS below 2^14.
     codes = qarray.replace(
       rhs, scale=None, tensor_scale=None, fmt=_integer_codes(rhs.fmt.element)
     )
     x, codes, shape = as_matrices(int8(lhs), codes, self.dims)
-    out = product(x.astype(jnp.float32), codes, None, jnp.int32)
-    return out.reshape(shape)
+    return self.multiply(x, codes).reshape(shape)
+
+
+def integers_of_tiles(x: jax.Array, codes: QArray) -> jax.Array:
+  """int8 (m, k) times integers, int32: XLA:CPU's own is slow at few rows.
+
+  Sums of a tile are exact in float32: at most EXACT_PRODUCTS below 2^14.
+  """
+  return product(x.astype(jnp.float32), codes, None, jnp.int32)
 
 
 class Tiles:

@@ -16,7 +16,7 @@ from lowbit_jax import QArray
 from lowbit_jax.cpu import _compiler, _frame, _matmul
 from lowbit_jax.cpu._compiler import Target
 from lowbit_jax.cpu._weights import LANES, Kind
-from lowbit_jax.ops import _dot_cpu
+from lowbit_jax.ops import _dot_cpu_matrices
 
 _WORD = ctypes.c_int64
 _TASK = ctypes.CFUNCTYPE(None, _WORD)
@@ -161,16 +161,16 @@ def _number(dtype: np.dtype) -> int:
 
 
 def operands(x: np.ndarray, q: QArray) -> tuple[Kind, list[np.ndarray]]:
-  """What a kernel is given for x (m, k) and a matrix, as `_dot_cpu` does.
+  """What a kernel is given for x (m, k) and a matrix, as `dot` gives it.
 
   Scales of columns that multiply the sum are left out.
   """
-  q = _dot_cpu._along_k(q)
-  kind = _dot_cpu._kind(q)
+  q = _dot_cpu_matrices.along_k(q)
+  kind = _dot_cpu_matrices.kind_of(q)
   x = np.pad(x, ((0, 0), (0, q.pad[0]))).astype(np.float32)
   groups = x.reshape(len(x), -1, LANES, kind.order)
   x = np.ascontiguousarray(groups.swapaxes(-1, -2)).reshape(x.shape)
-  scale = None if _dot_cpu._is_after(q) else q.scale
+  scale = None if _dot_cpu_matrices.is_after(q) else q.scale
   leaves = (q.codes, scale, q.zero_point, q.minimum)
   leaves = [np.asarray(leaf)[None] for leaf in leaves if leaf is not None]
   return kind, [x[None], np.zeros(1, np.int32), *leaves]
@@ -195,7 +195,7 @@ def product(
   address = _matmul.kernel(kind, target or _compiler.host())
   call(address, arrays, [out], pool)
   out = out[0]
-  if _dot_cpu._is_after(q):
+  if _dot_cpu_matrices.is_after(q):
     scale = _values(q.scale, q)
     out = out * (scale.T if q.axes == (-1,) else scale)
   return out if q.tensor_scale is None else out * np.asarray(q.tensor_scale)

@@ -114,21 +114,27 @@ def check_integers(layout: str, bits: Sequence[int]) -> None:
   guarded = Guarded()
   for b in bits:
     kind = kind_of(layout, b, 'float16' if b > 1 else 'e8m0')._replace(block=64)
-    for m, k, n in itertools.product((1, 6, 70), (256, 768), (32, 33, 95, 200)):
-      task = _integer_matmul.task(kind, 32, k, n)
+    bare = Kind(layout, kind.element, 0, None, False, False)
+    for m, k, n, is_exact in itertools.product(
+      (1, 6, 70), (256, 768), (32, 33, 95, 200), (False, True)
+    ):
+      task = _integer_matmul.task(
+        bare if is_exact else kind, 32, k, n, is_exact=is_exact
+      )
       assert isinstance(task, _integer_matmul.Task), task
-      x, index, *leaves = arrays_of(kind, m, k, n, batch=2, stack=2)
+      x, index, *leaves = arrays_of(task.kind, m, k, n, batch=2, stack=2)
       copies = 2 if layout == 'kn' else 1
       nbytes = np.tile(x, copies).astype(np.int8).view(np.uint8)
-      units = np.ascontiguousarray(x[:, :, :: task.unit])
-      arrays = [nbytes, units, units, index, *leaves]
+      units = [] if is_exact else [np.ascontiguousarray(x[:, :, :: task.unit])]
+      arrays = [nbytes, *units, *units, index, *leaves]
       address = _integer_matmul.kernel(task, _compiler.host())
-      want = np.full((2, m, n), np.nan, np.float32)
+      dtype, unwritten = (np.int32, -1) if is_exact else (np.float32, np.nan)
+      want = np.full((2, m, n), unwritten, dtype)
       frames.call(address, arrays, [want])
       assert not np.isnan(want).any()
       for at_the_end in (True, False):
         inputs = [guarded.copy(a, at_the_end) for a in arrays]
-        out = guarded.copy(np.full_like(want, np.nan), at_the_end)
+        out = guarded.copy(np.full_like(want, unwritten), at_the_end)
         frames.call(address, inputs, [out])
         np.testing.assert_array_equal(out, want)
         guarded.free()

@@ -15,8 +15,8 @@ from absl.testing import absltest, parameterized
 import lowbit_jax as lowbit
 from lowbit_jax import formats, ops, qarray
 from lowbit_jax.cpu import _compiler, _integer_matmul
-from lowbit_jax.formats import BlockFormat
-from lowbit_jax.ops import _dot_cpu
+from lowbit_jax.formats import BlockFormat, IntFormat
+from lowbit_jax.ops import _dot_cpu, _dot_cpu_integers, _dot_cpu_matrices
 from tests import kinds
 from tests.cpu import frames
 from tests.ops import products
@@ -104,14 +104,43 @@ class IntegersTest(parameterized.TestCase):
 
   @parameterized.parameters(*_LAYOUTS)
   def test_one_scale_for_each_row_and_column(self, layout):
-    """A few rows; XLA's int32 product is as fast for many."""
-    for m in (1, 4):
-      x, w = _operands('int8_channel', layout, m, 512, x_format='int8_channel')
-      assert _kernel_of(x, w, layout) == 'integers'
-      _check(x, w, layout)
-    x, w = _operands('int8_channel', layout, 5, 512, x_format='int8_channel')
+    """The bits of XLA's int32 product, which is as fast for many rows."""
+    x, w = _operands('int8_channel', layout, 5, 4096, x_format='int8_channel')
     with self.assertRaisesRegex(NotImplementedError, 'many rows'):
       _product(x, w, layout)
+    whole = np.asarray(_product(x, w, layout, 'xla'))
+    for m in (1, 4):
+      part = qarray.replace(x, codes=x.codes[:m], scale=x.scale[:m])
+      got = np.asarray(_product(part, w, layout))
+      np.testing.assert_array_equal(got, whole[:m])
+      stack = jax.tree.map(lambda leaf: jnp.stack([leaf[::-1], leaf]), w)
+      got = _product(part, ops.member(stack, 1), layout)
+      np.testing.assert_array_equal(got, whole[:m])
+      got = jax.vmap(lambda w, x=part: _product(x, w, layout))(stack)
+      np.testing.assert_array_equal(got[1], whole[:m])
+
+  @parameterized.product(
+    bits=(2, 4, 8), fraction=(0, 3), layout=tuple(_LAYOUTS)
+  )
+  def test_exact_sums(self, bits, fraction, layout):
+    """Of as many elements as int32 holds the products of."""
+    k, n, axis = (1 << 17) - 128, 40, _LAYOUTS[layout]
+    element = IntFormat('own', bits, fraction_bits=fraction)
+    fmt = BlockFormat('own', element, (0,), formats.float32)
+    w = np.random.default_rng(bits).integers(0, 1 << bits, (k, n))
+    w[:, 0] = 1 << (bits - 1)  # the least
+    values = (w ^ 1 << (bits - 1)) - (1 << (bits - 1))
+    w = w if layout == 'kn' else w.T
+    codes = jnp.asarray(products.pack(w, bits, axis))
+    q = lowbit.quantize(jnp.ones(w.shape), fmt, axis=axis)
+    q = qarray.replace(q, codes=codes, scale=jnp.ones_like(q.scale))
+    x = lowbit.quantize(jnp.ones((1, k)), formats.int8_channel, axis=-1)
+    least = jnp.full_like(x.codes, 0x80)
+    x = qarray.replace(x, codes=least, scale=jnp.ones_like(x.scale))
+    want = -128 * values.sum(0, keepdims=True) * 2.0**-fraction
+    np.testing.assert_array_equal(
+      _product(x, q, layout), want.astype(np.float32)
+    )
 
   @parameterized.parameters(*_LAYOUTS)
   def test_integers_as_large_as_they_get(self, layout):
@@ -245,12 +274,14 @@ class IntegersTest(parameterized.TestCase):
 def _frame(x, w, layout):
   """The task of a product, and what its kernel is given."""
   (m, k), n = x.shape, w.shape[1 if layout == 'kn' else 0]
-  task = _integer_matmul.task(_dot_cpu._kind(w), x.fmt.block[0], k, n)
+  task = _integer_matmul.task(
+    _dot_cpu_matrices.kind_of(w), x.fmt.block[0], k, n
+  )
   assert isinstance(task, _integer_matmul.Task)
-  integers, scale = _dot_cpu._integers_and_scales(x)
+  integers, scale = _dot_cpu_integers.codes_and_scales(x)
   units = np.asarray(integers, np.float32).reshape(1, m, -1, task.unit)
   arrays = [
-    _dot_cpu._in_order(jnp.asarray(x.codes)[None], task),
+    _dot_cpu_integers._in_order(jnp.asarray(x.codes)[None], task),
     scale[None, :, :: task.unit],
     units.sum(-1),
     np.zeros(1, np.int32),

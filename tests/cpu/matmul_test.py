@@ -21,7 +21,7 @@ import lowbit_jax as lowbit
 from lowbit_jax import QArray, formats, qarray
 from lowbit_jax.cpu import _compiler, _matmul
 from lowbit_jax.formats import BlockFormat
-from lowbit_jax.ops import _dot_cpu
+from lowbit_jax.ops import _dot_cpu_floats
 from tests import kinds
 from tests.cpu import frames
 from tests.ops import products
@@ -375,7 +375,7 @@ class ProgramsTest(_AloneTest):
 
     def product(i, x, stack):
       how = {'kind': kind, 'precision': None}
-      return _dot_cpu._multiply.bind(x, i[None], *stack, **how)[0]
+      return _dot_cpu_floats._multiply.bind(x, i[None], *stack, **how)[0]
 
     one = [jax.jit(product)(i, x, stack) for i in numbers]
     np.testing.assert_array_equal(one, want)
@@ -386,7 +386,9 @@ class ProgramsTest(_AloneTest):
     got = jax.jit(jax.vmap(product, (None, None, 0)))(numbers[3], x, twice)
     np.testing.assert_array_equal(got, [want[3], apart[0]])
     xla = jax.jit(
-      lambda i: _dot_cpu._by_xla(x, i[None], *stack, kind=kind, precision=None)
+      lambda i: _dot_cpu_floats._by_xla(
+        x, i[None], *stack, kind=kind, precision=None
+      )
     )
     for i, own in zip(numbers, want, strict=True):
       np.testing.assert_allclose(xla(i)[0], own, rtol=0, atol=1e-4 * _size(own))
