@@ -1,8 +1,8 @@
 """Low-bit numerics for JAX: exact formats, stated gradients, packed storage.
 
 What needs Flax, or what most programs do not use, loads on first use: `nn`,
-`training`, `doctor`, `lora`, `observers`, `search`, `special`, `testing`, and
-the functions `packed`, `with_policy` and `record`.
+`training`, `doctor`, `lora`, `observers`, `ptq`, `search`, `special`,
+`testing`, and the functions `packed`, `with_policy` and `record`.
 
 - `GemmSpec`: One product of two operands that share a reduction axis.
 - `Policy`: Which recipe each layer takes.
@@ -58,6 +58,7 @@ the functions `packed`, `with_policy` and `record`.
   `record`.
 - `ops`: Operations on Array | QArray with stated derivatives.
 - `qarray`: A quantized array as a pytree.
+- `ptq`: Post-training quantization: low bits for a model that is trained.
 - `recipe`: What is done to the operands of the products of a network, as
   values.
 - `search`: Formulas for functions of one variable: programs, their constants,
@@ -129,6 +130,7 @@ __getattr__, __dir__ = _lazy.submodules(
     'lora',
     'nn',
     'observers',
+    'ptq',
     'search',
     'special',
     'testing',

@@ -13,7 +13,7 @@ from flax.core import meta
 
 from lowbit_jax import _low_rank, _quantize as core, _sites, ops, qarray
 from lowbit_jax._low_rank import LowRank, is_operand
-from lowbit_jax._transformed import is_quantized
+from lowbit_jax._transformed import Transformed, is_quantized
 from lowbit_jax._tree import path_name
 from lowbit_jax._typing import Axis, PyTree, ScaleRule
 from lowbit_jax.formats import BlockFormat
@@ -21,7 +21,7 @@ from lowbit_jax.numerics import _scaling
 from lowbit_jax.qarray import QArray
 
 # Of (path, w, fmt, axis).
-Method = Callable[[str, jax.Array, BlockFormat, Any], QArray]
+Method = Callable[[str, jax.Array, BlockFormat, Any], QArray | Transformed]
 
 _PADDING = 0.25  # more than that is not quantized without a word
 _REMEDY = 'pass axis=, narrow select=, or name stacked layers in stacked='
@@ -73,8 +73,9 @@ def quantize_params(
       along axis 0 (`nn.scan`, `nn.vmap`); each layer is quantized by itself.
     scale_rule: scale rule in place of that of the format.
     method: `method(path, w, fmt, axis)` gives the QArray of a leaf, of its
-      shape and dtype, in place of `quantize`: by calibration, for example. Of
-      stacked layers it gets one after the other, the index behind the path.
+      shape and dtype, or an `ops.Transformed`, in place of `quantize`: by
+      calibration, see `lowbit_jax.ptq.method`. Of stacked layers it gets one
+      after the other, the index behind the path.
 
   Returns:
     The same tree. Leaves that are quantized already stay as they are. Where
@@ -139,7 +140,7 @@ class Choice(NamedTuple):
 
   def quantize(
     self, leaves: dict[str, Any], known: dict[str, _sites.Layout] | None = None
-  ) -> dict[str, QArray]:
+  ) -> dict[str, QArray | Transformed]:
     """Quantized leaves by path.
 
     Args:
@@ -178,7 +179,7 @@ class Choice(NamedTuple):
       return _name(path) == 'kernel' and jnp.ndim(leaf) >= 2
     return _matches(self.select, path, leaf)
 
-  def _leaf(self, path: str, leaves, known) -> QArray | None:
+  def _leaf(self, path: str, leaves, known) -> QArray | Transformed | None:
     leaf = leaves[path]
     fmt: Any = self.fmt(path, leaf) if callable(self.fmt) else self.fmt
     if fmt is None:
@@ -227,8 +228,9 @@ def _quantize(
   return quantize(x)
 
 
-def _warn_of_padding(path: str, q: QArray) -> None:
+def _warn_of_padding(path: str, q: QArray | Transformed) -> None:
   """Warns where padding costs more than a quarter."""
+  q = q.weight if isinstance(q, Transformed) else q
   whole = qarray.flat(q)
   sizes = [whole.shape[axis] for axis in q.axes]
   shares = [pad / n for n, pad in zip(sizes, q.pad, strict=True) if n]
@@ -247,7 +249,7 @@ def _warn_of_padding(path: str, q: QArray) -> None:
 
 def _by_method(
   method: Method, path: str, w, fmt: BlockFormat, axis, layers: int
-) -> QArray:
+) -> QArray | Transformed:
   """What a method makes of each layer, checked and stacked again."""
   if layers:
     parts = [
@@ -256,10 +258,10 @@ def _by_method(
     ]
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts)
   q = method(path, w, fmt, axis)
-  if not isinstance(q, QArray):
+  if not is_quantized(q):
     raise TypeError(
       f'method returned {type(q).__name__} for {path!r}; return a QArray, such'
-      ' as quantize_with(w, scale, fmt, axis=axis)'
+      ' as quantize_with(w, scale, fmt, axis=axis), or one in ops.Transformed'
     )
   if (q.shape, q.dtype) != (w.shape, w.dtype):
     raise ValueError(
@@ -291,7 +293,7 @@ def _content(x):
   return x
 
 
-def _replaced(old, q: QArray):
+def _replaced(old, q: QArray | Transformed):
   """`q` in the box or variable of `old`."""
   if isinstance(old, meta.AxisMetadata):
     value = old.value  # pyright: ignore[reportAttributeAccessIssue]

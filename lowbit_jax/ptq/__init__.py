@@ -1,0 +1,47 @@
+"""Post-training quantization: low bits for a model that is trained.
+
+`calibrate` records what the weights of any function meet; a step says what is
+done with each layer, alone or in a `chain`; `method` makes of both what
+`nn.quantize_params` and `nn.nnx.quantize` take. What comes out are stored
+weights like others, which `lowbit_jax.dot` and its kernels multiply.
+
+  observed = ptq.calibrate(forward, params, batches)
+  step = ptq.chain(ptq.hadamard(32), ptq.rtn('mse'), ptq.gptq())
+  method = ptq.method(step, observed)
+  params = nn.quantize_params(params, None, formats.mxfp4, method=method)
+
+A `Step` is a function from `Layer` to `Layer`.
+
+- `Layer`: A linear layer: activations (tokens, in) times a weight (in, out).
+- `Statistics`: Of activations (tokens, in) of one layer, or of the members of
+  one weight, whose axis is in front of the others; float32.
+- `calibrate`: Records what the weights of a function meet, batch by batch.
+- `chain`: One step after the other.
+- `gptq`: Rounds weights so that the outputs of a layer change least.
+- `hadamard`: Rotates runs of inputs, so that outliers spread over a block.
+- `masked`: A step that leaves other layers as they are.
+- `method`: What `nn.quantize_params` and `nn.nnx.quantize` take as `method`.
+- `relative_error`: Mean square error of the outputs of a layer, as a share of
+  their square.
+- `rtn`: Rounds weights to the nearest number of the format.
+- `search_scales`: Scales for which the weights of a block change least.
+"""
+
+from lowbit_jax.ptq._gptq import gptq as gptq
+from lowbit_jax.ptq._layer import (
+  Layer as Layer,
+  Step as Step,
+  chain as chain,
+  masked as masked,
+  method as method,
+  relative_error as relative_error,
+)
+from lowbit_jax.ptq._rotation import hadamard as hadamard
+from lowbit_jax.ptq._scales import (
+  rtn as rtn,
+  search_scales as search_scales,
+)
+from lowbit_jax.ptq._statistics import (
+  Statistics as Statistics,
+  calibrate as calibrate,
+)
