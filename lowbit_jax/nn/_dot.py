@@ -24,6 +24,7 @@ from lowbit_jax._typing import (
 from lowbit_jax.nn._view import Viewed, unview
 from lowbit_jax.numerics._codec import as_dtype, as_float_array
 from lowbit_jax.ops import _dot, specs as quant_specs
+from lowbit_jax.ops._operand import untransformed
 from lowbit_jax.recipe import QuantSpec, check_spec
 
 
@@ -52,8 +53,9 @@ def dot_general(
   fake-quantized along their last contracted axis (tiles: along that and the
   last free axis); QArrays are used as they are stored. Flax turns all operands
   into arrays first: give the module `promote_dtype=nn.promote_dtype` as well
-  if its parameters are QArrays. An `ops.Transformed` is taken as a QArray is,
-  its transform applied to the left operand, and so is an `ops.LowRank`.
+  if its parameters are QArrays. An `ops.Transformed` or an `ops.LowRank` is
+  taken as a QArray is; the left operand is quantized after it took the
+  transform.
 
   Args:
     lhs: what is done to the left operand, the activations; None for nothing.
@@ -300,11 +302,14 @@ def _quantized(lhs, rhs, dims, specs: Specs, key):
     keys = jax.random.split(key)
   out = []
   operands = _operand(lhs, 'lhs'), _operand(rhs, 'rhs')
+  are_stored = tuple(map(is_operand, operands))
   if any(specs):
     dims = _dot.check_dims(*operands, dims)
+    # What a product multiplies is quantized: activations behind a transform.
+    operands = untransformed(*operands, dims)
   for i, x in enumerate(operands):
     spec = specs[i]
-    if spec is not None and not is_operand(x):
+    if spec is not None and not are_stored[i]:
       contracted, batch = dims[0][i], dims[1][i]
       axis = _spec_axis(spec, x, contracted, batch)
       x = as_float_array(x, ('lhs', 'rhs')[i])

@@ -25,6 +25,8 @@ A `Step` is a function from `Layer` to `Layer`.
   their square.
 - `rtn`: Rounds weights to the nearest number of the format.
 - `search_scales`: Scales for which the weights of a block change least.
+- `sequential`: Quantizes blocks one by one, each on what the quantized ones
+  before give.
 """
 
 from lowbit_jax.ptq._gptq import gptq as gptq
@@ -41,6 +43,7 @@ from lowbit_jax.ptq._scales import (
   rtn as rtn,
   search_scales as search_scales,
 )
+from lowbit_jax.ptq._sequential import sequential as sequential
 from lowbit_jax.ptq._statistics import (
   Statistics as Statistics,
   calibrate as calibrate,

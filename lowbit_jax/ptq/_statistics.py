@@ -1,5 +1,6 @@
 """What calibration knows of the activations of a layer."""
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 
 from lowbit_jax import observers
 from lowbit_jax._typing import PyTree
-from lowbit_jax._walk import record
+from lowbit_jax._walk import Observer, Product, record
 from lowbit_jax.transforms import Transform
 
 # What is recorded of every product with a weight.
@@ -55,11 +56,56 @@ class Statistics(NamedTuple):
     return jax.tree.map(lambda leaf: leaf[i], self)
 
 
+class Selected(NamedTuple):
+  """An observer of some weights, and of what their activations become.
+
+  Attributes:
+    select: regular expression that is searched in the path, None for all.
+    rounding: from activations (..., in) to what the weight meets.
+  """
+
+  select: str | None = None
+  rounding: Callable[[jax.Array], jax.Array] | None = None
+
+  def observe(self, product: Product, *operands: Any) -> PyTree | None:
+    if self.select is not None and not re.search(self.select, product.site):
+      return None
+    if self.rounding is not None and product.weight is not None:
+      side = 0 if product.weight == 'rhs' else 1
+      rounded = self._rounded(product, side, operands[side])
+      operands = *operands[:side], rounded, *operands[side + 1 :]
+    return _OBSERVER.observe(product, *operands)
+
+  def merge(self, a: PyTree, b: PyTree) -> PyTree:
+    return _OBSERVER.merge(a, b)
+
+  def _rounded(self, product: Product, side: int, x: Any) -> jax.Array:
+    """Activations that were rounded along the axis that is contracted."""
+    assert self.rounding is not None
+    if product.op == 'dot_general':
+      contracted = product.params['dimension_numbers'][0][side]
+      if len(contracted) != 1:
+        raise ValueError(
+          f'{product.site!r} contracts {len(contracted)} axes of activations;'
+          ' rounding= is for one'
+        )
+      (axis,) = contracted
+    elif product.op == 'ragged_dot':
+      axis = 1
+    else:
+      raise ValueError(
+        f'rounding= is not for the {product.op} {product.site!r}'
+      )
+    return jnp.moveaxis(self.rounding(jnp.moveaxis(x, axis, -1)), -1, axis)
+
+
 def calibrate(
   fn: Callable,
   params: PyTree,
   batches: Iterable[Any],
   *,
+  select: str | None = None,
+  rounding: Callable[[jax.Array], jax.Array] | None = None,
   observed: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
   """Records what the weights of a function meet, batch by batch.
@@ -73,6 +119,11 @@ def calibrate(
     params: its parameters, packed ones included.
     batches: pytrees of arrays, of few different shapes: each is compiled for.
       Wrap them in a progress bar for long runs.
+    select: regular expression that is searched in the paths of weights; None
+      for all of them.
+    rounding: from activations (..., in) of a layer to what its weight will
+      meet, where they will be quantized too; it does not change what `fn`
+      computes.
     observed: what an earlier call returned for other batches, to go on from.
 
   Returns:
@@ -83,7 +134,23 @@ def calibrate(
     ValueError: without a batch, where no product has a weight, and for
       activations that are not finite, by the path of the weight.
   """
-  run = jax.jit(lambda params, batch: record(fn, _OBSERVER)(params, batch)[1])
+  run = recorder(fn, Selected(select, rounding))
+  return observe(run, params, batches, observed)
+
+
+def recorder(fn: Callable, observer: Observer) -> Callable:
+  """A compiled function of parameters and a batch that returns observations."""
+  observed = record(fn, observer)
+  return jax.jit(lambda params, batch: observed(params, batch)[1])
+
+
+def observe(
+  run: Callable,
+  params: PyTree,
+  batches: Iterable[Any],
+  observed: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+  """What a recorder sees of some batches, see `calibrate`."""
   found, count = None if observed is None else dict(observed), 0
   for batch in batches:
     count += 1
@@ -92,7 +159,7 @@ def calibrate(
   if not count:
     raise ValueError('batches is empty: calibration needs one at least')
   if not found:
-    raise ValueError('fn multiplies no weight that is in params')
+    raise ValueError('fn multiplies no weight that is in params and selected')
   _check_finite(found)
   return found
 
@@ -100,13 +167,8 @@ def calibrate(
 @jax.jit
 def _merged(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Any]:
   """Observations of two batches; sites of one of them stay as they are."""
-  merge = _merge
-  return {
-    path: merge(a[path], b[path])
-    if path in a and path in b
-    else (a[path] if path in a else b[path])
-    for path in [*a, *(path for path in b if path not in a)]
-  }
+  both = {path: _merge(a[path], b[path]) for path in a if path in b}
+  return {**a, **b, **both}
 
 
 def _merge(a: PyTree, b: PyTree) -> PyTree:

@@ -9,7 +9,7 @@ from flax import linen, nnx
 from jax.sharding import NamedSharding, PartitionSpec as P
 
 import lowbit_jax
-from lowbit_jax import formats, nn, transforms
+from lowbit_jax import formats, nn, recipe, transforms
 from lowbit_jax.nn import nnx as lowbit_nnx
 from lowbit_jax.ops import Transformed
 from lowbit_jax.training import optimizers
@@ -105,10 +105,31 @@ class ModulesTest(parameterized.TestCase):
     got = nn.quantize_params(params, None, formats.mxfp4)
     self.assertIs(got['a']['kernel'], params['a']['kernel'])
     self.assertIsInstance(got['b']['kernel'], lowbit_jax.QArray)
-    with self.assertRaisesRegex(TypeError, 'returned Transformed'):
-      nn.quantize_params(
-        params, None, formats.mxfp4, method=lambda *_: weight()
-      )
+    with self.assertRaisesRegex(TypeError, 'returned int'):
+      nn.quantize_params(params, None, formats.mxfp4, method=lambda *_: 3)
+
+  def test_quantize_params_takes_it_from_a_method(self):
+    params = {'a': {'kernel': jnp.ones((3, K, N))}}
+    got = nn.quantize_params(
+      params,
+      None,
+      formats.mxfp4,
+      stacked='kernel',
+      method=lambda *_: weight(transform=transforms.Hadamard(32)),
+    )['a']['kernel']
+    self.assertIsInstance(got, Transformed)
+    self.assertEqual((got.shape, got.stacked), ((3, K, N), 1))
+
+  def test_activations_are_quantized_behind_the_transform(self):
+    rotation, x = transforms.Hadamard(32), products.data(5, K)
+    w = weight(transform=rotation)
+    product = nn.dot_general(lhs=recipe.QuantSpec(formats.mxfp4))
+    got = product(x, w, (((1,), (0,)), ((), ())))
+    behind = lowbit_jax.fake_quant(rotation.apply(x), formats.mxfp4, axis=-1)
+    want = lowbit_jax.dot(behind, w.weight)
+    np.testing.assert_array_equal(got, want)
+    before = lowbit_jax.fake_quant(x, formats.mxfp4, axis=-1)
+    self.assertGreater(abs(lowbit_jax.dot(before, w) - want).max(), 1e-2)
 
 
 class TreesTest(parameterized.TestCase):
