@@ -110,6 +110,7 @@ def _bytes(address: Value, count: int) -> Value:
 
 # Sixteen bytes, twice: AVX2 moves bytes within each half of a vector only.
 BYTES = I8.vector(32)
+_PAIRS = I16.vector(16)
 _UNIT = 8  # bytes that become LANES numbers
 
 
@@ -120,16 +121,69 @@ def whole_bytes(address: Value, count: int) -> Value:
   return load(address, I8.vector(16)).lanes_at([*range(16)] * 2)
 
 
-def codes_in_bytes(whole: Value, bits: int) -> list[Value]:
-  """The first codes of all bytes, the second ones, and so on, one a byte."""
-  if bits == 8:
-    return [whole]
-  pairs = whole.bits(I16.vector(16))
-  shifted = [
-    (pairs >> start).bits(BYTES) if start else whole
-    for start in range(0, 8, bits)
-  ]
-  return [codes & ((1 << bits) - 1) for codes in shifted]
+def codes_in_bytes(rows: Sequence[Value], bits: int) -> list[Value]:
+  """The first codes of all bytes, the second ones, and so on, one a byte.
+
+  Args:
+    rows: what follows each other in memory, byte by byte, so that codes may lie
+      across two of them; a rest at the end is no code.
+    bits: of a code.
+  """
+  out = []
+  for i in range(8 * len(rows) // bits):
+    row, start = divmod(i * bits, 8)
+    low = min(bits, 8 - start)  # bits of the code that are in this byte
+    code = _shifted(rows[row], -start) & ((1 << low) - 1)
+    if low < bits:
+      rest = (1 << bits) - (1 << low)
+      code = code | (_shifted(rows[row + 1], low) & rest)
+    out.append(code)
+  return out
+
+
+def _shifted(whole: Value, by: int) -> Value:
+  """Bytes shifted to the left, or right, with bits of others where those of a
+  byte end."""
+  pairs = whole.bits(_PAIRS)
+  if by < 0:
+    return (pairs >> -by).bits(BYTES)
+  return (pairs << by).bits(BYTES) if by else whole
+
+
+def bytes_in_row(address: Value, bits: int) -> Value:
+  """The next codes of a row, as many in each of 32 bytes as fit: 8 // bits.
+
+  Other bits of these bytes may be anything. `bytes_of_row` says how many bytes
+  are read for them, all of which these codes fill.
+  """
+  if 8 % bits == 0:
+    return load(address, BYTES)
+  field = 8 // bits * bits  # what becomes a byte
+  count = bytes_of_row(bits) // 2
+  half = I8.vector(16)
+  last = load(address + 2 * count - half.nbytes, half)
+  whole = load(address, half).lanes_at(range(BYTES.lanes), last)
+  # Words of 32 bits that hold four fields, from a bit of their own on.
+  places, starts = [], []
+  for first in (0, half.nbytes - count):
+    for i in range(4):
+      byte, start = divmod(4 * field * i, 8)
+      places += [min(first + byte + j, half.nbytes - 1) for j in range(4)]
+      starts.append(start)
+  words = _picked(whole, BYTES.constant(places)).bits(I32x8)
+  if any(starts):
+    words = words >> I32x8.constant(starts)
+  # Fields are moved apart, first two by two.
+  apart = (words << (16 - 2 * field)).bits(_PAIRS)
+  lanes = _PAIRS.lanes
+  order = [i + lanes if i % 2 else i for i in range(lanes)]
+  pairs = words.bits(_PAIRS).lanes_at(order, apart)
+  return ((pairs & 0xFF) | ((pairs << (8 - field)) & 0xFF00)).bits(BYTES)
+
+
+def bytes_of_row(bits: int) -> int:
+  """Bytes of the codes that `bytes_in_row` gives."""
+  return BYTES.nbytes * (8 // bits) * bits // 8
 
 
 def eight_of(whole: Value, part: int, target: Target) -> Value:

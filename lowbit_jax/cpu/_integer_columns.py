@@ -1,8 +1,9 @@
 """Integer products with matrices that are stored as (k, n).
 
-Lanes are columns. Two rows of bytes are laid between each other, so that a pair
-of neighbouring bytes belongs to a column; the activations that meet such pairs
-lie twice side by side, as four bytes that are read at once.
+Lanes are columns. Two rows of bytes, or groups of rows where codes lie across
+bytes, are laid between each other, so that a pair of neighbouring bytes belongs
+to a column; the activations that meet such pairs lie twice side by side, as
+four bytes that are read at once.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -125,8 +126,9 @@ def _pairs(
   """For each pair of elements along k the planes of 16 columns, twice: those of
   columns 0-7 and 16-23, and those of the others."""
   bits = weights.kind.element.bits
-  for row in range(0, height, 2):
-    a, b = (load(start + part.n * (row + i), BYTES) for i in range(2))
+  group = weights.kind.group * bits // 8  # rows of bytes
+  for top in range(0, height, 2 * group):
+    rows = [load(start + part.n * (top + i), BYTES) for i in range(2 * group)]
     codes = []
     for half in range(2):
       places = [
@@ -135,7 +137,10 @@ def _pairs(
         for i in range(8)
         for other in range(2)
       ]
-      laid = a.lanes_at(places, b)
+      laid = [
+        a.lanes_at(places, b)
+        for a, b in zip(rows[:group], rows[group:], strict=True)
+      ]
       codes.append(
         [planes.split(c) for c in _decode.codes_in_bytes(laid, bits)]
       )

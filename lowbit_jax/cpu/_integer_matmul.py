@@ -40,7 +40,7 @@ class Task(NamedTuple):
 
   @property
   def side(self) -> int:
-    """Bytes of a row of a matrix (n, k) that are read together."""
+    """Bytes that codes of a matrix (n, k) are in as they are multiplied."""
     return _integer_rows.WIDTH
 
   @property
@@ -48,7 +48,7 @@ class Task(NamedTuple):
     """What k must be a multiple of."""
     if self.kind.layout == 'kn':
       return self.unit
-    return _integer_rows.WIDTH * 8 // self.kind.element.bits
+    return _integer_rows.length(self.kind)
 
 
 def task(
@@ -62,14 +62,14 @@ def task(
     if n < _integer_columns.WIDTH:
       return f'n={n} is less than {_integer_columns.WIDTH}'
     unit = _integers.UNIT
-    # Pairs of rows of bytes lie in one unit.
+    # Pairs of groups lie in one unit.
     while unit % (2 * kind.group) == 0 and any(b % unit for b in blocks):
       unit //= 2
     fits = unit % (2 * kind.group) == 0
   else:
-    unit = _integer_rows.WIDTH * 8 // LANES // kind.element.bits
+    length = _integer_rows.length(kind)
+    unit = length // LANES
     fits = not any(b % unit for b in blocks)
-    length = unit * LANES
     fits &= not kind.block or not (kind.block % length and length % kind.block)
   out = Task(kind, unit, is_exact)
   if not fits:

@@ -1,7 +1,8 @@
 """Integer products with matrices that are stored as (n, k).
 
-Lanes are what 32 bytes of one row of the matrix hold, four bytes in each. The
-activations of 32 bytes are ordered by the place of their code in a byte.
+Lanes are what 32 bytes of one row of the matrix hold, four bytes in each. Where
+codes lie across bytes, these 32 are made of fewer ones. The activations of 32
+bytes are ordered by the place of their code in a byte.
 """
 
 import functools
@@ -30,11 +31,16 @@ from lowbit_jax.cpu._part import (
   Part,
   in_groups,
 )
-from lowbit_jax.cpu._weights import LANES, Numbers, Weights
+from lowbit_jax.cpu._weights import LANES, Kind, Numbers, Weights
 
 WIDTH = BYTES.nbytes
 # Rows of the matrix side by side, of one row of x and of several, and these.
 ROWS, PAIR, FEW = 4, 2, 4
+
+
+def length(kind: Kind) -> int:
+  """Elements of 32 bytes."""
+  return WIDTH * (8 // kind.element.bits)
 
 
 def write(weights: Weights, part: Part, planes: Planes) -> None:
@@ -77,21 +83,21 @@ def _add(
   """The products of `few` rows of x from i on with `count` rows from r on."""
   kind, first = weights.kind, part.first + r
   bits = kind.element.bits
-  length = WIDTH * 8 // bits  # elements of 32 bytes
+  read, size = _decode.bytes_of_row(bits), length(kind)
   zero = planes.sums.constant(0)
   totals = [[Variable(zero) for _ in range(count)] for _ in range(few)]
   codes = [part.codes + (first + b) * part.row_bytes for b in range(count)]
   lines = [part.member * part.m + i + a for a in range(few)]
-  groups = part.k // (length // LANES)  # scales of a row of x
+  groups = part.k // (size // LANES)  # scales of a row of x
   group_bytes = most(part.row_bytes * count, 1)
   ahead = (group_bytes + (AHEAD - 1)) // group_bytes * group_bytes
-  with loop(part.row_bytes // WIDTH) as step:
+  with loop(part.row_bytes // read) as step:
     if few == 1:
-      for byte in range(0, WIDTH * count, LINE):
-        prefetch(codes[0] + ahead + step * WIDTH * count + byte)
+      for byte in range(0, read * count, LINE):
+        prefetch(codes[0] + ahead + step * read * count + byte)
     x = [
       [
-        load(part.words['x'] + line * part.k + step * length + c * WIDTH, BYTES)
+        load(part.words['x'] + line * part.k + step * size + c * WIDTH, BYTES)
         for c in range(8 // bits)
       ]
       for line in lines
@@ -104,9 +110,9 @@ def _add(
       for name in _integers.OF_X
     )
     for b in range(count):
-      whole = load(codes[b] + step * WIDTH, BYTES)
-      split = [planes.split(c) for c in _decode.codes_in_bytes(whole, bits)]
-      numbers = _numbers(weights, part, first + b, step * length)
+      whole = _decode.bytes_in_row(codes[b] + step * read, bits)
+      split = [planes.split(c) for c in _decode.codes_in_bytes([whole], bits)]
+      numbers = _numbers(weights, part, first + b, step * size)
       for a in range(few):
         parts = [
           _integers.neighbours(total, 1 << shift)
@@ -129,11 +135,10 @@ def _add(
 def _numbers(weights: Weights, part: Part, row: Value, k: Value) -> Numbers:
   """What is stored for the weights of 32 bytes of a row from k on, by lane."""
   kind = weights.kind
-  length = WIDTH * 8 // kind.element.bits
   entry = part.entries + row * part.blocks
   if kind.block:
     entry = entry + k // kind.block
-  side = length // kind.block if kind.block else 1
+  side = length(kind) // kind.block if kind.block else 1
   if side <= 1:
     return weights.row_numbers(part.words, entry)
   each = [weights.row_numbers(part.words, entry + i) for i in range(side)]

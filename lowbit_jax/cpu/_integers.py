@@ -39,7 +39,8 @@ PAIRS = I16.vector(16)
 UNIT = 32
 # Arrays of what units of x have.
 OF_X = 'x_scale', 'x_sum'
-_LARGEST = 31  # of a weight that is not cut into planes
+_MOST = 2**15 - 1  # of a sum of 16 bits
+_PAIR = 2 * 128  # the largest product of a pair, relative to its weights
 _PLANE = 4  # bits
 
 
@@ -47,8 +48,6 @@ def why_not(kind: Kind, target: Target) -> str | None:
   """Why weights are no integers for this, or None."""
   if not target.has_permutations:
     return 'the processor has no avx2'
-  if 8 % kind.element.bits:
-    return f'codes of {kind.element.bits} bits lie across bytes'
   if _decode.ordinal(kind.element, target) is None:
     return f'{kind.element} is no multiple of a power of two'
   return None
@@ -90,9 +89,9 @@ def planes(kind: Kind, target: Target, is_exact: bool) -> Planes:
   assert ordinal is not None
   values = kind.element.values() / ordinal.step + ordinal.offset
   largest, shifts = int(values.max()), (0,)
-  if largest > _LARGEST:
+  if largest * _PAIR > _MOST:
     largest, shifts = (1 << _PLANE) - 1, (0, _PLANE)
-  most = (2**15 - 1) // (2 * 128 * largest)
+  most = _MOST // (largest * _PAIR)
   return Planes(ordinal, shifts, most, I32x8 if is_exact else F32x8)
 
 

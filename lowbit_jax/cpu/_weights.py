@@ -145,7 +145,7 @@ class Weights:
     module: of the kernel, which gets the tables of the formats.
     target: the processor.
     keeps_integers: whether the caller takes elements as integers, for which
-      they must be integers, in whole bytes.
+      they must be integers.
   """
 
   def __init__(
@@ -241,7 +241,7 @@ class Weights:
     whole = _decode.whole_bytes(address, count)
     if self._halves is not None:
       return [[part] for part in self._halves(whole)[: count // LANES]]
-    codes = _decode.codes_in_bytes(whole, self.kind.element.bits)
+    codes = _decode.codes_in_bytes([whole], self.kind.element.bits)
     if self._ordinal is not None:
       codes = [self._ordinal.integers(c) for c in codes]
 

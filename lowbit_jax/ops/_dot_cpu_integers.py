@@ -168,11 +168,11 @@ def _call(task, dtype, x, *arrays):
 
 def _in_order(x: jax.Array, task) -> jax.Array:
   """Bytes of x (batch, m, k) in the order in which the kernel reads them."""
-  codes_of_byte = 8 // task.kind.element.bits
-  if task.kind.layout == 'nk':  # bytes that are read together
+  if task.kind.layout == 'nk':  # bytes that are multiplied together
+    codes_of_byte = 8 // task.kind.element.bits
     groups = x.reshape(*x.shape[:2], -1, task.side, codes_of_byte)
     return groups.swapaxes(-1, -2).reshape(x.shape)
-  pairs = x.reshape(*x.shape[:2], -1, 2, codes_of_byte).swapaxes(-1, -2)
+  pairs = x.reshape(*x.shape[:2], -1, 2, task.kind.group).swapaxes(-1, -2)
   return jnp.tile(pairs, 2).reshape(*x.shape[:2], -1)
 
 

@@ -27,7 +27,8 @@ _X = 'int8_g32'
 _FORMATS = (
   *('int4_g128', 'uint4_g32', 'uint4_g32_min_float16', 'mxfp4', 'nvfp4'),
   *('iq4_nl', 'int8_g32', 'int8_channel', 'quaternary_g64_float16', 'q4_k'),
-  *('sign_g128_float16', 'mxint8'),
+  *('sign_g128_float16', 'mxint8', 'int3_g32', 'uint3_g32', 'q3_k'),
+  *('uint5_g32_min_float16', 'int6_g32', 'bfp7_g16'),
 )
 _ALONG_K = [
   name for name in kinds.block_formats() if not formats.get(name).is_tile
@@ -120,7 +121,7 @@ class IntegersTest(parameterized.TestCase):
       np.testing.assert_array_equal(got[1], whole[:m])
 
   @parameterized.product(
-    bits=(2, 4, 8), fraction=(0, 3), layout=tuple(_LAYOUTS)
+    bits=(2, 3, 4, 6, 7, 8), fraction=(0, 3), layout=tuple(_LAYOUTS)
   )
   def test_exact_sums(self, bits, fraction, layout):
     """Of as many elements as int32 holds the products of."""
@@ -243,7 +244,6 @@ class IntegersTest(parameterized.TestCase):
     self.assertNotIn('lowbit_jax.integer_matmul', text)
 
   @parameterized.parameters(
-    ('int3_g32', _X, 512, 'codes of 3 bits lie across bytes'),
     ('nf4_g64', _X, 512, 'is no multiple of a power of two'),
     ('mxfp4', 'mxfp8_e4m3', 512, 'is no signed integer'),
     ('mxfp4', 'uint8_g32', 512, 'is no signed integer'),
