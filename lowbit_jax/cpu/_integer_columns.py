@@ -6,6 +6,8 @@ to a column; the activations that meet such pairs lie twice side by side, as
 four bytes that are read at once.
 """
 
+import functools
+import operator
 from collections.abc import Iterable, Iterator, Sequence
 
 from lowbit_jax.cpu import _decode, _integers
@@ -43,6 +45,8 @@ WIDTH, SIDE = BYTES.nbytes, 2
 # sums stay in the cache.
 WIDEST, NARROW, PANEL = 1024, SIDE * WIDTH, 64
 _X = 4  # bytes of x for each pair of elements
+# Of sixteen lanes those that instructions lay between those of others at once.
+_FOURS = [*range(4), *range(8, 12)], [*range(4, 8), *range(12, 16)]
 
 
 def write(weights: Weights, part: Part, planes: Planes, unit: int) -> None:
@@ -168,7 +172,8 @@ def _add_row(
     ]
   for s, (own, own_numbers) in enumerate(zip(pairs, numbers, strict=True)):
     sums_of_pairs = _sums_of_pairs(own, x, planes)
-    quarters = [_wide(sums_of_pairs[i % 2], i // 2, planes) for i in range(4)]
+    halves = [_wide(half, planes) for half in sums_of_pairs]
+    quarters = [halves[i % 2][i // 2] for i in range(4)]
     for i, products in enumerate(quarters):
       place = sums + ((vector + s) * WIDTH + i * LANES) * FLOAT
       own_unit = _integers.Unit(own_numbers[i], *of_x) if of_x else None
@@ -193,15 +198,27 @@ def _sums_of_pairs(
   return out
 
 
-def _wide(
-  sums_of_half: list[list[Value]], quarter: int, planes: Planes
-) -> Value:
-  """The sums of eight columns in 32 bits."""
-  places, out = range(LANES * quarter, LANES * (quarter + 1)), None
-  for sums, shift in zip(sums_of_half, planes.shifts, strict=True):
-    for total in sums:
-      wide = total.lanes_at(places).signed(I32x8)
-      wide = wide << shift if shift else wide
-      out = wide if out is None else out + wide
-  assert out is not None
-  return out
+def _wide(sums_of_half: list[list[Value]], planes: Planes) -> list[Value]:
+  """The sums of the first eight columns, and of the others, in 32 bits."""
+  terms = [
+    (total, 1 << shift)
+    for sums, shift in zip(sums_of_half, planes.shifts, strict=True)
+    for total in sums
+  ]
+  if len(terms) == 1:
+    only, _ = terms[0]
+    places = range(LANES), range(LANES, 2 * LANES)
+    return [only.lanes_at(own).signed(I32x8) for own in places]
+  if len(terms) % 2:
+    terms.append((_integers.PAIRS.constant(0), 0))
+
+  def added(columns):
+    between = [c + 2 * LANES * other for c in columns for other in range(2)]
+    products = [
+      _integers.neighbours(a.lanes_at(between, b), factor, other)
+      for (a, factor), (b, other) in zip(terms[::2], terms[1::2], strict=True)
+    ]
+    return functools.reduce(operator.add, products)
+
+  low, high = (added(columns) for columns in _FOURS)
+  return [low.lanes_at(own, high) for own in _FOURS]

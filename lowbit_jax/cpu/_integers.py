@@ -117,11 +117,11 @@ def sums_of_pairs(
   return sums
 
 
-def neighbours(pairs: Value, factor: int) -> Value:
-  """Sums of neighbours, times a factor, in 32 bits."""
+def neighbours(pairs: Value, *factors: int) -> Value:
+  """Sums of neighbours in 32 bits, times a factor, or each with its own."""
   name = 'llvm.x86.avx2.pmadd.wd'
-  factors = PAIRS.constant(factor)
-  return intrinsic(name, I32.vector(8), pairs, factors, is_overloaded=False)
+  lanes = PAIRS.constant(list(factors) * (PAIRS.lanes // len(factors)))
+  return intrinsic(name, I32.vector(8), pairs, lanes, is_overloaded=False)
 
 
 class Unit(NamedTuple):
