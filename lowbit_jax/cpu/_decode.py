@@ -108,9 +108,9 @@ def _bytes(address: Value, count: int) -> Value:
   return low | (load(address + 2, byte).unsigned(I32) << 16)
 
 
-# Sixteen bytes, twice: AVX2 moves bytes within each half of a vector only.
-BYTES = I8.vector(32)
-_PAIRS = I16.vector(16)
+# Sixteen bytes, twice: AVX2 moves bytes within each half of a vector only; and
+# the same in pairs, which it can shift.
+BYTES, PAIRS = I8.vector(32), I16.vector(16)
 _UNIT = 8  # bytes that become LANES numbers
 
 
@@ -144,41 +144,45 @@ def codes_in_bytes(rows: Sequence[Value], bits: int) -> list[Value]:
 def _shifted(whole: Value, by: int) -> Value:
   """Bytes shifted to the left, or right, with bits of others where those of a
   byte end."""
-  pairs = whole.bits(_PAIRS)
+  pairs = whole.bits(PAIRS)
   if by < 0:
     return (pairs >> -by).bits(BYTES)
   return (pairs << by).bits(BYTES) if by else whole
 
 
 def bytes_in_row(address: Value, bits: int) -> Value:
-  """The next codes of a row, as many in each of 32 bytes as fit: 8 // bits.
+  """The codes that follow in a row, as many in each of 32 bytes as fit into it.
 
-  Other bits of these bytes may be anything. `bytes_of_row` says how many bytes
-  are read for them, all of which these codes fill.
+  Bits beside them may be anything. `bytes_of_row` is how many bytes hold these
+  codes; none beside them is read.
   """
   if 8 % bits == 0:
     return load(address, BYTES)
   field = 8 // bits * bits  # what becomes a byte
-  count = bytes_of_row(bits) // 2
+  words = _words_in_row(address, 4 * field)
+  # The fields of a word are moved apart, first two by two.
+  apart = (words << (16 - 2 * field)).bits(PAIRS)
+  lanes = PAIRS.lanes
+  order = [i + lanes if i % 2 else i for i in range(lanes)]
+  pairs = words.bits(PAIRS).lanes_at(order, apart)
+  return ((pairs & 0xFF) | ((pairs << (8 - field)) & 0xFF00)).bits(BYTES)
+
+
+def _words_in_row(address: Value, bits: int) -> Value:
+  """Eight words of 32 bits, whose lowest so many, 20, 24 or 28, follow."""
   half = I8.vector(16)
-  last = load(address + 2 * count - half.nbytes, half)
-  whole = load(address, half).lanes_at(range(BYTES.lanes), last)
-  # Words of 32 bits that hold four fields, from a bit of their own on.
+  nbytes = 4 * bits // 8  # of four words
+  low = load(address, half)
+  high = load(address + 2 * nbytes - half.nbytes, half)
   places, starts = [], []
-  for first in (0, half.nbytes - count):
+  for first in (0, half.nbytes - nbytes):
     for i in range(4):
-      byte, start = divmod(4 * field * i, 8)
+      byte, start = divmod(bits * i, 8)
       places += [min(first + byte + j, half.nbytes - 1) for j in range(4)]
       starts.append(start)
+  whole = low.lanes_at(range(BYTES.lanes), high)
   words = _picked(whole, BYTES.constant(places)).bits(I32x8)
-  if any(starts):
-    words = words >> I32x8.constant(starts)
-  # Fields are moved apart, first two by two.
-  apart = (words << (16 - 2 * field)).bits(_PAIRS)
-  lanes = _PAIRS.lanes
-  order = [i + lanes if i % 2 else i for i in range(lanes)]
-  pairs = words.bits(_PAIRS).lanes_at(order, apart)
-  return ((pairs & 0xFF) | ((pairs << (8 - field)) & 0xFF00)).bits(BYTES)
+  return words >> I32x8.constant(starts) if any(starts) else words
 
 
 def bytes_of_row(bits: int) -> int:
@@ -225,21 +229,35 @@ def ordinal(fmt: ElementFormat, target: Target) -> Ordinal | None:
       return Ordinal(lambda codes: codes, 0, float(fmt.step))
     sign = 1 << (fmt.bits - 1)  # two's complement, seen from the least number
     return Ordinal(lambda codes: codes ^ sign, sign, float(fmt.step))
-  if fmt.bits > 4 or not target.has_permutations:
+  if fmt.bits > 6 or not target.has_permutations:
     return None
   values = fmt.values()
   for step in 2.0 ** np.arange(8, -9, -1):
     integers = np.rint(values / step)
     if np.array_equal(integers * step, values) and np.ptp(integers) < 256:
-      return _in_table(integers.astype(int), step)
+      return _in_tables(integers.astype(int), step)
   return None
 
 
-def _in_table(integers: np.ndarray, step: float) -> Ordinal:
-  """Lookup of 16 integers in a register."""
+def _in_tables(integers: np.ndarray, step: float) -> Ordinal:
+  """Lookup of integers in registers, 16 in each."""
   offset = -int(integers.min())
-  table = BYTES.constant(np.resize(integers + offset, 32).tolist())
-  return Ordinal(lambda codes: _picked(table, codes), offset, float(step))
+  whole = np.resize(integers + offset, max(16, len(integers)))
+  tables = [
+    BYTES.constant(np.tile(table, 2).tolist())
+    for table in whole.reshape(-1, 16)
+  ]
+
+  def integers_of(codes):
+    found, bit = [_picked(table, codes) for table in tables], 4
+    while len(found) > 1:
+      # A byte is negative where the bit is set that says which table holds it.
+      is_second = _shifted(codes, 7 - bit) < 0
+      twos = zip(found[::2], found[1::2], strict=True)
+      found, bit = [choose(is_second, b, a) for a, b in twos], bit + 1
+    return found[0]
+
+  return Ordinal(integers_of, offset, float(step))
 
 
 def codes_in_columns(address: Value, stride: Value, bits: int) -> list[Codes]:

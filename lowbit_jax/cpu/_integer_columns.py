@@ -28,7 +28,7 @@ from lowbit_jax.cpu._code import (
   scratch,
   store,
 )
-from lowbit_jax.cpu._decode import BYTES
+from lowbit_jax.cpu._decode import BYTES, PAIRS
 from lowbit_jax.cpu._integers import Planes
 from lowbit_jax.cpu._part import (
   AHEAD,
@@ -210,7 +210,7 @@ def _wide(sums_of_half: list[list[Value]], planes: Planes) -> list[Value]:
     places = range(LANES), range(LANES, 2 * LANES)
     return [only.lanes_at(own).signed(I32x8) for own in places]
   if len(terms) % 2:
-    terms.append((_integers.PAIRS.constant(0), 0))
+    terms.append((PAIRS.constant(0), 0))
 
   def added(columns):
     between = [c + 2 * LANES * other for c in columns for other in range(2)]

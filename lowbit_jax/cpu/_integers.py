@@ -21,7 +21,6 @@ from typing import NamedTuple
 
 from lowbit_jax.cpu import _decode
 from lowbit_jax.cpu._code import (
-  I16,
   I32,
   F32x8,
   I32x8,
@@ -31,10 +30,9 @@ from lowbit_jax.cpu._code import (
   intrinsic,
 )
 from lowbit_jax.cpu._compiler import Target
-from lowbit_jax.cpu._decode import BYTES
+from lowbit_jax.cpu._decode import BYTES, PAIRS
 from lowbit_jax.cpu._weights import Kind, Numbers
 
-PAIRS = I16.vector(16)
 # Elements whose products are summed as integers; at most, for (k, n).
 UNIT = 32
 # Arrays of what units of x have.
@@ -49,7 +47,7 @@ def why_not(kind: Kind, target: Target) -> str | None:
   if not target.has_permutations:
     return 'the processor has no avx2'
   if _decode.ordinal(kind.element, target) is None:
-    return f'{kind.element} is no multiple of a power of two'
+    return f'{kind.element} is no integer of 8 bits times a power of two'
   return None
 
 

@@ -28,12 +28,12 @@ _FORMATS = (
   *('int4_g128', 'uint4_g32', 'uint4_g32_min_float16', 'mxfp4', 'nvfp4'),
   *('iq4_nl', 'int8_g32', 'int8_channel', 'quaternary_g64_float16', 'q4_k'),
   *('sign_g128_float16', 'mxint8', 'int3_g32', 'uint3_g32', 'q3_k'),
-  *('uint5_g32_min_float16', 'int6_g32', 'bfp7_g16'),
+  *('uint5_g32_min_float16', 'int6_g32', 'bfp7_g16', 'mxfp6_e2m3'),
 )
 # Of all sizes of integers, and with the most of them that 16 bits hold.
 _LARGE = (
   *('int2_g32', 'uint3_g32', 'uint4_g32', 'mxfp4', 'iq4_nl', 'uint5_g32'),
-  *('int6_g32', 'uint7_g32', 'int8_g32'),
+  *('int6_g32', 'uint7_g32', 'int8_g32', 'mxfp6_e2m3'),
 )
 _ALONG_K = [
   name for name in kinds.block_formats() if not formats.get(name).is_tile
@@ -248,7 +248,7 @@ class IntegersTest(parameterized.TestCase):
     self.assertNotIn('lowbit_jax.integer_matmul', text)
 
   @parameterized.parameters(
-    ('nf4_g64', _X, 512, 'is no multiple of a power of two'),
+    ('nf4_g64', _X, 512, 'is no integer of 8 bits times a power of two'),
     ('mxfp4', 'mxfp8_e4m3', 512, 'is no signed integer'),
     ('mxfp4', 'uint8_g32', 512, 'is no signed integer'),
   )
@@ -259,6 +259,24 @@ class IntegersTest(parameterized.TestCase):
     products.assert_product(
       np.asarray(_product(x, w, 'kn')), 'mk,kn->mn', lowbit.dequantize(x), w
     )
+
+  @parameterized.product(
+    name=('int3_g32', 'int5_g32', 'bfp6_g16'),
+    case=(('kn', 96), ('kn', 576), ('nk', 576), ('nk', 1536)),
+  )
+  def test_codes_across_bytes_in_few_elements(self, name, case):
+    layout, k = case
+    x, w = _operands(name, layout, 2, k, 40)
+    assert _kernel_of(x, w, layout) == 'integers'
+    _check(x, w, layout)
+
+  def test_k_that_does_not_fit(self):
+    """Of codes of 3 bits 64 are read together."""
+    x, w = _operands('int3_g32', 'nk', 2, 96)
+    self.assertIn(
+      'k=96 is no multiple of 64', _dot_cpu.plan(x, w, _dims('nk'), None).note
+    )
+    _check(x, w, 'nk')
 
   @parameterized.parameters(*_LAYOUTS)
   def test_blocks_that_do_not_fit(self, layout):
