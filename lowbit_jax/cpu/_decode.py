@@ -125,8 +125,8 @@ def codes_in_bytes(rows: Sequence[Value], bits: int) -> list[Value]:
   """The first codes of all bytes, the second ones, and so on, one a byte.
 
   Args:
-    rows: what follows each other in memory, byte by byte, so that codes may lie
-      across two of them; a rest at the end is no code.
+    rows: bytes, and those that follow each of them, so that codes may lie
+      across two rows; bits that are left at the end are no code.
     bits: of a code.
   """
   out = []
@@ -142,8 +142,8 @@ def codes_in_bytes(rows: Sequence[Value], bits: int) -> list[Value]:
 
 
 def _shifted(whole: Value, by: int) -> Value:
-  """Bytes shifted to the left, or right, with bits of others where those of a
-  byte end."""
+  """Bytes shifted to the left by some bits, or to the right, so that bits of
+  their neighbours come in."""
   pairs = whole.bits(PAIRS)
   if by < 0:
     return (pairs >> -by).bits(BYTES)
@@ -169,7 +169,8 @@ def bytes_in_row(address: Value, bits: int) -> Value:
 
 
 def _words_in_row(address: Value, bits: int) -> Value:
-  """Eight words of 32 bits, whose lowest so many, 20, 24 or 28, follow."""
+  """The bits that follow in a row, so many of them, 20, 24 or 28, in each of
+  eight words of 32."""
   half = I8.vector(16)
   nbytes = 4 * bits // 8  # of four words
   low = load(address, half)
