@@ -23,7 +23,8 @@ from lowbit_jax import _decoders, qarray
 from lowbit_jax._typing import DTypeLike
 from lowbit_jax.numerics._codec import as_dtype
 from lowbit_jax.qarray import QArray
-from lowbit_jax.transforms import Transform
+from lowbit_jax.transforms import Chain, Transform
+from lowbit_jax.transforms._unit import unit
 
 
 @qarray.with_dense_operators
@@ -226,6 +227,47 @@ def _per_member(f: Callable, stacked: int) -> Callable:
   for _ in range(stacked):
     f = jax.vmap(f)
   return f
+
+
+def stack(parts: Sequence[QArray | Transformed]) -> QArray | Transformed:
+  """Weights of one shape and format as one, with their axis in front.
+
+  Where some have transforms that others lack, those get such as change nothing:
+  layers, or experts, one of which is stored as it was.
+
+  Raises:
+    ValueError: for transforms of different kinds or orders, and where only some
+      have a rotation that holds no array.
+  """
+  longest = max(parts, key=lambda part: len(_steps(part)))
+  if isinstance(longest, Transformed):
+    parts = [_beside(longest, part) for part in parts]
+  return jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts)
+
+
+def _steps(x: QArray | Transformed) -> tuple[Transform, ...]:
+  """The transforms of a weight, in order."""
+  if not isinstance(x, Transformed):
+    return ()
+  chain = x.transform
+  return chain.transforms if isinstance(chain, Chain) else (chain,)
+
+
+def _beside(like: Transformed, part: QArray | Transformed) -> Transformed:
+  """A weight behind transforms of the kinds that another one has."""
+  own, steps = list(_steps(part)), []
+  for t in _steps(like):
+    is_own = own and jax.tree.structure(own[0]) == jax.tree.structure(t)
+    steps.append(own.pop(0) if is_own else unit(t))
+  if own or any(t is None for t in steps):
+    raise ValueError(
+      f'{part!r} cannot be stacked with {like!r}: give all of them transforms'
+      ' of the same kinds in the same order'
+    )
+  is_chain = isinstance(like.transform, Chain)
+  transform = Chain(tuple(steps)) if is_chain else steps[0]
+  weight = part.weight if isinstance(part, Transformed) else part
+  return replace(like, weight=weight, transform=transform)
 
 
 def _getitem(t: Transformed, key: Any) -> Transformed:

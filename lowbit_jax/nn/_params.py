@@ -11,7 +11,14 @@ import jax
 import jax.numpy as jnp
 from flax.core import meta
 
-from lowbit_jax import _low_rank, _quantize as core, _sites, ops, qarray
+from lowbit_jax import (
+  _low_rank,
+  _quantize as core,
+  _sites,
+  _transformed,
+  ops,
+  qarray,
+)
 from lowbit_jax._low_rank import LowRank, is_operand
 from lowbit_jax._transformed import Transformed, is_quantized
 from lowbit_jax._tree import path_name
@@ -256,7 +263,7 @@ def _by_method(
       _by_method(method, f'{path}/{i}', layer, fmt, axis, layers - 1)
       for i, layer in enumerate(w)
     ]
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts)
+    return _transformed.stack(parts)
   q = method(path, w, fmt, axis)
   if not is_quantized(q):
     raise TypeError(

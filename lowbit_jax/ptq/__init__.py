@@ -17,10 +17,13 @@ A `Step` is a function from `Layer` to `Layer`.
   one weight, whose axis is in front of the others; float32.
 - `calibrate`: Records what the weights of a function meet, batch by batch.
 - `chain`: One step after the other.
+- `duquant`: Rotates runs of inputs by a matrix that spreads the outliers of a
+  layer.
 - `gptq`: Rounds weights so that the outputs of a layer change least.
 - `hadamard`: Rotates runs of inputs, so that outliers spread over a block.
 - `masked`: A step that leaves other layers as they are.
 - `method`: What `nn.quantize_params` and `nn.nnx.quantize` take as `method`.
+- `permute`: Sorts inputs by their size, so that large ones share blocks.
 - `relative_error`: Mean square error of the outputs of a layer, as a share of
   their square.
 - `rtn`: Rounds weights to the nearest number of the format.
@@ -38,7 +41,11 @@ from lowbit_jax.ptq._layer import (
   method as method,
   relative_error as relative_error,
 )
-from lowbit_jax.ptq._rotation import hadamard as hadamard
+from lowbit_jax.ptq._permutation import permute as permute
+from lowbit_jax.ptq._rotation import (
+  duquant as duquant,
+  hadamard as hadamard,
+)
 from lowbit_jax.ptq._scales import (
   rtn as rtn,
   search_scales as search_scales,

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lowbit_jax import ops
+from lowbit_jax import _transformed, ops
 from lowbit_jax.formats import BlockFormat
 from lowbit_jax.ops import Transformed
 from lowbit_jax.ptq._statistics import Statistics, of_leaf
@@ -219,8 +219,7 @@ def method(
     for i, matrix in enumerate(matrices):
       own = statistics and statistics.member(i)
       parts.append(one(matrix, own, f'{path}/{i}'))
-    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts)
-    return shape.restored(stacked, w.dtype)
+    return shape.restored(_transformed.stack(parts), w.dtype)
 
   return run
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from lowbit_jax import observers
 from lowbit_jax._typing import PyTree
 from lowbit_jax._walk import Observer, Product, record
-from lowbit_jax.transforms import Transform
+from lowbit_jax.transforms import Permutation, Transform
 
 # What is recorded of every product with a weight.
 _OBSERVER = observers.several(
@@ -43,12 +43,15 @@ class Statistics(NamedTuple):
   def transformed(self, transform: Transform) -> 'Statistics':
     """Those of activations that took a transform along axis -1.
 
-    What the largest magnitudes become is not known: `amax` is then a bound that
-    a normal distribution exceeds once in 10^4, 4 times the root mean square.
+    What the largest magnitudes become is not known but of a permutation: `amax`
+    is then a bound that a normal distribution exceeds once in 10^4, 4 times the
+    root mean square.
     """
     moments = transform.apply(self.moments)
     moments = transform.apply(moments.T).T
     moved = self._replace(moments=moments, mean=transform.apply(self.mean))
+    if isinstance(transform, Permutation):
+      return moved._replace(amax=transform.apply(self.amax))
     return moved._replace(amax=4 * moved.rms)
 
   def member(self, i: int) -> 'Statistics':

@@ -17,11 +17,17 @@ STEPS = {
   'gptq': ptq.gptq(),
   'gptq in order': ptq.gptq(ordered=False),
   'hadamard': ptq.hadamard(32),
+  'duquant': ptq.duquant(steps=16, key=jax.random.key(0)),
+  'permute': ptq.permute(),
+  'permute by ratios': ptq.permute('ratios'),
   'mr_gptq': ptq.chain(ptq.hadamard(32), ptq.search_scales(), ptq.gptq()),
 }
 # Those that may be worse than rounding to the nearest for activations that no
 # method has seen the like of.
-_NOT_ALWAYS_BETTER = ('search_scales', 'hadamard')
+_NOT_ALWAYS_BETTER = (
+  *('search_scales', 'hadamard', 'duquant'),
+  *('permute', 'permute by ratios'),
+)
 
 
 class MethodsTest(parameterized.TestCase):
@@ -78,7 +84,7 @@ class MethodsTest(parameterized.TestCase):
   @parameterized.parameters(*STEPS)
   def test_inputs_that_no_block_divides(self, name):
     """Where the transform can, a padded block rounds as others do."""
-    if 'hadamard' in name or name == 'mr_gptq':
+    if name in ('hadamard', 'duquant', 'mr_gptq'):
       return
     w = problems.weights(inputs=80)
     layer = problems.layer('mxfp4', problems.activations(80), w)

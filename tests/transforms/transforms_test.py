@@ -13,6 +13,7 @@ import pytest
 from absl.testing import absltest, parameterized
 
 from lowbit_jax import transforms as tr
+from lowbit_jax.transforms._unit import unit
 from lowbit_pallas.arith import hadamard as core
 from tests import compilation
 
@@ -293,6 +294,19 @@ class LawsTest(QuickTestCase):
     self.assertEqual(tr.Hadamard(32), tr.Hadamard(32))
     self.assertNotEqual(tr.Hadamard(32), tr.Hadamard(32, -2))
     self.assertNotEqual(tr.Hadamard(2, signs=np.ones(2)), tr.Hadamard(2))
+
+  def test_unit(self):
+    """Of the same kind, also of a stack, and without an effect."""
+    x = _normal(3, N)
+    for name in ('affine', 'permutation', 'smoothing'):
+      t = _make(name)
+      one = unit(t)
+      self.assertEqual(jax.tree.structure(one), jax.tree.structure(t))
+      np.testing.assert_array_equal(one.apply(x), x)
+      stack = jax.tree.map(lambda leaf: jnp.stack([leaf] * 2), t)
+      stacked_one = jax.tree.map(lambda leaf: leaf[1], unit(stack))
+      self.assertEqual(stacked_one, one)
+    self.assertIsNone(unit(tr.Hadamard(2)))
 
   def test_equal_transforms_share_a_program(self):
     traces = []
