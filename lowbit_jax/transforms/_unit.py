@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 
 from lowbit_jax.transforms._affine import BlockAffine
 from lowbit_jax.transforms._base import Transform
@@ -11,20 +11,24 @@ from lowbit_jax.transforms._permutation import Permutation
 from lowbit_jax.transforms._smoothing import DiagonalSmoothing
 
 
-def _order(order: jax.Array) -> jax.Array:
-  own = jnp.arange(order.shape[-1], dtype=order.dtype)
-  return jnp.broadcast_to(own, order.shape)
+def _scale(scale: jax.Array) -> np.ndarray:
+  return np.ones(scale.shape, scale.dtype)
 
 
-def _matrix(matrix: jax.Array) -> jax.Array:
-  own = jnp.eye(matrix.shape[-1], dtype=matrix.dtype)
-  return jnp.broadcast_to(own, matrix.shape)
+def _matrix(matrix: jax.Array) -> np.ndarray:
+  own = np.eye(matrix.shape[-1], dtype=matrix.dtype)
+  return np.broadcast_to(own, matrix.shape)
+
+
+def _order(order: jax.Array) -> np.ndarray:
+  own = np.arange(order.shape[-1], dtype=order.dtype)
+  return np.broadcast_to(own, order.shape)
 
 
 # What the leaf of each class becomes.
-_LEAVES: dict[type, Callable[[jax.Array], jax.Array]] = {
+_LEAVES: dict[type, Callable[[jax.Array], np.ndarray]] = {
   BlockAffine: _matrix,
-  DiagonalSmoothing: jnp.ones_like,
+  DiagonalSmoothing: _scale,
   Permutation: _order,
 }
 

@@ -303,7 +303,7 @@ class LawsTest(QuickTestCase):
       one = unit(t)
       self.assertEqual(jax.tree.structure(one), jax.tree.structure(t))
       np.testing.assert_array_equal(one.apply(x), x)
-      stack = jax.tree.map(lambda leaf: jnp.stack([leaf] * 2), t)
+      stack = jax.tree.map(lambda leaf: np.stack([leaf] * 2), t)
       stacked_one = jax.tree.map(lambda leaf: leaf[1], unit(stack))
       self.assertEqual(stacked_one, one)
     self.assertIsNone(unit(tr.Hadamard(2)))
