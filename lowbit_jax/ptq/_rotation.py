@@ -63,6 +63,11 @@ def duquant(block: int = 32, *, steps: int = 256, key: Key) -> Step:
 
   References: DuQuant, arXiv:2406.01721; DuQuant++, one rotation of the size of
     a block of MXFP4.
+
+  Examples:
+    >>> import jax
+    >>> from lowbit_jax import ptq
+    >>> step = ptq.chain(ptq.duquant(key=jax.random.key(0)), ptq.gptq())
   """
   if not isinstance(block, int) or block < 2:
     raise ValueError(f'{block=} must be an int of at least 2')
