@@ -8,6 +8,7 @@ with activations that are quantized too:
   python examples/evaluate.py
   python examples/evaluate.py --weights=mxfp4,nvfp4 --activations=mxfp8_e4m3
   python examples/evaluate.py --model=FOLDER --text=FILE --windows=8
+  python examples/evaluate.py --weights=mxfp4 --method=rtn,gptq,mr_gptq
 
 Each window of the text, of 1024 tokens or as many as the model sees, is read on
 its own, without a token that begins it. The table says how much the loss grows
@@ -20,9 +21,14 @@ table has the mean cosine to the embeddings of the float model:
 
   python examples/evaluate.py --model=FOLDER --sentences=FILE
 
-Results go to OUT/evaluate.csv and OUT/evaluate.png. Those of each format and
-window are kept in OUT/runs as they are made: the same command goes on from
-there, and more formats or windows cost only what is new.
+Methods other than rtn calibrate the model with windows of another text, block
+after block: search tries scales, importance weighs errors by the activations,
+gptq rounds so that outputs change least, mr_gptq rotates first, duquant rotates
+by a matrix found for each layer. OUT/layers has what each did to every layer.
+
+Results go to OUT/evaluate.csv and OUT/evaluate.png. Those of each format,
+method and window are kept in OUT/runs as they are made: the same command goes
+on from there, and more of them cost only what is new.
 """
 
 import dataclasses
@@ -30,7 +36,7 @@ import functools
 import hashlib
 import math
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -39,6 +45,7 @@ from absl import app, flags
 from support import (
   command,
   language_models,
+  post_training,
   quality,
   report,
   runs,
@@ -50,7 +57,10 @@ from support.checkpoints import CheckpointError
 from support.format_flags import is_block_format
 from support.variants import Pair
 
-_TEXT_FILE = pathlib.Path(__file__).parent / 'data' / 'tom_sawyer.txt'
+_DATA = pathlib.Path(__file__).parent / 'data'
+_TEXT_FILE = _DATA / 'tom_sawyer.txt'
+_CALIBRATION_FILE = _DATA / 'sherlock_holmes.txt'
+_METHODS = 'rtn', *post_training.METHODS
 _FORMATS = (
   'int8_channel',
   'mxfp8_e4m3',
@@ -81,14 +91,23 @@ _ACTIVATIONS = flags.DEFINE_list(
   'Formats of their inputs; "none" is float, "same" that of the weights.',
 )
 _HEAD = flags.DEFINE_bool('head', False, 'Quantize the head too.')
-_METHOD = flags.DEFINE_enum(
-  'method', 'rtn', ['rtn'], 'How weights are rounded: to the nearest.'
+_METHOD = flags.DEFINE_list(
+  'method',
+  ['rtn'],
+  f'How weights are quantized, some of {", ".join(_METHODS)}; rtn rounds to the'
+  ' nearest.',
+)
+_CALIBRATION = flags.DEFINE_string(
+  'calibration', None, 'UTF-8 file for other methods than rtn; unset for ours.'
+)
+_CALIBRATION_WINDOWS = flags.DEFINE_integer(
+  'calibration_windows', 8, 'Windows of that text.', lower_bound=1
 )
 _SCALE_RULE = flags.DEFINE_string(
   'scale_rule',
   None,
-  'How scales follow from weights, and from inputs in the same format; unset'
-  ' for the rule of each format.',
+  'How scales follow from weights, and from inputs in the same format, for rtn;'
+  ' unset for the rule of each format.',
 )
 _OUT = flags.DEFINE_string('out', 'evaluate_out', 'Directory of results.')
 
@@ -101,6 +120,11 @@ flags.mark_flags_as_mutual_exclusive(['text', 'sentences'])
 flags.register_validator('weights', lambda v: _are_formats(v, ['none']))
 flags.register_validator(
   'activations', lambda v: _are_formats(v, ['none', 'same'])
+)
+flags.register_validator(
+  'method',
+  lambda v: bool(v) and set(v) <= set(_METHODS),
+  f'must be some of {", ".join(_METHODS)}',
 )
 
 
@@ -155,23 +179,40 @@ class _Text:
     value: that the plot shows.
     variants: of the model.
     parts: what is measured one after the other, with what tells them apart.
+    about: what else methods depend on.
     title: what is measured.
   """
 
   header = (
-    f'{"weights":<14} {"activations":<14} {"bits":>6} {"MB":>7} {"nll":>8} '
+    f'{"weights":<14} {"activations":<14} {"method":<10} '
+    f'{"bits":>6} {"MB":>7} {"nll":>8} '
     f'{"over float":>19} {"KL":>8} {"top 1":>7} {"tokens/s":>9}'
   )
   value = 'loss over that of the float model, nats per token'
 
-  def __init__(self, path: pathlib.Path, file: pathlib.Path) -> None:
+  def __init__(
+    self, path: pathlib.Path, file: pathlib.Path, layers: pathlib.Path
+  ) -> None:
     found = language_models.load(path)
-    tokens = found.tokenizer.encode(_read(file))
-    count, context = _WINDOWS.value, found.config.context
-    self._windows = quality.windows(tokens, count, context)
+
+    def windows(file, count):
+      tokens = found.tokenizer.encode(_read(file))
+      return quality.windows(tokens, count, found.config.context)
+
+    count = _WINDOWS.value
+    self._windows = windows(file, count)
+    calibration = pathlib.Path(_CALIBRATION.value or _CALIBRATION_FILE)
     self.variants = variants.Variants(
-      found.model, _HEAD.value, _SCALE_RULE.value
+      found.model,
+      _HEAD.value,
+      _SCALE_RULE.value,
+      lambda: windows(calibration, _CALIBRATION_WINDOWS.value),
+      functools.partial(_write_layers, layers),
     )
+    self.about = {}
+    if set(_METHOD.value) != {'rtn'}:
+      parts = _digest_files(calibration), _CALIBRATION_WINDOWS.value
+      self.about = {'calibration': list(parts)}
     self.parts = [{'window': _digest(window)} for window in self._windows]
     length = self._windows.shape[1]
     self.title = f'{path.name}, {count} x {length} tokens of {file.name}'
@@ -204,13 +245,16 @@ class _Text:
     )
     gap = quality.gap(scores, originals)
     bits, nbytes = results[0]['bits'], results[0]['bytes']
-    return Row(*pair, _method(pair), 'float', bits, nbytes, *gap)
+    weights, activations, _ = pair
+    own = weights, activations, _method(pair), 'float', bits, nbytes
+    return Row(*own, *gap)
 
   def line(self, row: Row) -> str:
     delta = f'{row.delta:+.4f} ± {row.stderr:.4f}'
     return (
-      f'{row.weights:<14} {row.activations:<14} {row.bits:>6.3f} '
-      f'{row.bytes / 1e6:>7.1f} {row.nll:>8.5f} {delta:>19} {row.kl:>8.4f} '
+      f'{row.weights:<14} {row.activations:<14} {row.method:<10} '
+      f'{row.bits:>6.3f} {row.bytes / 1e6:>7.1f} {row.nll:>8.5f} {delta:>19} '
+      f'{row.kl:>8.4f} '
       f'{row.top1:>7.1%} {row.tokens_per_second:>9.1f}'
     )
 
@@ -228,10 +272,13 @@ class _Sentences:
     f'{"weights":<14} {"activations":<14} {"bits":>6} {"MB":>7} {"cosine":>9}'
   )
   value = '1 - mean cosine to embeddings of the float model'
+  about: Mapping[str, Any] = {}
 
   def __init__(self, path: pathlib.Path, file: pathlib.Path) -> None:
     if _HEAD.value:
       raise ValueError('--head: models of sentences have no head')
+    if set(_METHOD.value) != {'rtn'}:
+      raise ValueError('--method: models of sentences are quantized by rtn')
     self._found = sentence_models.load(path)
     self._sentences = [s for s in _read(file).splitlines() if s.strip()]
     if not self._sentences:
@@ -264,7 +311,10 @@ class _Sentences:
   def row(self, pair: Pair, results: Any, floats: Any) -> SentenceRow:
     del floats
     bits, nbytes, cosine = (results[0][k] for k in ('bits', 'bytes', 'cosine'))
-    return SentenceRow(*pair, _method(pair), bits, nbytes, cosine)
+    weights, activations, _ = pair
+    return SentenceRow(
+      weights, activations, _method(pair), bits, nbytes, cosine
+    )
 
   def line(self, row: SentenceRow) -> str:
     return (
@@ -282,7 +332,14 @@ class _Sentences:
 def _method(pair: Pair) -> str:
   if pair.weights == 'none':
     return 'none'
-  return ' '.join(filter(None, (_METHOD.value, _SCALE_RULE.value)))
+  return ' '.join(filter(None, (pair.method, _SCALE_RULE.value)))
+
+
+def _write_layers(
+  folder: pathlib.Path, pair: Pair, errors: Sequence[post_training.Error]
+) -> None:
+  folder.mkdir(exist_ok=True)
+  report.write_csv(folder / f'{".".join(pair)}.csv', errors)
 
 
 def _read(path: pathlib.Path) -> str:
@@ -320,8 +377,11 @@ def _measure(
       bar.set_description(' '.join(pair))
       results, scorer = [], None
       for number, part in enumerate(task.parts):
-        name = f'{pair.weights}.{pair.activations}.{number}'
+        names = pair if pair.method != 'rtn' else pair[:2]
+        name = '.'.join([*names, str(number)])
         about = {**run, **pair._asdict(), **part}
+        if pair.method != 'rtn':
+          about |= task.about
         result = store.load(name, about)
         if result is None:
           scorer = scorer or task.scorer(pair)
@@ -337,12 +397,18 @@ def _measure(
 
 def _point(row: Row | SentenceRow, value: float, error: float) -> report.Point:
   if row.activations == 'none':
-    label, group = row.weights, 'float activations'
+    label, group = _label(row), 'float activations'
   elif row.activations == row.weights:
-    label, group = row.weights, 'activations like weights'
+    label, group = _label(row), 'activations like weights'
   else:
-    label, group = f'{row.weights} × {row.activations}', 'other activations'
+    label, group = f'{_label(row)} × {row.activations}', 'other activations'
   return report.Point(label, group, row.bytes, value, error)
+
+
+def _label(row: Row | SentenceRow) -> str:
+  if set(_METHOD.value) == {'rtn'}:
+    return row.weights
+  return f'{row.weights} {row.method}'
 
 
 def _evaluate(out: pathlib.Path) -> None:
@@ -352,13 +418,14 @@ def _evaluate(out: pathlib.Path) -> None:
   if _SENTENCES.value:
     task = _Sentences(path, pathlib.Path(_SENTENCES.value))
   else:
-    task = _Text(path, pathlib.Path(_TEXT.value or _TEXT_FILE))
-  pairs = variants.pairs(_WEIGHTS.value, _ACTIVATIONS.value)
+    file = pathlib.Path(_TEXT.value or _TEXT_FILE)
+    task = _Text(path, file, out / 'layers')
+  pairs = variants.pairs(_WEIGHTS.value, _ACTIVATIONS.value, _METHOD.value)
   for pair in pairs[1:]:
     task.variants.check(pair, task.run)
   store = runs.Store(out / 'runs', 'scores', '--out')
   run = {'model': _digest_files(path)}
-  run |= {'head': _HEAD.value, 'method': _METHOD.value}
+  run |= {'head': _HEAD.value}
   run |= {'scale_rule': _SCALE_RULE.value}
   print(f'{task.title}\n{task.header}', flush=True)
   try:

@@ -14,8 +14,9 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 import lowbit_jax as lowbit
-from models import experts, rotary, stacked
+from models import experts, places, stacked
 from models.llama_config import Config
+from models.places import Place
 
 # What stands before the linear layers of a block, and of the model: a scale of
 # the one, along its outputs, can be folded into the others, along their inputs.
@@ -44,16 +45,6 @@ class Cache(NamedTuple):
   values: jax.Array
 
 
-class _Place(NamedTuple):
-  """Where tokens stand: positions (tokens,), and how they are rotated."""
-
-  positions: jax.Array
-  rotation: rotary.Rotation
-  rotates: jax.Array  # a bool of the block
-  window: jax.Array  # positions that the block sees
-  block: jax.Array  # its number in the cache
-
-
 class Attention(nnx.Module):
   """Queries that see their own position and those before it."""
 
@@ -74,7 +65,7 @@ class Attention(nnx.Module):
     self.key_norm = norm(config, size, options) if normed else None
 
   def __call__(
-    self, x: jax.Array, place: _Place, cache: Cache | None
+    self, x: jax.Array, place: Place, cache: Cache | None
   ) -> tuple[jax.Array, Cache | None]:
     """x is (batch, tokens, width)."""
     heads = (*x.shape[:2], self.heads, -1)
@@ -122,7 +113,7 @@ class Block(nnx.Module):
     self.mlp = (experts.Experts if config.experts else Mlp)(config, **options)
 
   def __call__(
-    self, x: jax.Array, place: _Place, cache: Cache | None
+    self, x: jax.Array, place: Place, cache: Cache | None
   ) -> tuple[jax.Array, Cache | None]:
     out, cache = self.attention(self.attention_norm(x), place, cache)
     x = x + out
@@ -186,26 +177,20 @@ class Llama(nnx.Module):
     Returns:
       The states, and the cache with the tokens.
     """
-    config = self.config
-    positions = start + jnp.arange(tokens.shape[1])
     capacity = tokens.shape[1] if cache is None else cache.keys.shape[2]
-    rotation = config.rope.rotation(positions, capacity)
-    rotates = jnp.array([k not in config.still for k in range(config.blocks)])
-    windows = config.windows or (2**30,) * config.blocks
+    positions = start + jnp.arange(tokens.shape[1])
+    place = places.places(self.config, positions, capacity)
     x, first = self.embed(tokens), 0
     for blocks in self.stacks:
       graph, parameters = nnx.split(blocks)
       numbers = first + jnp.arange(jax.tree.leaves(parameters)[0].shape[0])
 
       def step(carry, block, graph=graph, parameters=parameters):
-        own, *of_block = block
-        place = _Place(positions, rotation, *of_block)
+        own, number = block
         block = nnx.merge(graph, lowbit.ops.member(parameters, own))
-        return block(carry[0], place, carry[1]), None
+        return block(carry[0], place(number), carry[1]), None
 
-      per_block = rotates[numbers], jnp.array(windows)[numbers], numbers
-      own = numbers - first
-      (x, cache), _ = jax.lax.scan(step, (x, cache), (own, *per_block))
+      (x, cache), _ = jax.lax.scan(step, (x, cache), (numbers - first, numbers))
       first += numbers.size
     return self.norm(x), cache
 
@@ -228,7 +213,7 @@ def norm(config: Config, size: int, options: Mapping[str, Any]) -> nnx.RMSNorm:
 
 
 def _attend(
-  heads: Sequence[jax.Array], place: _Place, seen: jax.Array
+  heads: Sequence[jax.Array], place: Place, seen: jax.Array
 ) -> jax.Array:
   """Attention of queries to keys and values at the positions `seen`."""
   distance = place.positions[:, None] - seen
@@ -236,7 +221,7 @@ def _attend(
   return jax.nn.dot_product_attention(*heads, mask=mask[None, None])
 
 
-def _attend_cached(query: jax.Array, cache: Cache, place: _Place) -> jax.Array:
+def _attend_cached(query: jax.Array, cache: Cache, place: Place) -> jax.Array:
   """The same to the cache, of which a few tokens read the filled part alone."""
   if query.shape[1] <= _FEW:
     length = place.positions[-1] + 1
@@ -248,7 +233,7 @@ def _attend_cached(query: jax.Array, cache: Cache, place: _Place) -> jax.Array:
 
 
 def _written(
-  cache: Cache, place: _Place, key: jax.Array, value: jax.Array
+  cache: Cache, place: Place, key: jax.Array, value: jax.Array
 ) -> Cache:
   """The cache with keys and values (batch, tokens, ...) in their place."""
   at = place.block, 0, place.positions[0], 0, 0

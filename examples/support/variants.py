@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 import lowbit_jax as lowbit
@@ -16,6 +17,7 @@ from lowbit_jax import formats
 from lowbit_jax.formats import BlockFormat
 from lowbit_jax.recipe import QuantSpec
 from models import experts
+from support import post_training
 
 # Linear layers of the blocks, a router aside, and what the head may be.
 LINEARS = re.compile(r'stacks/\d+/(attention|mlp)/(?!router)\w+/kernel')
@@ -116,22 +118,29 @@ def nbytes(model: nnx.Module) -> int:
 
 
 class Pair(NamedTuple):
-  """Formats of linear layers and of their inputs by name, 'none' for float."""
+  """Formats of linear layers and of their inputs by name, 'none' for float, and
+  the method that quantizes weights, 'rtn' for rounding to the nearest."""
 
   weights: str
   activations: str
+  method: str = 'rtn'
 
 
-def pairs(weights: Sequence[str], activations: Sequence[str]) -> list[Pair]:
-  """Every pair of two lists once, that of the float model first.
+def pairs(
+  weights: Sequence[str],
+  activations: Sequence[str],
+  methods: Sequence[str] = ('rtn',),
+) -> list[Pair]:
+  """Every pair of two lists once with each method, the float model first.
 
   Args:
-    weights: formats by name, 'none' for float.
+    weights: formats by name, 'none' for float, which needs no method.
     activations: the same, and 'same' for the format of the weights.
+    methods: by name.
   """
   every = [
-    Pair(w, w if a == 'same' else a)
-    for w, a in itertools.product(weights, activations)
+    Pair(w, w if a == 'same' else a, 'rtn' if w == 'none' else method)
+    for w, a, method in itertools.product(weights, activations, methods)
   ]
   return list(dict.fromkeys([Pair('none', 'none'), *every]))
 
@@ -145,6 +154,9 @@ class Variants:
       as they are, packed or not.
     scale_rule: of weights, and of activations in their format; None for that of
       each format.
+    calibration: gives the tokens (windows, length) that methods other than
+      'rtn' are calibrated with.
+    report: is called with a pair, and what its method did to each layer.
   """
 
   def __init__(
@@ -152,9 +164,12 @@ class Variants:
     loaded: nnx.Module,
     head: bool = False,
     scale_rule: str | None = None,
+    calibration: Callable[[], np.ndarray] | None = None,
+    report: Callable[[Pair, Sequence[post_training.Error]], None] | None = None,
   ) -> None:
     self._loaded, self._head, self._rule = loaded, head, scale_rule
-    self._packed = functools.lru_cache(1)(
+    self._calibration, self._report = calibration, report
+    self._nearest = functools.lru_cache(1)(
       lambda name: self._quantized(self.floats, name)
     )
 
@@ -165,8 +180,12 @@ class Variants:
 
   def __call__(self, pair: Pair) -> Any:
     """The model in a pair of formats."""
-    is_float = pair.weights == 'none'
-    model = self.floats if is_float else self._packed(pair.weights)
+    if pair.weights == 'none':
+      model = self.floats
+    elif pair.method == 'rtn':
+      model = self._nearest(pair.weights)
+    else:
+      model = self._by_method(pair)
     return self._rounding(model, pair)
 
   def check(self, pair: Pair, run: Callable[[Any], Any]) -> None:
@@ -206,11 +225,35 @@ class Variants:
     held, count = sum(w.nbytes for w in chosen), sum(w.size for w in chosen)
     return {'bits': 8 * held / count, 'bytes': nbytes(model)}
 
-  def _quantized(self, floats: nnx.Module, name: str) -> nnx.Module:
-    model = quantized(
-      floats, block_format(name), head=self._head, scale_rule=self._rule
+  def _by_method(self, pair: Pair) -> Any:
+    if self._calibration is None or self._rule is not None:
+      raise ValueError(
+        f'method {pair.method!r} chooses scales by itself and is calibrated:'
+        ' leave out scale_rule, and give calibration'
+      )
+    fmt, floats = block_format(pair.weights), self.floats
+    values, errors = post_training.weights(
+      floats,
+      fmt,
+      post_training.recipe(pair.method, fmt, floats.config),
+      self._calibration(),
+      self._spec(pair),
     )
-    if not self._head:
+    if self._report is not None:
+      self._report(pair, errors)
+    model = lowbit.nn.nnx.assign(nnx.clone(floats), values)
+    return self._with_head(model, fmt)
+
+  def _quantized(self, floats: nnx.Module, name: str) -> nnx.Module:
+    fmt = block_format(name)
+    model = quantized(floats, fmt, scale_rule=self._rule)
+    return self._with_head(model, fmt)
+
+  def _with_head(self, model: nnx.Module, fmt: BlockFormat) -> nnx.Module:
+    """The model with a quantized head, or with that of the checkpoint."""
+    if self._head:
+      model = quantized(model, fmt, head=True, scale_rule=self._rule)
+    else:
       kept = {
         path: value
         for path, value in _parameters(self._loaded).items()
@@ -220,10 +263,20 @@ class Variants:
     return model
 
   def _rounding(self, model: Any, pair: Pair) -> Any:
-    if pair.activations == 'none':
+    spec = self._spec(pair)
+    if spec is None:
       return model
+    return with_activations(model, spec.fmt, spec.scale_rule)
+
+  def _spec(self, pair: Pair) -> QuantSpec | None:
+    """What is done to the inputs of linear layers."""
+    if pair.activations == 'none':
+      return None
+    fmt = block_format(pair.activations)
     rule = self._rule if pair.activations == pair.weights else None
-    return with_activations(model, block_format(pair.activations), rule)
+    if pair.method != 'rtn':
+      rule = post_training.rule_of_activations(fmt)
+    return QuantSpec(fmt, scale_rule=rule)
 
 
 def block_format(name: str) -> BlockFormat:

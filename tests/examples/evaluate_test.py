@@ -20,6 +20,7 @@ import lowbit_jax as lowbit  # noqa: E402
 from lowbit_jax import formats  # noqa: E402
 from support import (  # noqa: E402
   language_models,
+  post_training,
   quality,
   report,
   smollm2,
@@ -136,6 +137,48 @@ class EvaluateTest(parameterized.TestCase):
     self.assertEqual(int(rows[1]['bytes']), variants.nbytes(packed))
     self.assertEqual(int(rows[0]['bytes']), variants.nbytes(floats))
 
+  @pytest.mark.long('calibrates two models, block after block')
+  def test_a_method(self):
+    self.check_methods('rtn', 'mr_gptq')
+
+  @pytest.mark.slow
+  @pytest.mark.long('calibrates ten models, block after block')
+  def test_methods(self):
+    self.check_methods('rtn', *post_training.METHODS)
+
+  def check_methods(self, *methods):
+    arguments = (
+      '--weights=mxfp4',
+      f'--method={",".join(methods)}',
+      f'--calibration={self.text}',
+      '--calibration_windows=2',
+    )
+    status, text = self.run_script(*arguments)
+    self.assertEqual(status, 0, text)
+    rows = _table(self.out)
+    self.assertEqual(
+      [(row['method'], row['activations']) for row in rows],
+      [
+        ('none', 'none'),
+        *((method, 'none') for method in methods),
+        *((method, 'mxfp4') for method in methods),
+      ],
+    )
+    kl = {(row['method'], row['activations']): float(row['kl']) for row in rows}
+    for method in methods:
+      if 'gptq' in method or method == 'duquant':
+        self.assertLess(kl[method, 'none'], kl['rtn', 'none'])
+    made = self.out / 'layers' / 'mxfp4.none.mr_gptq.csv'
+    with made.open(newline='') as file:
+      layers = list(csv.DictReader(file))
+    self.assertLen(layers, 14)
+    for layer in layers:
+      self.assertLess(float(layer['error']), float(layer['nearest']))
+    # Other tokens are other results.
+    status, text = self.run_script(*arguments[:-1])
+    self.assertEqual(status, 1)
+    self.assertRegex(text, 'windows|calibration')
+
   def test_interrupted(self):
     one = quality.Scores([1.0, 2.0], 0.0, 1.0, 1.0)
     with mock.patch.object(
@@ -169,7 +212,8 @@ class EvaluateTest(parameterized.TestCase):
     ('--weights=mxfp5', 'did you mean'),
     ('--weights=e4m3', 'element format'),
     ('--activations=e4m3', 'element format'),
-    ('--method=gptq', 'rtn'),
+    ('--method=gptq3', 'must be some of rtn'),
+    ('--method=', 'must be some of rtn'),
   )
   def test_flags(self, flag, said):
     with self.assertRaisesRegex(evaluate.flags.IllegalFlagValueError, said):
