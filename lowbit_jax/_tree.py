@@ -32,6 +32,33 @@ def path_name(path: tuple[Any, ...]) -> str:
   return jax.tree_util.keystr(path, simple=True, separator='/')
 
 
+def leaf_name(path: tuple[Any, ...]) -> str:
+  """The same without the attribute in which a variable of NNX, or a box of
+  Linen, holds its value."""
+  is_box = path[-1:] == (jax.tree_util.GetAttrKey('value'),)
+  return path_name(path[:-1] if is_box else path)
+
+
+def by_name(tree: PyTree) -> tuple[dict[str, Any], Any]:
+  """Arrays and stored weights of a tree by their names, and its structure.
+
+  `structure.unflatten(leaves.values())` is the tree.
+
+  Raises:
+    ValueError: if two leaves have the same name.
+  """
+  pairs, structure = jax.tree_util.tree_flatten_with_path(
+    tree, is_leaf=is_operand
+  )
+  leaves = {}
+  for path, leaf in pairs:
+    name = leaf_name(path)
+    if name in leaves:
+      raise ValueError(f'two leaves have the path {name!r}; rename a key')
+    leaves[name] = leaf
+  return leaves, structure
+
+
 def partition(tree: PyTree, *, scales: bool = False) -> tuple[PyTree, PyTree]:
   """Splits a tree into (trainable, frozen), each with None in the holes.
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lowbit_jax._tree import path_name
+from lowbit_jax._tree import leaf_name
 from lowbit_jax._walk import _control, _named, _views
 from lowbit_jax._walk._named import Named
 from lowbit_jax._walk._report import Report, Row
@@ -142,7 +142,7 @@ def _sites(
   def add(argument, tree, name, prefix, is_weight):
     found = jax.tree_util.tree_leaves_with_path(tree, is_leaf=_named.is_stored)
     for path, leaf in found:
-      inner = path_name(_without_box(path))
+      inner = leaf_name(path)
       site = '/'.join(filter(None, [prefix, inner])) or name
       out.append((site, is_weight))
       _check_once(owners, site, (argument, jax.tree_util.keystr(path)), leaf)
@@ -156,12 +156,6 @@ def _sites(
   for key in sorted(kwargs):
     add(key, kwargs[key], key, key, False)
   return out
-
-
-def _without_box(path: tuple) -> tuple:
-  """A path without the attribute in which a variable of NNX holds its value."""
-  is_box = path[-1:] == (jax.tree_util.GetAttrKey('value'),)
-  return path[:-1] if is_box else path
 
 
 def _check_once(owners: dict, site: str, owner: tuple, leaf: Any) -> None:

@@ -10,15 +10,25 @@ weights like others, which `lowbit_jax.dot` and its kernels multiply.
   method = ptq.method(step, observed)
   params = nn.quantize_params(params, None, formats.mxfp4, method=method)
 
-A `Step` is a function from `Layer` to `Layer`.
+A `Step` is a function from `Layer` to `Layer`. Before weights are quantized,
+ranges can move between float parameters, with the function of the model as it
+was; after it biases can make up for what was lost.
+
+  params, observed = ptq.smooth(params, observed, followers)
 
 - `Layer`: A linear layer: activations (tokens, in) times a weight (in, out).
 - `Statistics`: Of activations (tokens, in) of one layer, or of the members of
   one weight, whose axis is in front of the others; float32.
 - `calibrate`: Records what the weights of a function meet, batch by batch.
 - `chain`: One step after the other.
+- `correct_biases`: Adds to biases what quantized weights take from the mean of
+  outputs.
 - `duquant`: Rotates runs of inputs by a matrix that spreads the outliers of a
   layer.
+- `equalize`: Gives outputs of a kernel and the rows that take them the same
+  range.
+- `fold`: Moves scales from the outputs of layers into the inputs of those
+  behind.
 - `gptq`: Rounds weights so that the outputs of a layer change least.
 - `hadamard`: Rotates runs of inputs, so that outliers spread over a block.
 - `masked`: A step that leaves other layers as they are.
@@ -30,8 +40,12 @@ A `Step` is a function from `Layer` to `Layer`.
 - `search_scales`: Scales for which the weights of a block change least.
 - `sequential`: Quantizes blocks one by one, each on what the quantized ones
   before give.
+- `smooth`: Moves ranges of activations into the weights that they meet.
 """
 
+from lowbit_jax.ptq._bias import correct_biases as correct_biases
+from lowbit_jax.ptq._equalization import equalize as equalize
+from lowbit_jax.ptq._folding import fold as fold
 from lowbit_jax.ptq._gptq import gptq as gptq
 from lowbit_jax.ptq._layer import (
   Layer as Layer,
@@ -51,6 +65,7 @@ from lowbit_jax.ptq._scales import (
   search_scales as search_scales,
 )
 from lowbit_jax.ptq._sequential import sequential as sequential
+from lowbit_jax.ptq._smoothing import smooth as smooth
 from lowbit_jax.ptq._statistics import (
   Statistics as Statistics,
   calibrate as calibrate,

@@ -1,5 +1,6 @@
 """What calibration knows of the activations of a layer."""
 
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
@@ -218,3 +219,48 @@ def of_leaf(observed: Mapping[str, Any], path: str) -> Statistics:
   gram, amax, spread = (leaves[name] for name in _FIELDS)
   rows = jnp.maximum(gram.seen, 1)[..., None, None]
   return Statistics(gram.seen, gram.products / rows, spread.mean, amax)
+
+
+def of_kernel(
+  observed: Mapping[str, Any], path: str, shape: tuple[int, ...]
+) -> Statistics:
+  """The statistics of a kernel (*stack, in, out), with the axes of its stack.
+
+  Raises:
+    ValueError: if there are none, or not for each member of the stack.
+  """
+  found, want = of_leaf(observed, path), shape[:-1]
+  got = found.mean.shape
+  if math.prod(got) != math.prod(want) or got[-1] != want[-1]:
+    raise ValueError(
+      f'activations of shape {got} were recorded for {path!r} of shape'
+      f' {shape}; calibrate a function that scans over the layers of a stack,'
+      ' so that each has its own'
+    )
+  stack, inputs = want[:-1], want[-1]
+  return Statistics(
+    found.seen.reshape(stack),
+    found.moments.reshape(*stack, inputs, inputs),
+    found.mean.reshape(want),
+    found.amax.reshape(want),
+  )
+
+
+def divided(leaves: Mapping[str, Any], scale: jax.Array) -> dict[str, Any]:
+  """What is recorded of activations that are divided by a scale.
+
+  Args:
+    leaves: an entry of what `calibrate` returns.
+    scale: positive, of the shape of `amax` or of as many numbers.
+  """
+  scale = scale.reshape(leaves['amax'].shape)
+  gram, spread = leaves['gram'], leaves['spread']
+  products = gram.products / (scale[..., :, None] * scale[..., None, :])
+  return {
+    **leaves,
+    'gram': gram._replace(products=products),
+    'amax': leaves['amax'] / scale,
+    'spread': spread._replace(
+      mean=spread.mean / scale, squares=spread.squares / scale**2
+    ),
+  }
