@@ -4,10 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl.testing import absltest, parameterized
+from flax import nnx
 
 import lowbit_jax as lowbit
 from lowbit_jax import formats, nn, ptq, transforms
-from tests.ptq import blocks
+from tests.ptq import blocks, language_models
 
 _UP = 'up/kernel'
 
@@ -139,6 +140,26 @@ class TreesTest(parameterized.TestCase):
     guarded = ptq.correct_biases(params, q, observed, held_out=held_out)
     np.testing.assert_array_equal(guarded[bias][0], got[bias][0])
     np.testing.assert_array_equal(guarded[bias][1], params[bias][1])
+
+  def test_state_of_a_quantized_model(self):
+    """All linear layers of an encoder have biases; norms keep theirs."""
+    model = language_models.berts()
+    run, params = language_models.states(model)
+    observed = ptq.calibrate(run, params, [language_models.tokens()])
+    made = lowbit.nn.nnx.quantize(model, 'kernel', formats.mxfp4)
+    before = nnx.state(made)
+    after = ptq.correct_biases(params, before, observed)
+    self.assertEqual(jax.tree.structure(after), jax.tree.structure(before))
+    changed = {
+      '/'.join(map(str, path[2:-1]))
+      for (path, old), (_, new) in zip(
+        nnx.to_flat_state(before), nnx.to_flat_state(after), strict=True
+      )
+      if path[-1] == 'bias' and (old[...] != new[...]).any()
+    }
+    attention = ('query', 'key', 'value', 'out')
+    linears = {f'attention/{name}' for name in attention}
+    self.assertEqual(changed, linears | {'mlp/up', 'mlp/down'})
 
   def test_behind_a_transform(self):
     params, x = layer()
