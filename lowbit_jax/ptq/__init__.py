@@ -19,8 +19,13 @@ was; after it biases can make up for what was lost.
 - `Layer`: A linear layer: activations (tokens, in) times a weight (in, out).
 - `Statistics`: Of activations (tokens, in) of one layer, or of the members of
   one weight, whose axis is in front of the others; float32.
+- `adaround`: Rounds weights up or down, as is learned for the outputs of a
+  layer.
+- `awq`: Scales inputs up whose activations are large, so that their weights
+  lose less.
 - `calibrate`: Records what the weights of a function meet, batch by batch.
 - `chain`: One step after the other.
+- `clip`: Scales that clip the largest magnitudes of each block.
 - `correct_biases`: Adds to biases what quantized weights take from the mean of
   outputs.
 - `duquant`: Rotates runs of inputs by a matrix that spreads the outliers of a
@@ -43,6 +48,8 @@ was; after it biases can make up for what was lost.
 - `smooth`: Moves ranges of activations into the weights that they meet.
 """
 
+from lowbit_jax.ptq._adaround import adaround as adaround
+from lowbit_jax.ptq._awq import awq as awq
 from lowbit_jax.ptq._bias import correct_biases as correct_biases
 from lowbit_jax.ptq._equalization import equalize as equalize
 from lowbit_jax.ptq._folding import fold as fold
@@ -61,6 +68,7 @@ from lowbit_jax.ptq._rotation import (
   hadamard as hadamard,
 )
 from lowbit_jax.ptq._scales import (
+  clip as clip,
   rtn as rtn,
   search_scales as search_scales,
 )

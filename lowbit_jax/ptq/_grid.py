@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lowbit_jax import ops, qarray
 from lowbit_jax.formats import BlockFormat, ElementFormat
@@ -41,6 +42,20 @@ class Grid(NamedTuple):
       levels = jnp.clip(code, 0, element.code_max) - self.zero_point
     return self.values(levels)
 
+  def neighbours(
+    self, w: jax.Array, element: ElementFormat
+  ) -> tuple[jax.Array, jax.Array]:
+    """The levels on both sides of weights of the shape of the scales.
+
+    Both are the same for a weight that has a level, and beyond the last one.
+    """
+    table = _numbers(element)
+    zero = 0 if self.zero_point is None else self.zero_point
+    y = jnp.clip(self.levels(w) + zero, table[0], table[-1])
+    low = jnp.searchsorted(table, y, side='right') - 1
+    high = jnp.searchsorted(table, y)
+    return table[low] - zero, table[high] - zero
+
   def levels(self, w: jax.Array) -> jax.Array:
     """Weights in units of their scale; 0 where that is 0."""
     shifted = w if self.minimum is None else w - self.minimum
@@ -51,6 +66,16 @@ class Grid(NamedTuple):
     """What elements of some levels stand for."""
     out = levels * self.scale
     return out if self.minimum is None else out + self.minimum
+
+
+def _numbers(element: ElementFormat) -> jax.Array:
+  """All that encoding to an element produces, ascending; float32."""
+  values = element.values()
+  values = values[np.isfinite(values)]
+  # Of signed integers -2^(b - 1) is decoded only.
+  return jnp.asarray(
+    np.unique(np.clip(values, -element.max, element.max)), jnp.float32
+  )
 
 
 def grid(q: QArray) -> Grid:
@@ -74,6 +99,12 @@ def grid(q: QArray) -> Grid:
 def block_size(fmt: BlockFormat, inputs: int) -> int:
   """Inputs that share a scale."""
   return fmt.block[0] or inputs
+
+
+def grid_of_inputs(q: QArray) -> Grid:
+  """Of a QArray (in, out), with the scales of each input: (in, out)."""
+  inputs = q.shape[-2]
+  return grid(q).rows(jnp.arange(inputs) // block_size(q.fmt, inputs))
 
 
 def with_values(values: jax.Array, like: QArray) -> QArray:

@@ -14,6 +14,9 @@ STEPS = {
   'rtn': ptq.rtn(),
   'search_scales': ptq.search_scales(),
   'importance': ptq.search_scales(weighted=True),
+  'clip': ptq.clip(99),
+  'adaround': ptq.adaround(steps=200, learning_rate=0.05),
+  'awq': ptq.awq(),
   'gptq': ptq.gptq(),
   'gptq in order': ptq.gptq(ordered=False),
   'hadamard': ptq.hadamard(32),
@@ -25,7 +28,7 @@ STEPS = {
 # Those that may be worse than rounding to the nearest for activations that no
 # method has seen the like of.
 _NOT_ALWAYS_BETTER = (
-  *('search_scales', 'hadamard', 'duquant'),
+  *('search_scales', 'clip', 'hadamard', 'duquant'),
   *('permute', 'permute by ratios'),
 )
 
