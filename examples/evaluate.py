@@ -23,8 +23,9 @@ table has the mean cosine to the embeddings of the float model:
 
 Methods other than rtn calibrate the model with windows of another text, block
 after block: search tries scales, importance weighs errors by the activations,
-gptq rounds so that outputs change least, mr_gptq rotates first, duquant rotates
-by a matrix found for each layer. OUT/layers has what each did to every layer.
+awq scales inputs, adaround learns to round up or down, gptq rounds so that
+outputs change least, mr_gptq rotates first, duquant rotates by a matrix found
+for each layer. OUT/layers has what each did to every layer.
 
 Results go to OUT/evaluate.csv and OUT/evaluate.png. Those of each format,
 method and window are kept in OUT/runs as they are made: the same command goes

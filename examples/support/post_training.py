@@ -22,7 +22,10 @@ from lowbit_jax.transforms import Hadamard
 from models import experts, llama, places
 from models.llama_config import Config
 
-METHODS = 'search', 'importance', 'gptq', 'mr_gptq', 'duquant'
+METHODS = (
+  *('search', 'importance', 'awq', 'adaround', 'gptq', 'mr_gptq'),
+  'duquant',
+)
 
 # Linear layers of a block that are quantized together, in order.
 _STAGES = (
@@ -88,6 +91,11 @@ def recipe(name: str, fmt: BlockFormat, config: Config) -> Recipe:
       return Recipe(scales)
     case 'importance':
       return Recipe(ptq.search_scales(weighted=True))
+    case 'awq':
+      return Recipe(ptq.awq(), is_known=False)
+    case 'adaround':
+      learned = ptq.adaround(steps=300, learning_rate=0.05)
+      return Recipe(ptq.chain(scales, learned))
     case 'gptq':
       return Recipe(ptq.chain(scales, ptq.gptq()))
     case 'mr_gptq':
