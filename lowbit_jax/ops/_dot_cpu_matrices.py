@@ -88,7 +88,7 @@ def shape_of_product(
   return batch, m, codes.shape[1 if kind.layout == 'nk' else 2]
 
 
-def kind_of(q: QArray):
+def kind_of(q: QArray) -> Any:
   """What the kernel for a matrix must know of its format."""
   from lowbit_jax.cpu._weights import Kind
 

@@ -111,7 +111,7 @@ class Integer:
     self.dims = dims
     self.multiply = multiply or integers_of_tiles
 
-  def __call__(self, lhs, rhs):
+  def __call__(self, lhs: Any, rhs: Any) -> jax.Array:
     out = self.codes_product(lhs, rhs).astype(jnp.float32)
     (lhs_k, rhs_k), (lhs_b, rhs_b) = self.dims
     step = lhs.fmt.element.step * rhs.fmt.element.step
@@ -125,7 +125,7 @@ class Integer:
       out = out * _result_scale(q, k, b, before, after)
     return out
 
-  def codes_product(self, lhs, rhs):
+  def codes_product(self, lhs: Any, rhs: Any) -> jax.Array:
     """The int32 product of the codes."""
     is_batched = bool(self.dims[1][0])
     takes_tiles = is_few(rows(lhs, self.dims)) and not is_batched
