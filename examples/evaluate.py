@@ -25,7 +25,8 @@ Methods other than rtn calibrate the model with windows of another text, block
 after block: search tries scales, importance weighs errors by the activations,
 awq scales inputs, adaround learns to round up or down, gptq rounds so that
 outputs change least, mr_gptq rotates first, duquant rotates by a matrix found
-for each layer. OUT/layers has what each did to every layer.
+for each layer; recommended takes of these what suits a format best. OUT/layers
+has what each did to every layer.
 
 Results go to OUT/evaluate.csv and OUT/evaluate.png. Those of each format,
 method and window are kept in OUT/runs as they are made: the same command goes

@@ -24,7 +24,7 @@ from models.llama_config import Config
 
 METHODS = (
   *('search', 'importance', 'awq', 'adaround', 'gptq', 'mr_gptq'),
-  'duquant',
+  *('duquant', 'recommended'),
 )
 
 # Linear layers of a block that are quantized together, in order.
@@ -34,6 +34,7 @@ _STAGES = (
   'mlp/(gate|up)/kernel',
   'mlp/down/kernel',
 )
+_ALL = 'kernel'  # the stage in which ranges move
 _WINDOWS = 4  # of a batch
 Rounding = Callable[[jax.Array], jax.Array]
 
@@ -46,11 +47,14 @@ class Recipe(NamedTuple):
     rotation: inputs that are rotated together before that, 0 for none.
     is_known: whether nothing else happens to activations. If not, layers are
       calibrated with activations that are not quantized.
+    smooths: whether ranges of activations first move into the weights of a
+      block, and into what stands before them.
   """
 
   step: ptq.Step
   rotation: int = 0
   is_known: bool = True
+  smooths: bool = False
 
   @property
   def steps(self) -> ptq.Step:
@@ -73,13 +77,16 @@ class Recipe(NamedTuple):
     return rounded
 
 
-def recipe(name: str, fmt: BlockFormat, config: Config) -> Recipe:
+def recipe(
+  name: str, fmt: BlockFormat, config: Config, spec: QuantSpec | None = None
+) -> Recipe:
   """A method by its name, with the defaults that suit a format.
 
   Args:
     name: one of `METHODS`.
     fmt: of the weights.
     config: of the model, whose layers must have inputs for whole rotations.
+    spec: of the inputs of layers, None if they stay in float.
   """
   attention = config.heads * config.head_size
   inputs = config.width, config.hidden, attention
@@ -100,6 +107,13 @@ def recipe(name: str, fmt: BlockFormat, config: Config) -> Recipe:
       return Recipe(ptq.chain(scales, ptq.gptq()))
     case 'mr_gptq':
       return Recipe(ptq.chain(scales, ptq.gptq()), rotation)
+    case 'recommended' if fmt.has_exponent_scale:
+      rounded = ptq.chain(scales, ptq.gptq())
+      return Recipe(rounded, rotation, smooths=spec is not None)
+    case 'recommended':
+      weighted = ptq.search_scales(weighted=True)
+      rounded = ptq.chain(weighted, ptq.gptq(), ptq.refine())
+      return Recipe(rounded, smooths=spec is not None)
     case 'duquant':
       turn = ptq.duquant(fmt.block[0] or 32, key=jax.random.key(0))
       return Recipe(ptq.chain(turn, scales, ptq.gptq()), is_known=False)
@@ -199,7 +213,7 @@ def weights(
   spec: QuantSpec | None = None,
   progress: Callable[[Any], Any] = lambda blocks: blocks,
 ) -> tuple[dict[str, Any], list[Error]]:
-  """Quantized weights by path, for `lowbit.nn.nnx.assign`, and their errors.
+  """Parameters of blocks by path, for `lowbit.nn.nnx.assign`, and their errors.
 
   Args:
     model: in float.
@@ -223,6 +237,9 @@ def weights(
   def quantize(
     parameters: dict[str, Any], select: str, observed: Mapping[str, Any]
   ) -> dict[str, Any]:
+    if select == _ALL:
+      followers, size = llama.FOLLOWERS, model.config.head_size
+      return ptq.smooth(parameters, observed, followers, head_size=size)[0]
     method = ptq.method(steps, observed, watch)
     return lowbit.nn.quantize_params(parameters, select, fmt, method=method)
 
@@ -231,16 +248,11 @@ def weights(
     map(blocks.parameters, progress(range(sum(blocks.sizes)))),
     batches,
     quantize,
-    _STAGES,
+    (_ALL, *_STAGES) if own.smooths else _STAGES,
     rounding=own.rounding(spec),
   ):
-    done.append(
-      {
-        path: value
-        for path, value in parameters.items()
-        if isinstance(value, lowbit.QArray | lowbit.ops.Transformed)
-      }
-    )
+    # Norms and biases change as well where something folds into them.
+    done.append({k: v for k, v in parameters.items() if k != 'number'})
   return _stacked(done, blocks.sizes), errors
 
 

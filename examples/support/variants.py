@@ -231,13 +231,14 @@ class Variants:
         f'method {pair.method!r} chooses scales by itself and is calibrated:'
         ' leave out scale_rule, and give calibration'
       )
-    fmt, floats = block_format(pair.weights), self.floats
-    values, errors = post_training.weights(
-      floats,
-      fmt,
-      post_training.recipe(pair.method, fmt, floats.config),
-      self._calibration(),
+    fmt, spec, floats = (
+      block_format(pair.weights),
       self._spec(pair),
+      self.floats,
+    )
+    recipe = post_training.recipe(pair.method, fmt, floats.config, spec)
+    values, errors = post_training.weights(
+      floats, fmt, recipe, self._calibration(), spec
     )
     if self._report is not None:
       self._report(pair, errors)

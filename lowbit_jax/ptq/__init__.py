@@ -39,6 +39,8 @@ was; after it biases can make up for what was lost.
 - `masked`: A step that leaves other layers as they are.
 - `method`: What `nn.quantize_params` and `nn.nnx.quantize` take as `method`.
 - `permute`: Sorts inputs by their size, so that large ones share blocks.
+- `refine`: Tries scales of blocks anew, each with the numbers that suit it
+  best.
 - `relative_error`: Mean square error of the outputs of a layer, as a share of
   their square.
 - `rtn`: Rounds weights to the nearest number of the format.
@@ -63,6 +65,7 @@ from lowbit_jax.ptq._layer import (
   relative_error as relative_error,
 )
 from lowbit_jax.ptq._permutation import permute as permute
+from lowbit_jax.ptq._refinement import refine as refine
 from lowbit_jax.ptq._rotation import (
   duquant as duquant,
   hadamard as hadamard,

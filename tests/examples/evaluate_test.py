@@ -139,10 +139,10 @@ class EvaluateTest(parameterized.TestCase):
 
   @pytest.mark.long('calibrates two models, block after block')
   def test_a_method(self):
-    self.check_methods('rtn', 'mr_gptq')
+    self.check_methods('rtn', 'recommended')
 
   @pytest.mark.slow
-  @pytest.mark.long('calibrates ten models, block after block')
+  @pytest.mark.long('calibrates sixteen models, block after block')
   def test_methods(self):
     self.check_methods('rtn', *post_training.METHODS)
 
@@ -166,9 +166,9 @@ class EvaluateTest(parameterized.TestCase):
     )
     kl = {(row['method'], row['activations']): float(row['kl']) for row in rows}
     for method in methods:
-      if 'gptq' in method or method == 'duquant':
+      if 'gptq' in method or method in ('duquant', 'recommended'):
         self.assertLess(kl[method, 'none'], kl['rtn', 'none'])
-    made = self.out / 'layers' / 'mxfp4.none.mr_gptq.csv'
+    made = self.out / 'layers' / f'mxfp4.none.{methods[-1]}.csv'
     with made.open(newline='') as file:
       layers = list(csv.DictReader(file))
     self.assertLen(layers, 14)

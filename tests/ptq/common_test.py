@@ -18,6 +18,7 @@ STEPS = {
   'adaround': ptq.adaround(steps=200, learning_rate=0.05),
   'awq': ptq.awq(),
   'gptq': ptq.gptq(),
+  'refine': ptq.chain(ptq.gptq(), ptq.refine(sweeps=1)),
   'gptq in order': ptq.gptq(ordered=False),
   'hadamard': ptq.hadamard(32),
   'duquant': ptq.duquant(steps=16, key=jax.random.key(0)),
