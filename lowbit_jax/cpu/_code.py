@@ -453,12 +453,7 @@ class Module:
 
   @contextlib.contextmanager
   def function(
-    self,
-    name: str,
-    arguments: Sequence[Type],
-    returned: Type | None = None,
-    *,
-    is_inlined: bool = True,
+    self, name: str, arguments: Sequence[Type], returned: Type | None = None
   ) -> Iterator[list[Value]]:
     """A function whose body is what the context holds; gives its arguments."""
     kind = ir.FunctionType(
@@ -468,8 +463,6 @@ class Module:
     function = ir.Function(self.llvm, kind, name)
     if name != ENTRY:
       function.linkage = 'internal'
-    if not is_inlined:
-      function.attributes.add('noinline')
     writer = ir.IRBuilder(function.append_basic_block('entry'))
     token = _writer.set(writer)
     try:

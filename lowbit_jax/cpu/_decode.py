@@ -182,7 +182,7 @@ def _words_in_row(address: Value, bits: int) -> Value:
       places += [min(first + byte + j, half.nbytes - 1) for j in range(4)]
       starts.append(start)
   whole = low.lanes_at(range(BYTES.lanes), high)
-  words = picked(whole, BYTES.constant(places)).bits(I32x8)
+  words = _picked(whole, BYTES.constant(places)).bits(I32x8)
   return words >> I32x8.constant(starts) if any(starts) else words
 
 
@@ -198,10 +198,10 @@ def eight_of(whole: Value, part: int, target: Target) -> Value:
     return whole.lanes_at(range(first, first + LANES)).unsigned(I32x8)
   places = [0x80] * 32  # of a zero
   places[::4] = range(first, first + LANES)
-  return picked(whole, BYTES.constant(places)).bits(I32x8)
+  return _picked(whole, BYTES.constant(places)).bits(I32x8)
 
 
-def picked(whole: Value, places: Value) -> Value:
+def _picked(whole: Value, places: Value) -> Value:
   """Bytes at the places within 16 bytes, on processors with AVX2."""
   name = 'llvm.x86.avx2.pshuf.b'
   return intrinsic(name, BYTES, whole, places, is_overloaded=False)
@@ -250,7 +250,7 @@ def _in_tables(integers: np.ndarray, step: float) -> Ordinal:
   ]
 
   def integers_of(codes):
-    found, bit = [picked(table, codes) for table in tables], 4
+    found, bit = [_picked(table, codes) for table in tables], 4
     while len(found) > 1:
       # A byte is negative where the bit is set that says which table holds it.
       is_second = _shifted(codes, 7 - bit) < 0
@@ -434,7 +434,7 @@ def halves_in_bytes(
   places[1:16:2], places[17::2] = range(8), range(8, 16)
 
   def numbers(whole):
-    top = picked(whole, BYTES.constant(places)).bits(wide)
+    top = _picked(whole, BYTES.constant(places)).bits(wide)
     half = top.shifted_right(shift) & wide.constant(magnitude - 0x8000)
     if fmt.special == 'fn':
       is_nan = (half & magnitude).equals(magnitude)

@@ -8,7 +8,7 @@ four bytes that are read at once.
 
 import functools
 import operator
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from lowbit_jax.cpu import _decode, _integers
 from lowbit_jax.cpu._code import (
@@ -29,7 +29,6 @@ from lowbit_jax.cpu._code import (
   store,
 )
 from lowbit_jax.cpu._decode import BYTES, PAIRS
-from lowbit_jax.cpu._integer_tables import Digits, Tables
 from lowbit_jax.cpu._integers import Planes
 from lowbit_jax.cpu._part import (
   AHEAD,
@@ -68,15 +67,6 @@ def write(weights: Weights, part: Part, planes: Planes, unit: int) -> None:
           _add(weights, part, planes, unit, sums, first, columns, rows)
 
 
-def write_row(
-  weights: Weights, part: Part, planes: Planes, unit: int, digits: Digits
-) -> None:
-  """As `write`, for one row of x, whose products are looked up."""
-  sums, tables = scratch(WIDEST * 2 * FLOAT), Tables(digits, unit)
-  columns = part.end - part.first
-  _add(weights, part, planes, unit, sums, part.first, columns, None, tables)
-
-
 def _add(
   weights: Weights,
   part: Part,
@@ -86,7 +76,6 @@ def _add(
   first: Value,
   columns: Value,
   rows: tuple[Value, Value] | None,
-  tables: Tables | None = None,
 ) -> None:
   """The products with some columns: of one row of x, or of m from `top` on."""
   vectors = (columns + (WIDTH - 1)) // WIDTH
@@ -100,16 +89,6 @@ def _add(
   def column(vector):
     return least(first + vector * WIDTH, part.end - WIDTH)
 
-  def products_of(starts):
-    """From the address of a unit of x to the products of each vector."""
-    if tables is not None:
-      own = tables.products(starts, part.n)
-      return lambda x: [[[[half]] for half in halves] for halves in own]
-    pairs = [_pairs(weights, part, planes, start, height) for start in starts]
-    if rows is not None:  # decoded once, before the rows
-      pairs = [list(own) for own in pairs]
-    return lambda x: (_sums_of_pairs(own, x, planes) for own in pairs)
-
   def add(k, vector, side):
     places = [column(vector + s) for s in range(side)]
     starts = [part.codes + k * bits // 8 * part.n + place for place in places]
@@ -120,23 +99,16 @@ def _add(
       [_numbers(weights, part, k, place + i) for i in range(0, WIDTH, LANES)]
       for place in places
     ]
-    products, own = products_of(starts), part.member * part.m + top
+    pairs = [_pairs(weights, part, planes, start, height) for start in starts]
+    if rows is not None:  # decoded once, before the rows
+      pairs = [list(own) for own in pairs]
+    own = part.member * part.m + top
     with loop(m) as i:
       _add_row(
-        part,
-        planes,
-        unit,
-        products,
-        numbers,
-        own + i,
-        k,
-        sums + i * line,
-        vector,
+        part, planes, unit, pairs, numbers, own + i, k, sums + i * line, vector
       )
 
   with loop(part.k, step=unit) as k:
-    if tables is not None:
-      tables.make(_x(part, part.member, k))
     in_sizes(vectors, [SIDE, 1], lambda v, side: add(k, v, side))
   with loop(m) as i:
     out = part.words['out'] + (part.member * part.m + top + i) * part.n * FLOAT
@@ -163,8 +135,14 @@ def _pairs(
     rows = [load(start + part.n * (top + i), BYTES) for i in range(2 * group)]
     codes = []
     for half in range(2):
+      places = [
+        16 * quarter + 8 * half + i + WIDTH * other
+        for quarter in range(2)
+        for i in range(8)
+        for other in range(2)
+      ]
       laid = [
-        a.lanes_at(_integers.LAID[half], b)
+        a.lanes_at(places, b)
         for a, b in zip(rows[:group], rows[group:], strict=True)
       ]
       codes.append(
@@ -173,16 +151,11 @@ def _pairs(
     yield from map(list, zip(*codes, strict=True))
 
 
-def _x(part: Part, row: Value, k: Value) -> Value:
-  """Where the pairs of a row of x lie from k on."""
-  return part.words['x'] + (row * part.k + k) * (_X // 2)
-
-
 def _add_row(
   part: Part,
   planes: Planes,
   unit: int,
-  products: Callable[[Value], Iterable[list[list[list[Value]]]]],
+  pairs: Sequence[Iterable[list[list[Value]]]],
   numbers: Sequence[Sequence[Numbers]],
   row: Value,
   k: Value,
@@ -190,21 +163,22 @@ def _add_row(
   vector: Value,
 ) -> None:
   """Adds the products of a unit of a row of x to their sums."""
+  x = part.words['x'] + row * part.k * (_X // 2) + k * (_X // 2)
   entry, of_x = row * (part.k // unit) + k // unit, ()
   if not planes.is_exact:
     of_x = [
       load(part.words[name] + entry * FLOAT, F32).everywhere()
       for name in _integers.OF_X
     ]
-  vectors = zip(products(_x(part, row, k)), numbers, strict=True)
-  for s, (sums_of_halves, own_numbers) in enumerate(vectors):
-    halves = [_wide(half, planes) for half in sums_of_halves]
+  for s, (own, own_numbers) in enumerate(zip(pairs, numbers, strict=True)):
+    sums_of_pairs = _sums_of_pairs(own, x, planes)
+    halves = [_wide(half, planes) for half in sums_of_pairs]
     quarters = [halves[i % 2][i // 2] for i in range(4)]
-    for i, quarter in enumerate(quarters):
+    for i, products in enumerate(quarters):
       place = sums + ((vector + s) * WIDTH + i * LANES) * FLOAT
       own_unit = _integers.Unit(own_numbers[i], *of_x) if of_x else None
       total = load(place, planes.sums)
-      store(_integers.added(total, quarter, planes, own_unit), place)
+      store(_integers.added(total, products, planes, own_unit), place)
 
 
 def _sums_of_pairs(

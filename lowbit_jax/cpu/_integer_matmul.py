@@ -4,8 +4,7 @@ Products are summed as integers within a unit, which is a block of x and of the
 matrix or a part of them; such sums are exact. What units give is scaled and
 added in float32, in an order that depends on the layout of the matrix alone.
 Where each row of x and each column has one scale, the integers are summed over
-all of k, and the caller scales. Products of a single row with codes of 1 or 2
-bits in (k, n) are looked up, which takes less time and changes no bit.
+all of k, and the caller scales.
 """
 
 import functools
@@ -14,20 +13,16 @@ from typing import NamedTuple
 from lowbit_jax.cpu import (
   _integer_columns,
   _integer_rows,
-  _integer_tables,
   _integers,
   _matmul,
   _registry,
   _stages,
 )
-from lowbit_jax.cpu._code import I64, Module, call, done, otherwise
+from lowbit_jax.cpu._code import Module
 from lowbit_jax.cpu._compiler import Target, compiled, host
 from lowbit_jax.cpu._frame import Specification, handler
 from lowbit_jax.cpu._part import SIZES, Part
 from lowbit_jax.cpu._weights import LANES, Kind, Weights
-
-# The function for a single row of x.
-_ROW = 'row'
 
 
 class Task(NamedTuple):
@@ -37,14 +32,11 @@ class Task(NamedTuple):
     kind: of the matrices.
     unit: elements along k that share a scale of x, and one of the matrix.
     is_exact: whether results are int32 sums without scales.
-    looks_up: whether products of a single row are looked up where they can be,
-      which gives the same bits.
   """
 
   kind: Kind
   unit: int
   is_exact: bool = False
-  looks_up: bool = True
 
   @property
   def side(self) -> int:
@@ -109,34 +101,20 @@ def arrays(task: Task) -> tuple[list[Specification], list[Specification]]:
 def kernel(task: Task, target: Target) -> int:
   """The address of a kernel."""
   module = Module('integer_matmul')
-  kind, unit, is_exact, looks_up = task
+  kind, unit, is_exact = task
   weights = Weights(kind, module, target, keeps_integers=True)
   planes = _integers.planes(kind, target, is_exact)
   inputs, outputs = arrays(task)
   names = [array.name for array in (*inputs, *outputs)]
-  digits = _integer_tables.digits(kind, planes) if looks_up else None
-  words = [*names, *SIZES]
-  if digits is not None:
-    # By itself, as its constants would take the registers of other code.
-    arguments = [I64] * (len(words) + 1)
-    with module.function(_ROW, arguments, is_inlined=False) as (*values, i):
-      part = Part(dict(zip(words, values, strict=True)), i)
-      _integer_columns.write_row(weights, part, planes, unit, digits)
-      done()
 
   def write(words, i):
+    part = Part(words, i)
     if kind.layout == 'nk':
-      _integer_rows.write(weights, Part(words, i), planes)
-    elif digits is None:
-      _integer_columns.write(weights, Part(words, i), planes, unit)
+      _integer_rows.write(weights, part, planes)
     else:
-      with otherwise(words['m'].equals(1)) as (one, several):
-        with one:
-          call(_ROW, None, *words.values(), i)
-        with several:
-          _integer_columns.write(weights, Part(words, i), planes, unit)
+      _integer_columns.write(weights, part, planes, unit)
 
-  _stages.define(module, words, write)
+  _stages.define(module, [*names, *SIZES], write)
   with handler(module, 'integer_matmul', inputs, outputs) as frame:
     batch, m, nbytes = (frame['x'].size(axis) for axis in range(3))
     copies = 2 if kind.layout == 'kn' else 1

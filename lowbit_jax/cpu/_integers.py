@@ -33,17 +33,6 @@ from lowbit_jax.cpu._compiler import Target
 from lowbit_jax.cpu._decode import BYTES, PAIRS
 from lowbit_jax.cpu._weights import Kind, Numbers
 
-# How two rows of 32 bytes are laid between each other, those of the second one
-# from place 32 on: one half of the columns, and the other one.
-LAID = [
-  [
-    16 * quarter + 8 * half + i + BYTES.lanes * other
-    for quarter in range(2)
-    for i in range(8)
-    for other in range(2)
-  ]
-  for half in range(2)
-]
 # Elements whose products are summed as integers; at most, for (k, n).
 UNIT = 32
 # Arrays of what units of x have.
