@@ -25,8 +25,9 @@ Methods other than rtn calibrate the model with windows of another text, block
 after block: search tries scales, importance weighs errors by the activations,
 awq scales inputs, adaround learns to round up or down, gptq rounds so that
 outputs change least, mr_gptq rotates first, duquant rotates by a matrix found
-for each layer; recommended takes of these what suits a format best. OUT/layers
-has what each did to every layer.
+for each layer; recommended takes of these what suits a format best. Beside
+them inputs that are quantized take the best of a few scales, where rtn takes
+the rule of the format. OUT/layers has what each did to every layer.
 
 Results go to OUT/evaluate.csv and OUT/evaluate.png. Those of each format,
 method and window are kept in OUT/runs as they are made: the same command goes
@@ -186,7 +187,7 @@ class _Text:
   """
 
   header = (
-    f'{"weights":<14} {"activations":<14} {"method":<10} '
+    f'{"weights":<14} {"activations":<14} {"method":<11} '
     f'{"bits":>6} {"MB":>7} {"nll":>8} '
     f'{"over float":>19} {"KL":>8} {"top 1":>7} {"tokens/s":>9}'
   )
@@ -203,18 +204,20 @@ class _Text:
 
     count = _WINDOWS.value
     self._windows = windows(file, count)
-    calibration = pathlib.Path(_CALIBRATION.value or _CALIBRATION_FILE)
+    self.about, tokens = {}, None
+    if set(_METHOD.value) != {'rtn'}:
+      if _SCALE_RULE.value is not None:
+        raise ValueError('--scale_rule is for --method=rtn; leave it out')
+      calibration = pathlib.Path(_CALIBRATION.value or _CALIBRATION_FILE)
+      tokens = windows(calibration, _CALIBRATION_WINDOWS.value)
+      self.about = {'calibration': _digest(tokens)}
     self.variants = variants.Variants(
       found.model,
       _HEAD.value,
       _SCALE_RULE.value,
-      lambda: windows(calibration, _CALIBRATION_WINDOWS.value),
+      tokens,
       functools.partial(_write_layers, layers),
     )
-    self.about = {}
-    if set(_METHOD.value) != {'rtn'}:
-      parts = _digest_files(calibration), _CALIBRATION_WINDOWS.value
-      self.about = {'calibration': list(parts)}
     self.parts = [{'window': _digest(window)} for window in self._windows]
     length = self._windows.shape[1]
     self.title = f'{path.name}, {count} x {length} tokens of {file.name}'
@@ -254,7 +257,7 @@ class _Text:
   def line(self, row: Row) -> str:
     delta = f'{row.delta:+.4f} ± {row.stderr:.4f}'
     return (
-      f'{row.weights:<14} {row.activations:<14} {row.method:<10} '
+      f'{row.weights:<14} {row.activations:<14} {row.method:<11} '
       f'{row.bits:>6.3f} {row.bytes / 1e6:>7.1f} {row.nll:>8.5f} {delta:>19} '
       f'{row.kl:>8.4f} '
       f'{row.top1:>7.1%} {row.tokens_per_second:>9.1f}'

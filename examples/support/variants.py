@@ -17,7 +17,7 @@ from lowbit_jax import formats
 from lowbit_jax.formats import BlockFormat
 from lowbit_jax.recipe import QuantSpec
 from models import experts
-from support import post_training
+from support import command, post_training
 
 # Linear layers of the blocks, a router aside, and what the head may be.
 LINEARS = re.compile(r'stacks/\d+/(attention|mlp)/(?!router)\w+/kernel')
@@ -154,8 +154,8 @@ class Variants:
       as they are, packed or not.
     scale_rule: of weights, and of activations in their format; None for that of
       each format.
-    calibration: gives the tokens (windows, length) that methods other than
-      'rtn' are calibrated with.
+    calibration: tokens (windows, length) that methods other than 'rtn' are
+      calibrated with.
     report: is called with a pair, and what its method did to each layer.
   """
 
@@ -164,7 +164,7 @@ class Variants:
     loaded: nnx.Module,
     head: bool = False,
     scale_rule: str | None = None,
-    calibration: Callable[[], np.ndarray] | None = None,
+    calibration: np.ndarray | None = None,
     report: Callable[[Pair, Sequence[post_training.Error]], None] | None = None,
   ) -> None:
     self._loaded, self._head, self._rule = loaded, head, scale_rule
@@ -238,7 +238,7 @@ class Variants:
     )
     recipe = post_training.recipe(pair.method, fmt, floats.config, spec)
     values, errors = post_training.weights(
-      floats, fmt, recipe, self._calibration(), spec
+      floats, fmt, recipe, self._calibration, spec, _progress
     )
     if self._report is not None:
       self._report(pair, errors)
@@ -278,6 +278,10 @@ class Variants:
     if pair.method != 'rtn':
       rule = post_training.rule_of_activations(fmt)
     return QuantSpec(fmt, scale_rule=rule)
+
+
+def _progress(blocks: Sequence[int]) -> Any:
+  return command.progress(blocks, unit='block', leave=False)
 
 
 def block_format(name: str) -> BlockFormat:

@@ -74,6 +74,18 @@ def _order(moments: np.ndarray) -> np.ndarray:
   return np.argsort(-np.diagonal(moments), kind='stable')
 
 
+def damped(moments: np.ndarray, damping: float) -> np.ndarray:
+  """H with a share of the mean of its diagonal added to that; float64.
+
+  Inputs without activations get a 1 first.
+  """
+  h = np.array(moments, np.float64)
+  diagonal = np.einsum('ii->i', h)
+  diagonal[diagonal <= 0] = 1
+  diagonal += damping * diagonal.mean()
+  return h
+
+
 def feedback(moments: np.ndarray, damping: float) -> np.ndarray:
   """How much of the error of each input later ones make up for.
 
@@ -87,10 +99,7 @@ def feedback(moments: np.ndarray, damping: float) -> np.ndarray:
   Raises:
     numpy.linalg.LinAlgError: for a matrix that is not positive definite.
   """
-  h = np.array(moments, np.float64)
-  diagonal = np.einsum('ii->i', h)
-  diagonal[diagonal <= 0] = 1
-  diagonal += damping * diagonal.mean()
+  h = damped(moments, damping)
   upper = np.linalg.cholesky(h[::-1, ::-1])[::-1, ::-1]
   upper = upper / np.diagonal(upper)
   return np.triu(upper, 1).astype(np.float32)

@@ -98,10 +98,14 @@ def relative_error(
     weight: W (in, out).
     quantized: Q, of that shape.
     moments: H (in, in), mean products of activations; None for the identity.
+
+  Returns:
+    The share; 0 for a layer that gives zeros.
   """
   weight = weight.astype(jnp.float32)
   difference = ops.dequantize(quantized, jnp.float32) - weight
-  return float(_energy(difference, moments) / _energy(weight, moments))
+  whole = float(_energy(weight, moments))
+  return float(_energy(difference, moments)) / whole if whole else 0.0
 
 
 @jax.jit

@@ -22,7 +22,7 @@ from jax import lax
 
 from lowbit_jax import ops
 from lowbit_jax.formats import ElementFormat
-from lowbit_jax.ptq import _grid, _scales
+from lowbit_jax.ptq import _gptq, _grid, _scales
 from lowbit_jax.ptq._grid import Grid
 from lowbit_jax.ptq._layer import Layer, Step
 from lowbit_jax.qarray import QArray
@@ -67,20 +67,12 @@ def refine(
     shares = tuple(fractions or own)
     if like.scale is None or layer.fmt.scale_blocks is not None:
       shares = shares[:1]
-    moments = damped(np.asarray(layer.statistics.moments), damping)
+    moments = _gptq.damped(np.asarray(layer.statistics.moments), damping)
+    moments = jnp.asarray(moments, jnp.float32)
     quantized = refined(layer.weight, like, moments, shares, sweeps)
     return layer._replace(quantized=quantized)
 
   return step
-
-
-def damped(moments: np.ndarray, damping: float) -> jax.Array:
-  """H with a share of the mean of its diagonal added to that."""
-  h = np.array(moments, np.float64)
-  diagonal = np.einsum('ii->i', h)
-  diagonal[diagonal <= 0] = 1
-  diagonal += damping * diagonal.mean()
-  return jnp.asarray(h, jnp.float32)
 
 
 def refined(

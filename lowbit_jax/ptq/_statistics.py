@@ -39,7 +39,8 @@ class Statistics(NamedTuple):
   @property
   def rms(self) -> jax.Array:
     """(in,), root of the mean square of each channel."""
-    return jnp.sqrt(jnp.diagonal(self.moments, axis1=-2, axis2=-1))
+    squares = jnp.diagonal(self.moments, axis1=-2, axis2=-1)
+    return jnp.sqrt(jnp.maximum(squares, 0))  # below 0 by rounding
 
   def transformed(self, transform: Transform) -> 'Statistics':
     """Those of activations that took a transform along axis -1.
@@ -214,6 +215,12 @@ def of_leaf(observed: Mapping[str, Any], path: str) -> Statistics:
   leaves = observed[base]
   if not all(name in leaves for name in _FIELDS):
     raise ValueError(f'observed[{base!r}] is not what ptq.calibrate returns')
+  if leaves['gram'].seen.ndim < len(numbers):
+    raise ValueError(
+      f'what the layers of {base!r} meet was recorded for all of them'
+      ' together; calibrate a function that scans over the stack itself, or go'
+      ' through its blocks by ptq.sequential'
+    )
   for number in numbers:
     leaves = jax.tree.map(lambda leaf, i=number: leaf[i], leaves)
   gram, amax, spread = (leaves[name] for name in _FIELDS)

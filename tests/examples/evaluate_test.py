@@ -193,6 +193,9 @@ class EvaluateTest(parameterized.TestCase):
     (('--windows=3',), 'text has 150 tokens, so 2 windows of 64 fit, not 3'),
     (('--text=nowhere',), 'No such file.*nowhere'),
     (('--weights=int4_g128',), 'int4_g128.*none: padding adds'),
+    (('--method=gptq', '--scale_rule=mse'), 'scale_rule is for --method=rtn'),
+    (('--method=gptq', '--calibration=nowhere'), 'No such file.*nowhere'),
+    (('--method=gptq', '--calibration_windows=9999'), 'not 9999'),
     (('--weights=mxfp4', '--scale_rule=sweep'), "'sweep' does not fit mxfp4"),
     (('--sentences=nowhere', '--model='), None),
   )

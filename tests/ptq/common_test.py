@@ -227,6 +227,8 @@ class CalibrationTest(parameterized.TestCase):
     method = ptq.method(ptq.gptq(), observed)
     with self.assertRaisesRegex(ValueError, "no activations .* 'down'"):
       method('down', w, formats.mxfp4, -2)
+    with self.assertRaisesRegex(ValueError, 'for all of them together'):
+      method('up/kernel/3', w, formats.mxfp4, -2)
     with self.assertRaisesRegex(ValueError, 'one axis'):
       method('up/kernel', w, formats.get('fp8_128x128'), (-2, -1))
     with self.assertRaisesRegex(ValueError, 'do not fit a weight'):

@@ -10,7 +10,7 @@ from absl.testing import absltest, parameterized
 import lowbit_jax as lowbit
 from lowbit_jax import formats, ptq
 from lowbit_jax.formats import BlockFormat
-from lowbit_jax.ptq import _refinement, _scales
+from lowbit_jax.ptq import _gptq, _refinement, _scales
 from tests.ptq import problems
 
 _INTEGERS = BlockFormat('integers', formats.get('int3'), (4,), formats.float32)
@@ -34,9 +34,9 @@ class RefineTest(parameterized.TestCase):
 
   def check_errors(self, name):
     layer = ptq.gptq()(problems.layer(name))
-    moments = _refinement.damped(np.asarray(layer.statistics.moments), 0.01)
+    moments = _gptq.damped(np.asarray(layer.statistics.moments), 0.01)
     before, after = (
-      _error(layer.weight, q, np.asarray(moments, np.float64))
+      _error(layer.weight, q, moments)
       for q in (layer.rounded(), ptq.refine()(layer).rounded())
     )
     self.assertTrue((after <= before * (1 + 1e-4)).all())
