@@ -37,6 +37,7 @@ on from there, and more of them cost only what is new.
 import dataclasses
 import functools
 import hashlib
+import json
 import math
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
@@ -45,7 +46,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from absl import app, flags
 
+import lowbit_jax as lowbit
 from support import (
+  calibration,
   command,
   language_models,
   post_training,
@@ -58,11 +61,12 @@ from support import (
 )
 from support.checkpoints import CheckpointError
 from support.format_flags import is_block_format
+from support.language_models import LanguageModel
+from support.sentence_models import SentenceModel
 from support.variants import Pair
 
 _DATA = pathlib.Path(__file__).parent / 'data'
 _TEXT_FILE = _DATA / 'tom_sawyer.txt'
-_CALIBRATION_FILE = _DATA / 'sherlock_holmes.txt'
 _METHODS = 'rtn', *post_training.METHODS
 _FORMATS = (
   'int8_channel',
@@ -194,31 +198,22 @@ class _Text:
   value = 'loss over that of the float model, nats per token'
 
   def __init__(
-    self, path: pathlib.Path, file: pathlib.Path, layers: pathlib.Path
+    self,
+    path: pathlib.Path,
+    file: pathlib.Path,
+    out: pathlib.Path,
+    run: Mapping[str, Any],
   ) -> None:
     found = language_models.load(path)
-
-    def windows(file, count):
-      tokens = found.tokenizer.encode(_read(file))
-      return quality.windows(tokens, count, found.config.context)
-
     count = _WINDOWS.value
-    self._windows = windows(file, count)
-    self.about, tokens = {}, None
-    if set(_METHOD.value) != {'rtn'}:
-      if _SCALE_RULE.value is not None:
-        raise ValueError('--scale_rule is for --method=rtn; leave it out')
-      calibration = pathlib.Path(_CALIBRATION.value or _CALIBRATION_FILE)
-      tokens = windows(calibration, _CALIBRATION_WINDOWS.value)
-      self.about = {'calibration': _digest(tokens)}
+    self._windows = calibration.windows(found, file, count)
+    self.about, methods = _methods(found, out, run)
     self.variants = variants.Variants(
-      found.model,
-      _HEAD.value,
-      _SCALE_RULE.value,
-      tokens,
-      functools.partial(_write_layers, layers),
+      found.model, _HEAD.value, _SCALE_RULE.value, methods
     )
-    self.parts = [{'window': _digest(window)} for window in self._windows]
+    self.parts = [
+      {'window': calibration.digest(window)} for window in self._windows
+    ]
     length = self._windows.shape[1]
     self.title = f'{path.name}, {count} x {length} tokens of {file.name}'
 
@@ -274,24 +269,28 @@ class _Sentences:
   """Sentences that a model of the BERT family embeds; see `_Text`."""
 
   header = (
-    f'{"weights":<14} {"activations":<14} {"bits":>6} {"MB":>7} {"cosine":>9}'
+    f'{"weights":<14} {"activations":<14} {"method":<11} '
+    f'{"bits":>6} {"MB":>7} {"cosine":>9}'
   )
   value = '1 - mean cosine to embeddings of the float model'
-  about: Mapping[str, Any] = {}
 
-  def __init__(self, path: pathlib.Path, file: pathlib.Path) -> None:
+  def __init__(
+    self,
+    path: pathlib.Path,
+    file: pathlib.Path,
+    out: pathlib.Path,
+    run: Mapping[str, Any],
+  ) -> None:
     if _HEAD.value:
       raise ValueError('--head: models of sentences have no head')
-    if set(_METHOD.value) != {'rtn'}:
-      raise ValueError('--method: models of sentences are quantized by rtn')
     self._found = sentence_models.load(path)
-    self._sentences = [s for s in _read(file).splitlines() if s.strip()]
-    if not self._sentences:
-      raise ValueError(f'{str(file)!r} has no sentence')
+    self._sentences = calibration.sentences(file)
+    self.about, methods = _methods(self._found, out, run)
     self.variants = variants.Variants(
-      self._found.model, scale_rule=_SCALE_RULE.value
+      self._found.model, scale_rule=_SCALE_RULE.value, calibration=methods
     )
-    self.parts = [{'sentences': _digest('\n'.join(self._sentences).encode())}]
+    text = '\n'.join(self._sentences).encode()
+    self.parts = [{'sentences': calibration.digest(text)}]
     count = len(self._sentences)
     self.title = f'{path.name}, {count} sentences of {file.name}'
 
@@ -323,8 +322,8 @@ class _Sentences:
 
   def line(self, row: SentenceRow) -> str:
     return (
-      f'{row.weights:<14} {row.activations:<14} {row.bits:>6.3f} '
-      f'{row.bytes / 1e6:>7.1f} {row.cosine:>9.6f}'
+      f'{row.weights:<14} {row.activations:<14} {row.method:<11} '
+      f'{row.bits:>6.3f} {row.bytes / 1e6:>7.1f} {row.cosine:>9.6f}'
     )
 
   def summary(self, rows: Sequence[SentenceRow]) -> str:
@@ -340,22 +339,37 @@ def _method(pair: Pair) -> str:
   return ' '.join(filter(None, (pair.method, _SCALE_RULE.value)))
 
 
-def _write_layers(
-  folder: pathlib.Path, pair: Pair, errors: Sequence[post_training.Error]
-) -> None:
-  folder.mkdir(exist_ok=True)
-  report.write_csv(folder / f'{".".join(pair)}.csv', errors)
+def _methods(
+  found: LanguageModel | SentenceModel,
+  out: pathlib.Path,
+  run: Mapping[str, Any],
+) -> tuple[dict[str, str], variants.Calibration | None]:
+  """What other methods than rtn depend on, and what they need.
 
+  Args:
+    found: the model.
+    out: directory of results.
+    run: what decides results beside the pair and the calibration.
+  """
+  if set(_METHOD.value) == {'rtn'}:
+    return {}, None
+  if _SCALE_RULE.value is not None:
+    raise ValueError('--scale_rule is for --method=rtn; leave it out')
+  path = _CALIBRATION.value and pathlib.Path(_CALIBRATION.value)
+  make, digest = calibration.of_file(found, path, _CALIBRATION_WINDOWS.value)
+  about = {'calibration': digest}
 
-def _read(path: pathlib.Path) -> str:
-  try:
-    return path.read_text('utf-8')
-  except UnicodeDecodeError as error:
-    raise ValueError(f'{str(path)!r} is not UTF-8 text: {error}') from error
+  def folder(pair: Pair) -> pathlib.Path:
+    decisive = {**about, **run, **pair._asdict(), 'of': lowbit.__version__}
+    text = json.dumps(decisive, sort_keys=True)
+    name = [*pair, calibration.digest(text.encode())[:8]]
+    return out / 'models' / '.'.join(name)
 
+  def write_layers(pair: Pair, errors: Sequence[post_training.Error]) -> None:
+    (out / 'layers').mkdir(exist_ok=True)
+    report.write_csv(out / 'layers' / f'{".".join(pair)}.csv', errors)
 
-def _digest(data: Any) -> str:
-  return hashlib.sha256(data).hexdigest()[:16]
+  return about, variants.Calibration(make, folder, write_layers)
 
 
 def _digest_files(path: pathlib.Path) -> str:
@@ -365,7 +379,7 @@ def _digest_files(path: pathlib.Path) -> str:
   for file in filter(pathlib.Path.is_file, files):
     with file.open('rb') as opened:
       digests += hashlib.file_digest(opened, 'sha256').digest()
-  return _digest(digests)
+  return calibration.digest(digests)
 
 
 def _measure(
@@ -420,18 +434,18 @@ def _evaluate(out: pathlib.Path) -> None:
   if _SENTENCES.value and not _MODEL.value:
     raise ValueError('--sentences needs --model, one of the BERT family')
   path = pathlib.Path(_MODEL.value or smollm2.fetch())
+  run = {'model': _digest_files(path)}
+  run |= {'head': _HEAD.value}
+  run |= {'scale_rule': _SCALE_RULE.value}
   if _SENTENCES.value:
-    task = _Sentences(path, pathlib.Path(_SENTENCES.value))
+    task = _Sentences(path, pathlib.Path(_SENTENCES.value), out, run)
   else:
     file = pathlib.Path(_TEXT.value or _TEXT_FILE)
-    task = _Text(path, file, out / 'layers')
+    task = _Text(path, file, out, run)
   pairs = variants.pairs(_WEIGHTS.value, _ACTIVATIONS.value, _METHOD.value)
   for pair in pairs[1:]:
     task.variants.check(pair, task.run)
   store = runs.Store(out / 'runs', 'scores', '--out')
-  run = {'model': _digest_files(path)}
-  run |= {'head': _HEAD.value}
-  run |= {'scale_rule': _SCALE_RULE.value}
   print(f'{task.title}\n{task.header}', flush=True)
   try:
     rows = _measure(task, pairs, store, run)

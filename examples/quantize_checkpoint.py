@@ -15,6 +15,16 @@ output has; other weights are written as they are. --format=none changes the
 container only. A GGUF file of the LLaMA family becomes a folder too; a folder
 does not become a GGUF file.
 
+Methods other than rtn run the model, of the LLaMA or BERT family, on windows of
+a text or on sentences, and quantize block after block the linear layers in it;
+`evaluate.py` measures them:
+
+  python examples/quantize_checkpoint.py --model=SmolLM2 --out=SmolLM2-int4 \
+    --format=int4_g32_float16 --method=recommended
+
+Those that rotate or scale the inputs of layers write --layout=own only;
+recommended does so where there is room for it.
+
 Finished parts are kept in a folder beside --out until all is written: the same
 command goes on from there after an interruption. --out appears complete or not
 at all.
@@ -29,14 +39,16 @@ from collections.abc import Sequence
 
 from absl import app, flags
 
-from lowbit_jax import formats
 from lowbit_jax.io._checkpoint import Checkpoint
 from support import (
+  calibrated,
   command,
   conversion,
   format_flags,
   outputs,
+  post_training,
   translation,
+  variants,
 )
 from support.conversion import ConversionError
 
@@ -53,7 +65,19 @@ _LAYOUT = flags.DEFINE_enum(
   'layout', None, outputs.LAYOUTS, 'Layout of the output; by its name if unset.'
 )
 _METHOD = flags.DEFINE_enum(
-  'method', 'rtn', list(conversion.METHODS), 'rtn rounds to nearest.'
+  'method',
+  'rtn',
+  ['rtn', *post_training.METHODS],
+  'rtn rounds to the nearest; for others see evaluate.py.',
+)
+_CALIBRATION = flags.DEFINE_string(
+  'calibration',
+  None,
+  'UTF-8 file for other methods than rtn, a text or one sentence on each line;'
+  ' unset for ours.',
+)
+_CALIBRATION_WINDOWS = flags.DEFINE_integer(
+  'calibration_windows', 8, 'Windows of that file.', lower_bound=1
 )
 _SCALE_RULE = flags.DEFINE_string(
   'scale_rule', None, 'How scales follow from weights; unset for the usual way.'
@@ -98,8 +122,10 @@ def convert(
     method: that quantizes, None to leave all weights as they are.
   """
   names = conversion.selected(source, _SELECT.value) if method else []
+  if isinstance(method, calibrated.Calibrated):
+    names = method.choose(names, _SELECT.value is not None)
   if method:
-    conversion.check(source, names, method)
+    conversion.check(source, names, method.fmt, _SCALE_RULE.value)
   fmts = {name: method.fmt for name in names} if method else {}
   rest = outputs.rehearsed(source, fmts, layout, rest)
   parts = conversion.Parts(source, names, method, out)
@@ -114,20 +140,50 @@ def convert(
       raise
 
 
+def _method(layout: str, is_translated: bool) -> conversion.Method | None:
+  """What the flags say.
+
+  Args:
+    layout: of the output.
+    is_translated: whether a GGUF file becomes a folder.
+  """
+  if _FORMAT.value == 'none':
+    return None
+  fmt = variants.block_format(_FORMAT.value)
+  if _METHOD.value == 'rtn':
+    return conversion.Nearest(fmt, _SCALE_RULE.value)
+  found = calibrated.load(pathlib.Path(_MODEL.value))
+  path = _CALIBRATION.value and pathlib.Path(_CALIBRATION.value)
+  return calibrated.Calibrated(
+    found,
+    calibrated.table(found, is_translated),
+    _METHOD.value,
+    fmt,
+    path,
+    _CALIBRATION_WINDOWS.value,
+    layout == 'own',
+  )
+
+
 def work() -> None:
   out = pathlib.Path(_OUT.value)
   if os.path.lexists(out):
     raise ConversionError(f'--out={out} exists; choose another name')
   if not out.absolute().parent.is_dir():
     raise ConversionError(f'--out={out}: its folder does not exist; make it')
-  method = None
-  if _FORMAT.value != 'none':
-    fmt = formats.get(_FORMAT.value)
-    assert isinstance(fmt, formats.BlockFormat)  # as the flag is checked
-    method = conversion.Method(_METHOD.value, fmt, _SCALE_RULE.value)
-  elif _SELECT.value or _SCALE_RULE.value:
+  is_plain = _METHOD.value == 'rtn'
+  if _FORMAT.value == 'none' and (
+    _SELECT.value or _SCALE_RULE.value or not is_plain
+  ):
     raise ConversionError(
-      '--format=none quantizes nothing; leave out --select and --scale_rule'
+      '--format=none quantizes nothing; leave out --select, --scale_rule and'
+      ' --method'
+    )
+  if not is_plain and _SCALE_RULE.value:
+    raise ConversionError('--scale_rule is for --method=rtn; leave it out')
+  if is_plain and _CALIBRATION.value:
+    raise ConversionError(
+      '--method=rtn needs no --calibration; leave it out, or name a method'
     )
   by_name = 'gguf' if out.suffix == '.gguf' else 'compressed-tensors'
   layout = _LAYOUT.value or by_name
@@ -135,6 +191,7 @@ def work() -> None:
     conversion.open_source(pathlib.Path(_MODEL.value)) as source,
     tempfile.TemporaryDirectory() as folder,
   ):
+    is_translated = not os.path.isdir(source.path) and layout != 'gguf'
     if os.path.isdir(source.path):
       if layout == 'gguf':
         raise ConversionError(
@@ -147,7 +204,7 @@ def work() -> None:
     else:
       source = translation.to_folder(source, pathlib.Path(folder))
       rest = outputs.Beside(folder, {})
-    convert(source, rest, out, layout, method)
+    convert(source, rest, out, layout, _method(layout, is_translated))
   with conversion.open_source(out) as result:
     print(result.describe())
 

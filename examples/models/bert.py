@@ -36,13 +36,13 @@ class Attention(nnx.Module):
     self.value = nnx.Linear(width, width, **options)
     self.out = nnx.Linear(width, width, **options)
 
-  def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
-    """x is (batch, tokens, width), mask (batch, tokens)."""
+  def __call__(self, x: jax.Array, seen: jax.Array) -> jax.Array:
+    """x is (batch, tokens, width); `seen` bool (batch, 1, 1 or tokens, tokens),
+    which tokens each sees."""
     query, key, value = (
       layer(x).reshape(*x.shape[:2], self.heads, -1)
       for layer in (self.query, self.key, self.value)
     )
-    seen = mask[:, None, None]
     out = jax.nn.dot_product_attention(query, key, value, mask=seen)
     return self.out(out.reshape(x.shape))
 
@@ -68,8 +68,8 @@ class Block(nnx.Module):
     self.mlp = Mlp(config, **options)
     self.mlp_norm = norm(config, **options)
 
-  def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
-    x = self.attention_norm(x + self.attention(x, mask))
+  def __call__(self, x: jax.Array, seen: jax.Array) -> jax.Array:
+    x = self.attention_norm(x + self.attention(x, seen))
     return self.mlp_norm(x + self.mlp(x))
 
 
@@ -166,18 +166,34 @@ class Bert(nnx.Module):
       )
     if self.types is None and types is not None:
       raise ValueError('the model has no token types: pass types=None')
-    x = self.embed(tokens) + self.positions(jnp.arange(count))
-    if self.types is not None:
-      x += self.types(jnp.zeros_like(tokens) if types is None else types)
-    x, mask = self.norm(x), _as_bool(mask, tokens.shape)
+    x = self.embedded(tokens, jnp.arange(count), types)
+    seen = _as_bool(mask, tokens.shape)[:, None, None]
     for blocks in self.stacks:
       graph, parameters = nnx.split(blocks)
 
       def step(x, parameters, graph=graph):
-        return nnx.merge(graph, parameters)(x, mask), None
+        return nnx.merge(graph, parameters)(x, seen), None
 
       x, _ = jax.lax.scan(step, x, parameters)
     return x
+
+  def embedded(
+    self,
+    tokens: jax.Array,
+    places: jax.Array,
+    types: jax.Array | None = None,
+  ) -> jax.Array:
+    """What the first block takes: (batch, tokens, width).
+
+    Args:
+      tokens: (batch, tokens).
+      places: of the tokens in their sequences, (tokens,) or (batch, tokens).
+      types: as in `states`.
+    """
+    x = self.embed(tokens) + self.positions(places)
+    if self.types is not None:
+      x += self.types(jnp.zeros_like(tokens) if types is None else types)
+    return self.norm(x)
 
 
 def norm(config: Config, **options: Any) -> nnx.LayerNorm:

@@ -17,7 +17,7 @@ import pathlib
 import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import numpy as np
@@ -34,41 +34,66 @@ CHUNK = 2**22  # numbers that are quantized at once
 # Matrices that are no linear layers inside of a block.
 _OTHERS = re.compile(
   r'embed|embd|norm|rope|position|token_type|router|gate_inp|conv'
-  r'|(^|\.)(wte|wpe|lm_head|output|classifier|score)\.'
+  r'|^output\.|pooler|(^|\.)(wte|wpe|lm_head|classifier|score)\.'
   r'|(mlp|moe|feed_forward)\.gate\.'
 )
 _FLOATS = ('F32', 'F16', 'BF16')
+Stored = lowbit.QArray | lowbit.ops.Transformed
 
 
 class ConversionError(ValueError):
   """A conversion that cannot be done; the message says what to change."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Method:
-  """How weights are quantized.
+class Method(Protocol):
+  """How weights are quantized."""
 
-  Attributes:
-    name: one of `METHODS`.
-    fmt: of the result.
-    scale_rule: None for that of the format.
-  """
-
-  name: str
-  fmt: formats.BlockFormat
-  scale_rule: str | None = None
-
-  def __call__(self, leaf: Leaf) -> lowbit.QArray:
-    """The leaf quantized, with NumPy leaves."""
-    return METHODS[self.name](leaf, self.fmt, self.scale_rule)
+  @property
+  def fmt(self) -> formats.BlockFormat:
+    """Of the results."""
+    ...
 
   def settings(self) -> dict[str, Any]:
     """What decides the numbers, as JSON values."""
+    ...
+
+  def quantized(
+    self, source: Checkpoint, name: str, folder: pathlib.Path
+  ) -> Stored:
+    """A weight with NumPy leaves.
+
+    Args:
+      source: that has it.
+      name: of the weight.
+      folder: for what an interruption should not lose.
+    """
+    ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Nearest:
+  """Rounding to the nearest.
+
+  Attributes:
+    fmt: of the results.
+    scale_rule: None for that of the format.
+  """
+
+  fmt: formats.BlockFormat
+  scale_rule: str | None = None
+
+  def settings(self) -> dict[str, Any]:
     return {
-      'name': self.name,
+      'name': 'rtn',
       'format': formats.to_dict(self.fmt),
       'scale_rule': self.scale_rule,
     }
+
+  def quantized(
+    self, source: Checkpoint, name: str, folder: pathlib.Path
+  ) -> lowbit.QArray:
+    del folder
+    return _round_to_nearest(read(source, name), self.fmt, self.scale_rule)
 
 
 def _round_to_nearest(
@@ -86,9 +111,6 @@ def _round_to_nearest(
     q = lowbit.quantize(x, fmt, scale_rule=scale_rule)
     parts.append(jax.device_get(q))
   return jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
-
-
-METHODS = {'rtn': _round_to_nearest}
 
 
 def open_source(path: pathlib.Path) -> Checkpoint:
@@ -168,8 +190,13 @@ def _is_linear(name: str, tensor: Tensor) -> bool:
   return is_matrix and is_weight and _is_quantizable(tensor)
 
 
-def check(source: Checkpoint, names: Sequence[str], method: Method) -> None:
-  """Refuses what the method cannot quantize, before anything is read.
+def check(
+  source: Checkpoint,
+  names: Sequence[str],
+  fmt: formats.BlockFormat,
+  scale_rule: str | None = None,
+) -> None:
+  """Refuses what cannot be quantized to a format, before anything is read.
 
   Raises:
     ConversionError: with the weight, if blocks do not fill its rows.
@@ -178,14 +205,14 @@ def check(source: Checkpoint, names: Sequence[str], method: Method) -> None:
     shape = source.tensors[name].shape
     try:
       q = jax.eval_shape(
-        lambda x: lowbit.quantize(x, method.fmt, scale_rule=method.scale_rule),
+        lambda x: lowbit.quantize(x, fmt, scale_rule=scale_rule),
         jax.ShapeDtypeStruct(shape, np.float32),
       )
     except (TypeError, ValueError) as error:
       raise ConversionError(f'{name!r}: {error}') from error
-    if not (method.fmt.is_tile or _is_filled(q)):
+    if not (fmt.is_tile or _is_filled(q)):
       raise ConversionError(
-        f'{source.path}, {name!r}: blocks of {method.fmt} do not fill its rows'
+        f'{source.path}, {name!r}: blocks of {fmt} do not fill its rows'
         f' of {shape[-1]} numbers; leave it out by --select, or give a --format'
         ' of smaller blocks'
       )
@@ -258,9 +285,9 @@ class Parts:
         self._done = k + 1
     return parts
 
-  def _quantized(self, name: str) -> lowbit.QArray:
+  def _quantized(self, name: str) -> Stored:
     assert self._method is not None  # without which there are no parts
-    return self._method(read(self._source, name))
+    return self._method.quantized(self._source, name, self.folder)
 
   def finish(self) -> None:
     """Gives the output, which is whole, its name, and removes the parts."""

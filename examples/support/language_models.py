@@ -29,11 +29,13 @@ class LanguageModel:
     model: with its parameters, packed as the checkpoint has them.
     config: of the model.
     checkpoint: that it came from; it is closed, and says what was there.
+    block: where it has the parameters of a block.
   """
 
   model: llama.Llama
   config: Config
   checkpoint: Checkpoint
+  block: Table
 
   @functools.cached_property
   def tokenizer(self) -> Any:
@@ -86,7 +88,7 @@ def load(
       specs=llama_names.specs(config),
       progress=progress,
     )
-  return LanguageModel(model, config, checkpoint)
+  return LanguageModel(model, config, checkpoint, block)
 
 
 def _opened(path: str) -> tuple[Checkpoint, Config, tuple[Table, Table]]:

@@ -1,41 +1,33 @@
-"""Post-training quantization of language models, by the name of the method.
+"""Post-training quantization of models, by the name of the method.
 
 Blocks are quantized one after the other, and in a block what meets the same
 activations together; each layer on what the layers before it give, quantized.
 """
 
+import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+import pathlib
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from flax import nnx
 
 import lowbit_jax as lowbit
-from lowbit_jax import numerics, ptq
+from lowbit_jax import io, numerics, ptq
 from lowbit_jax.formats import BlockFormat
 from lowbit_jax.ops import specs
 from lowbit_jax.recipe import QuantSpec
 from lowbit_jax.transforms import Hadamard
-from models import experts, llama, places
-from models.llama_config import Config
+from support.blocks import STAGES, Blocks
 
 METHODS = (
   *('search', 'importance', 'awq', 'adaround', 'gptq', 'mr_gptq'),
   *('duquant', 'recommended'),
 )
 
-# Linear layers of a block that are quantized together, in order.
-_STAGES = (
-  'attention/(query|key|value)/kernel',
-  'attention/out/kernel',
-  'mlp/(gate|up)/kernel',
-  'mlp/down/kernel',
-)
 _ALL = 'kernel'  # the stage in which ranges move
-_WINDOWS = 4  # of a batch
 Rounding = Callable[[jax.Array], jax.Array]
 
 
@@ -45,8 +37,9 @@ class Recipe(NamedTuple):
   Attributes:
     step: that quantizes it.
     rotation: inputs that are rotated together before that, 0 for none.
-    is_known: whether nothing else happens to activations. If not, layers are
-      calibrated with activations that are not quantized.
+    is_known: whether nothing else happens to inputs. If not, the step finds a
+      transform of them for each layer, and layers are calibrated with inputs
+      that are not quantized.
     smooths: whether ranges of activations first move into the weights of a
       block, and into what stands before them.
   """
@@ -55,6 +48,11 @@ class Recipe(NamedTuple):
   rotation: int = 0
   is_known: bool = True
   smooths: bool = False
+
+  @property
+  def transforms(self) -> bool:
+    """Whether inputs of layers take a transform as they run."""
+    return bool(self.rotation) or not self.is_known
 
   @property
   def steps(self) -> ptq.Step:
@@ -78,19 +76,24 @@ class Recipe(NamedTuple):
 
 
 def recipe(
-  name: str, fmt: BlockFormat, config: Config, spec: QuantSpec | None = None
+  name: str,
+  fmt: BlockFormat,
+  widths: Sequence[int],
+  spec: QuantSpec | None = None,
+  *,
+  has_transforms: bool = True,
 ) -> Recipe:
   """A method by its name, with the defaults that suit a format.
 
   Args:
     name: one of `METHODS`.
     fmt: of the weights.
-    config: of the model, whose layers must have inputs for whole rotations.
+    widths: inputs of the layers, which rotations divide.
     spec: of the inputs of layers, None if they stay in float.
+    has_transforms: whether the inputs of layers may take a transform as they
+      run. What is recommended does without one if not.
   """
-  attention = config.heads * config.head_size
-  inputs = config.width, config.hidden, attention
-  rotation = math.gcd(fmt.block[0] or 32, *inputs)
+  rotation = math.gcd(fmt.block[0] or 32, *widths)
   rotation &= -rotation  # the largest power of two in it
   scales = ptq.rtn('mse') if fmt.has_exponent_scale else ptq.search_scales()
   match name:
@@ -109,6 +112,7 @@ def recipe(
       return Recipe(ptq.chain(scales, ptq.gptq()), rotation)
     case 'recommended' if fmt.has_exponent_scale:
       rounded = ptq.chain(scales, ptq.gptq())
+      rotation *= has_transforms
       return Recipe(rounded, rotation, smooths=spec is not None)
     case 'recommended':
       weighted = ptq.search_scales(weighted=True)
@@ -144,126 +148,97 @@ class Error(NamedTuple):
   error: float
 
 
-class _Rounds(NamedTuple):
-  """A product that quantizes what meets a stored weight."""
+class Block(NamedTuple):
+  """A block that is done.
 
-  spec: QuantSpec | None
-
-  def __call__(
-    self, lhs: jax.Array, rhs: Any, dimension_numbers: Any, **options: Any
-  ) -> jax.Array:
-    is_stored = not isinstance(rhs, jax.Array)
-    product = lowbit.nn.dot_general(lhs=self.spec if is_stored else None)
-    return product(lhs, rhs, dimension_numbers, **options)
-
-
-class _Blocks:
-  """The blocks of a model in float, one by one.
-
-  Args:
-    model: in float.
-    spec: of the inputs of layers whose weight is stored.
+  Attributes:
+    parameters: by path. Norms and biases change as well where something folds
+      into them.
+    errors: of its layers.
   """
 
-  def __init__(self, model: llama.Llama, spec: QuantSpec | None) -> None:
-    self._config = model.config
-    stacks = nnx.clone(model.stacks)
-    for _, module in nnx.iter_modules(stacks):
-      if spec is not None and isinstance(module, experts.Experts):
-        raise ValueError('activations of a mixture of experts stay in float')
-      if isinstance(module, nnx.Linear):
-        module.dot_general = _Rounds(spec)
-        module.promote_dtype = lowbit.nn.promote_dtype
-    parts = [nnx.split(stack) for stack in stacks]
-    self._graph, first = parts[0]
-    self._shapes = jax.tree.map(
-      lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), first
-    )
-    self._values = [
-      {
-        '/'.join(map(str, path)): variable.get_raw_value()
-        for path, variable in nnx.to_flat_state(state)
-      }
-      for _, state in parts
-    ]
-    self.sizes = [len(next(iter(part.values()))) for part in self._values]
-
-  def parameters(self, number: int) -> dict[str, Any]:
-    """Of a block: its number, and arrays by path."""
-    own, stack = number, 0
-    while own >= self.sizes[stack]:
-      own, stack = own - self.sizes[stack], stack + 1
-    leaves = {path: leaf[own] for path, leaf in self._values[stack].items()}
-    return {**leaves, 'number': jnp.int32(number)}
-
-  def run(self, parameters: dict[str, Any], x: jax.Array) -> jax.Array:
-    """What a block makes of x (batch, tokens, width)."""
-    values, tokens = dict(parameters), x.shape[1]
-    place = places.places(self._config, jnp.arange(tokens), tokens)
-    place = place(values.pop('number'))
-    block = nnx.merge(self._graph, self._shapes)
-    return lowbit.nn.nnx.assign(block, values)(x, place, None)[0]
+  parameters: dict[str, Any]
+  errors: list[Error]
 
 
-def weights(
-  model: llama.Llama,
+def one_by_one(
+  blocks: Blocks,
   fmt: BlockFormat,
   own: Recipe,
-  tokens: np.ndarray,
   spec: QuantSpec | None = None,
-  progress: Callable[[Any], Any] = lambda blocks: blocks,
-) -> tuple[dict[str, Any], list[Error]]:
-  """Parameters of blocks by path, for `lowbit.nn.nnx.assign`, and their errors.
+  *,
+  select: Callable[[int, str], bool] = lambda number, path: True,
+  folder: pathlib.Path | None = None,
+) -> Iterator[Block]:
+  """Quantizes blocks, each on what the quantized ones before it give.
 
   Args:
-    model: in float.
-    fmt: of the kernels of the linear layers of its blocks.
+    blocks: in float, with the states that they are calibrated with.
+    fmt: of the kernels of their linear layers.
     own: what is done with each.
-    tokens: (windows, length) that the model is calibrated with.
     spec: of the inputs of the layers, None if they stay in float.
-    progress: wraps the sequence of blocks.
+    select: which kernels, by the number of the block and the path in it.
+    folder: where blocks are kept when they are done. Those that it has are not
+      made anew.
+
+  Yields:
+    The blocks in order.
+
+  Raises:
+    DamagedFileError: for a file in the folder that is damaged.
   """
-  batches = [
-    model.embed(jnp.asarray(tokens[first : first + _WINDOWS]))
-    for first in range(0, len(tokens), _WINDOWS)
-  ]
-  blocks, errors, steps = _Blocks(model, spec), [], own.steps
-  done: list[dict[str, Any]] = []
+  files = (
+    [folder / f'{k:05}.lowbit' for k in range(len(blocks))] if folder else []
+  )
+  kept = list(itertools.takewhile(pathlib.Path.exists, files))
+  states, run = blocks.states, jax.jit(blocks.run)
+  for path in kept:
+    parameters, errors = io.load(path)
+    yield Block(parameters, [Error(*error) for error in errors])
+    if len(kept) < len(blocks):
+      states = [run(parameters, state) for state in states]
+  number, errors = len(kept), []
 
   def watch(layer: ptq.Layer) -> None:
     nearest = layer._replace(quantized=None).error()
-    errors.append(Error(f'{len(done)}/{layer.path}', nearest, layer.error()))
+    errors.append(Error(f'{number}/{layer.path}', nearest, layer.error()))
 
   def quantize(
-    parameters: dict[str, Any], select: str, observed: Mapping[str, Any]
+    parameters: dict[str, Any], stage: str, observed: Mapping[str, Any]
   ) -> dict[str, Any]:
-    if select == _ALL:
-      followers, size = llama.FOLLOWERS, model.config.head_size
+    if stage == _ALL:
+      followers, size = blocks.followers, blocks.head_size
       return ptq.smooth(parameters, observed, followers, head_size=size)[0]
-    method = ptq.method(steps, observed, watch)
-    return lowbit.nn.quantize_params(parameters, select, fmt, method=method)
+    paths = {p for p in parameters if re.search(stage, p) and select(number, p)}
+    if not paths:
+      return parameters
+    method = ptq.method(own.steps, observed, watch)
+    return lowbit.nn.quantize_params(
+      parameters, lambda path, leaf: path in paths, fmt, method=method
+    )
 
   for parameters in ptq.sequential(
     blocks.run,
-    map(blocks.parameters, progress(range(sum(blocks.sizes)))),
-    batches,
+    itertools.islice(blocks, number, None),
+    states,
     quantize,
-    (_ALL, *_STAGES) if own.smooths else _STAGES,
+    (_ALL, *STAGES) if own.smooths else STAGES,
     rounding=own.rounding(spec),
   ):
-    # Norms and biases change as well where something folds into them.
-    done.append({k: v for k, v in parameters.items() if k != 'number'})
-  return _stacked(done, blocks.sizes), errors
+    block = Block(parameters, list(errors))
+    if folder:
+      folder.mkdir(parents=True, exist_ok=True)
+      io.save(files[number], [parameters, [list(e) for e in block.errors]])
+    yield block
+    number += 1
+    errors.clear()
 
 
-def _stacked(
-  done: Sequence[dict[str, Any]], sizes: Sequence[int]
-) -> dict[str, Any]:
-  """Weights of blocks as those of stacks."""
-  out, first = {}, 0
+def stacked(blocks: Sequence[Block], sizes: Sequence[int]) -> dict[str, Any]:
+  """Parameters of blocks as those of stacks, for `lowbit.nn.nnx.assign`."""
+  out, waiting = {}, iter(blocks)
   for stack, size in enumerate(sizes):
-    members = done[first : first + size]
-    first += size
+    members = [own.parameters for own in itertools.islice(waiting, size)]
     for path in members[0]:
       out[f'stacks/{stack}/{path}'] = jax.tree.map(
         lambda *leaves: jnp.stack(leaves), *(own[path] for own in members)

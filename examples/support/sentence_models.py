@@ -13,7 +13,7 @@ import os
 import pathlib
 import re
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -33,6 +33,20 @@ class FolderError(ValueError):
   """A folder that makes no model of sentences; the message says why."""
 
 
+class Packed(NamedTuple):
+  """Sentences one behind the other in windows, all of (windows, length) int32.
+
+  Attributes:
+    tokens: of the sentences.
+    places: of the tokens in their sentences.
+    sentences: of the tokens, by number.
+  """
+
+  tokens: np.ndarray
+  places: np.ndarray
+  sentences: np.ndarray
+
+
 @dataclasses.dataclass(frozen=True)
 class SentenceModel:
   """A model, its configuration, and the tokenizer that makes its tokens.
@@ -41,11 +55,13 @@ class SentenceModel:
     model: maps tokens to embeddings.
     config: of the model.
     tokenizer: of the package `tokenizers`; it cuts what is too long.
+    block: where the checkpoint has the parameters of a block.
   """
 
   model: bert.Bert
   config: bert_config.Config
   tokenizer: Any
+  block: weights.Table
 
   def embed(self, sentences: Sequence[str], batch: int = 32) -> np.ndarray:
     """Embeddings (sentences, width) in float32.
@@ -78,6 +94,29 @@ class SentenceModel:
         made = _embeddings(graph, state, tokens, mask)
         embeddings[chosen] = made[: len(chosen)]
     return embeddings
+
+  def packed(self, sentences: Sequence[str], count: int) -> Packed:
+    """Sentences without padding, to calibrate with.
+
+    Args:
+      sentences: of any lengths; the tokenizer cuts them, and a window ends
+        where it is full.
+      count: windows at most, of as many tokens as the model sees, or of all
+        where there are fewer.
+    """
+    rows = [encoding.ids for encoding in self.tokenizer.encode_batch(sentences)]
+    if not (total := sum(map(len, rows))):
+      raise ValueError(f'{sentences=!r:.80} has no token')
+    length = min(total, self.config.context)
+    count = min(count, total // length)
+    numbers = np.repeat(np.arange(len(rows)), list(map(len, rows)))
+    places = np.concatenate([np.arange(len(row)) for row in rows])
+    return Packed(
+      *(
+        x[: count * length].reshape(count, length).astype(np.int32)
+        for x in (np.concatenate(rows), places, numbers)
+      )
+    )
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -132,7 +171,8 @@ def load(
         config = bert_config.from_gguf(checkpoint)
       tables = bert_names.gguf()
       model = _model(config, checkpoint, tables, bert_names.GGUF_HARMLESS, mesh)
-    return SentenceModel(model, config, _tokenizer(path.parent, config))
+    tokenizer = _tokenizer(path.parent, config)
+    return SentenceModel(model, config, tokenizer, tables[1])
   folder, pooling, normalized = _modules(path)
   values = _json(folder / 'config.json')
   with _naming(folder / 'config.json'):
@@ -143,7 +183,7 @@ def load(
     tables = bert_names.huggingface(config, checkpoint)
     harmless = bert_names.harmless(checkpoint)
     model = _model(config, checkpoint, tables, harmless, mesh)
-  return SentenceModel(model, config, tokenizer)
+  return SentenceModel(model, config, tokenizer, tables[1])
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ from models import llama_config, llama_names
 from models.llama_config import Config, ConfigError
 from models.rotary import Rope
 from support.conversion import ConversionError
+from support.weights import Table
 
 # The `model_type` of an architecture, and the class that has it.
 _MODELS = {
@@ -52,6 +53,11 @@ def to_folder(source: Checkpoint, folder: pathlib.Path) -> Checkpoint:
     ) from error
   _put(folder / 'config.json', node)
   return Checkpoint(source.path, tensors, {}, source.release)
+
+
+def table(config: Config, architecture: str) -> Table:
+  """Where the folder has the parameters of a block."""
+  return llama_names.huggingface(config, _MODELS[architecture][0])[1]
 
 
 def _tensors(

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import pathlib
 import re
 import warnings
 from collections.abc import Callable, Sequence
@@ -9,7 +10,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 import lowbit_jax as lowbit
@@ -18,6 +18,7 @@ from lowbit_jax.formats import BlockFormat
 from lowbit_jax.recipe import QuantSpec
 from models import experts
 from support import command, post_training
+from support.blocks import Blocks
 
 # Linear layers of the blocks, a router aside, and what the head may be.
 LINEARS = re.compile(r'stacks/\d+/(attention|mlp)/(?!router)\w+/kernel')
@@ -145,6 +146,21 @@ def pairs(
   return list(dict.fromkeys([Pair('none', 'none'), *every]))
 
 
+class Calibration(NamedTuple):
+  """What methods other than 'rtn' need.
+
+  Attributes:
+    blocks: `blocks(model, spec)` gives those of a model in float with what they
+      are calibrated with; the spec is that of the inputs of their layers.
+    folder: where the blocks of a pair are kept.
+    report: is called with a pair, and what its method did to each layer.
+  """
+
+  blocks: Callable[[Any, QuantSpec | None], Blocks]
+  folder: Callable[[Pair], pathlib.Path]
+  report: Callable[[Pair, Sequence[post_training.Error]], None]
+
+
 class Variants:
   """A model in pairs of formats, each made when it is asked for.
 
@@ -154,9 +170,7 @@ class Variants:
       as they are, packed or not.
     scale_rule: of weights, and of activations in their format; None for that of
       each format.
-    calibration: tokens (windows, length) that methods other than 'rtn' are
-      calibrated with.
-    report: is called with a pair, and what its method did to each layer.
+    calibration: for methods other than 'rtn'.
   """
 
   def __init__(
@@ -164,11 +178,10 @@ class Variants:
     loaded: nnx.Module,
     head: bool = False,
     scale_rule: str | None = None,
-    calibration: np.ndarray | None = None,
-    report: Callable[[Pair, Sequence[post_training.Error]], None] | None = None,
+    calibration: Calibration | None = None,
   ) -> None:
     self._loaded, self._head, self._rule = loaded, head, scale_rule
-    self._calibration, self._report = calibration, report
+    self._calibration = calibration
     self._nearest = functools.lru_cache(1)(
       lambda name: self._quantized(self.floats, name)
     )
@@ -231,18 +244,20 @@ class Variants:
         f'method {pair.method!r} chooses scales by itself and is calibrated:'
         ' leave out scale_rule, and give calibration'
       )
-    fmt, spec, floats = (
-      block_format(pair.weights),
-      self._spec(pair),
-      self.floats,
+    fmt, spec = block_format(pair.weights), self._spec(pair)
+    blocks = self._calibration.blocks(self.floats, spec)
+    recipe = post_training.recipe(pair.method, fmt, blocks.widths, spec)
+    folder = self._calibration.folder(pair)
+    done = command.progress(
+      post_training.one_by_one(blocks, fmt, recipe, spec, folder=folder),
+      total=len(blocks),
+      unit='block',
+      leave=False,
     )
-    recipe = post_training.recipe(pair.method, fmt, floats.config, spec)
-    values, errors = post_training.weights(
-      floats, fmt, recipe, self._calibration, spec, _progress
-    )
-    if self._report is not None:
-      self._report(pair, errors)
-    model = lowbit.nn.nnx.assign(nnx.clone(floats), values)
+    done = list(done)
+    self._calibration.report(pair, [e for own in done for e in own.errors])
+    values = post_training.stacked(done, blocks.sizes)
+    model = lowbit.nn.nnx.assign(nnx.clone(self.floats), values)
     return self._with_head(model, fmt)
 
   def _quantized(self, floats: nnx.Module, name: str) -> nnx.Module:
@@ -278,10 +293,6 @@ class Variants:
     if pair.method != 'rtn':
       rule = post_training.rule_of_activations(fmt)
     return QuantSpec(fmt, scale_rule=rule)
-
-
-def _progress(blocks: Sequence[int]) -> Any:
-  return command.progress(blocks, unit='block', leave=False)
 
 
 def block_format(name: str) -> BlockFormat:

@@ -5,6 +5,7 @@ model as they are stored, packed ones too, one parameter after the other: of
 those of a mesh, a process holds no more than its part of one at a time.
 """
 
+import collections
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -90,6 +91,41 @@ def _taken(leaf: Leaf, rows: np.ndarray) -> Leaf:
 
 
 Table = Mapping[str, Source]
+
+
+def tensors(
+  block: Table, number: int, kernels: Mapping[str, Any]
+) -> dict[str, Any]:
+  """What `Source.read` takes kernels from, by the names of a checkpoint.
+
+  Args:
+    block: where it has the parameters of a block.
+    number: of the block.
+    kernels: of the block by path, inputs before outputs. Those that share a
+      tensor are all there.
+
+  Raises:
+    ValueError: for kernels that cannot be one tensor.
+  """
+  parts = collections.defaultdict(list)
+  for path, kernel in kernels.items():
+    source = block[path]
+    for k, name in enumerate(source.names(number)):
+      part = kernel[k].mT if source.experts else kernel.mT
+      if source.heads:
+        rows = np.arange(part.shape[0]).reshape(source.heads, 2, -1)
+        part = _taken(part, rows.swapaxes(1, 2).reshape(-1))
+      parts[name].append((source.rows.first if source.rows else 0, part))
+  joined = {}
+  for name, some in parts.items():
+    leaves = [part for _, part in sorted(some, key=lambda pair: pair[0])]
+    if leaves[1:] and getattr(leaves[0], 'tensor_scale', None) is not None:
+      raise ValueError(
+        f'{name!r} holds {len(leaves)} kernels, which have a scale of the'
+        ' tensor each: take a format without one'
+      )
+    joined[name] = jax.tree.map(lambda *x: np.concatenate(x), *leaves)
+  return joined
 
 
 def stacks(checkpoint: Checkpoint, block: Table, blocks: int) -> list[int]:

@@ -7,6 +7,7 @@ every quantized module, so that nothing else is taken for quantized.
 import json
 import os
 import pathlib
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -79,8 +80,8 @@ def write(
 
 
 def _copied(source: str | None, folder: str) -> dict[str, Any]:
-  """Copies files that hold no weights; gives the configuration of the model,
-  without what it says of a quantization."""
+  """Copies files that hold no weights of the model, and its other modules;
+  gives the configuration, without what it says of a quantization."""
   if source is None:
     return {}
   config: dict[str, Any] = {}
@@ -89,9 +90,27 @@ def _copied(source: str | None, folder: str) -> dict[str, Any]:
       config = _container.parse(file.read_bytes())
     elif file.is_file() and not file.name.endswith(_WEIGHTS):
       shutil.copyfile(file, os.path.join(folder, file.name))
+  for name in _modules(source):
+    shutil.copytree(os.path.join(source, name), os.path.join(folder, name))
   for name in ('quantization_config', 'compression_config', 'quantization'):
     config.pop(name, None)
   return config
+
+
+def _modules(source: str) -> list[str]:
+  """Folders in a folder of sentence-transformers that hold its other modules,
+  such as what pools states."""
+  path = pathlib.Path(source, 'modules.json')
+  if not path.is_file():
+    return []
+  names = [
+    str(module.get('path', '')) for module in json.loads(path.read_text())
+  ]
+  return [
+    name
+    for name in names
+    if re.fullmatch(r'\w+', name) and os.path.isdir(os.path.join(source, name))
+  ]
 
 
 def _shards(

@@ -153,7 +153,7 @@ def export(
       inputs. The tensor scale of NVFP4 is written as its reciprocal, which may
       differ in the last place.
     source: folder whose config.json is kept and whose other files are copied,
-      except for weights, or None.
+      except for weights, with the folders that its modules.json names; or None.
     shard_bytes: a file that has so many bytes is followed by another.
 
   Raises:

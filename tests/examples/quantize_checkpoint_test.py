@@ -352,7 +352,7 @@ class InterruptionTest(CheckpointTest):
 
   def limited(self, limit, error):
     """Patches the method to fail after so many weights."""
-    original = conversion.METHODS['rtn']
+    original = conversion.Nearest.quantized
 
     def method(*arguments):
       if self.count == limit:
@@ -360,7 +360,7 @@ class InterruptionTest(CheckpointTest):
       self.count += 1
       return original(*arguments)
 
-    return mock.patch.dict(conversion.METHODS, {'rtn': method})
+    return mock.patch.object(conversion.Nearest, 'quantized', method)
 
   def test_finished_parts_are_not_made_again(self):
     with self.limited(3, KeyboardInterrupt):
@@ -442,7 +442,7 @@ class RefusalTest(CheckpointTest):
   @parameterized.parameters(
     ('--format=mxfp5', 'mxfp5'),
     ('--format=e2m1', 'e2m1 is an element format'),
-    ('--method=gptq', 'rtn'),
+    ('--method=best', 'recommended'),
     ('--layout=onnx', 'compressed-tensors'),
     ('--select=(', 'unterminated'),
   )

@@ -90,6 +90,7 @@ class SentencesTest(berts.FolderTest, parameterized.TestCase):
       nnx.eval_shape(lambda: bert.Bert(_PLAIN, rngs=nnx.Rngs(0))),
       dataclasses.replace(_PLAIN, context=50),
       _Letters(),
+      {},
     )
     shapes = []
 
