@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
+from jax.sharding import NamedSharding, PartitionSpec
 
 from lowbit_jax import observers
 from lowbit_jax._typing import PyTree
@@ -117,7 +119,8 @@ def calibrate(
 
   Memory is that of one batch and of the statistics, (in, in) for each weight.
   Of the order of batches nothing depends but the rounding of float32 sums.
-  Batches that are sharded over devices are summed over them.
+  Batches that are sharded over devices are summed over them, those of other
+  processes included: all of them make the same calls, and see the same sums.
 
   Args:
     fn: `fn(params, batch)`, such as the loss or the forward pass of a model.
@@ -223,9 +226,22 @@ def of_leaf(observed: Mapping[str, Any], path: str) -> Statistics:
     )
   for number in numbers:
     leaves = jax.tree.map(lambda leaf, i=number: leaf[i], leaves)
-  gram, amax, spread = (leaves[name] for name in _FIELDS)
+  gram, amax, spread = (jax.tree.map(_whole, leaves[name]) for name in _FIELDS)
   rows = jnp.maximum(gram.seen, 1)[..., None, None]
   return Statistics(gram.seen, gram.products / rows, spread.mean, amax)
+
+
+def _whole(x: Any) -> Any:
+  """The same array; on each device, where it is split over processes.
+
+  NumPy cannot read what other processes hold.
+  """
+  if isinstance(x, Tracer) or not isinstance(x, jax.Array):
+    return x
+  if x.is_fully_addressable or x.is_fully_replicated:
+    return x
+  assert isinstance(x.sharding, NamedSharding)  # as all that jit returns
+  return jax.device_put(x, NamedSharding(x.sharding.mesh, PartitionSpec()))
 
 
 def of_kernel(
