@@ -198,6 +198,22 @@ class CalibrationTest(parameterized.TestCase):
     np.testing.assert_allclose(seen.mean, exact.mean(0), atol=1e-5)
     np.testing.assert_array_equal(seen.amax, abs(x).max(0))
 
+  def test_holds_as_much_however_many_batches(self):
+    inputs, tokens = 37, 53  # shapes that no other array has
+    w, counts = problems.weights(inputs, 5), []
+
+    def batches():
+      for seed in range(6):
+        shapes = [x.shape for x in jax.live_arrays()]
+        seen = ((inputs, inputs), (tokens, inputs))
+        counts.append([shapes.count(shape) for shape in seen])
+        yield jnp.asarray(np.full((tokens, inputs), seed, np.float32))
+
+    observed = ptq.calibrate(problems.model, problems.params(w), batches())
+    self.assertLen(observed, 1)
+    # The sum and that of the last batch, and the last batch itself.
+    self.assertTrue((np.array(counts) <= [2, 1]).all(), counts)
+
   def test_batches_in_any_order_and_with_a_break(self):
     w, x = problems.weights(), problems.activations()
     parts = [x[:512], x[512:600], x[600:]]
