@@ -14,8 +14,10 @@ from unittest import mock
 import jax
 import ml_dtypes
 import numpy as np
+import pytest
 from absl import flags
 from absl.testing import absltest, parameterized
+from flax import nnx
 
 import lowbit_jax as lowbit
 from lowbit_jax import formats
@@ -277,15 +279,17 @@ def _llama_tensors():
   return tensors, {f'{a}.weight': f'{b}.weight' for a, b in names.items()}
 
 
-class TranslationTest(CheckpointTest):
-  """From a GGUF file to a folder."""
-
+class LlamaTest(CheckpointTest):
   def write_llama(self, *left_out, **changes):
     model = self.home / 'model.gguf'
     tensors, names = _llama_tensors()
     kept = {k: x for k, x in tensors.items() if k not in left_out}
     gguf.save(model, kept, metadata=_LLAMA | changes)
     return model, tensors, names
+
+
+class TranslationTest(LlamaTest):
+  """From a GGUF file to a folder."""
 
   @unittest.skipUnless(importlib.util.find_spec('tokenizers'), 'no tokenizers')
   def test_names_rows_configuration_and_tokenizer(self):
@@ -341,6 +345,87 @@ class TranslationTest(CheckpointTest):
     model.unlink()
     model, *_ = self.write_gguf()
     self.assert_refused('llama.embedding_length is missing', model)
+
+
+@unittest.skipUnless(importlib.util.find_spec('tokenizers'), 'no tokenizers')
+class MethodTest(LlamaTest):
+  """Methods that run the model."""
+
+  def setUp(self):
+    super().setUp()
+    self.text = self.home / 'text.txt'
+    self.text.write_text('ab' * 50 + 'abb' * 20)
+    self.flags = f'--calibration={self.text}', '--calibration_windows=1'
+
+  def kernels(self, out):
+    """Stored weights by path, those of a stack together."""
+    from support import language_models
+
+    model = language_models.load(out).model
+    return {
+      '/'.join(map(str, path)): variable.get_raw_value()
+      for path, variable in nnx.to_flat_state(nnx.state(model))
+      if path[-1] == 'kernel'
+    }
+
+  @pytest.mark.long('calibrates a model three times')
+  def test_file_folder_and_own_folder_hold_the_same(self):
+    model, *_ = self.write_llama()
+    found = {}
+    for name, method, *more in (
+      ('a.gguf', 'gptq'),
+      ('folder', 'gptq'),
+      ('own', 'mr_gptq', '--layout=own'),
+    ):
+      out = self.home / name
+      self.convert(model, f'--method={method}', *self.flags, *more, out=out)
+      found[name] = self.kernels(out)
+      self.assertLen(found[name], 7)
+    for path, want in found['a.gguf'].items():
+      got, rotated = found['folder'][path], found['own'][path]
+      self.assertEqual(want.fmt, formats.mxfp4)
+      self.assert_same(got, want)
+      self.assertIsInstance(rotated, lowbit.ops.Transformed)
+      self.assertEqual(rotated.weight.fmt, formats.mxfp4)
+
+  @pytest.mark.long('calibrates a model')
+  def test_chosen_weights_alone(self):
+    model, tensors, _ = self.write_llama()
+    out = self.home / 'b.gguf'
+    self.convert(
+      *(model, '--method=gptq', '--select=blk.1.ffn_down', *self.flags),
+      out=out,
+    )
+    with gguf.open(out) as result:
+      for name, x in tensors.items():
+        if 'blk.1.ffn_down' in name:
+          self.assertEqual(result.tensors[name].fmt, formats.mxfp4)
+        else:
+          self.assert_same(result[name], x)
+
+  def test_refusals(self):
+    model, *_ = self.write_llama()
+    for message, *arguments in (
+      ('only --layout=own has room', '--method=duquant'),
+      ('needs no --calibration', '--method=rtn'),
+      ('is for --method=rtn', '--method=gptq', '--scale_rule=mse'),
+      (
+        "'model.embed_tokens.weight' is none",
+        '--method=gptq',
+        '--select=embed',
+      ),
+    ):
+      with self.subTest(message):
+        self.assert_refused(message, model, *self.flags, *arguments)
+    for flag in ('--calibration=nowhere', '--calibration_windows=9'):
+      with self.subTest(flag):
+        more = *self.flags, '--method=gptq', flag
+        self.assert_refused('--calibration', model, *more)
+    self.assert_refused('quantizes nothing', model, '--method=gptq', fmt='none')
+    folder, _ = self.write_folder()
+    self.assert_refused(
+      'methods other than rtn run the model', folder, '--method=gptq'
+    )
 
 
 class InterruptionTest(CheckpointTest):
