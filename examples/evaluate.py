@@ -108,7 +108,10 @@ _CALIBRATION = flags.DEFINE_string(
   'calibration', None, 'UTF-8 file for other methods than rtn; unset for ours.'
 )
 _CALIBRATION_WINDOWS = flags.DEFINE_integer(
-  'calibration_windows', 8, 'Windows of that text.', lower_bound=1
+  'calibration_windows',
+  None,
+  'Windows of that text, 8 if unset; of sentences all.',
+  lower_bound=1,
 )
 _SCALE_RULE = flags.DEFINE_string(
   'scale_rule',

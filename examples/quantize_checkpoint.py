@@ -77,7 +77,10 @@ _CALIBRATION = flags.DEFINE_string(
   ' unset for ours.',
 )
 _CALIBRATION_WINDOWS = flags.DEFINE_integer(
-  'calibration_windows', 8, 'Windows of that file.', lower_bound=1
+  'calibration_windows',
+  None,
+  'Windows of that text, 8 if unset; of sentences all.',
+  lower_bound=1,
 )
 _SCALE_RULE = flags.DEFINE_string(
   'scale_rule', None, 'How scales follow from weights; unset for the usual way.'
@@ -122,13 +125,15 @@ def convert(
     method: that quantizes, None to leave all weights as they are.
   """
   names = conversion.selected(source, _SELECT.value) if method else []
+  changed = []
   if isinstance(method, calibrated.Calibrated):
     names = method.choose(names, _SELECT.value is not None)
+    changed = method.changed()
   if method:
     conversion.check(source, names, method.fmt, _SCALE_RULE.value)
   fmts = {name: method.fmt for name in names} if method else {}
   rest = outputs.rehearsed(source, fmts, layout, rest)
-  parts = conversion.Parts(source, names, method, out)
+  parts = conversion.Parts(source, [*names, *changed], method, out)
   with parts.locked():
     try:
       tensors = conversion.Merged(source, parts.complete())

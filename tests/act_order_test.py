@@ -32,6 +32,13 @@ OTHERS = (
   transforms.Hadamard(32, signs=np.resize(np.int8([1, -1, 1]), 64)),
   transforms.DiagonalSmoothing(np.linspace(1, 2, 64, dtype=np.float32)),
   transforms.BlockAffine(2 * np.eye(32, dtype=np.float32)),
+  transforms.Chain(
+    (
+      transforms.DiagonalSmoothing(np.linspace(1, 2, 64, dtype=np.float32)),
+      transforms.Permutation(np.arange(64)[::-1].copy()),
+      transforms.Hadamard(32),
+    )
+  ),
 )
 
 
@@ -252,10 +259,30 @@ class OwnLayoutsTest(checkpoints.FolderTest):
     self.assert_same(lowbit_jax.io.load(self.path), tree)
 
   def test_transforms_of_other_classes(self):
-    t = self.weight(transforms.Chain(OTHERS[:2]))
+    t = self.weight(transforms.Chain((transforms.Chain(OTHERS[:2]),)))
     for save in (safetensors.save, lowbit_jax.io.save):
       with self.assertRaisesRegex(TypeError, 'is a Chain; files know'):
         save(self.path, {'a': t})
+
+  def test_chains_that_no_weight_has(self):
+    node = {'class': 'Hadamard', 'block': 32, 'axis': -1}
+    chain = {'class': 'Chain', 'transforms': [node]}
+    signs = np.ones(64, np.int8)
+    joined = lowbit_jax.io._transforms.joined
+    self.assertLen(joined(chain, {'0.signs': signs}, 0).transforms, 1)
+    for message, changes, arrays in (
+      ('is no Chain of transforms', {'class': 'Hadamard'}, {}),
+      ('is no Chain of transforms', {'axis': -1}, {}),
+      ('not of 1 to', {'transforms': []}, {}),
+      ('not of 1 to', {'transforms': [node] * 101}, {}),
+      ('not of 1 to', {'transforms': 'Hadamard'}, {}),
+      ("'Chain' is none of", {'transforms': [chain]}, {}),
+      ("an array '1.signs' too many", {}, {'1.signs': signs}),
+      ("an array 'signs' too many", {}, {'signs': signs}),
+      ('no Hadamard of', {}, {'0.scale': signs}),
+    ):
+      with self.assertRaisesRegex(ValueError, message):
+        joined(chain | changes, arrays, 0)
 
   @parameterized.parameters(
     ({'axis': 0}, 'count from the end'),

@@ -1,6 +1,7 @@
 """Blocks of a model one by one, as methods go through them."""
 
 import dataclasses
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -59,6 +60,17 @@ class Blocks:
       for path, leaf in self.members[0].items()
       if path.endswith('kernel')
     ]
+
+  @property
+  def folds(self) -> bool:
+    """Whether all inputs of linear layers have something that can take their
+    ranges."""
+    fed = {path for some in self.followers.values() for path in some}
+    return all(
+      path in fed
+      for path in self.members[0]
+      if any(re.search(stage, path) for stage in STAGES)
+    )
 
   def __iter__(self) -> Iterator[dict[str, jax.Array]]:
     """Parameters of the blocks by path, one block after the other."""

@@ -3,14 +3,16 @@
 import json
 import pathlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
+import ml_dtypes
+import numpy as np
 
 import lowbit_jax as lowbit
 from lowbit_jax import formats
-from lowbit_jax.io._checkpoint import Checkpoint
+from lowbit_jax.io._checkpoint import Checkpoint, Leaf
 from models import bert_config
 from support import (
   calibration,
@@ -23,11 +25,12 @@ from support import (
   weights,
 )
 from support.blocks import STAGES
-from support.conversion import ConversionError, Stored
+from support.conversion import ConversionError
 from support.language_models import LanguageModel
 from support.sentence_models import SentenceModel
 
 Model = LanguageModel | SentenceModel
+_DTYPES = {'F16': np.float16, 'BF16': ml_dtypes.bfloat16}
 
 
 def load(path: pathlib.Path) -> Model:
@@ -78,7 +81,7 @@ class Calibrated:
     name: of the method, one of `post_training.METHODS`.
     fmt: of the results.
     path: of the text or of the sentences, None for ours.
-    count: windows of it.
+    count: windows of it, see `calibration.of_file`.
     has_transforms: whether the layout holds what inputs take as layers run.
 
   Raises:
@@ -93,7 +96,7 @@ class Calibrated:
     name: str,
     fmt: formats.BlockFormat,
     path: pathlib.Path | None,
-    count: int,
+    count: int | None,
     has_transforms: bool,
   ) -> None:
     self.fmt, self._name, self._place = fmt, name, place
@@ -103,84 +106,99 @@ class Calibrated:
       raise ConversionError(f'--calibration: {error}') from error
     self._blocks = made(variants.decoded(found.model), None)
     self._recipe = post_training.recipe(
-      name, fmt, self._blocks.widths, has_transforms=has_transforms
+      name, fmt, self._blocks, has_transforms=has_transforms
     )
     if self._recipe.transforms and not has_transforms:
       raise ConversionError(
         f'--method={name}: inputs of its layers take a transform as they run,'
         ' for which only --layout=own has room; choose that, or another method'
       )
-    self._wanted: dict[tuple[int, str], list[str]] = {}
-    self._done: dict[str, Stored] | None = None
+    # Kernels by block and path, and the tensors that hold them.
+    self._chosen: dict[tuple[int, str], list[str]] = {}
+    self._done: dict[str, Leaf] | None = None
 
   def choose(self, names: Sequence[str], are_chosen: bool) -> list[str]:
     """Which weights are quantized.
 
     Args:
       names: of weights that could be.
-      are_chosen: whether a user did; else those that are no linear layers of
-        blocks stay as they are.
+      are_chosen: whether a user did. If not, those that are no linear layers of
+        blocks stay as they are; if so, no ranges move between weights.
 
     Raises:
-      ConversionError: for those if a user did, and where nothing is left.
+      ConversionError: for others if a user chose them, and where nothing is
+        left.
     """
     wanted = set(names)
-    self._wanted = {
-      (number, path): sources
-      for number, path, sources in self._kernels()
-      if wanted.intersection(sources)
+    self._chosen = {
+      (number, path): source.names(number)
+      for number in range(len(self._blocks))
+      for path, source in self._place.items()
+      if any(re.search(stage, path) for stage in STAGES)
+      and wanted.intersection(source.names(number))
     }
-    found = {name for sources in self._wanted.values() for name in sources}
+    found = {name for some in self._chosen.values() for name in some}
     others = [n for n in names if n not in found]
     if not found or (are_chosen and others):
       raise ConversionError(
         f'--method={self._name} is for linear layers in the blocks of a model,'
         f' and {(others or ["nothing"])[0]!r} is none; leave it out of --select'
       )
+    if are_chosen:
+      self._recipe = self._recipe._replace(smooths=False)
     return [n for n in names if n in found]
 
-  def _kernels(self) -> Iterator[tuple[int, str, list[str]]]:
-    """Number, path and tensors of each kernel."""
-    for number in range(len(self._blocks)):
-      for path, source in self._place.items():
-        if any(re.search(stage, path) for stage in STAGES):
-          yield number, path, source.names(number)
+  def changed(self) -> list[str]:
+    """Names of the weights that a method changes otherwise: it moves ranges."""
+    if not self._recipe.smooths:
+      return []
+    quantized = {name for some in self._chosen.values() for name in some}
+    return [
+      name
+      for number in range(len(self._blocks))
+      for source in self._place.values()
+      for name in source.names(number)
+      if name not in quantized
+    ]
 
   def settings(self) -> dict[str, Any]:
+    recipe = self._recipe._replace(step=self._name)
     return {
-      'name': self._name,
       'format': formats.to_dict(self.fmt),
       'calibration': self._digest,
-      'rotation': self._recipe.rotation,
+      **recipe._asdict(),
     }
 
   def quantized(
     self, source: Checkpoint, name: str, folder: pathlib.Path
-  ) -> Stored:
-    del source
+  ) -> Leaf:
     if self._done is None:
       self._done = self._tensors(folder / 'blocks')
-    return self._done[name]
+    leaf = self._done[name]
+    if isinstance(leaf, np.ndarray):
+      floats = _DTYPES.get(source.tensors[name].layout, np.float32)
+      leaf = leaf.astype(floats)
+    return leaf
 
-  def _tensors(self, folder: pathlib.Path) -> dict[str, Stored]:
+  def _tensors(self, folder: pathlib.Path) -> dict[str, Leaf]:
     """All weights by name, with NumPy leaves."""
     done = post_training.one_by_one(
       self._blocks,
       self.fmt,
       self._recipe,
-      select=lambda number, path: (number, path) in self._wanted,
+      select=lambda number, path: (number, path) in self._chosen,
       folder=folder,
     )
     total, tensors = len(self._blocks), {}
     bar = command.progress(done, total=total, desc='calibrating', unit='block')
     for number, block in enumerate(bar):
-      kernels = {
+      parameters = {
         path: jax.device_get(leaf)
         for path, leaf in block.parameters.items()
-        if (number, path) in self._wanted
+        if self._recipe.smooths or (number, path) in self._chosen
       }
       try:
-        tensors |= weights.tensors(self._place, number, kernels)
+        tensors |= weights.tensors(self._place, number, parameters)
       except ValueError as error:
         raise ConversionError(str(error)) from error
     return tensors

@@ -16,6 +16,7 @@ from support.sentence_models import SentenceModel
 _DATA = pathlib.Path(__file__).parents[1] / 'data'
 _TEXT = _DATA / 'sherlock_holmes.txt'
 _SENTENCES = _DATA / 'sentences_calibration.txt'
+_WINDOWS = 8
 
 
 class Calibration(NamedTuple):
@@ -34,15 +35,16 @@ class Calibration(NamedTuple):
 def of_file(
   found: LanguageModel | SentenceModel,
   path: pathlib.Path | None,
-  count: int,
+  count: int | None,
 ) -> Calibration:
   """A model with windows of a file.
 
   Args:
     found: the model.
     path: a text, or for a model of sentences one on each line; None for ours.
-    count: windows at most, of 1024 tokens or of as many as the model sees. A
-      text must have as many.
+    count: windows, of 1024 tokens or of as many as the model sees. A text must
+      have as many; of sentences there may be fewer. None for 8 of a text, and
+      for all sentences.
 
   Raises:
     ValueError: for a file that is not UTF-8, or too short.
@@ -51,7 +53,7 @@ def of_file(
     packed = found.packed(sentences(path or _SENTENCES), count)
     make, tokens = functools.partial(blocks.of_bert, packed=packed), packed
   else:
-    tokens = windows(found, path or _TEXT, count)
+    tokens = windows(found, path or _TEXT, count or _WINDOWS)
     make = functools.partial(blocks.of_llama, tokens=tokens)
   return Calibration(make, digest(np.asarray(tokens)))
 

@@ -38,7 +38,6 @@ _OTHERS = re.compile(
   r'|(mlp|moe|feed_forward)\.gate\.'
 )
 _FLOATS = ('F32', 'F16', 'BF16')
-Stored = lowbit.QArray | lowbit.ops.Transformed
 
 
 class ConversionError(ValueError):
@@ -59,7 +58,7 @@ class Method(Protocol):
 
   def quantized(
     self, source: Checkpoint, name: str, folder: pathlib.Path
-  ) -> Stored:
+  ) -> Leaf:
     """A weight with NumPy leaves.
 
     Args:
@@ -285,7 +284,7 @@ class Parts:
         self._done = k + 1
     return parts
 
-  def _quantized(self, name: str) -> Stored:
+  def _quantized(self, name: str) -> Leaf:
     assert self._method is not None  # without which there are no parts
     return self._method.quantized(self._source, name, self.folder)
 

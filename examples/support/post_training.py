@@ -78,7 +78,7 @@ class Recipe(NamedTuple):
 def recipe(
   name: str,
   fmt: BlockFormat,
-  widths: Sequence[int],
+  blocks: Blocks,
   spec: QuantSpec | None = None,
   *,
   has_transforms: bool = True,
@@ -88,12 +88,12 @@ def recipe(
   Args:
     name: one of `METHODS`.
     fmt: of the weights.
-    widths: inputs of the layers, which rotations divide.
+    blocks: whose layers are quantized.
     spec: of the inputs of layers, None if they stay in float.
     has_transforms: whether the inputs of layers may take a transform as they
       run. What is recommended does without one if not.
   """
-  rotation = math.gcd(fmt.block[0] or 32, *widths)
+  rotation = math.gcd(fmt.block[0] or 32, *blocks.widths)
   rotation &= -rotation  # the largest power of two in it
   scales = ptq.rtn('mse') if fmt.has_exponent_scale else ptq.search_scales()
   match name:
@@ -110,18 +110,36 @@ def recipe(
       return Recipe(ptq.chain(scales, ptq.gptq()))
     case 'mr_gptq':
       return Recipe(ptq.chain(scales, ptq.gptq()), rotation)
-    case 'recommended' if fmt.has_exponent_scale:
-      rounded = ptq.chain(scales, ptq.gptq())
-      rotation *= has_transforms
-      return Recipe(rounded, rotation, smooths=spec is not None)
     case 'recommended':
-      weighted = ptq.search_scales(weighted=True)
-      rounded = ptq.chain(weighted, ptq.gptq(), ptq.refine())
-      return Recipe(rounded, smooths=spec is not None)
+      return _recommended(fmt, blocks, rotation, spec, has_transforms)
     case 'duquant':
       turn = ptq.duquant(fmt.block[0] or 32, key=jax.random.key(0))
       return Recipe(ptq.chain(turn, scales, ptq.gptq()), is_known=False)
   raise ValueError(f'{name=} must be one of {METHODS}')
+
+
+def _recommended(
+  fmt: BlockFormat,
+  blocks: Blocks,
+  rotation: int,
+  spec: QuantSpec | None,
+  has_transforms: bool,
+) -> Recipe:
+  """What docs/ptq.md has the figures of."""
+  if fmt.has_exponent_scale:
+    steps = [ptq.rtn('mse'), ptq.gptq()]
+    smooths, rotation = spec is not None, rotation * has_transforms
+  else:
+    steps = [ptq.search_scales(weighted=True), ptq.gptq()]
+    if fmt.block[0]:  # a block is small enough to be solved for
+      steps.append(ptq.refine())
+    smooths, rotation = True, 0
+  if spec is None or blocks.folds or not has_transforms:
+    return Recipe(ptq.chain(*steps), rotation, smooths=smooths)
+  # Ranges that nothing before a layer can take are divided out as it runs.
+  turn = [ptq.hadamard(rotation)] if rotation else []
+  scaled = ptq.chain(ptq.scale_inputs(), *turn, *steps)
+  return Recipe(scaled, is_known=False, smooths=smooths)
 
 
 def rule_of_activations(fmt: BlockFormat) -> str | None:

@@ -95,20 +95,22 @@ class SentenceModel:
         embeddings[chosen] = made[: len(chosen)]
     return embeddings
 
-  def packed(self, sentences: Sequence[str], count: int) -> Packed:
+  def packed(
+    self, sentences: Sequence[str], count: int | None = None
+  ) -> Packed:
     """Sentences without padding, to calibrate with.
 
     Args:
       sentences: of any lengths; the tokenizer cuts them, and a window ends
         where it is full.
-      count: windows at most, of as many tokens as the model sees, or of all
-        where there are fewer.
+      count: windows at most, None for all that are full, of as many tokens as
+        the model sees, or of all tokens where there are fewer.
     """
     rows = [encoding.ids for encoding in self.tokenizer.encode_batch(sentences)]
     if not (total := sum(map(len, rows))):
       raise ValueError(f'{sentences=!r:.80} has no token')
     length = min(total, self.config.context)
-    count = min(count, total // length)
+    count = min(count or total, total // length)
     numbers = np.repeat(np.arange(len(rows)), list(map(len, rows)))
     places = np.concatenate([np.arange(len(row)) for row in rows])
     return Packed(

@@ -246,7 +246,7 @@ class Variants:
       )
     fmt, spec = block_format(pair.weights), self._spec(pair)
     blocks = self._calibration.blocks(self.floats, spec)
-    recipe = post_training.recipe(pair.method, fmt, blocks.widths, spec)
+    recipe = post_training.recipe(pair.method, fmt, blocks, spec)
     folder = self._calibration.folder(pair)
     done = command.progress(
       post_training.one_by_one(blocks, fmt, recipe, spec, folder=folder),

@@ -94,24 +94,25 @@ Table = Mapping[str, Source]
 
 
 def tensors(
-  block: Table, number: int, kernels: Mapping[str, Any]
+  block: Table, number: int, parameters: Mapping[str, Any]
 ) -> dict[str, Any]:
-  """What `Source.read` takes kernels from, by the names of a checkpoint.
+  """What `Source.read` takes parameters from, by the names of a checkpoint.
 
   Args:
     block: where it has the parameters of a block.
     number: of the block.
-    kernels: of the block by path, inputs before outputs. Those that share a
-      tensor are all there.
+    parameters: of the block by path, kernels with inputs before outputs. Those
+      that share a tensor are all there.
 
   Raises:
     ValueError: for kernels that cannot be one tensor.
   """
   parts = collections.defaultdict(list)
-  for path, kernel in kernels.items():
+  for path, leaf in parameters.items():
     source = block[path]
+    leaf = leaf.mT if path.endswith('/kernel') else leaf
     for k, name in enumerate(source.names(number)):
-      part = kernel[k].mT if source.experts else kernel.mT
+      part = leaf[k] if source.experts else leaf
       if source.heads:
         rows = np.arange(part.shape[0]).reshape(source.heads, 2, -1)
         part = _taken(part, rows.swapaxes(1, 2).reshape(-1))

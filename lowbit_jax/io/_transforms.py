@@ -1,4 +1,7 @@
-"""Transforms as files hold them: a class by name, its numbers, its arrays."""
+"""Transforms as files hold them: a class by name, its numbers, its arrays.
+
+A `Chain` is the list of its transforms; arrays of the first are '0.scale'.
+"""
 
 import dataclasses
 from collections.abc import Mapping
@@ -9,6 +12,7 @@ import numpy as np
 
 from lowbit_jax.transforms import (
   BlockAffine,
+  Chain,
   DiagonalSmoothing,
   Hadamard,
   Permutation,
@@ -20,13 +24,28 @@ CLASSES: dict[str, Any] = {
   for cls in (BlockAffine, DiagonalSmoothing, Hadamard, Permutation)
 }
 
+_CHAIN, _MEMBERS = Chain.__name__, 'transforms'
+_LONGEST = 100  # transforms of a chain
+
 
 def split(transform: Transform) -> tuple[dict[str, Any], dict[str, Any]]:
   """What a file says of a transform, and its arrays by name.
 
   Raises:
-    TypeError: for a transform of a class that files do not know.
+    TypeError: for a transform of a class that files do not know, and for a
+      chain of chains.
   """
+  if not isinstance(transform, Chain):
+    return _split_one(transform)
+  nodes, arrays = [], {}
+  for i, own in enumerate(transform.transforms):
+    node, found = _split_one(own)
+    nodes.append(node)
+    arrays |= {f'{i}.{name}': array for name, array in found.items()}
+  return {'class': _CHAIN, _MEMBERS: nodes}, arrays
+
+
+def _split_one(transform: Transform) -> tuple[dict[str, Any], dict[str, Any]]:
   name = type(transform).__name__
   if CLASSES.get(name) is not type(transform):
     raise TypeError(
@@ -51,6 +70,33 @@ def joined(
   Raises:
     ValueError: for what no transform is made of.
   """
+  members = node.get(_MEMBERS) if isinstance(node, dict) else None
+  if members is None:
+    return _joined_one(node, arrays, stacked)
+  if node.keys() != {'class', _MEMBERS} or node['class'] != _CHAIN:
+    raise ValueError(f'its transform is no {_CHAIN} of {_MEMBERS}')
+  if not isinstance(members, list) or not 0 < len(members) <= _LONGEST:
+    raise ValueError(
+      f'its transform is a {_CHAIN} of {members!r:.80}, not of 1 to {_LONGEST}'
+      ' transforms'
+    )
+  own: list[dict[str, Any]] = [{} for _ in members]
+  for key, array in arrays.items():
+    number, _, name = key.partition('.')
+    if number not in map(str, range(len(members))):
+      raise ValueError(f'its transform has an array {key!r:.80} too many')
+    own[int(number)][name] = array
+  return Chain(
+    tuple(
+      _joined_one(member, found, stacked)
+      for member, found in zip(members, own, strict=True)
+    )
+  )
+
+
+def _joined_one(
+  node: Any, arrays: Mapping[str, np.ndarray], stacked: int
+) -> Transform:
   node = dict(node) if isinstance(node, dict) else {}
   name = node.pop('class', None)
   if not isinstance(name, str) or name not in CLASSES:

@@ -44,6 +44,7 @@ was; after it biases can make up for what was lost.
 - `relative_error`: Mean square error of the outputs of a layer, as a share of
   their square.
 - `rtn`: Rounds weights to the nearest number of the format.
+- `scale_inputs`: Divides inputs so that activations and weights lose alike.
 - `search_scales`: Scales for which the weights of a block change least.
 - `sequential`: Quantizes blocks one by one, each on what the quantized ones
   before give.
@@ -76,7 +77,10 @@ from lowbit_jax.ptq._scales import (
   search_scales as search_scales,
 )
 from lowbit_jax.ptq._sequential import sequential as sequential
-from lowbit_jax.ptq._smoothing import smooth as smooth
+from lowbit_jax.ptq._smoothing import (
+  scale_inputs as scale_inputs,
+  smooth as smooth,
+)
 from lowbit_jax.ptq._statistics import (
   Statistics as Statistics,
   calibrate as calibrate,

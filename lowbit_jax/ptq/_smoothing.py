@@ -14,6 +14,8 @@ from lowbit_jax._tree import by_name
 from lowbit_jax._typing import PyTree
 from lowbit_jax.ptq import _folding, _statistics
 from lowbit_jax.ptq._folding import Fold, Followers, Leaves
+from lowbit_jax.ptq._layer import Layer, Step
+from lowbit_jax.transforms import DiagonalSmoothing
 
 Statistic = Literal['rms', 'amax']
 
@@ -92,6 +94,29 @@ def smooth(
     leaves = fold.apply(leaves, scale)
     observed |= _divided(fold, leaves, observed, scale)
   return structure.unflatten(leaves.values()), observed
+
+
+def scale_inputs(*, strength: float = 0.5) -> Step:
+  """Divides inputs so that activations and weights lose alike.
+
+  It does what `smooth` does by 'rms', for one layer alone and where nothing
+  that stands before it can take the division: inputs are divided when the layer
+  runs. A layer without statistics stays as it is.
+
+  Args:
+    strength: as in `smooth`.
+  """
+  if not 0 <= strength <= 1:
+    raise ValueError(f'{strength=} must lie in [0, 1]')
+
+  def step(layer: Layer) -> Layer:
+    if layer.statistics is None:
+      return layer
+    norms = jnp.linalg.norm(layer.weight, axis=1)
+    scale = _scale(_Ranges(layer.statistics.rms, norms), strength, True)
+    return layer.transformed(DiagonalSmoothing(scale))
+
+  return step
 
 
 class _Ranges(NamedTuple):

@@ -14,6 +14,7 @@ pytest.importorskip('tokenizers', reason='of the extra `examples`')
 
 from lowbit_jax import formats, io, quantize  # noqa: E402
 from lowbit_jax.ops import Transformed  # noqa: E402
+from lowbit_jax.recipe import QuantSpec  # noqa: E402
 from models import bert_config  # noqa: E402
 from support import (  # noqa: E402
   blocks,
@@ -110,7 +111,7 @@ class OneByOneTest(absltest.TestCase):
 
   def quantized(self, name='gptq', **options):
     fmt = formats.get('mxfp4')
-    recipe = post_training.recipe(name, fmt, self.blocks.widths)
+    recipe = post_training.recipe(name, fmt, self.blocks)
     return post_training.one_by_one(self.blocks, fmt, recipe, **options)
 
   def test_what_is_done_is_not_done_again(self):
@@ -155,12 +156,40 @@ class OneByOneTest(absltest.TestCase):
 
 
 class RecipeTest(absltest.TestCase):
-  def test_without_transforms(self):
-    fmt = formats.get('mxfp4')
-    for has, rotation in ((True, 32), (False, 0)):
-      made = post_training.recipe('recommended', fmt, [64], has_transforms=has)
-      self.assertEqual((made.rotation, made.transforms), (rotation, has))
-    self.assertTrue(post_training.recipe('awq', fmt, [64]).transforms)
+  """What is recommended, by what a format and a model allow."""
+
+  def recommended(self, made, name, quantized=False, **options):
+    fmt = formats.get(name)
+    spec = QuantSpec(fmt) if quantized else None
+    return post_training.recipe('recommended', fmt, made, spec, **options)
+
+  def test_models_in_which_ranges_can_move(self):
+    with tempfile.TemporaryDirectory() as folder:
+      model = _llama(folder).model
+    made = blocks.of_llama(model, None, np.zeros((1, 4), int))
+    self.assertTrue(made.folds)
+    for name, quantized, rotation, smooths in (
+      ('mxfp4', False, 32, False),
+      ('mxfp4', True, 32, True),
+      ('nvfp4', False, 0, True),
+      ('nvfp4', True, 0, True),
+    ):
+      recipe = self.recommended(made, name, quantized)
+      self.assertTrue(recipe.is_known)
+      self.assertEqual((recipe.rotation, recipe.smooths), (rotation, smooths))
+    recipe = self.recommended(made, 'mxfp4', has_transforms=False)
+    self.assertFalse(recipe.transforms)
+
+  def test_models_in_which_they_cannot(self):
+    made = blocks.of_bert(_bert().model, None, _bert().packed(['red'], 1))
+    self.assertFalse(made.folds)
+    for name in ('mxfp4', 'nvfp4'):
+      self.assertTrue(self.recommended(made, name).is_known)
+      self.assertFalse(self.recommended(made, name, True).is_known)
+      recipe = self.recommended(made, name, True, has_transforms=False)
+      self.assertFalse(recipe.transforms)
+    awq = post_training.recipe('awq', formats.mxfp4, made)
+    self.assertTrue(awq.transforms)
 
 
 class TensorsTest(parameterized.TestCase):

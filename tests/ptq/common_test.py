@@ -22,6 +22,7 @@ STEPS = {
   'gptq in order': ptq.gptq(ordered=False),
   'hadamard': ptq.hadamard(32),
   'duquant': ptq.duquant(steps=16, key=jax.random.key(0)),
+  'scale_inputs': ptq.scale_inputs(),
   'permute': ptq.permute(),
   'permute by ratios': ptq.permute('ratios'),
   'mr_gptq': ptq.chain(ptq.hadamard(32), ptq.search_scales(), ptq.gptq()),
@@ -29,7 +30,7 @@ STEPS = {
 # Those that may be worse than rounding to the nearest for activations that no
 # method has seen the like of.
 _NOT_ALWAYS_BETTER = (
-  *('search_scales', 'clip', 'hadamard', 'duquant'),
+  *('search_scales', 'clip', 'hadamard', 'duquant', 'scale_inputs'),
   *('permute', 'permute by ratios'),
 )
 

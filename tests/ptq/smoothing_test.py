@@ -8,7 +8,8 @@ from absl.testing import absltest, parameterized
 import lowbit_jax as lowbit
 from lowbit_jax import formats, ptq, transforms
 from lowbit_jax.ptq import _statistics
-from tests.ptq import blocks, language_models
+from lowbit_jax.recipe import QuantSpec
+from tests.ptq import blocks, language_models, problems
 
 _DOWN = {'up/kernel': ('down/kernel',)}
 
@@ -211,6 +212,45 @@ class FunctionTest(parameterized.TestCase):
     for statistic in ('rms', 'amax'):
       got, _ = ptq.smooth(params, observed, followers, statistic=statistic)
       self.assertLess(error(got), 0.2 * before)
+
+
+class ScaleInputsTest(parameterized.TestCase):
+  @parameterized.parameters(0.3, 0.5, 1.0)
+  def test_against_float64(self, strength):
+    layer = problems.layer('nvfp4')
+    made = ptq.scale_inputs(strength=strength)(layer)
+    x = np.asarray(problems.activations(), np.float64)
+    w = np.asarray(layer.weight, np.float64)
+    s = normalized((x**2).mean(0), (w**2).sum(1), strength)
+    (transform,) = made.transforms
+    np.testing.assert_allclose(transform.scale, s, rtol=1e-4)
+    np.testing.assert_allclose(made.weight, w * s[:, None], rtol=1e-4)
+
+  def test_errors_of_activations_and_weights_become_less(self):
+    layer = problems.layer('mxfp4')
+    x = problems.activations()
+    x *= jnp.exp(jax.random.normal(jax.random.key(0), (x.shape[1],)))
+
+    def error(step):
+      params = problems.params(layer.weight)
+      observed = ptq.calibrate(problems.model, params, [x])
+      (path,) = observed
+      seen = _statistics.of_leaf(observed, path)
+      stored = step(layer._replace(statistics=seen)).stored()
+      spec = QuantSpec(formats.mxfp4, scale_rule='mse')
+      product = lowbit.nn.dot_general(lhs=spec)
+      got, want = product(x, stored, (((1,), (0,)), ((), ()))), x @ layer.weight
+      return float(jnp.sum((got - want) ** 2) / jnp.sum(want**2))
+
+    plain = error(ptq.rtn('mse'))
+    scaled = error(ptq.chain(ptq.scale_inputs(), ptq.rtn('mse')))
+    self.assertLess(scaled, 0.7 * plain)
+
+  def test_wrong_calls(self):
+    with self.assertRaisesRegex(ValueError, 'strength=-1'):
+      ptq.scale_inputs(strength=-1)
+    layer = problems.layer('nvfp4')._replace(statistics=None)
+    self.assertIs(ptq.scale_inputs()(layer), layer)
 
 
 class WrongCallsTest(absltest.TestCase):
