@@ -21,13 +21,14 @@ table has the mean cosine to the embeddings of the float model:
 
   python examples/evaluate.py --model=FOLDER --sentences=FILE
 
-Methods other than rtn calibrate the model with windows of another text, block
-after block: search tries scales, importance weighs errors by the activations,
-awq scales inputs, adaround learns to round up or down, gptq rounds so that
-outputs change least, mr_gptq rotates first, duquant rotates by a matrix found
-for each layer; recommended takes of these what suits a format best. Beside
-them inputs that are quantized take the best of a few scales, where rtn takes
-the rule of the format. OUT/layers has what each did to every layer.
+Methods other than rtn calibrate the model with windows of another text, or with
+other sentences, block after block: search tries scales, importance weighs
+errors by the activations, awq scales inputs, adaround learns to round up or
+down, gptq rounds so that outputs change least, mr_gptq rotates first, duquant
+rotates by a matrix found for each layer; recommended takes of these what suits
+a format best. Beside them inputs that are quantized take the best of a few
+scales, where rtn takes the rule of the format. OUT/layers has what each did to
+every layer, and OUT/models the blocks that are done.
 
 Results go to OUT/evaluate.csv and OUT/evaluate.png. Those of each format,
 method and window are kept in OUT/runs as they are made: the same command goes
@@ -105,7 +106,10 @@ _METHOD = flags.DEFINE_list(
   ' nearest.',
 )
 _CALIBRATION = flags.DEFINE_string(
-  'calibration', None, 'UTF-8 file for other methods than rtn; unset for ours.'
+  'calibration',
+  None,
+  'UTF-8 file for other methods than rtn, a text or one sentence on each line;'
+  ' unset for ours.',
 )
 _CALIBRATION_WINDOWS = flags.DEFINE_integer(
   'calibration_windows',

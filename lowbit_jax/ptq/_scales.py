@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from lowbit_jax import ops, qarray
 from lowbit_jax._typing import ScaleRule
+from lowbit_jax.formats import BlockFormat, FloatFormat
 from lowbit_jax.ptq import _grid
 from lowbit_jax.ptq._layer import Layer, Step
 from lowbit_jax.qarray import QArray
@@ -16,6 +17,9 @@ from lowbit_jax.qarray import QArray
 # Shares of the range of a block that scales are tried for, those of the OptQ
 # family: 1 - .8 i / 100.
 FRACTIONS = tuple(1 - 0.8 * i / 100 for i in range(100))
+# The same for elements that are floats: the distances of their largest numbers
+# are large, so that a block may lose less where its largest one lies lower.
+FRACTIONS_OF_FLOATS = (1.0, *(i / 16 for i in range(12, 29) if i != 16))
 # Those of AWQ: 1 - i / 20 down to a half.
 CLIPPED_FRACTIONS = tuple(1 - i / 20 for i in range(10))
 # Shares of scales that are powers of two.
@@ -55,8 +59,9 @@ def search_scales(
     weighted: whether differences count as much as the mean square of the
       activations that they meet (the importance matrix of GGML). A layer
       without statistics is not weighted.
-    fractions: of the scale, the ordinary one first. By default `FRACTIONS`, of
-      scales that are powers of two the neighbours.
+    fractions: of the scale, the ordinary one first. By default 1 to .21; for
+      elements that are floats, such as those of NVFP4, .75 to 1.75; of scales
+      that are powers of two the neighbours.
   """
   if not 0 < power < float('inf'):
     raise ValueError(f'{power=} must be a positive number')
@@ -73,12 +78,19 @@ def search_scales(
     like = layer.rounded()
     if like.scale is None:
       return layer._replace(quantized=like)
-    ordinary = NEIGHBOURS if layer.fmt.has_exponent_scale else FRACTIONS
-    shares = ordinary if given is None else given
+    shares = given or _ordinary(layer.fmt)
     found = _searched(layer.weight, like, importance, shares, power)
     return layer._replace(quantized=found)
 
   return step
+
+
+def _ordinary(fmt: BlockFormat) -> tuple[float, ...]:
+  """Shares that are tried where none are given."""
+  if fmt.has_exponent_scale:
+    return NEIGHBOURS
+  is_float = isinstance(fmt.element, FloatFormat)
+  return FRACTIONS_OF_FLOATS if is_float else FRACTIONS
 
 
 def clip(percentile: float) -> Step:

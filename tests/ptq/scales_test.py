@@ -7,7 +7,7 @@ from absl.testing import absltest, parameterized
 import lowbit_jax as lowbit
 from lowbit_jax import formats, ptq
 from lowbit_jax.formats import BlockFormat
-from lowbit_jax.ptq import _layer, _scales
+from lowbit_jax.ptq import _grid, _layer, _scales
 from tests.ptq import problems
 
 _FOUR = BlockFormat('four', formats.int4, (4,), formats.float32)
@@ -109,6 +109,18 @@ class SearchTest(parameterized.TestCase):
       scale = step(layer_of(np.zeros((4, 1)), _FOUR)).rounded().scale
       want = fractions[0] * layer_of(np.zeros((4, 1)), _FOUR).rounded().scale
       np.testing.assert_array_equal(scale, want)
+
+  def test_floats_lose_as_little_as_by_the_rule_sweep(self):
+    """Scales above that of the largest number are tried too."""
+    layer = problems.layer('nvfp4')._replace(statistics=None)
+    found, sweep = (
+      step(layer) for step in (ptq.search_scales(), ptq.rtn('sweep'))
+    )
+    self.assertLessEqual(found.error(), sweep.error() * (1 + 1e-6))
+    before, after = (
+      np.asarray(_grid.grid(made.rounded()).scale) for made in (layer, found)
+    )
+    self.assertGreater((after > before).mean(), 0.1)
 
   def test_exponent_scales_move_by_one_at_most(self):
     """Of `floor` scales, which clip, some become twice as large."""
