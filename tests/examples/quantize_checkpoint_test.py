@@ -388,6 +388,31 @@ class MethodTest(LlamaTest):
       self.assertIsInstance(rotated, lowbit.ops.Transformed)
       self.assertEqual(rotated.weight.fmt, formats.mxfp4)
 
+  @pytest.mark.long('calibrates a model twice')
+  def test_ranges_that_move_are_written_too(self):
+    from support import blocks, calibration, language_models, post_training
+
+    model, *_ = self.write_llama()
+    name = 'int4_g32_float16'
+    self.convert(model, '--method=recommended', *self.flags, fmt=name)
+    found = language_models.load(model)
+    tokens = calibration.windows(found, self.text, 1)
+    made = blocks.of_llama(found.model, None, tokens)
+    fmt = formats.get(name)
+    recipe = post_training.recipe('recommended', fmt, made)
+    self.assertTrue(recipe.smooths)
+    done = post_training.one_by_one(made, fmt, recipe)
+    want = post_training.stacked(list(done), made.sizes)
+    result = language_models.load(self.out).model
+    got = {
+      '/'.join(map(str, path)): variable.get_raw_value()
+      for path, variable in nnx.to_flat_state(nnx.state(result.stacks))
+    }
+    for path, leaf in want.items():
+      self.assert_same(got[path.removeprefix('stacks/')], leaf)
+    norm = found.model.stacks[0].mlp_norm.scale.get_raw_value()
+    self.assertGreater(abs(got['0/mlp_norm/scale'] - norm).max(), 0.1)
+
   @pytest.mark.long('calibrates a model')
   def test_chosen_weights_alone(self):
     model, tensors, _ = self.write_llama()
