@@ -144,6 +144,7 @@ class OneByOneTest(absltest.TestCase):
     packed = [p for p, x in stored.items() if not isinstance(x, jax.Array)]
     self.assertEqual(packed, [f'stacks/1/{path}'])
 
+  @pytest.mark.long('compiles rotations of layers of several shapes')
   def test_errors_of_layers(self):
     done = list(self.quantized('mr_gptq'))
     self.assertLen(done[0].errors, 6)
