@@ -56,7 +56,8 @@ def _embeds_sentences(path: pathlib.Path) -> bool:
   if (path / 'modules.json').is_file():
     return True
   config = json.loads((path / 'config.json').read_text('utf-8'))
-  return config.get('model_type') in bert_config.HUGGING_FACE
+  kind = config.get('model_type') if isinstance(config, dict) else None
+  return kind in bert_config.HUGGING_FACE
 
 
 def table(found: Model, is_translated: bool) -> weights.Table:

@@ -103,9 +103,12 @@ def _modules(source: str) -> list[str]:
   path = pathlib.Path(source, 'modules.json')
   if not path.is_file():
     return []
-  names = [
-    str(module.get('path', '')) for module in json.loads(path.read_text())
-  ]
+  modules = json.loads(path.read_bytes())
+  if not isinstance(modules, list) or not all(
+    isinstance(module, dict) for module in modules
+  ):
+    raise ValueError(f'{str(path)!r} is no list of modules; download it again')
+  names = dict.fromkeys(str(module.get('path', '')) for module in modules)
   return [
     name
     for name in names

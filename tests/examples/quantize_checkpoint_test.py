@@ -165,6 +165,17 @@ class FolderTest(CheckpointTest):
       {path.name for path in self.home.iterdir()}, {'model', 'out'}
     )
 
+  def test_other_modules_go_along(self):
+    folder, _ = self.write_folder()
+    (folder / '1_Pooling').mkdir()
+    (folder / '1_Pooling' / 'config.json').write_text('{}')
+    paths = [{'path': p} for p in ('', '1_Pooling', '1_Pooling', '../x')]
+    self.write_json(folder / 'modules.json', [*paths, {'type': 'Normalize'}])
+    self.convert(folder)
+    self.assertEqual((self.out / '1_Pooling/config.json').read_text(), '{}')
+    self.write_json(folder / 'modules.json', {})
+    self.assertEqual(self.run_script(folder, out=self.home / 'b')[0], 1)
+
   def test_own_layout_and_passing_on(self):
     folder, tensors = self.write_folder()
     self.convert(folder)
