@@ -219,6 +219,15 @@ class Job(NamedTuple):
     return _packing.pack_lanes(lanes, bits, axis).reshape(shape)
 
 
+def check_tensor_scale(tensor_scale: ArrayLike | None) -> None:
+  """Refuses what is not one number."""
+  if tensor_scale is not None and np.size(tensor_scale) != 1:
+    raise ValueError(
+      f'tensor_scale.shape={np.shape(tensor_scale)} must hold one number; use'
+      ' vmap for a stack of tensors'
+    )
+
+
 def from_data(
   x: jax.Array,
   fmt: BlockFormat,
@@ -227,7 +236,17 @@ def from_data(
   rounding: Rounding,
   tensor_scale: ArrayLike | None = None,
 ) -> Job:
-  """A quantization whose scales come from the data."""
+  """A quantization whose scales come from the data.
+
+  Args:
+    x: the array.
+    fmt: the block format.
+    axes: block axes, negative.
+    rule: how block scales follow.
+    rounding: of elements.
+    tensor_scale: one number, or one for each row with size 1 along block axes;
+      None for that of the data.
+  """
   blocks = split(x.astype(jnp.float32), fmt, axes)
   elements = _elements(x.shape, blocks, fmt, rounding)
   amax = _scaling.block_max(_scaling.magnitude_bits(blocks.view), blocks.inner)
@@ -395,17 +414,12 @@ def _decode(codes, fmt, scales: 'Scales', offset, blocks: Blocks):
 
 
 def _tensor_scale(blocks, amax, fmt, rule, given):
-  """The tensor scale with size-1 axes; poisoned only where it is the only
-  scale, because block scales confine NaN and Inf to their block."""
+  """The tensor scale with the axes of the array; poisoned only where it is the
+  only scale, because block scales confine NaN and Inf to their block."""
   ones = (1,) * len(blocks.shape)
   if given is not None:
     scale = jnp.asarray(given, jnp.float32)
-    if scale.size != 1:
-      raise ValueError(
-        f'tensor_scale.shape={scale.shape} must hold one number; use vmap for a'
-        ' stack of tensors'
-      )
-    scale = scale.reshape(ones)
+    scale = scale.reshape(ones) if scale.size == 1 else scale
     if fmt.scale is not None:
       return scale
     return jnp.where(jnp.any(amax >= fb.INF), math.nan, scale)

@@ -80,6 +80,11 @@ def _check_site(name: str, spec) -> None:
   if not isinstance(spec, QuantSpec):
     return
   fmt = spec.fmt
+  if spec.row_scales:
+    raise ValueError(
+      f'{name}: row_scales=True is for nn.dot_general; the products of a'
+      ' recipe store operands with one tensor scale: drop it'
+    )
   if fmt.scale is None or fmt.tensor_scale:
     return
   if fmt.scale.bits <= 8 and fmt.scale.exponent_bits <= 4:
@@ -173,6 +178,9 @@ class QuantSpec:
       mapped; None for the largest of the scale format. Less leaves headroom
       where the tensor scale is held.
     tensor_scaling: None for a tensor scale from the data, else how it is held.
+    row_scales: whether each row of a two-level format, which is all elements
+      along the block axis, has a tensor scale of its own. The values of a token
+      then do not depend on those beside it.
 
   Examples:
     >>> from lowbit_jax import formats
@@ -188,6 +196,7 @@ class QuantSpec:
   prescale: float = 1.0
   target: float | None = None
   tensor_scaling: TensorScaling | None = None
+  row_scales: bool = False
 
   def __post_init__(self) -> None:
     check_format(self.fmt)
@@ -206,8 +215,8 @@ class QuantSpec:
         f'prescale={self.prescale!r} with backward={self.backward!r}: only'
         " 'identity' is defined for it"
       )
+    two_levels = self.fmt.tensor_scale and self.fmt.scale is not None
     if self.target is not None:
-      two_levels = self.fmt.tensor_scale and self.fmt.scale is not None
       if not two_levels or not 0 < self.target <= self.fmt.scale.max:
         raise ValueError(
           f'target={self.target!r} is a scale of a two-level format such as'
@@ -222,6 +231,16 @@ class QuantSpec:
       raise ValueError(
         f'tensor_scaling={self.tensor_scaling} needs a format with a tensor'
         f' scale; {self.fmt} has none'
+      )
+    if not isinstance(self.row_scales, bool):
+      raise TypeError(f'row_scales={self.row_scales!r} must be a bool')
+    if self.row_scales and (
+      not two_levels or self.fmt.is_tile or self.tensor_scaling is not None
+    ):
+      raise ValueError(
+        f'row_scales=True is for two-level formats with blocks along one axis,'
+        f' such as nvfp4, without tensor_scaling; got {self.fmt} and'
+        f' tensor_scaling={self.tensor_scaling}'
       )
 
   @property

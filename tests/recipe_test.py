@@ -163,6 +163,19 @@ class RefusalTest(parameterized.TestCase):
       lambda: QuantSpec(formats.mxfp4, tensor_scaling=TensorScaling()),
       'needs a format with a tensor scale',
     ),
+    (lambda: QuantSpec(formats.mxfp4, row_scales=True), 'two-level'),
+    (lambda: QuantSpec(formats.int8_tensor, row_scales=True), 'two-level'),
+    (lambda: QuantSpec(formats.nvfp4_16x16, row_scales=True), 'one axis'),
+    (
+      lambda: QuantSpec(
+        formats.nvfp4, tensor_scaling=TensorScaling(2), row_scales=True
+      ),
+      'without tensor_scaling',
+    ),
+    (
+      lambda: Recipe('a', GemmSpec(QuantSpec(formats.nvfp4, row_scales=True))),
+      'fwd.lhs: row_scales=True is for nn.dot_general',
+    ),
     (lambda: Recipe('a', principal=-1), 'principal=-1 must be a number'),
     (lambda: Recipe('a', principal=1.0), 'principal=1.0 must be a number'),
     (

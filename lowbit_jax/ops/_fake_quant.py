@@ -94,6 +94,7 @@ def fake_quant(
       f"backward='absmax' differentiates a scale that follows the largest"
       f' magnitude; that of scale_rule={rule!r} does not: use another backward'
     )
+  core.check_tensor_scale(tensor_scale)
   start, full = split_origin(origin)
   options = Options(fmt, axes, rule, rounding, random_bits, full, backward)
   y = compiled(x, Extras(key, start, tensor_scale), options)

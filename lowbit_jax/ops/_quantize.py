@@ -163,6 +163,7 @@ def operands(
   x, axes = merged(x, fmt, axis, origin)
   rule = _scaling.check_scale_rule(fmt, scale_rule)
   _rounding.check_rounding(rounding, key, random_bits)
+  core.check_tensor_scale(tensor_scale)
   start, full_shape = split_origin(origin)
   if isinstance(implementation, list):
     implementation = tuple(implementation)

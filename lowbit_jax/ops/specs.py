@@ -35,7 +35,7 @@ def quantization(
     those of x.
   """
   axes = qarray.block_axes(spec.fmt, axis, x.ndim)
-  extras = _extras(x, spec, key, tensor_amax)
+  extras = _extras(x, spec, axes, key, tensor_amax)
   return _quantize.data_job(x, extras, _options(spec, axes))
 
 
@@ -59,7 +59,7 @@ def fake_quant(
   x, shape, axes = _fake_quant.prepare(
     x, spec.fmt, axis, spec.rounding, key, spec.random_bits
   )
-  extras = _extras(x, spec, key, tensor_amax)
+  extras = _extras(x, spec, axes, key, tensor_amax)
   y = _fake_quant.compiled(x, extras, _options(spec, axes))
   return jnp.reshape(y, shape)
 
@@ -88,18 +88,21 @@ def _options(spec: QuantSpec, axes: tuple[int, ...]) -> _quantize.Options:
   )
 
 
-def _extras(x, spec: QuantSpec, key, tensor_amax) -> _quantize.Extras:
+def _extras(x, spec: QuantSpec, axes, key, tensor_amax) -> _quantize.Extras:
   scale = None
   is_given = tensor_amax is not None or spec.target is not None
-  if spec.fmt.tensor_scale and is_given:
-    scale = _tensor_scale(x, spec, tensor_amax)
+  if spec.fmt.tensor_scale and (is_given or spec.row_scales):
+    scale = _tensor_scale(x, spec, axes, tensor_amax)
   return _quantize.Extras(key if spec.needs_key else None, (), scale)
 
 
-def _tensor_scale(x, spec: QuantSpec, amax) -> jax.Array:
+def _tensor_scale(x, spec: QuantSpec, axes, amax) -> jax.Array:
+  """That of all elements, or of each row."""
   if amax is None:
     magnitude = jnp.abs(x.astype(jnp.float32))
-    amax = jnp.max(jnp.where(jnp.isfinite(magnitude), magnitude, 0), initial=0)
+    magnitude = jnp.where(jnp.isfinite(magnitude), magnitude, 0)
+    rows = axes if spec.row_scales else None
+    amax = jnp.max(magnitude, rows, keepdims=spec.row_scales, initial=0)
   else:
     amax = jnp.asarray(amax, jnp.float32).reshape(())
   return _scaling.tensor_scale_from(fb.to_bits(amax), spec.fmt, spec.target)

@@ -24,6 +24,7 @@ CHANGED = {
   'prescale': QuantSpec(formats.nvfp4, prescale=0.75),
   'target': QuantSpec(formats.nvfp4, target=256.0),
   'tensor_scaling': QuantSpec(formats.nvfp4, tensor_scaling=TensorScaling(2)),
+  'row_scales': QuantSpec(formats.nvfp4, row_scales=True),
 }
 X = np.random.RandomState(0).randn(32, 32).astype(np.float32)
 KEY = jax.random.key(0)
@@ -98,6 +99,34 @@ class FieldsTest(parameterized.TestCase):
       want = RUNNERS['by_specs'](CHANGED[field], X)
       # Products multiply by tensor scale and prescale last: three roundings.
       np.testing.assert_allclose(y, want, rtol=4 * 2.0**-24, err_msg=field)
+
+
+class RowScalesTest(parameterized.TestCase):
+  @parameterized.parameters(
+    ('absmax', None, 0), ('four_over_six', 256.0, -1), ('sweep', None, 1)
+  )
+  def test_rows_are_quantized_on_their_own(self, rule, target, axis):
+    sizes = np.exp(np.arange(15).reshape(3, 5, 1) / 2)
+    x = (np.random.RandomState(1).randn(3, 5, 48) * sizes).astype(np.float32)
+    alone = QuantSpec(formats.nvfp4, rule, target=target)
+    of_rows = dataclasses.replace(alone, row_scales=True)
+
+    @jax.jit
+    def one_by_one(rows):
+      return jax.vmap(lambda row: specs.fake_quant(row, alone, -1))(rows)
+
+    rows = np.moveaxis(x, axis, -1)
+    expected = one_by_one(rows.reshape(-1, rows.shape[-1]))
+    expected = np.moveaxis(expected.reshape(rows.shape), -1, axis)
+    np.testing.assert_array_equal(specs.fake_quant(x, of_rows, axis), expected)
+    self.assertTrue((specs.fake_quant(x, alone, axis) != expected).any())
+
+  def test_values_that_are_not_finite_stay_in_their_row(self):
+    x = np.ones((3, 32), np.float32)
+    x[1, 0] = np.inf
+    y = np.asarray(specs.fake_quant(x, CHANGED['row_scales'], -1))
+    np.testing.assert_array_equal(np.isnan(y).any(-1), [False, True, False])
+    np.testing.assert_allclose(y[[0, 2]], 1, rtol=2**-4)  # that of E4M3
 
 
 if __name__ == '__main__':
