@@ -2,17 +2,18 @@
 
 Element formats are `bfloat16`, `e2m1`, `e2m3`, `e3m2`, `e4m3`, `e4m3b11fnuz`,
 `e4m3fn`, `e4m3fnuz`, `e5m2`, `e5m2fnuz`, `e8m0`, `float16`, `float32`, `int2`,
-`int3`, `int4`, `int5`, `int6`, `int7`, `int8`, `iq4nl`, `nf4`, `quaternary`,
-`sign`, `ternary`, `ue4m3`, `ue5m3`, `uint2`, `uint3`, `uint4`, `uint5`,
-`uint6`, `uint7` and `uint8`.
+`int3`, `int4`, `int5`, `int6`, `int7`, `int8`, `iq4nl`, `lloyd3`, `nf4`,
+`quaternary`, `sign`, `ternary`, `ue4m3`, `ue5m3`, `uint2`, `uint3`, `uint4`,
+`uint5`, `uint6`, `uint7` and `uint8`.
 
 Block formats are `e4m3fn_channel`, `e4m3fn_tensor`, `e5m2_channel`,
 `e5m2_tensor`, `fp8_128x128`, `fp8_1x128`, `int4_channel`, `int4_g128`,
 `int4_g32`, `int4_g64`, `int8_channel`, `int8_tensor`, `iq4_nl`, `iq4_xs`,
 `mxfp4`, `mxfp6_e2m3`, `mxfp6_e3m2`, `mxfp8_e4m3`, `mxfp8_e5m2`, `mxint4`,
-`mxint8`, `nf4_g64`, `nvfp4`, `nvfp4_16x16`, `nvint4`, `q2_k`, `q3_k`, `q4_k`,
-`q5_k`, `q6_k`, `ternary_channel`, `ternary_tensor`, `uint4_g128`, `uint4_g32`
-and `uint4_g64`; `get` finds more by name. `Format` is the type of both.
+`mxint8`, `nf4_g64`, `nvfp4`, `nvfp4_16x16`, `nvint4`, `nvlloyd3`, `q2_k`,
+`q3_k`, `q4_k`, `q5_k`, `q6_k`, `ternary_channel`, `ternary_tensor`,
+`uint4_g128`, `uint4_g32` and `uint4_g64`; `get` finds more by name. `Format`
+is the type of both.
 
 - `BlockFormat`: Elements in blocks that share a scale: x ~ element * scale *
   tensor_scale.
@@ -76,6 +77,7 @@ from lowbit_jax.formats._catalogue import (
   iq4_nl as iq4_nl,
   iq4_xs as iq4_xs,
   iq4nl as iq4nl,
+  lloyd3 as lloyd3,
   minifloat as minifloat,
   mxfp4 as mxfp4,
   mxfp6_e2m3 as mxfp6_e2m3,
@@ -89,6 +91,7 @@ from lowbit_jax.formats._catalogue import (
   nvfp4 as nvfp4,
   nvfp4_16x16 as nvfp4_16x16,
   nvint4 as nvint4,
+  nvlloyd3 as nvlloyd3,
   per_channel as per_channel,
   per_tensor as per_tensor,
   q2_k as q2_k,

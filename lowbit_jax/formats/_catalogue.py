@@ -198,6 +198,24 @@ mxint4 = _mx('mxint4', bfp(4, 32).element, 'rceil')
 nvfp4 = _nv('nvfp4', e2m1, (16,))
 nvfp4_16x16 = _nv('nvfp4_16x16', e2m1, (16, 16))
 nvint4 = _nv('nvint4', int4, (16,))
+# The 8 numbers with the least squared error for a normal distribution (Lloyd
+# and Max), the largest of them 1: for weights that were rotated.
+lloyd3 = register(
+  CodebookFormat(
+    'lloyd3',
+    (
+      -1.0,
+      -0.62450891566251456,
+      -0.35131243302838786,
+      -0.11389422067084919,
+      0.11389422067084919,
+      0.35131243302838786,
+      0.62450891566251456,
+      1.0,
+    ),
+  )
+)
+nvlloyd3 = _nv('nvlloyd3', lloyd3, (16,))
 
 nf4_g64 = register(grouped(nf4, 64))
 fp8_1x128 = register(BlockFormat('fp8_1x128', e4m3fn, (128,), float32))

@@ -22,6 +22,7 @@ FORMATS = (
   formats.mxint8,
   formats.nvfp4,
   formats.nvint4,
+  formats.nvlloyd3,
   formats.get('int4_g128'),
   formats.get('uint4_g128'),
   formats.get('nf4_g64'),

@@ -5,6 +5,7 @@ overflow midpoint, one float32 ulp to either side of all these, and both signs.
 """
 
 import functools
+import statistics
 
 import jax.numpy as jnp
 import ml_dtypes
@@ -103,7 +104,7 @@ EVERY_DAY = (
   'e1m5fnuz', 'e6m0ieee', 'e1m6fnuz', 'e2m5none', 'e3m4', 'e4m3', 'e4m3fn',
   'e4m3fnuz', 'e5m2', 'e5m2fnuz', 'e6m1', 'e7m0none', 'e4m3b11fnuz', 'e8m0',
   'ue4m3', 'ue5m3', 'int2', 'int3', 'int8', 'uint2', 'uint5', 'uint8',
-  'ternary', 'nf4', 'int8f6', 'int4f2', 'int2f0',
+  'ternary', 'nf4', 'lloyd3', 'int8f6', 'int4f2', 'int2f0',
 )  # fmt: skip
 OTHER_ELEMENTS = tuple(n for n in ELEMENTS if n not in EVERY_DAY)
 
@@ -179,6 +180,15 @@ def assert_codes(x, got, want):
 
 
 class TableTest(parameterized.TestCase):
+  def test_lloyd3_is_best_for_a_normal_distribution(self):
+    """Each number is the mean of what is nearest to it."""
+    table = formats.lloyd3.values() * 2.1519457045369873  # Max 1960, table I
+    edges = (table[1:] + table[:-1]) / 2
+    below = [0.0, *(statistics.NormalDist().cdf(e) for e in edges), 1.0]
+    density = [0.0, *(statistics.NormalDist().pdf(e) for e in edges), 0.0]
+    means = -np.diff(density) / np.diff(below)
+    np.testing.assert_allclose(table, means, atol=1e-14)
+
   def test_scales_that_cannot_mark_poisoned_blocks_are_refused(self):
     for scale in (formats.e2m1, formats.minifloat(4, 0, 'ieee')):
       with self.assertRaisesRegex(ValueError, f'scale={scale} has no NaN.*fn'):

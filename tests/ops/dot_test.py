@@ -35,7 +35,8 @@ K, N = 300, 5  # ragged in every block, several tiles for few rows
 BLOCK_FORMATS, MORE_FORMATS = coarse.split()
 # Products see the leaves and the elements of these in others too.
 SIMILAR = (
-  'mxint8_32x32', 'nvint4', 'fp8_1x128', 'e5m2_channel', 'ternary_channel',
+  'mxint8_32x32', 'nvint4', 'nvlloyd3', 'fp8_1x128', 'e5m2_channel',
+  'ternary_channel',
 )  # fmt: skip
 
 
