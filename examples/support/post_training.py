@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 import lowbit_jax as lowbit
 from lowbit_jax import io, numerics, ptq
-from lowbit_jax.formats import BlockFormat
+from lowbit_jax.formats import BlockFormat, FloatFormat
 from lowbit_jax.ops import specs
 from lowbit_jax.recipe import QuantSpec
 from lowbit_jax.transforms import Hadamard
@@ -28,6 +28,9 @@ METHODS = (
 )
 
 _ALL = 'kernel'  # the stage in which ranges move
+# Of what is recommended: with a few thousand tokens, errors of others of the
+# same kind are least for it.
+_DAMPING = 0.1
 Rounding = Callable[[jax.Array], jax.Array]
 
 
@@ -126,14 +129,16 @@ def _recommended(
   has_transforms: bool,
 ) -> Recipe:
   """What docs/ptq.md has the figures of."""
-  if fmt.has_exponent_scale:
-    steps = [ptq.rtn('mse'), ptq.gptq()]
-    smooths, rotation = spec is not None, rotation * has_transforms
-  else:
-    steps = [ptq.search_scales(weighted=True), ptq.gptq()]
-    if fmt.block[0]:  # a block is small enough to be solved for
-      steps.append(ptq.refine())
-    smooths, rotation = True, 0
+  is_whole = not fmt.block[0]
+  # Rotated numbers are like those of a normal distribution: they suit all but
+  # the finest grids of floats, which already follow them.
+  suits = fmt.has_exponent_scale or not isinstance(fmt.element, FloatFormat)
+  if is_whole or not suits or not has_transforms:
+    rotation = 0
+  smooths = spec is not None or not suits or is_whole
+  steps = [ptq.search_scales(weighted=True), ptq.gptq(_DAMPING)]
+  if not is_whole:  # a block is small enough to be solved for
+    steps.append(ptq.refine(damping=_DAMPING))
   if spec is None or blocks.folds or not has_transforms:
     return Recipe(ptq.chain(*steps), rotation, smooths=smooths)
   # Ranges that nothing before a layer can take are divided out as it runs.
@@ -142,14 +147,20 @@ def _recommended(
   return Recipe(scaled, is_known=False, smooths=smooths)
 
 
-def rule_of_activations(fmt: BlockFormat) -> str | None:
-  """The scale rule of activations beside weights of a method: their range is
-  that of each block, so the best of a few scales is found as they come."""
+def spec_of_activations(fmt: BlockFormat) -> QuantSpec:
+  """How activations are rounded beside weights of a method.
+
+  Of each block the best of a few scales is found as it comes. A scale above
+  those of blocks is that of one token, so that no token depends on others.
+  """
   if fmt.has_exponent_scale:
-    return 'mse'
-  return (
-    'four_over_six' if 'four_over_six' in numerics.scale_rules(fmt) else None
-  )
+    return QuantSpec(fmt, 'mse')
+  has_rows = fmt.tensor_scale and fmt.scale is not None and not fmt.is_tile
+  if 'four_over_six' not in numerics.scale_rules(fmt):
+    return QuantSpec(fmt, row_scales=has_rows)
+  # The scale that maps to 4 is half as large again: 256 leaves it room.
+  target = 256.0 if fmt.tensor_scale else None
+  return QuantSpec(fmt, 'four_over_six', target=target, row_scales=has_rows)
 
 
 class Error(NamedTuple):

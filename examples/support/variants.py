@@ -64,20 +64,12 @@ def quantized(
   )
 
 
-def with_activations(
-  model: nnx.Module, fmt: BlockFormat, scale_rule: str | None = None
-) -> nnx.Module:
+def with_activations(model: nnx.Module, spec: QuantSpec) -> nnx.Module:
   """A copy of a model whose linear layers round what they are given.
-
-  Args:
-    model: the model.
-    fmt: to which they round.
-    scale_rule: in place of that of the format.
 
   Raises:
     ValueError: for a mixture of experts, whose products are no linear layers.
   """
-  spec = QuantSpec(fmt, scale_rule=scale_rule)
   return _with_products(model, lowbit.nn.dot_general(lhs=spec))
 
 
@@ -282,16 +274,16 @@ class Variants:
     spec = self._spec(pair)
     if spec is None:
       return model
-    return with_activations(model, spec.fmt, spec.scale_rule)
+    return with_activations(model, spec)
 
   def _spec(self, pair: Pair) -> QuantSpec | None:
     """What is done to the inputs of linear layers."""
     if pair.activations == 'none':
       return None
     fmt = block_format(pair.activations)
-    rule = self._rule if pair.activations == pair.weights else None
     if pair.method != 'rtn':
-      rule = post_training.rule_of_activations(fmt)
+      return post_training.spec_of_activations(fmt)
+    rule = self._rule if pair.activations == pair.weights else None
     return QuantSpec(fmt, scale_rule=rule)
 
 

@@ -174,6 +174,10 @@ class RecipeTest(absltest.TestCase):
       ('mxfp4', True, 32, True),
       ('nvfp4', False, 0, True),
       ('nvfp4', True, 0, True),
+      ('int4_g32', False, 32, False),
+      ('int4_g32', True, 32, True),
+      ('nvlloyd3', False, 16, False),
+      ('int8_channel', True, 0, True),
     ):
       recipe = self.recommended(made, name, quantized)
       self.assertTrue(recipe.is_known)

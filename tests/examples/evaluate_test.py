@@ -18,6 +18,7 @@ from flax import nnx  # noqa: E402
 
 import lowbit_jax as lowbit  # noqa: E402
 from lowbit_jax import formats  # noqa: E402
+from lowbit_jax.recipe import QuantSpec  # noqa: E402
 from support import (  # noqa: E402
   language_models,
   post_training,
@@ -112,7 +113,7 @@ class EvaluateTest(parameterized.TestCase):
     floats = variants.decoded(language_models.load(self.model).model)
     packed = variants.quantized(floats, formats.get('mxfp4'))
     rounded = variants.with_activations(
-      variants.decoded(packed), formats.get('mxfp4')
+      variants.decoded(packed), QuantSpec(formats.mxfp4)
     )
     logs = []
     for model in (floats, rounded):

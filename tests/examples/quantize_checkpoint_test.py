@@ -404,7 +404,7 @@ class MethodTest(LlamaTest):
     from support import blocks, calibration, language_models, post_training
 
     model, *_ = self.write_llama()
-    name = 'int4_g32_float16'
+    name = 'nvfp4'
     self.convert(model, '--method=recommended', *self.flags, fmt=name)
     found = language_models.load(model)
     tokens = calibration.windows(found, self.text, 1)
