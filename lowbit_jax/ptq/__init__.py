@@ -21,6 +21,8 @@ was; after it biases can make up for what was lost.
   one weight, whose axis is in front of the others; float32.
 - `adaround`: Rounds weights up or down, as is learned for the outputs of a
   layer.
+- `allocate`: The formats with the least sum of losses within an average of
+  bits.
 - `awq`: Scales inputs up whose activations are large, so that their weights
   lose less.
 - `calibrate`: Records what the weights of a function meet, batch by batch.
@@ -52,6 +54,7 @@ was; after it biases can make up for what was lost.
 """
 
 from lowbit_jax.ptq._adaround import adaround as adaround
+from lowbit_jax.ptq._allocation import allocate as allocate
 from lowbit_jax.ptq._awq import awq as awq
 from lowbit_jax.ptq._bias import correct_biases as correct_biases
 from lowbit_jax.ptq._equalization import equalize as equalize
