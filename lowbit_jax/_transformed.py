@@ -229,16 +229,33 @@ def _per_member(f: Callable, stacked: int) -> Callable:
   return f
 
 
-def stack(parts: Sequence[QArray | Transformed]) -> QArray | Transformed:
+def stack(
+  parts: Sequence[jax.Array | QArray | Transformed],
+) -> Any:
   """Weights of one shape and format as one, with their axis in front.
 
   Where some have transforms that others lack, those get such as change nothing:
   layers, or experts, one of which is stored as it was.
 
+  Args:
+    parts: at least one; arrays, QArrays and such behind transforms.
+
+  Returns:
+    What holds all of them: an array, a QArray or a Transformed.
+
   Raises:
-    ValueError: for transforms of different kinds or orders, and where only some
-      have a rotation that holds no array.
+    ValueError: for no parts, for transforms of different kinds or orders, and
+      where only some have a rotation that holds no array.
+
+  Examples:
+    >>> import jax.numpy as jnp
+    >>> import lowbit_jax as lowbit
+    >>> w = lowbit.quantize(jnp.ones((64, 8)), lowbit.formats.mxfp4, axis=-2)
+    >>> lowbit.ops.stack([w, w, w]).shape
+    (3, 64, 8)
   """
+  if not parts:
+    raise ValueError('parts is empty: give one weight at least')
   longest = max(parts, key=lambda part: len(_steps(part)))
   if isinstance(longest, Transformed):
     parts = [_beside(longest, part) for part in parts]

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 
 import lowbit_jax as lowbit
 from lowbit_jax import io, numerics, ptq
@@ -269,7 +268,6 @@ def stacked(blocks: Sequence[Block], sizes: Sequence[int]) -> dict[str, Any]:
   for stack, size in enumerate(sizes):
     members = [own.parameters for own in itertools.islice(waiting, size)]
     for path in members[0]:
-      out[f'stacks/{stack}/{path}'] = jax.tree.map(
-        lambda *leaves: jnp.stack(leaves), *(own[path] for own in members)
-      )
+      parts = [own[path] for own in members]
+      out[f'stacks/{stack}/{path}'] = lowbit.ops.stack(parts)
   return out

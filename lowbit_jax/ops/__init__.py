@@ -42,6 +42,7 @@ chosen can be asked with `select_implementation`.
 - `select_implementation`: What `op(*args, **kwargs)` would run on a platform,
   without running it.
 - `softmax`: exp(x / temperature), normalised to sum to one along an axis.
+- `stack`: Weights of one shape and format as one, with their axis in front.
 - `take`: Rows of an array or QArray by their indices, as `jnp.take` along axis
   0.
 - `unpack`: The QArray that `prepack` was given.
@@ -53,7 +54,7 @@ chosen can be asked with `select_implementation`.
 
 from lowbit_jax._low_rank import LowRank as LowRank
 from lowbit_jax._member import Member as Member, member as member
-from lowbit_jax._transformed import Transformed as Transformed
+from lowbit_jax._transformed import Transformed as Transformed, stack as stack
 from lowbit_jax.numerics import round_to as round_to
 from lowbit_jax.ops._decode_attention import (
   decode_attention as decode_attention,

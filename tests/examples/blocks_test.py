@@ -15,6 +15,7 @@ pytest.importorskip('tokenizers', reason='of the extra `examples`')
 from lowbit_jax import formats, io, quantize  # noqa: E402
 from lowbit_jax.ops import Transformed  # noqa: E402
 from lowbit_jax.recipe import QuantSpec  # noqa: E402
+from lowbit_jax.transforms import DiagonalSmoothing  # noqa: E402
 from models import bert_config  # noqa: E402
 from support import (  # noqa: E402
   blocks,
@@ -154,6 +155,28 @@ class OneByOneTest(absltest.TestCase):
         self.assertLess(error.error, error.nearest)
     kernel = done[0].parameters['mlp/up/kernel']
     self.assertIsInstance(kernel, Transformed)
+
+
+class StackedTest(absltest.TestCase):
+  def test_layers_that_take_a_transform_beside_such_that_do_not(self):
+    key = jax.random.key(0)
+    kernels = [quantize(x, formats.mxfp4, axis=-2) for x in
+               jax.random.normal(key, (3, 32, 8))]  # fmt: skip
+    scale = DiagonalSmoothing(jnp.arange(1.0, 33.0))
+    kernels[1] = Transformed(kernels[1], scale, -2)
+    norms = jax.random.normal(key, (3, 8))
+    done = [
+      post_training.Block({'kernel': kernel, 'norm': norm}, [])
+      for kernel, norm in zip(kernels, norms, strict=True)
+    ]
+    made = post_training.stacked(done, [1, 2])
+    self.assertIs(type(made['stacks/0/kernel']), type(kernels[0]))
+    np.testing.assert_array_equal(made['stacks/1/norm'], norms[1:])
+    pair = made['stacks/1/kernel']
+    for k in (0, 1):
+      np.testing.assert_array_equal(
+        jnp.asarray(pair[k]), jnp.asarray(kernels[1 + k])
+      )
 
 
 class RecipeTest(absltest.TestCase):
