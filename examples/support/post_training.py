@@ -27,8 +27,8 @@ METHODS = (
 )
 
 _ALL = 'kernel'  # the stage in which ranges move
-# Of what is recommended: with a few thousand tokens, errors of others of the
-# same kind are least for it.
+# Of what is recommended: with a few thousand tokens to go by, other tokens lose
+# least so.
 _DAMPING = 0.1
 Rounding = Callable[[jax.Array], jax.Array]
 
@@ -128,15 +128,16 @@ def _recommended(
   has_transforms: bool,
 ) -> Recipe:
   """What docs/ptq.md has the figures of."""
-  is_whole = not fmt.block[0]
-  # Rotated numbers are like those of a normal distribution: they suit all but
-  # the finest grids of floats, which already follow them.
-  suits = fmt.has_exponent_scale or not isinstance(fmt.element, FloatFormat)
-  if is_whole or not suits or not has_transforms:
+  has_blocks = fmt.scale is not None and fmt.block[0] > 0
+  # A rotation spreads outliers over blocks. Float elements under float scales,
+  # as in NVFP4, have room for them as they are.
+  has_room = not fmt.has_exponent_scale and isinstance(fmt.element, FloatFormat)
+  gains = has_blocks and not has_room
+  if not gains or not has_transforms:
     rotation = 0
-  smooths = spec is not None or not suits or is_whole
+  smooths = spec is not None or not gains
   steps = [ptq.search_scales(weighted=True), ptq.gptq(_DAMPING)]
-  if not is_whole:  # a block is small enough to be solved for
+  if has_blocks:  # small enough to be solved for
     steps.append(ptq.refine(damping=_DAMPING))
   if spec is None or blocks.folds or not has_transforms:
     return Recipe(ptq.chain(*steps), rotation, smooths=smooths)

@@ -201,6 +201,7 @@ class RecipeTest(absltest.TestCase):
       ('int4_g32', True, 32, True),
       ('nvlloyd3', False, 16, False),
       ('int8_channel', True, 0, True),
+      ('int8_tensor', False, 0, True),
     ):
       recipe = self.recommended(made, name, quantized)
       self.assertTrue(recipe.is_known)

@@ -130,6 +130,18 @@ class ValueTest(parameterized.TestCase):
     with self.assertRaisesRegex(IndexError, 'stacks take indices'):
       w[0, 0]
 
+  def test_stack(self):
+    q, other = (products.make('mxfp4', K, N, seed=i) for i in range(2))
+    parts = q, weight(TRANSFORMS['permutation']), other
+    made = ops.stack(parts)
+    self.assertEqual((made.shape, made.stacked), ((3, K, N), 1))
+    for part, member in zip(parts, made, strict=True):
+      np.testing.assert_array_equal(jnp.asarray(member), jnp.asarray(part))
+    self.assertEqual(ops.stack([q, other]).fmt, q.fmt)
+    np.testing.assert_array_equal(ops.stack([X, -X]), np.stack([X, -X]))
+    with self.assertRaisesRegex(ValueError, 'parts is empty'):
+      ops.stack([])
+
   def test_wrong_arguments(self):
     q, t = products.make('mxfp4', K, N), TRANSFORMS['permutation']
     for arguments, error, message in (
