@@ -244,6 +244,7 @@ def stack(
     What holds all of them: an array, a QArray or a Transformed.
 
   Raises:
+    TypeError: for arrays beside quantized weights.
     ValueError: for no parts, for transforms of different kinds or orders, and
       where only some have a rotation that holds no array.
 
@@ -256,13 +257,17 @@ def stack(
   """
   if not parts:
     raise ValueError('parts is empty: give one weight at least')
+  if len({is_quantized(part) for part in parts}) > 1:
+    raise TypeError(
+      'parts has arrays beside quantized weights: quantize all or none'
+    )
   longest = max(parts, key=lambda part: len(_steps(part)))
   if isinstance(longest, Transformed):
     parts = [_beside(longest, part) for part in parts]
   return jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts)
 
 
-def _steps(x: QArray | Transformed) -> tuple[Transform, ...]:
+def _steps(x: Any) -> tuple[Transform, ...]:
   """The transforms of a weight, in order."""
   if not isinstance(x, Transformed):
     return ()
@@ -270,7 +275,7 @@ def _steps(x: QArray | Transformed) -> tuple[Transform, ...]:
   return chain.transforms if isinstance(chain, Chain) else (chain,)
 
 
-def _beside(like: Transformed, part: QArray | Transformed) -> Transformed:
+def _beside(like: Transformed, part: Any) -> Transformed:
   """A weight behind transforms of the kinds that another one has."""
   own, steps = list(_steps(part)), []
   for t in _steps(like):

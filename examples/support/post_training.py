@@ -27,9 +27,6 @@ METHODS = (
 )
 
 _ALL = 'kernel'  # the stage in which ranges move
-# Of what is recommended: with a few thousand tokens to go by, other tokens lose
-# least so.
-_DAMPING = 0.1
 Rounding = Callable[[jax.Array], jax.Array]
 
 
@@ -128,23 +125,36 @@ def _recommended(
   has_transforms: bool,
 ) -> Recipe:
   """What docs/ptq.md has the figures of."""
-  has_blocks = fmt.scale is not None and fmt.block[0] > 0
   # A rotation spreads outliers over blocks. Float elements under float scales,
   # as in NVFP4, have room for them as they are.
   has_room = not fmt.has_exponent_scale and isinstance(fmt.element, FloatFormat)
-  gains = has_blocks and not has_room
+  gains = _has_blocks(fmt) and not has_room
   if not gains or not has_transforms:
     rotation = 0
   smooths = spec is not None or not gains
-  steps = [ptq.search_scales(weighted=True), ptq.gptq(_DAMPING)]
-  if has_blocks:  # small enough to be solved for
-    steps.append(ptq.refine(damping=_DAMPING))
+  steps = _scales_and_numbers(fmt)
   if spec is None or blocks.folds or not has_transforms:
     return Recipe(ptq.chain(*steps), rotation, smooths=smooths)
   # Ranges that nothing before a layer can take are divided out as it runs.
   turn = [ptq.hadamard(rotation)] if rotation else []
   scaled = ptq.chain(ptq.scale_inputs(), *turn, *steps)
   return Recipe(scaled, is_known=False, smooths=smooths)
+
+
+def _scales_and_numbers(fmt: BlockFormat) -> list[ptq.Step]:
+  if fmt.has_exponent_scale:
+    return [ptq.rtn('mse'), ptq.gptq()]
+  search = ptq.search_scales(weighted=True)
+  if not _has_blocks(fmt):
+    return [search, ptq.gptq()]
+  # With a few thousand tokens to go by, other tokens lose least so.
+  damping = 0.1
+  return [search, ptq.gptq(damping), ptq.refine(damping=damping)]
+
+
+def _has_blocks(fmt: BlockFormat) -> bool:
+  """Whether scales are of blocks, small enough to be solved for."""
+  return fmt.scale is not None and fmt.block[0] > 0
 
 
 def spec_of_activations(fmt: BlockFormat) -> QuantSpec:

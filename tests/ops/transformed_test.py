@@ -141,6 +141,8 @@ class ValueTest(parameterized.TestCase):
     np.testing.assert_array_equal(ops.stack([X, -X]), np.stack([X, -X]))
     with self.assertRaisesRegex(ValueError, 'parts is empty'):
       ops.stack([])
+    with self.assertRaisesRegex(TypeError, 'quantize all or none'):
+      ops.stack([q, jnp.asarray(q)])
 
   def test_wrong_arguments(self):
     q, t = products.make('mxfp4', K, N), TRANSFORMS['permutation']
