@@ -42,6 +42,23 @@ class FiguresTest(absltest.TestCase):
       kl, top1 = f'{float(row["kl"]):.4f}', f'{float(row["top1"]):.1%}'
       self.assertEqual(cells[at : at + 3], [delta, kl, top1])
 
+  def test_post_training(self):
+    """Losses stand in the table; what rtn lost with two windows as well."""
+    rows, last = [], ''
+    for row in tables('ptq'):
+      last = row[0] or last
+      if len(row) == 9:
+        rows.append((last.strip('`'), row[2].strip('`'), row[3], row[6]))
+    for row in data('ptq'):
+      delta = f'{float(row["delta"]):+.4f} ± {float(row["stderr"]):.4f}'
+      at = 2 if row['activations'] == 'none' else 3
+      own = [r[at] for r in rows if r[:2] == (row['format'], row['method'])]
+      self.assertLen(own, 1, row)
+      self.assertEqual(own[0].removesuffix(' ¹'), delta)
+    cells = [[c.strip('`') for c in row] for row in tables('ptq')]
+    for row in data('ptq_methods'):
+      self.assertIn(list(row.values()), cells)
+
   def test_curves(self):
     text = (_DOCS / 'training.md').read_text('utf-8')
     rows = data('curves')

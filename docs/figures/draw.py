@@ -11,6 +11,7 @@ import io
 import math
 import pathlib
 import re
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -322,6 +323,71 @@ def loss_against_bytes() -> Figure:
   return figure
 
 
+def _lines(axes: Axes, names: Sequence[str]) -> None:
+  """A line for each name, from top to bottom."""
+  axes.hlines(range(len(names)), 0, 9, color=_LIGHT, lw=0.8, zorder=0)
+  axes.set_yticks(range(len(names)), names)
+  axes.set_ylim(len(names) - 0.5, -0.6)
+  axes.tick_params('y', length=0)
+  axes.spines['left'].set_visible(False)
+  axes.set_xscale('log')
+  axes.xaxis.set_minor_locator(ticker.NullLocator())
+
+
+def _loss_by_format(axes: Axes) -> None:
+  """Of a language model to the nearest number, and as recommended."""
+  rows = _table('ptq')
+  names = list(
+    dict.fromkeys((row['format'], row['activations']) for row in rows)
+  )
+  _lines(axes, [name for name, _ in names])
+  for row in rows:
+    y = names.index((row['format'], row['activations']))
+    color = _BLUE if row['activations'] == 'none' else _ORANGE
+    face = color if row['method'] == 'recommended' else 'white'
+    delta, error = float(row['delta']), float(row['stderr'])
+    axes.errorbar(
+      delta, y, xerr=error, fmt='o', color=color, mfc=face, elinewidth=1
+    )
+  ticks = 0.01, 0.1, 1
+  axes.set_xlim(0.004, 1.6)
+  axes.set_xticks(ticks, list(map(str, ticks)))
+  axes.set_xlabel('loss minus float32, nats per token')
+  for row, text in zip(
+    rows[1:3], ('nearest numbers', 'recommended'), strict=True
+  ):
+    place = float(row['delta']), 1
+    _note(axes, text, place, (0, 11), color=_GRAY, ha='center')
+
+
+def _cosine_by_method(axes: Axes) -> None:
+  """Of a model of sentences in MXFP4, calibrated with three sets."""
+  rows = _table('ptq_methods')
+  _lines(axes, [row['method'] for row in rows])
+  for y, row in enumerate(rows):
+    for kind, color in (('weights', _BLUE), ('both', _ORANGE)):
+      lost = [1 - float(row[f'{kind}_{k}'] or 'nan') for k in range(3)]
+      axes.plot(lost, [y] * 3, 'o', color=color, mfc='white')
+  ticks = 0.01, 0.02, 0.05
+  axes.set_xlim(0.0085, 0.078)
+  axes.set_xticks(ticks, list(map(str, ticks)))
+  axes.set_xlabel('1 − mean cosine to the embeddings in float32')
+  for kind, color, text in (
+    ('weights', _BLUE, 'weights'),
+    ('both', _ORANGE, 'activations too'),
+  ):
+    place = 1 - float(rows[0][f'{kind}_0']), 0
+    _note(axes, text, place, (14, 11), color=color, ha='right')
+
+
+def post_training() -> Figure:
+  """What methods leave of two real models."""
+  figure, (loss, cosine) = _figure(6.4, 2)
+  _loss_by_format(loss)
+  _cosine_by_method(cosine)
+  return figure
+
+
 def recipes() -> Figure:
   """Loss of recipes minus that of float32: three seeds, mean and goal."""
   rows = _table('recipes')
@@ -530,6 +596,7 @@ _FIGURES = (
   element_formats,
   qsnr,
   real_model,
+  post_training,
   main_job,
   loss_against_bytes,
   recipes,
