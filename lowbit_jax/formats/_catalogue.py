@@ -199,18 +199,18 @@ nvfp4 = _nv('nvfp4', e2m1, (16,))
 nvfp4_16x16 = _nv('nvfp4_16x16', e2m1, (16, 16))
 nvint4 = _nv('nvint4', int4, (16,))
 # The 8 numbers with the least squared error for a normal distribution (Lloyd
-# and Max), the largest of them 1: for weights that were rotated.
+# and Max) in float32, the largest of them 1: for weights that were rotated.
 lloyd3 = register(
   CodebookFormat(
     'lloyd3',
     (
       -1.0,
-      -0.62450891566251456,
-      -0.35131243302838786,
-      -0.11389422067084919,
-      0.11389422067084919,
-      0.35131243302838786,
-      0.62450891566251456,
+      -0.6245089173316956,
+      -0.35131242871284485,
+      -0.11389422416687012,
+      0.11389422416687012,
+      0.35131242871284485,
+      0.6245089173316956,
       1.0,
     ),
   )
